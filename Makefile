@@ -1,0 +1,49 @@
+# Two commands matter: `make quickstart` and `make test`. Both make .venv and install what they need first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+RUN ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
+# One thread per worker: two workers that both want all cores wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint format clean
+
+help:  ## Show what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: .venv/installed  ## Train, test and look at a small translation model on data made on the spot
+	$(BIN)/python train.py fit -c configs/miniature/translation.yaml --run.name $(RUN)
+	$(BIN)/python train.py test -c checkpoints/translation/$(RUN)/config_fit.yaml \
+	  --ckpt_path checkpoints/translation/$(RUN)/best.ckpt
+
+test: lint  ## Lint, check types, and run the tests that take minutes
+	$(PYTEST)
+
+test-all: lint  ## The same with the slow tests
+	$(PYTEST) -m "slow or not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove the environment and caches, never runs or data
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/installed: .venv/created pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/created pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@ .venv/installed

@@ -1,0 +1,283 @@
+"""The attention of the paper as written: Eq. 1 (aggregation), Eq. 2 (the four energies) and Eq. 8 (the switches).
+
+Plain loops over heads, queries and keys; only the batch and the features are tensor dimensions. This is the text that
+every faster algorithm of this package is tested against, in any floating dtype, so it is written to be read next to the
+paper and shares no code with the others. It is far too slow for anything else.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Position = tuple[int, ...]
+"""A place on the grid of queries or keys: `(i,)` in a sentence, `(x, y)` on a map, in tokens or pixels."""
+
+
+@dataclass(frozen=True)
+class AttentionParameters:
+    """The learnable matrices and vectors of Eq. 1 and 2, for all heads at once.
+
+    Matrices have the layout of `torch.nn.Linear`, `[out, in]`. With `dim` features, `M` heads and `d = dim // M`, head
+    `m` owns the rows `m * d .. (m + 1) * d` of every matrix but W, of which it owns these columns. What only terms that
+    are off need may be left out.
+
+    Attributes:
+        value_weight: W', `[dim, dim]`.
+        out_weight: W, `[dim, dim]`.
+        out_bias: Added to every output, `[dim]`. The paper has none; the released code does.
+        query_weight: U, `[dim, dim]`; needed by E1 and E2.
+        key_weight: V^C, `[dim, dim]`; needed by E1 and E3.
+        position_weight: V^R, `[dim, dim]`; needed by E2 and E4.
+        key_bias: u, `[M, d]`; needed by E3.
+        position_bias: v, `[M, d]`; needed by E4.
+    """
+
+    value_weight: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    query_weight: Tensor | None = None
+    key_weight: Tensor | None = None
+    position_weight: Tensor | None = None
+    key_bias: Tensor | None = None
+    position_bias: Tensor | None = None
+
+    def head_rows(self, name: str, head: int, num_heads: int) -> Tensor:
+        """The `[d, dim]` block of the matrix `name` that belongs to one head."""
+        return _needed(self, name).chunk(num_heads, dim=0)[head]
+
+    def head_vector(self, name: str, head: int) -> Tensor:
+        """The `[d]` vector of one head of `key_bias` or `position_bias`."""
+        return _needed(self, name)[head]
+
+
+def _needed(parameters: AttentionParameters, name: str) -> Tensor:
+    value = getattr(parameters, name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is {value!r}, but a term that is on needs it: give a tensor")
+    return value
+
+
+def relative_encoding(offset: Sequence[float], dim: int) -> Tensor:
+    """R_{k-q}: the sinusoidal encoding of where a key lies as seen from a query.
+
+    With D features for an axis, the offset `o` along it becomes `[sin(o / 1000^(2i/D)) ..., cos(o / 1000^(2i/D)) ...]`,
+    `i = 0 .. D/2 - 1`. In two dimensions each axis has half of `dim`, x before y (footnote to Eq. 2).
+
+    Args:
+        offset: Key position minus query position, `(o,)` or `(o_x, o_y)`, in tokens or pixels.
+        dim: Features of the encoding; twice the number of axes must divide it.
+
+    Returns:
+        `[dim]`, in float64.
+
+    Raises:
+        ValueError: If `dim` does not divide into sine and cosine halves for each axis.
+    """
+    if dim < 1 or dim % (2 * len(offset)):
+        raise ValueError(f"dim is {dim}, but {len(offset)} axes need a positive multiple of {2 * len(offset)}")
+    axis_dim = dim // len(offset)
+    features: list[float] = []
+    for o in offset:
+        angles = [o / 1000 ** (2 * i / axis_dim) for i in range(axis_dim // 2)]
+        features += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+    return torch.tensor(features, dtype=torch.float64)
+
+
+def _elements(x: Tensor) -> tuple[list[Tensor], list[Position]]:
+    """The content `[B, dim]` and the position of each element of a sentence `[B, L, dim]` or a map `[B, dim, H, W]`."""
+    if x.dim() == 3:
+        return list(x.unbind(1)), [(i,) for i in range(x.shape[1])]
+    if x.dim() == 4:
+        height, width = x.shape[2:]
+        positions = [(col, row) for row in range(height) for col in range(width)]
+        return [x[:, :, row, col] for col, row in positions], [(col, row) for col, row in positions]
+    raise ValueError(f"expected [B, L, dim] or [B, dim, H, W], got a tensor of shape {tuple(x.shape)}")
+
+
+def _kept(positions: Sequence[Position], kv_stride: int) -> list[int]:
+    """Indices of the keys that subsampling leaves: those at multiples of the stride along each axis."""
+    return [k for k, position in enumerate(positions) if all(p % kv_stride == 0 for p in position)]
+
+
+def term_energies(
+    query: Tensor,
+    key: Tensor,
+    parameters: AttentionParameters,
+    *,
+    num_heads: int,
+    terms: str,
+    scale: float = 1.0,
+    kv_stride: int = 1,
+) -> dict[str, Tensor]:
+    """The energies E1 to E4 of Eq. 2 that `terms` switches on (the betas of Eq. 8).
+
+    Args:
+        query: z, `[B, Lq, dim]` or `[B, dim, Hq, Wq]`.
+        key: x, `[B, Lk, dim]` or `[B, dim, Hk, Wk]`. The offset k - q is the key's position minus the query's, also
+            where the two sets differ (encoder-decoder attention).
+        parameters: The learnable matrices and vectors.
+        num_heads: M.
+        terms: Four switches in the order E1 E2 E3 E4, such as `"0110"`.
+        scale: Factor on every energy. The paper has none.
+        kv_stride: Only keys at multiples of it along each axis take part; their positions are those of the full grid.
+
+    Returns:
+        `{"E1": [B, M, Nq, Nk], ...}` of the terms that are on, elements in raster order, Nk counting the keys that take
+        part. In two dimensions E2 and E4 are divided by sqrt(2), as in the released code.
+    """
+    z, query_positions = _elements(query)
+    x, key_positions = _elements(key)
+    keys = _kept(key_positions, kv_stride)
+    names = [name for name, switch in zip(("E1", "E2", "E3", "E4"), terms, strict=True) if switch == "1"]
+    position_factor = scale / math.sqrt(2) if query.dim() == 4 else scale
+
+    offsets: dict[tuple[int, int], Position] = {}
+    encodings: dict[Position, Tensor] = {}
+    if "E2" in names or "E4" in names:
+        for q, k in itertools.product(range(len(z)), keys):
+            offset = tuple(kp - qp for kp, qp in zip(key_positions[k], query_positions[q], strict=True))
+            offsets[q, k] = offset
+            if offset not in encodings:
+                encodings[offset] = relative_encoding(offset, z[q].shape[-1]).to(query)
+
+    energies: dict[str, Tensor] = {}
+    for name in names:
+        heads = []
+        for m in range(num_heads):
+            # The left side of each inner product: U_m z_q, u_m or v_m ...
+            if name in ("E1", "E2"):
+                asking = [z_q @ parameters.head_rows("query_weight", m, num_heads).T for z_q in z]
+            else:
+                vector = parameters.head_vector("key_bias" if name == "E3" else "position_bias", m)
+                asking = [vector.expand(query.shape[0], -1)] * len(z)
+            # ... and its right side: V_m^C x_k or V_m^R R_{k-q}.
+            rows = []
+            if name in ("E1", "E3"):
+                content = {k: x[k] @ parameters.head_rows("key_weight", m, num_heads).T for k in keys}
+                for q in range(len(z)):
+                    rows.append([scale * torch.linalg.vecdot(asking[q], content[k]) for k in keys])
+            else:
+                matrix = parameters.head_rows("position_weight", m, num_heads)
+                position = {offset: matrix @ encoding for offset, encoding in encodings.items()}
+                for q in range(len(z)):
+                    rows.append([position_factor * (asking[q] @ position[offsets[q, k]]) for k in keys])
+            heads.append(torch.stack([torch.stack(row, dim=-1) for row in rows], dim=1))
+        energies[name] = torch.stack(heads, dim=1)
+    return energies
+
+
+def supporting_keys(
+    query: Tensor,
+    key: Tensor,
+    *,
+    window: int | None = None,
+    kv_stride: int = 1,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+) -> list[list[list[int]]]:
+    """Omega_q of Eq. 1: the keys that each query of each sample may look at.
+
+    Args:
+        query: As in `term_energies`.
+        key: As in `term_energies`.
+        window: Odd n_k: only keys within `n_k // 2` of the query along each axis. None: no limit.
+        kv_stride: As in `term_energies`.
+        causal: No keys that come after the query in reading order (row by row, in a map).
+        key_padding_mask: True where a key is padding, `[B, Lk]` or `[B, Hk, Wk]`, over all keys before the stride.
+
+    Returns:
+        `[b][q]` is the list of allowed keys, numbered among those that `kv_stride` leaves.
+    """
+    _, query_positions = _elements(query)
+    _, key_positions = _elements(key)
+    padded = torch.zeros(key.shape[0], len(key_positions), dtype=torch.bool)
+    if key_padding_mask is not None:
+        padded = key_padding_mask.reshape(key.shape[0], len(key_positions)).cpu()
+    samples = []
+    for b in range(query.shape[0]):
+        regions = []
+        for query_position in query_positions:
+            region = []
+            for number, k in enumerate(_kept(key_positions, kv_stride)):
+                distances = [abs(kp - qp) for kp, qp in zip(key_positions[k], query_position, strict=True)]
+                outside = window is not None and max(distances) > window // 2
+                later = key_positions[k][::-1] > query_position[::-1]  # (y, x) against (y, x)
+                if not (outside or (causal and later) or bool(padded[b, k])):
+                    region.append(number)
+            regions.append(region)
+        samples.append(regions)
+    return samples
+
+
+def normalised_weights(energies: dict[str, Tensor], regions: list[list[list[int]]]) -> Tensor:
+    """A_m(q, k) of Eq. 8: exp of the summed energies, divided by its sum over the supporting keys.
+
+    Args:
+        energies: From `term_energies`.
+        regions: From `supporting_keys`.
+
+    Returns:
+        `[B, M, Nq, Nk]`. Zero at keys outside the region; a query whose region is empty has only zeros.
+    """
+    total = torch.stack(list(energies.values())).sum(0)
+    samples = []
+    for b in range(total.shape[0]):
+        heads = []
+        for m in range(total.shape[1]):
+            rows = []
+            for q in range(total.shape[2]):
+                row = total.new_zeros(total.shape[3])
+                region = regions[b][q]
+                if region:
+                    energy = total[b, m, q, region]
+                    # The largest energy cancels in the fraction; without it exp overflows.
+                    exponential = torch.exp(energy - energy.max().detach())
+                    row = row.index_put((torch.tensor(region, device=row.device),), exponential / exponential.sum())
+                rows.append(row)
+            heads.append(torch.stack(rows))
+        samples.append(torch.stack(heads))
+    return torch.stack(samples)
+
+
+def transformer_attention(
+    query: Tensor,
+    key: Tensor,
+    parameters: AttentionParameters,
+    *,
+    num_heads: int,
+    terms: str,
+    scale: float = 1.0,
+    window: int | None = None,
+    kv_stride: int = 1,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """y_q of Eq. 1 with the weights of Eq. 8: sum over m of W_m [ sum over k of A_m(q, k) W'_m x_k ], plus the bias.
+
+    The arguments are those of `term_energies` and `supporting_keys`.
+
+    Returns:
+        y in the shape of `query`. A query without any allowed key gets `out_bias`.
+    """
+    energies = term_energies(query, key, parameters, num_heads=num_heads, terms=terms, scale=scale, kv_stride=kv_stride)
+    regions = supporting_keys(
+        query, key, window=window, kv_stride=kv_stride, causal=causal, key_padding_mask=key_padding_mask
+    )
+    weights = normalised_weights(energies, regions)
+    x, key_positions = _elements(key)
+    keys = _kept(key_positions, kv_stride)
+    values = [{k: x[k] @ parameters.head_rows("value_weight", m, num_heads).T for k in keys} for m in range(num_heads)]
+    outputs = []
+    for q in range(weights.shape[2]):
+        y = parameters.out_bias.expand(query.shape[0], -1)
+        for m in range(num_heads):
+            weighted = [weights[:, m, q, number, None] * values[m][k] for number, k in enumerate(keys)]
+            pooled = torch.stack(weighted).sum(0)
+            y = y + pooled @ parameters.out_weight.chunk(num_heads, dim=1)[m].T
+        outputs.append(y)
+    result = torch.stack(outputs, dim=-1)
+    return result.reshape(query.shape) if query.dim() == 4 else result.transpose(1, 2)
