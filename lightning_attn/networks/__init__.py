@@ -1,0 +1,1 @@
+"""Architectures in pure PyTorch that take an AttentionSpec for their attention."""

@@ -1,0 +1,350 @@
+"""Batched beam search over any decoder that predicts one token at a time.
+
+A sentence `Y` of `|Y|` tokens, its end-of-sentence token included, has the score
+
+    log P(Y) / ((5 + |Y|) / 6) ** length_penalty
+
+(Wu et al. 2016, arXiv:1609.08144, Eq. 14, without the coverage term). Every score that is returned is that of a whole
+sentence: a hypothesis that reaches its length limit is closed by end-of-sentence and pays for it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+Stopping = Literal["exact", "beam_size"]
+
+
+class DecoderState(Protocol):
+    """What beam search asks of a decoder: scores of the next token for the prefixes it holds, one new token at a time.
+
+    A state holds R prefixes, its rows. It starts with one row per sentence and empty prefixes. Afterwards the rows of a
+    sentence are always neighbours, each sentence has the same number of them, and sentences keep their order. Whatever
+    depends on the sentence alone (the encoder's keys and values) therefore moves only when the number of rows changes.
+    """
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to every prefix and score what may follow.
+
+        Args:
+            tokens: the last token of each prefix, `[R]`, int64; the first call gives begin-of-sentence everywhere.
+
+        Returns:
+            Unnormalised log-probabilities (logits) of the next token, `[R, V]`, floating point. A token that may not
+            follow has -inf. The search normalises in fp32.
+        """
+        ...
+
+    def reorder(self, index: Tensor) -> None:
+        """Make row r the former row `index[r]`, for every r of `index`, `[R']`, int64.
+
+        R' > R: each sentence gets more rows, none is dropped. R' = R: rows move only within their sentence.
+        R' < R: finished sentences are dropped, and the rows of the others move within their sentence.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class BeamSearchOptions:
+    """How to search. Plain values only, so that it can be written in YAML.
+
+    Args:
+        beam_size: prefixes kept for each sentence. 1 is greedy decoding: the most probable token each time.
+        length_penalty: exponent of the length penalty; 0 ranks by probability, larger values favour longer sentences.
+            Vaswani et al. 2017 use 0.6.
+        max_length_ratio: a translation has at most `max_length_ratio * source length + max_length_offset` tokens,
+            end-of-sentence not counted.
+        max_length_offset: see `max_length_ratio`; Vaswani et al. 2017 use 1 and 50.
+        min_length: fewest tokens of a translation, end-of-sentence not counted.
+        nbest: hypotheses returned for each sentence, at most `beam_size`.
+        stopping: when a sentence is finished. `"exact"`: when no prefix in the beam can still become better than the
+            `nbest` best finished hypotheses, so that searching on would change nothing. `"beam_size"`: as soon as
+            `beam_size` hypotheses are finished, which is faster and may miss a better one.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    beam_size: int = 4
+    length_penalty: float = 0.6
+    max_length_ratio: float = 1.0
+    max_length_offset: int = 50
+    min_length: int = 0
+    nbest: int = 1
+    stopping: Stopping = "exact"
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("beam_size", 1), ("nbest", 1), ("max_length_offset", 0), ("min_length", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+        for name in ("length_penalty", "max_length_ratio"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        if self.max_length_ratio == 0 and self.max_length_offset == 0:
+            raise ValueError(
+                "max_length_ratio and max_length_offset are both 0, which allows no token: raise one of them"
+            )
+        if self.nbest > self.beam_size:
+            raise ValueError(
+                f"nbest={self.nbest} is more than beam_size={self.beam_size}: raise beam_size or lower nbest"
+            )
+        if self.stopping not in get_args(Stopping):
+            raise ValueError(f"stopping must be one of {', '.join(get_args(Stopping))}, got {self.stopping!r}")
+
+    def max_lengths(self, source_lengths: Tensor) -> Tensor:
+        """The most tokens of each translation: ratio * source length + offset, at least `min_length` and 1.
+
+        Args:
+            source_lengths: `[B]`, integer, in tokens.
+
+        Returns:
+            `[B]`, int64, on the same device.
+        """
+        limits = (source_lengths * self.max_length_ratio + self.max_length_offset).floor().long()
+        return limits.clamp_min(max(1, self.min_length))
+
+    def penalty(self, length: int) -> float:
+        """What a sentence's log-probability is divided by; `length` counts end-of-sentence."""
+        return float(((5 + length) / 6) ** self.length_penalty)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished sentence.
+
+    Args:
+        tokens: token ids without begin- and end-of-sentence.
+        score: `log_probability` divided by the length penalty.
+        log_probability: natural logarithm of the probability of the tokens and end-of-sentence under the decoder.
+    """
+
+    tokens: list[int]
+    score: float
+    log_probability: float
+
+
+class _Finished:
+    """The n best finished hypotheses of every sentence, best first. Rows with score -inf are empty."""
+
+    def __init__(self, batch_size: int, nbest: int, longest: int, device: torch.device) -> None:
+        self.scores = torch.full((batch_size, nbest), -math.inf, device=device)
+        self.log_probabilities = torch.full((batch_size, nbest), -math.inf, device=device)
+        self.lengths = torch.zeros(batch_size, nbest, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch_size, nbest, longest, dtype=torch.long, device=device)
+        self.count = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def add(self, sentences: Tensor, log_probabilities: Tensor, tokens: Tensor, length: int, penalty: float) -> None:
+        """Offer W hypotheses of the same length to each of S sentences.
+
+        Args:
+            sentences: whose they are, `[S]`.
+            log_probabilities: `[S, W]`; -inf where there is none.
+            tokens: `[S, W, T]`.
+            length: tokens of each, end-of-sentence not counted.
+            penalty: length penalty of each.
+        """
+        scores = torch.cat([self.scores[sentences], log_probabilities / penalty], dim=1)
+        # Stable: of equals the first to finish stays, so that a search that stops early agrees with one that goes on.
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        nbest = self.scores.shape[1]
+        scores, order = scores[:, :nbest], order[:, :nbest]
+        self.scores[sentences] = scores
+        pool = torch.cat([self.log_probabilities[sentences], log_probabilities], dim=1)
+        self.log_probabilities[sentences] = pool.gather(1, order)
+        lengths = torch.cat([self.lengths[sentences], torch.full_like(tokens[:, :, 0], length)], dim=1)
+        self.lengths[sentences] = lengths.gather(1, order)
+        candidates = torch.cat([self.tokens[sentences], tokens], dim=1)
+        self.tokens[sentences] = candidates.gather(1, order.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
+        self.count[sentences] += (log_probabilities > -math.inf).sum(dim=1)
+
+    def hypotheses(self) -> list[list[Hypothesis]]:
+        """Everything found, as plain values."""
+        columns = (self.scores, self.log_probabilities, self.lengths, self.tokens)
+        return [
+            [
+                Hypothesis(tokens[:length], score, log_probability)
+                for score, log_probability, length, tokens in zip(*sentence, strict=True)
+                if score > -math.inf
+            ]
+            for sentence in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+
+def _checked_limits(max_lengths: Tensor, batch_size: int, min_length: int) -> list[int]:
+    if max_lengths.shape != (batch_size,) or max_lengths.is_floating_point():
+        raise ValueError(
+            f"max_lengths must hold one integer for each of the {batch_size} sentences, "
+            f"got shape {list(max_lengths.shape)} and dtype {max_lengths.dtype}"
+        )
+    limits: list[int] = max_lengths.tolist()
+    for sentence, limit in enumerate(limits):
+        if limit < max(1, min_length):
+            raise ValueError(
+                f"max_lengths[{sentence}] is {limit}, less than max(1, min_length) = {max(1, min_length)}: "
+                "raise it or lower min_length"
+            )
+    return limits
+
+
+def _log_probabilities(
+    logits: Tensor, *, banned: list[int], eos_id: int, may_end: bool, must_end: list[bool]
+) -> Tensor:
+    """Log-probabilities in fp32, `[S * W, V]`, -inf for what may not follow. `must_end` is for each of S sentences."""
+    log_probs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    for token in banned:
+        log_probs[:, token] = -math.inf
+    if not may_end:
+        log_probs[:, eos_id] = -math.inf
+    if any(must_end):
+        rows = torch.tensor(must_end, device=logits.device).repeat_interleave(logits.shape[0] // len(must_end))
+        eos_log_probs = log_probs[:, eos_id].clone()
+        log_probs.masked_fill_(rows.unsqueeze(1), -math.inf)
+        log_probs[:, eos_id] = eos_log_probs
+    return log_probs
+
+
+@torch.no_grad()
+def beam_search(
+    state: DecoderState,
+    batch_size: int,
+    options: BeamSearchOptions,
+    *,
+    bos_id: int,
+    eos_id: int,
+    pad_id: int,
+    max_lengths: Tensor,
+) -> list[list[Hypothesis]]:
+    """Find the best sentences under a decoder, for a batch at once.
+
+    Each step keeps the `beam_size` best unfinished prefixes of a sentence. A prefix followed by end-of-sentence becomes
+    a finished hypothesis if it is among the `beam_size` best continuations of that step; it takes no place in the beam,
+    except with `beam_size=1`, which stops at its first end-of-sentence and so is greedy decoding.
+
+    A prefix of log-probability s can at best be continued by tokens of probability one up to its sentence's length
+    limit, because s <= 0 and the penalty grows with the length. So with `stopping="exact"` a sentence is finished once
+    its `nbest`-th finished score is not below s / penalty(limit + 1) for the best s in its beam. Finished sentences
+    leave the batch. No sentence's result depends on the others.
+
+    Begin-of-sentence and padding are never generated (unless one of them is also end-of-sentence), yet they keep
+    their share of the decoder's probability: a log-probability is the decoder's own.
+
+    Args:
+        state: the decoder, holding one row for each sentence and no token yet. `step` is called at most
+            `max(max_lengths) + 1` times.
+        batch_size: number of sentences B.
+        options: beam size, penalty and the rest. Its length limits are not used here, see `max_lengths`.
+        bos_id: begin-of-sentence, the first token given to `state`.
+        eos_id: end-of-sentence.
+        pad_id: padding.
+        max_lengths: most tokens of each hypothesis, end-of-sentence not counted: `[B]`, integer, on the device of
+            the decoder. Usually `options.max_lengths(source_lengths)`.
+
+    Returns:
+        For each sentence its `options.nbest` best hypotheses, best first, all different: fewer if fewer exist, but
+        never none.
+
+    Raises:
+        ValueError: if `max_lengths` does not fit, if scores have a wrong shape or are not numbers, if an id is outside
+            the vocabulary, or if some sentence cannot be ended because end-of-sentence has probability zero.
+    """
+    limits = _checked_limits(max_lengths, batch_size, options.min_length)
+    if batch_size == 0:
+        return []
+    device = max_lengths.device
+    beam_size = options.beam_size
+    longest = max(limits)
+    finished = _Finished(batch_size, options.nbest, longest, device)
+    some_finished = False
+    banned = [token for token in (pad_id, bos_id) if token != eos_id]
+
+    # Of the sentences that are still searched, S of them with W prefixes each (W = 1 at first, then beam_size):
+    sentences = torch.arange(batch_size, device=device)  # [S], where they are in the batch
+    ceilings = torch.tensor([options.penalty(limit + 1) for limit in limits], device=device)  # [S]
+    scores = torch.zeros(batch_size, 1, device=device)  # [S, W], log-probabilities, -inf where there is no prefix
+    tokens = torch.zeros(batch_size, 1, longest, dtype=torch.long, device=device)  # [S, W, T], the prefixes
+    last = torch.full((batch_size,), bos_id, dtype=torch.long, device=device)  # [S * W]
+
+    for length in range(longest + 1):  # of the prefixes
+        size, width = scores.shape
+        logits = state.step(last)
+        if logits.ndim != 2 or logits.shape[0] != size * width:
+            raise ValueError(
+                f"state.step must return scores [{size * width}, vocabulary] for as many tokens, "
+                f"got shape {list(logits.shape)}"
+            )
+        vocabulary = logits.shape[1]
+        if length == 0 and not all(0 <= token < vocabulary for token in (bos_id, eos_id, pad_id)):
+            raise ValueError(
+                f"bos_id={bos_id}, eos_id={eos_id} and pad_id={pad_id} must be less than the vocabulary of "
+                f"{vocabulary} tokens that state.step scores, and not negative"
+            )
+        closing = [limit == length for limit in limits]
+        may_end = length >= options.min_length
+        log_probs = _log_probabilities(logits, banned=banned, eos_id=eos_id, may_end=may_end, must_end=closing)
+
+        # Of what follows one prefix only end-of-sentence and the beam_size best other tokens can matter; of
+        # a sentence's candidates only 2 * beam_size, since each of at most beam_size prefixes ends in one way only.
+        choices = 1 if beam_size == 1 else min(beam_size + 1, vocabulary)
+        best, token = log_probs.max(dim=1, keepdim=True) if choices == 1 else log_probs.topk(choices, dim=1)
+        candidates = scores.unsqueeze(2) + best.view(size, width, choices)
+        candidates.masked_fill_(scores.unsqueeze(2) == -math.inf, -math.inf)  # whatever the decoder says of no prefix
+        scores, order = candidates.view(size, -1).topk(min(2 * beam_size, width * choices), dim=1)
+        parent = order // choices + torch.arange(0, size * width, width, device=device).unsqueeze(1)
+        token = token.view(size, -1).gather(1, order)
+        ends = token == eos_id
+
+        # The host waits for the device here, and below once something is finished. NaN sorts before every number.
+        broken, any_ends = torch.stack([scores[:, 0].isnan().any(), ends.any()]).tolist()
+        if broken:
+            row = int(scores[:, 0].isnan().nonzero()[0])
+            raise ValueError(
+                f"the decoder's scores for token {length + 1} of sentence {int(sentences[row])} are not numbers: "
+                "a logit is NaN or +inf, or all are -inf. Check the weights; if the precision is fp16, try bf16 or fp32"
+            )
+        if any_ends:
+            ended = scores.masked_fill(~ends, -math.inf)[:, :beam_size]
+            prefixes = tokens.view(size * width, -1)[parent[:, :beam_size]]
+            finished.add(sentences, ended, prefixes, length, options.penalty(length + 1))
+            some_finished = True
+            scores, order = scores.masked_fill(ends, -math.inf).topk(min(beam_size, scores.shape[1]), dim=1)
+            parent, token = parent.gather(1, order), token.gather(1, order)
+        scores, parent, token = scores[:, :beam_size], parent[:, :beam_size], token[:, :beam_size]
+
+        done = closing
+        if some_finished:
+            if options.stopping == "exact":
+                stop = finished.scores[sentences, -1] >= scores[:, 0] / ceilings
+            else:
+                stop = (finished.count[sentences] >= beam_size) | (scores[:, 0] == -math.inf)
+            done = [a or b for a, b in zip(closing, stop.tolist(), strict=True)]
+        if all(done):
+            break
+
+        tokens = tokens.view(size * width, -1)[parent]
+        tokens[:, :, length] = token
+        grown = scores.shape[1] > width
+        if grown:
+            state.reorder(parent.flatten())
+            parent = torch.arange(parent.numel(), device=device).view_as(parent)
+        if any(done):
+            limits = [limit for limit, stopped in zip(limits, done, strict=True) if not stopped]
+            left = torch.tensor([row for row, stopped in enumerate(done) if not stopped], device=device)
+            sentences, ceilings = sentences[left], ceilings[left]
+            scores, tokens, parent, token = scores[left], tokens[left], parent[left], token[left]
+        if any(done) or (width > 1 and not grown):
+            state.reorder(parent.flatten())
+        last = token.flatten()
+
+    results = finished.hypotheses()
+    for sentence, hypotheses in enumerate(results):
+        if not hypotheses:
+            raise ValueError(
+                f"sentence {sentence} cannot be ended: the decoder gives end-of-sentence (eos_id={eos_id}) probability "
+                f"zero after every prefix of {options.min_length} to {int(max_lengths[sentence])} tokens in the beam"
+            )
+    return results

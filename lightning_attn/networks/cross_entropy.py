@@ -1,0 +1,84 @@
+"""Cross entropy of a vocabulary-wide projection that never holds all logits at once."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of logits that are alive at a time: large enough for full-speed matrix products, small enough to stay in cache.
+CHUNK_ROWS = 256
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Gradients are made chunk by chunk in the forward pass, while the logits are still in cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        classes = weight.shape[0]
+        operand = weight.to(hidden.dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        sums = hidden.new_zeros(2, dtype=torch.float64)
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for start in range(0, hidden.shape[0], CHUNK_ROWS):
+            rows, labels = hidden[start : start + CHUNK_ROWS], target[start : start + CHUNK_ROWS, None]
+            logits = F.linear(rows, operand)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            likelihood = (log_normaliser - logits.gather(1, labels)).sum(dtype=torch.float64)
+            uniform = (log_normaliser - logits.mean(dim=-1, keepdim=True)).sum(dtype=torch.float64)
+            sums += torch.stack(((1 - label_smoothing) * likelihood + label_smoothing * uniform, likelihood))
+            if not (needs_hidden or needs_weight):
+                continue
+            # d loss / d logits = softmax - smoothed target
+            gradient = logits.sub_(log_normaliser).exp_()
+            gradient.sub_(label_smoothing / classes)
+            gradient.scatter_add_(1, labels, gradient.new_full((1, 1), label_smoothing - 1).expand(labels.shape))
+            gradient = gradient.to(hidden.dtype)
+            if hidden_grad is not None:
+                hidden_grad[start : start + CHUNK_ROWS] = gradient @ operand
+            if needs_weight:
+                weight_grad += gradient.t() @ rows
+        ctx.save_for_backward(hidden_grad, weight_grad if needs_weight else None)
+        ctx.weight_dtype = weight.dtype
+        loss, likelihood_sum = sums.to(torch.promote_types(hidden.dtype, torch.float32)).unbind()
+        ctx.mark_non_differentiable(likelihood_sum)
+        return loss, likelihood_sum
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if hidden_grad is None else hidden_grad * loss_grad.to(hidden_grad.dtype),
+            None if weight_grad is None else (weight_grad * loss_grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def summed_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy, summed over rows, of the logits `hidden @ weight.T`.
+
+    The same numbers as `F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=..., reduction="sum")` with
+    `CHUNK_ROWS` rows of logits in memory instead of all. (torch's own `linear_cross_entropy` is chunked only without
+    label smoothing.) Supports `backward` once; no second derivatives.
+
+    Args:
+        hidden: `[N, C]`; its dtype (or that of autocast) is the dtype of the matrix products.
+        weight: `[V, C]`.
+        target: `[N]`, class indices.
+        label_smoothing: Probability mass that is spread evenly over all classes.
+
+    Returns:
+        The smoothed loss, and the plain negative log likelihood without gradient, both summed over N, in nats.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, likelihood = _SummedCrossEntropy.apply(hidden, weight, target, label_smoothing)
+    return loss, likelihood
