@@ -1,0 +1,158 @@
+"""The joint subword vocabulary of a language pair."""
+
+import io
+import re
+from collections.abc import Iterable
+
+import sentencepiece
+
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+
+
+class Vocabulary:
+    """A sentencepiece model with the special ids of this project: pad 0, unk 1, bos 2, eos 3.
+
+    Text is neither normalised nor lower-cased: ``decode(encode(text)) == text`` for every text whose characters the
+    vocabulary knows and whose words are separated by single blanks. Runs of blanks become one, blanks at the ends are
+    dropped, U+2581 (the sign sentencepiece writes for a blank) comes back as a blank, and an unknown character comes
+    back as " ⁇ ".
+
+    Two vocabularies are equal when their models are byte for byte the same. Instances can be pickled.
+
+    Args:
+        model: the bytes of a sentencepiece model file.
+
+    Raises:
+        ValueError: if the bytes are no sentencepiece model or its special ids are others.
+    """
+
+    pad_id = PAD_ID
+    unk_id = UNK_ID
+    bos_id = BOS_ID
+    eos_id = EOS_ID
+
+    def __init__(self, model: bytes) -> None:
+        self._model = bytes(model)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(self._model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: these {len(self._model)} bytes are not a sentencepiece model ({error}). Give the content of a "
+                "file made by datamodules.vocabulary.train_vocabulary."
+            ) from error
+        found = (
+            self._processor.pad_id(),
+            self._processor.unk_id(),
+            self._processor.bos_id(),
+            self._processor.eos_id(),
+        )
+        if found != (PAD_ID, UNK_ID, BOS_ID, EOS_ID):
+            raise ValueError(
+                f"model: its ids of pad, unk, bos, eos are {found}, but {(PAD_ID, UNK_ID, BOS_ID, EOS_ID)} are needed. "
+                "Train it with --pad_id=0 --unk_id=1 --bos_id=2 --eos_id=3."
+            )
+
+    @property
+    def model(self) -> bytes:
+        """The bytes of the sentencepiece model."""
+        return self._model
+
+    @property
+    def size(self) -> int:
+        """Number of ids, the four special ones included."""
+        return int(self._processor.get_piece_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one sentence, without bos and eos."""
+        return list(self._processor.encode(text))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each sentence, without bos and eos; in the calling thread only."""
+        return list(self._processor.encode(texts, num_threads=1)) if texts else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; pad and bos are dropped, and so is everything from the first eos on."""
+        return str(self._processor.decode(self._until_eos(ids)))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The written form of every id, special ones too, with "▁" where a word starts."""
+        return [str(self._processor.id_to_piece(int(index))) for index in ids]
+
+    @staticmethod
+    def _until_eos(ids: Iterable[int]) -> list[int]:
+        kept: list[int] = []
+        for index in ids:
+            if index == EOS_ID:
+                break
+            if index not in (PAD_ID, BOS_ID):
+                kept.append(int(index))
+        return kept
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __eq__(self, other: object) -> bool:
+        return self._model == other._model if isinstance(other, Vocabulary) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._model)
+
+    def __reduce__(self) -> tuple[type["Vocabulary"], tuple[bytes]]:
+        return Vocabulary, (self._model,)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary(size={self.size})"
+
+
+def train_vocabulary(
+    sentences: Iterable[str], size: int, *, byte_fallback: bool = False, flag: str = "--data.vocabulary_size"
+) -> Vocabulary:
+    """Learns a byte pair encoding; the same sentences and size always give the same bytes.
+
+    Every character of the sentences gets a piece of its own (character coverage 1), so nothing the trainer has seen is
+    unknown. No sentence is left out for its length: the bound that sentencepiece applies silently is lifted, so keep
+    extreme lines away by cleaning.
+
+    Args:
+        sentences: text of both languages; read once, held in memory by sentencepiece.
+        size: number of ids, the four special ones included.
+        byte_fallback: writes unknown characters as UTF-8 bytes (256 more pieces) instead of one unknown id.
+        flag: what the messages call the argument to change.
+
+    Raises:
+        ValueError: if the sentences cannot give a vocabulary of exactly that size; says the sizes that can be had.
+    """
+    buffer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=buffer,
+            model_type="bpe",
+            vocab_size=size,
+            character_coverage=1.0,
+            byte_fallback=byte_fallback,
+            normalization_rule_name="identity",
+            max_sentence_length=1 << 30,
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        message = str(error)
+        if match := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
+            raise ValueError(
+                f"vocabulary_size: {size} is more than this text allows; the largest possible is {match[1]}. "
+                f"Lower it with {flag} {match[1]} or less, or give more training text."
+            ) from error
+        if match := re.search(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)", message):
+            raise ValueError(
+                f"vocabulary_size: {size} is less than the {match[1]} ids that the single characters of this text "
+                f"need. Raise it with {flag} {match[1]} or more."
+            ) from error
+        if "sentences_.empty()" in message:
+            raise ValueError("sentences: there is no text to learn a vocabulary from; every line was empty.") from error
+        raise
+    return Vocabulary(buffer.getvalue())

@@ -1,0 +1,397 @@
+"""English-German translation data in the layout ``root/{train,valid,test}.{en,de}``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import LongTensor
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.parallel_text import Cleaning, FilePair, find_pairs, read_evaluation, read_lines
+from datamodules.token_batches import Lengths, ResumableTokenLoader, TokenBatchSampler
+from datamodules.token_cache import Preparation, TokenArray, TokenCache, default_cache_folder, user_cache_folder
+from datamodules.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class TranslationBatch:
+    """Sentences padded to a common length.
+
+    Not frozen only because Lightning refuses frozen dataclasses when it converts the precision of inputs.
+
+    Args:
+        ids: index of each sentence in its split (line number minus one; for training, among the pairs that cleaning
+            kept), `[B]`.
+        source: source tokens, each row ends with eos and is padded, `[B, S]`.
+        target: target tokens, each row starts with bos, ends with eos and is padded, `[B, T]`; `[B, 0]` in prediction.
+        source_text: the source lines in evaluation and prediction; empty in training.
+        target_text: the reference lines in evaluation; empty in training and prediction.
+    """
+
+    ids: LongTensor
+    source: LongTensor
+    target: LongTensor
+    source_text: list[str] = field(default_factory=list)
+    target_text: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> TranslationBatch:
+        """A copy on another device."""
+        asynchronous = torch.device(device).type == "cuda"
+        ids, source, target = (
+            tensor.to(device, non_blocking=asynchronous) for tensor in (self.ids, self.source, self.target)
+        )
+        return TranslationBatch(ids, source, target, self.source_text, self.target_text)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> TranslationBatch:
+        """A copy in page-locked memory."""
+        ids, source, target = (tensor.pin_memory() for tensor in (self.ids, self.source, self.target))
+        return TranslationBatch(ids, source, target, self.source_text, self.target_text)  # type: ignore[arg-type]
+
+
+class TranslationDataset(Dataset[TranslationBatch]):
+    """Sentences as tokens, fetched a batch at a time.
+
+    Args:
+        source: source sentences.
+        target: target sentences, or none.
+        source_text: their lines, if they are to travel with the batches.
+        target_text: the lines of the targets.
+    """
+
+    def __init__(
+        self,
+        source: TokenArray,
+        target: TokenArray | None = None,
+        source_text: Sequence[str] = (),
+        target_text: Sequence[str] = (),
+    ) -> None:
+        self.source = source
+        self.target = target
+        self.source_text = source_text
+        self.target_text = target_text
+
+    @classmethod
+    def from_text(cls, vocabulary: Vocabulary, source: list[str], target: list[str] | None = None) -> TranslationDataset:
+        """Cuts lines into tokens and keeps the lines."""
+        return cls(
+            TokenArray.from_lists(vocabulary.encode_batch(source)),
+            None if target is None else TokenArray.from_lists(vocabulary.encode_batch(target)),
+            source,
+            target or (),
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def lengths(self) -> tuple[Lengths, Lengths]:
+        """Tokens of each source and target sentence with their eos, `[sentences]` each; 0 without a target."""
+        source = self.source.lengths + 1
+        return source, np.zeros_like(source) if self.target is None else self.target.lengths + 1
+
+    def __getitem__(self, index: int) -> TranslationBatch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> TranslationBatch:
+        """One batch; the DataLoader's fetcher calls this for the whole list at once."""
+        source = _pad([self.source[index] for index in indices], begin=False)
+        if self.target is None:
+            target = np.empty((len(indices), 0), dtype=np.int64)
+        else:
+            target = _pad([self.target[index] for index in indices], begin=True)
+        return TranslationBatch(
+            torch.tensor(indices, dtype=torch.long),  # type: ignore[arg-type]
+            torch.from_numpy(source),  # type: ignore[arg-type]
+            torch.from_numpy(target),  # type: ignore[arg-type]
+            [self.source_text[index] for index in indices] if self.source_text else [],
+            [self.target_text[index] for index in indices] if self.target_text else [],
+        )
+
+
+class WMT14DataModule(pl.LightningDataModule):
+    """WMT14 English-German, or any other parallel corpus in the same layout.
+
+    ``root`` holds ``{train,valid,test}.{en,de}``, one sentence a line. Training text is cleaned, cut into the pieces
+    of a joint vocabulary, and kept as token ids in a cache that is found again by a key of the files and settings.
+    Validation and test text is read as it is.
+
+    Train with ``Trainer(use_distributed_sampler=False)``: batches are planned here for all ranks.
+
+    Args:
+        root: folder of the corpus.
+        max_tokens: most tokens on either side of a training batch on one rank, padding included.
+        num_workers: processes that make batches; 0 makes them in the training process.
+        source_language: ending of the source files.
+        target_language: ending of the target files.
+        train_files: name of the training files without the language, or a glob for several parts ("train*").
+        vocabulary_size: ids of the joint vocabulary, learnt from the training text.
+        cleaning: which training pairs are left out.
+        seed: decides, with the epoch, what is in a batch and the order of batches.
+        eval_max_tokens: the same bound for validation, test and prediction; 0 means `max_tokens`.
+        cache_dir: folder of the token cache; "" means ``root/cache``, or a folder of the user's cache
+            (``$XDG_CACHE_HOME`` or ``~/.cache``, then ``lightning_attn``) when ``root`` is read-only.
+        download: fetches the official WMT14 files into ``root`` first.
+        preparation_processes: processes that cut the training text into tokens; 0 means one per core.
+        predict_file: text to translate in prediction, one sentence a line; "" means the source side of the test set.
+
+    Raises:
+        ValueError: if a number is out of range or both languages are the same.
+    """
+
+    # A small evaluation set has fewer batches than ranks.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        root: str,
+        max_tokens: int = 4096,
+        num_workers: int = 0,
+        source_language: str = "en",
+        target_language: str = "de",
+        train_files: str = "train",
+        vocabulary_size: int = 37000,
+        cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        eval_max_tokens: int = 0,
+        cache_dir: str = "",
+        download: bool = False,
+        preparation_processes: int = 0,
+        predict_file: str = "",
+    ) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        for name, value, least in (
+            ("max_tokens", max_tokens, 1),
+            ("num_workers", num_workers, 0),
+            ("vocabulary_size", vocabulary_size, 5),
+            ("seed", seed, 0),
+            ("eval_max_tokens", eval_max_tokens, 0),
+            ("preparation_processes", preparation_processes, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: {value} is too small; give {least} or more (--data.{name} {least}).")
+        if source_language == target_language:
+            raise ValueError(
+                f"target_language: {target_language!r} is the source language too; give two different endings, such as "
+                "--data.source_language en --data.target_language de."
+            )
+        self.root = Path(root)
+        self.max_tokens = max_tokens
+        self.num_workers = num_workers
+        self.source_language = source_language
+        self.target_language = target_language
+        self.train_files = train_files
+        self.vocabulary_size = vocabulary_size
+        self.cleaning = cleaning
+        self.seed = seed
+        self.eval_max_tokens = eval_max_tokens or max_tokens
+        self.cache_dir = cache_dir
+        self.download = download
+        self.preparation_processes = preparation_processes
+        self.predict_file = predict_file
+        self._cache: TokenCache | None = None
+        self._splits: dict[str, TranslationDataset] = {}
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The joint vocabulary; there after ``setup``.
+
+        Raises:
+            RuntimeError: before ``setup``.
+        """
+        if self._cache is None:
+            raise RuntimeError(
+                "the vocabulary is there after prepare_data() and setup(); the Trainer calls both, or call them yourself."
+            )
+        return self._cache.vocabulary
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder that holds the token caches."""
+        return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder(self.root)
+
+    def prepare_files(self) -> None:
+        """Puts the corpus files into ``root`` where they have to be fetched or made; runs on one process a node."""
+        if self.download:
+            from datamodules.wmt14_sources import download_wmt14
+
+            download_wmt14(self.root)
+
+    def prepare_data(self) -> None:
+        """Fetches the corpus if asked to, checks it, and makes the vocabulary and the token cache.
+
+        Raises:
+            FileNotFoundError: if a file is missing.
+            OSError: if the cache cannot be written.
+            ValueError: on bad text; the message names file and line.
+        """
+        self.prepare_files()
+        for split in ("valid", "test"):
+            if pair := self._evaluation_files(split):
+                read_evaluation(pair)
+        trainer = self.trainer
+        folder = self._preparation().build(
+            self.cache_folder, self.preparation_processes, show_progress=trainer is None or trainer.is_global_zero
+        )
+        _report(TokenCache.open(folder).manifest)
+
+    def setup(self, stage: str) -> None:
+        """Opens what a stage needs; only reads.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            FileNotFoundError: if a file of the stage or the token cache is missing.
+            ValueError: on bad text; the message names file and line.
+        """
+        if self._cache is None:
+            self._cache = TokenCache.open(self.cache_folder / self._preparation().key(self.cache_folder))
+            self._splits["train"] = TranslationDataset(self._cache.source, self._cache.target)
+        for split in {"fit": ("valid",), "validate": ("valid",), "test": ("test",)}.get(stage, ()):
+            if split not in self._splits:
+                source, target = read_evaluation(self._evaluation_files(split, needed=True))
+                self._splits[split] = TranslationDataset.from_text(self.vocabulary, source, target)
+        if stage == "predict":
+            self._splits["predict"] = TranslationDataset.from_text(self.vocabulary, list(read_lines(self._predict_path())))
+
+    def train_dataloader(self) -> DataLoader[TranslationBatch]:
+        """Batches of the training pairs that cleaning kept."""
+        dataset = self._splits["train"]
+        sampler = TokenBatchSampler(*dataset.lengths(), self.max_tokens, shuffle=True, seed=self.seed, **self._share())
+        if self.trainer is not None:
+            # Lightning iterates the loader once before its first set_epoch. Not `trainer.current_epoch`: when a run
+            # resumes from the end of an epoch, that one still lags behind.
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        return ResumableTokenLoader(dataset, sampler, self._batches_trained, **self._loader_options())
+
+    def val_dataloader(self) -> DataLoader[TranslationBatch]:
+        """Batches of the validation set, longest first."""
+        return self._evaluation_loader("valid")
+
+    def test_dataloader(self) -> DataLoader[TranslationBatch]:
+        """Batches of the test set, longest first."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[TranslationBatch]:
+        """Batches of the text to translate, without references."""
+        return self._evaluation_loader("predict")
+
+    def _preparation(self) -> Preparation:
+        pairs = find_pairs(self.root, self.train_files, self.source_language, self.target_language)
+        return Preparation(
+            tuple(pairs), self.source_language, self.target_language, self.vocabulary_size, self.cleaning
+        )
+
+    def _evaluation_files(self, split: str, needed: bool = False) -> FilePair:
+        return find_pairs(self.root, split, self.source_language, self.target_language)[0]
+
+    def _predict_path(self) -> Path:
+        if self.predict_file:
+            return Path(self.predict_file)
+        return self._evaluation_files("test").source
+
+    def _share(self) -> dict[str, int]:
+        """Which share of the batches is this rank's."""
+        trainer = self.trainer
+        if trainer is None:
+            return {"rank": 0, "world_size": 1}
+        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "collate_fn": _whole,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _evaluation_loader(self, split: str) -> DataLoader[TranslationBatch]:
+        dataset = self._splits[split]
+        sampler = TokenBatchSampler(*dataset.lengths(), self.eval_max_tokens, shuffle=False, **self._share())
+        return DataLoader(dataset, batch_sampler=sampler, **self._loader_options())
+
+    def _batches_trained(self) -> int:
+        """Batches of the running epoch that went through a training step on this rank."""
+        assert self.trainer is not None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch and progress.current.processed == progress.current.ready:
+            return self.trainer.fit_loop.max_batches
+        return progress.current.processed
+
+
+class MiniatureTranslationDataModule(WMT14DataModule):
+    """A small English-German corpus made on the spot, without a network.
+
+    It is written in the official layout into ``root``, by default a folder of the user's cache, and read like any other.
+    See `WMT14DataModule` for the arguments.
+    """
+
+    def __init__(
+        self,
+        root: str = "",
+        max_tokens: int = 4096,
+        num_workers: int = 0,
+        vocabulary_size: int = 2000,
+        cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        eval_max_tokens: int = 0,
+        cache_dir: str = "",
+        preparation_processes: int = 0,
+        predict_file: str = "",
+    ) -> None:
+        super().__init__(
+            root=root or str(user_cache_folder() / "miniature_translation"),
+            max_tokens=max_tokens,
+            num_workers=num_workers,
+            vocabulary_size=vocabulary_size,
+            cleaning=cleaning,
+            seed=seed,
+            eval_max_tokens=eval_max_tokens,
+            cache_dir=cache_dir,
+            preparation_processes=preparation_processes,
+            predict_file=predict_file,
+        )
+
+    def prepare_files(self) -> None:
+        """Writes the corpus."""
+        from datamodules.miniature_translation import write_miniature_corpus
+
+        write_miniature_corpus(self.root)
+
+
+def _whole(batch: TranslationBatch) -> TranslationBatch:
+    return batch
+
+
+def _pad(sentences: list[Any], begin: bool) -> Any:
+    """Rows of [bos] + ids + [eos], padded, `[B, L]` int64."""
+    first = int(begin)
+    rows = np.full((len(sentences), first + max(map(len, sentences)) + 1), PAD_ID, dtype=np.int64)
+    if begin:
+        rows[:, 0] = BOS_ID
+    for row, ids in zip(rows, sentences, strict=True):
+        row[first : first + len(ids)] = ids
+        row[first + len(ids)] = EOS_ID
+    return rows
+
+
+def _report(manifest: dict[str, Any]) -> None:
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in manifest["left_out"].items()) or "none"
+    _log.info(
+        "training text: %s of %s pairs kept; left out by reason: %s",
+        f"{manifest['pairs_kept']:,}",
+        f"{manifest['pairs_read']:,}",
+        left_out,
+    )
