@@ -1,0 +1,82 @@
+"""Callbacks of the command: plain progress lines and the resolved configuration of a run."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning import Callback
+from pytorch_lightning.utilities import rank_zero_only
+
+from lightning_attn.files import write_text
+
+
+class ProgressLines(Callback):
+    """Prints a line now and then, where the output is a file or a pipe and a progress bar would be noise.
+
+    Args:
+        every_seconds: Least time between two lines.
+    """
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        self.every_seconds = every_seconds
+        self._started = self._printed = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._started = self._printed = time.perf_counter()
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prints step, metrics of the progress bar, and the time that is left."""
+        now = time.perf_counter()
+        if now - self._printed < self.every_seconds:
+            return
+        self._printed = now
+        done, total = trainer.global_step - self._first_step, trainer.estimated_stepping_batches - self._first_step
+        remaining = (now - self._started) * (total - done) / done if done else float("inf")
+        eta = f"{remaining / 60:.1f} min" if remaining < float("inf") else "unknown"
+        self._print(
+            trainer,
+            f"epoch {trainer.current_epoch} step {trainer.global_step}/{trainer.estimated_stepping_batches}"
+            f" ETA {eta} {_metrics(trainer)}",
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the metrics of a validation."""
+        if not trainer.sanity_checking:
+            self._print(trainer, f"validated at step {trainer.global_step} {_metrics(trainer)}")
+
+    @staticmethod
+    @rank_zero_only
+    def _print(trainer: pl.Trainer, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _metrics(trainer: pl.Trainer) -> str:
+    values = trainer.progress_bar_metrics
+    return " ".join(f"{name} {value:.5g}" for name, value in values.items() if isinstance(value, float | int))
+
+
+class SaveConfiguration(Callback):
+    """Writes the resolved configuration of a run as `config_<stage>.yaml`; never over an older one.
+
+    Args:
+        directory: The run directory.
+        subcommand: fit, validate, test or predict.
+        text: The configuration.
+    """
+
+    def __init__(self, directory: Path, subcommand: str, text: str) -> None:
+        self.directory, self.subcommand, self.text = directory, subcommand, text
+        self._written = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Writes the file once, on rank 0."""
+        if trainer.is_global_zero and not self._written:
+            write_text(self.directory / f"config_{self.subcommand}.yaml", self.text)
+            self._written = True

@@ -1,0 +1,235 @@
+"""The command: `train.py`, `python -m lightning_attn` and `lightning-attn` are this."""
+
+import dataclasses
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytorch_lightning as pl
+import yaml
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+
+import datamodules  # noqa: F401 - makes the DataModules known by their short names
+from lightning_attn import __version__, run_directory
+from lightning_attn.callbacks import ProgressLines, SaveConfiguration
+from lightning_attn.tasks import BaseTask
+from lightning_attn.tasks.checkpoints import read_checkpoint
+
+# Arguments of a single call, which are no part of the experiment that a configuration file describes.
+_CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
+_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run keeps its files.
+
+    Attributes:
+        name: Folder of the run, `<root>/<task>/<name>/`; empty for the name of the first configuration file. A name
+            that is taken gets a number: nothing is ever overwritten.
+        root: Folder of all runs.
+        checkpoint_every_n_steps: Write `last.ckpt` at every so many optimizer steps; 0 writes it after each validation.
+    """
+
+    name: str = ""
+    root: str = "checkpoints"
+    checkpoint_every_n_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"run.name must be the name of a folder, not a path, got {self.name!r}.")
+        if self.checkpoint_every_n_steps < 0:
+            raise ValueError(f"run.checkpoint_every_n_steps must be at least 0, got {self.checkpoint_every_n_steps}.")
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with the run directory and the checkpoints of this project."""
+
+    run_path: Path
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options of the run directory."""
+        parser.add_class_arguments(RunOptions, "run")
+
+    def before_instantiate_classes(self) -> None:
+        """Checks the checkpoint before anything else is built, so that a bad one costs no time."""
+        checkpoint = self._option("ckpt_path")
+        if checkpoint and checkpoint not in _CHECKPOINT_WORDS:
+            read_checkpoint(checkpoint)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A Trainer whose files all lie in the run directory."""
+        assert self.subcommand is not None
+        options = self.config_init[self.subcommand]["trainer"]
+        run = RunOptions(**self._option("run").as_dict())
+        self.run_path = self._run_directory(run)
+        kwargs["default_root_dir"] = str(self.run_path)
+        # Every sampler here knows its rank; a second one around it would share out the data twice.
+        kwargs["use_distributed_sampler"] = False
+        training = self.subcommand == "fit" and not options["fast_dev_run"]
+        if options["logger"] is None:
+            kwargs["logger"] = _loggers(self.run_path) if training else False
+        callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, self._resolved_configuration())]
+        if training and options["enable_checkpointing"] is not False:
+            callbacks += _checkpoint_callbacks(self.run_path, self.model, run)
+        if training and kwargs.get("logger", options["logger"]):
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if not sys.stderr.isatty() and options["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = False
+            callbacks.append(ProgressLines())
+        given = options["callbacks"] or []
+        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
+        trainer = super().instantiate_trainer(**kwargs)
+        rank_zero_info(f"Run directory: {self.run_path}")
+        return trainer
+
+    def _option(self, name: str) -> Any:
+        return self.config[self.config["subcommand"]].get(name)
+
+    def _run_directory(self, run: RunOptions) -> Path:
+        """A new directory for training; the checkpoint's own for working with it."""
+        checkpoint = self._option("ckpt_path")
+        if self.subcommand != "fit" and checkpoint and checkpoint not in _CHECKPOINT_WORDS:
+            owner = run_directory.owner(Path(checkpoint).absolute())
+            if owner is not None:
+                return owner
+        name = run.name
+        if not name:
+            configurations = self._option("config") or []
+            name = Path(str(configurations[0])).stem if configurations else type(self.model).__name__
+        return run_directory.claim(Path(run.root).absolute(), self.model.task_name, name)
+
+    def _resolved_configuration(self) -> str:
+        """Every option with its value, as YAML that any subcommand reads."""
+        assert self.subcommand is not None
+        parser = self._parser(self.subcommand)
+        text = parser.dump(self.config[self.subcommand], skip_none=False, skip_validation=True)
+        values = {name: value for name, value in yaml.safe_load(text).items() if name not in _CALL_ARGUMENTS}
+        header = f"# lightning_attn {__version__}: train.py {self.subcommand}\n"
+        return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _loggers(path: Path) -> list[Any]:
+    return [
+        CSVLogger(path, name="", version="", flush_logs_every_n_steps=50),
+        TensorBoardLogger(path, name="", version="", default_hp_metric=False),
+    ]
+
+
+def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[Callback]:
+    """`best.ckpt` by the task's monitored value, and `last.ckpt`."""
+    best = ModelCheckpoint(
+        dirpath=path,
+        filename="best",
+        monitor=task.monitor,
+        mode=task.monitor_mode,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    every = run.checkpoint_every_n_steps
+    last = ModelCheckpoint(
+        dirpath=path,
+        filename="last",
+        monitor=None,
+        save_top_k=1,
+        enable_version_counter=False,
+        every_n_train_steps=every or None,
+        save_on_train_epoch_end=None if every else True,
+    )
+    return [best, last]
+
+
+class ConfigurationError(ValueError):
+    """Options that cannot be parsed; the message is fit to be shown."""
+
+
+class Parser(LightningArgumentParser):
+    """A parser that raises a short message instead of printing its whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises the essence of a parser's complaint.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(_essence(message)) from ex
+
+
+def _essence(message: str) -> str:
+    """Drops from a parser's message what says nothing about the mistake, and adds a way out for the usual ones."""
+    dull = re.compile(
+        r"^\s*(-\s*)?(Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value type: "
+        r"|Given value: |Expected a <class 'NoneType'>)"
+    )
+    lines = [line.rstrip() for line in message.splitlines() if line.strip() and not dull.match(line)]
+    text = "\n".join(lines)
+    if re.search(r"Expected a <class 'str'>. Got value: -?[0-9.]+$", text, re.MULTILINE):
+        text += (
+            '\nA text is expected. Quote it in YAML, as in terms: "0010": '
+            "unquoted, 0010 is the number 8 and 1111 an integer."
+        )
+    return text
+
+
+def main(args: ArgsType = None) -> None:
+    """Runs the command.
+
+    Args:
+        args: Command-line arguments; None for those of the process.
+
+    Raises:
+        SystemExit: With status 2 and a message on the standard error if an option or the data is wrong.
+    """
+    _quieten()
+    try:
+        CommandLine(
+            BaseTask,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            # Tasks store their arguments themselves; see BaseTask.
+            load_from_checkpoint_support=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"description": "Train, validate, test and run the paper's attention."},
+            args=args,
+        )
+    except (ValueError, OSError) as error:
+        if not _is_message(error):
+            raise
+        if rank_zero_only.rank == 0:
+            print(f"error: {_essence(str(error))}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _is_message(error: BaseException) -> bool:
+    """Whether an error was raised by this project, for the user to read, and not by a fault somewhere below."""
+    if os.environ.get("LIGHTNING_ATTN_TRACEBACK"):
+        return False
+    traceback = error.__traceback__
+    frames = []
+    while traceback is not None:
+        frames.append(traceback.tb_frame.f_globals.get("__name__", ""))
+        traceback = traceback.tb_next
+    return bool(frames) and frames[-1].split(".")[0] in ("lightning_attn", "datamodules", "jsonargparse")
+
+
+def _quieten() -> None:
+    """Silences warnings that a user can do nothing about, each with its reason."""
+    # jsonargparse renamed methods that Lightning calls (Lightning issue 21900).
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    # Lightning asks for many workers; a memory-mapped cache needs none.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Moving averages of weights with a network that is built late: nothing is sharded here.
+    warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides.*")
+    # Run directories are made before training starts, so they are never empty.
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")

@@ -1,0 +1,81 @@
+"""The folder that holds everything a run leaves behind."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.utilities import rank_zero_only
+
+import lightning_attn
+from lightning_attn.files import unused_path, write_json
+
+MARKER = "run.json"
+_VARIABLE = "LIGHTNING_ATTN_RUN_DIRECTORY"
+
+
+def claim(root: Path, task_name: str, name: str) -> Path:
+    """Makes a new run directory `root/task_name/name`, or `name-2` and so on if that is taken.
+
+    Only rank 0 makes one; processes that it starts find it by the environment, and other ranks, which write no files,
+    get the name that it would have.
+
+    Raises:
+        OSError: If the folder cannot be made.
+    """
+    wanted = root / task_name / name
+    if rank_zero_only.rank != 0:
+        return Path(os.environ.get(_VARIABLE, str(wanted)))
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = unused_path(wanted)
+        try:
+            path.mkdir()
+        except FileExistsError:  # another run was quicker
+            continue
+        break
+    os.environ[_VARIABLE] = str(path)
+    write_json(path / MARKER, _origin())
+    return path
+
+
+def owner(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, or None if it has been moved out of one."""
+    return checkpoint.parent if (checkpoint.parent / MARKER).is_file() else None
+
+
+def _origin() -> dict[str, Any]:
+    """Versions and the state of the source tree, so that a run can be traced back."""
+    import pytorch_lightning
+    import torch
+
+    return {
+        "lightning_attn": lightning_attn.__version__,
+        "torch": str(torch.__version__),
+        "pytorch_lightning": pytorch_lightning.__version__,
+        "python": platform.python_version(),
+        "git": _git("describe", "--always", "--dirty", "--abbrev=12"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def read_origin(path: Path) -> dict[str, Any]:
+    """What `claim` noted about a run."""
+    origin: dict[str, Any] = json.loads((path / MARKER).read_text(encoding="utf-8"))
+    return origin

@@ -1,0 +1,8 @@
+"""LightningModules: one for each task, wiring networks, losses, metrics and files together."""
+
+from lightning_attn.tasks.base import BaseTask
+from lightning_attn.tasks.checkpoints import CheckpointError
+from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.tasks.translation import TranslationTask
+
+__all__ = ["BaseTask", "CheckpointError", "OptimizerSpec", "ScheduleSpec", "TranslationTask"]

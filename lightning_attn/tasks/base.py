@@ -1,0 +1,236 @@
+"""What every task shares: optimizer, schedule, exact means over devices, and checkpoints that describe themselves."""
+
+import dataclasses
+import importlib
+import inspect
+import typing
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_attn.tasks.checkpoints import CheckpointError, read_checkpoint
+from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+
+CHECKPOINT_KEY = "task"
+
+
+class BaseTask(pl.LightningModule):
+    """Base of all tasks.
+
+    A subclass sets `task_name` and `monitor`, builds its network in `configure_model` (the DataModule is then
+    set up and reachable as `self.trainer.datamodule`), and writes the usual Lightning steps. Its constructor arguments
+    must be plain values or frozen dataclasses of plain values: they are stored in the checkpoint, which alone is enough
+    for `load`.
+
+    Args:
+        optimizer: Which optimizer; all parameters are one group.
+        schedule: The learning rate's course, stepped after every optimizer step.
+
+    Attributes:
+        task_name: Folder of the runs, `checkpoints/<task_name>/<name>/`.
+        monitor: The logged value that `best.ckpt` is chosen by.
+        monitor_mode: Whether the `"max"` or the `"min"` of `monitor` is best.
+    """
+
+    task_name: ClassVar[str] = "task"
+    monitor: ClassVar[str] = "val/loss"
+    monitor_mode: ClassVar[str] = "min"
+
+    def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
+        super().__init__()
+        # Collects the arguments of the subclass's constructor too. They leave the checkpoint again under a key of our
+        # own, because the Lightning CLI lets "hyper_parameters" overrule the command line.
+        self.save_hyperparameters(logger=False)
+        self._arguments = {name: plain_value(name, value) for name, value in self.hparams.items()}
+        self.optimizer = optimizer
+        self.schedule = schedule
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and its schedule, which Lightning steps per optimizer step, not per epoch."""
+        optimizer = self.optimizer.build(parameter for parameter in self.parameters() if parameter.requires_grad)
+        scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stores what `load` needs: the class and its arguments as plain values."""
+        checkpoint.pop("hyper_parameters", None)
+        checkpoint.pop("hparams_name", None)
+        checkpoint[CHECKPOINT_KEY] = {
+            "name": self.task_name,
+            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+            "arguments": self._arguments,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another task or shape, and says what differs from the current settings."""
+        stored = checkpoint.get(CHECKPOINT_KEY)
+        if stored is None:
+            raise CheckpointError("The checkpoint was not written by a task of lightning_attn: it names no task.")
+        if stored["name"] != self.task_name:
+            raise CheckpointError(
+                f"The checkpoint holds the task {stored['name']!r} ({stored['class_path']}), but the configuration "
+                f"asks for {self.task_name!r}. Use the configuration in the checkpoint's own run directory."
+            )
+        differences = _differences(stored["arguments"], self._arguments)
+        mismatches = _state_mismatches(checkpoint["state_dict"], self.state_dict())
+        described = "".join(
+            f"\n  model.{name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in differences
+        )
+        if mismatches:
+            shown = "".join(f"\n  {line}" for line in mismatches[:8])
+            more = f"\n  and {len(mismatches) - 8} more" if len(mismatches) > 8 else ""
+            raise CheckpointError(
+                f"The checkpoint's weights do not fit the network:{shown}{more}"
+                + (f"\nThese settings differ:{described}" if described else "")
+                + "\nUse the settings that the checkpoint was trained with (config_fit.yaml in its run directory)."
+            )
+        if described:
+            rank_zero_warn(f"Settings that differ from the checkpoint's; the current ones are used:{described}")
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> Self:
+        """A task from a checkpoint alone, in evaluation mode, on the CPU.
+
+        Args:
+            path: A checkpoint that a run left behind.
+            **overrides: Constructor arguments to change.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If it is damaged, not ours, or holds another task.
+        """
+        checkpoint = read_checkpoint(path)
+        stored = checkpoint.get(CHECKPOINT_KEY)
+        if stored is None:
+            raise CheckpointError(f"{path} was not written by a task of lightning_attn: it names no task.")
+        module, _, name = stored["class_path"].rpartition(".")
+        stored_class = getattr(importlib.import_module(module), name)
+        if not (inspect.isclass(stored_class) and issubclass(stored_class, cls)):
+            raise CheckpointError(f"{path} holds a {stored['class_path']}, which is not a {cls.__name__}.")
+        task: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides))
+        task.on_load_checkpoint_alone(checkpoint)
+        task.load_state_dict(checkpoint["state_dict"])
+        return task.eval()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Lightning's name for `load`."""
+        if args:
+            raise TypeError("load_from_checkpoint: pass constructor arguments by keyword.")
+        return cls.load(checkpoint_path, **kwargs)
+
+    def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
+        """Builds the network from what the checkpoint holds, without a DataModule; before the weights are loaded."""
+        raise NotImplementedError(f"{type(self).__name__} must define on_load_checkpoint_alone for `load` to work.")
+
+    @property
+    def output_directory(self) -> Path:
+        """Where the run keeps its files."""
+        return Path(self.trainer.default_root_dir)
+
+
+class TokenMeanMixin:
+    """Makes summed losses a mean over the elements of the whole optimizer step, whatever it is divided into.
+
+    A training step returns the *sum* of its losses after `count_elements(n)`. Lightning divides it by the number of
+    accumulated batches and DDP averages over ranks; before clipping, the gradients are rescaled so that the step is
+    sum / count over all ranks and all accumulated batches together.
+    """
+
+    trainer: pl.Trainer
+    device: torch.device
+    _elements: Tensor | None = None
+
+    def count_elements(self, count: Tensor) -> None:
+        """Adds the number of elements that a batch's summed loss is over."""
+        self._elements = count.double() if self._elements is None else self._elements + count
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divides the accumulated gradients by the accumulated number of elements."""
+        assert self._elements is not None, "a training step counts its elements"
+        total = self.trainer.strategy.reduce(self._elements.clone(), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        self._elements = None
+        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / total.clamp_min(1)
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+
+def plain_value(name: str, value: Any) -> Any:
+    """A constructor argument as plain values, which every checkpoint can be loaded with safely.
+
+    Raises:
+        TypeError: If there is something else inside.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: plain_value(f"{name}.{field.name}", getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(plain_value(f"{name}[{i}]", item) for i, item in enumerate(value))
+    if isinstance(value, dict):
+        return {key: plain_value(f"{name}[{key!r}]", item) for key, item in value.items()}
+    raise TypeError(
+        f"Argument {name!r} of a task is a {type(value).__name__}, which a checkpoint cannot hold safely. "
+        "Use plain values or a dataclass of plain values."
+    )
+
+
+def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Turns the plain values of a checkpoint into the dataclasses that the constructor is annotated with."""
+    hints = typing.get_type_hints(task_class.__init__)  # type: ignore[misc]
+    typed = {}
+    for name, value in arguments.items():
+        hint = hints.get(name)
+        is_dataclass = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        typed[name] = hint(**value) if is_dataclass and isinstance(value, dict) and callable(hint) else value
+    return typed
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append((prefix + name, before, after))
+    return found
+
+
+def _state_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor]) -> list[str]:
+    lines = []
+    for name in sorted(stored.keys() | current.keys()):
+        if name not in current:
+            lines.append(f"{name} {tuple(stored[name].shape)}: only in the checkpoint")
+        elif name not in stored:
+            lines.append(f"{name} {tuple(current[name].shape)}: only in the network")
+        elif stored[name].shape != current[name].shape:
+            lines.append(f"{name}: {tuple(stored[name].shape)} in the checkpoint, {tuple(current[name].shape)} now")
+    return lines
+
+
+def require_network(network: nn.Module | None) -> None:
+    """Refuses to work before `configure_model` has built the network.
+
+    Raises:
+        RuntimeError: If there is no network yet.
+    """
+    if network is None:
+        raise RuntimeError("The network is built when a Trainer starts, or by `load` from a checkpoint; not before.")

@@ -1,0 +1,308 @@
+"""Translation with an encoder-decoder Transformer whose attentions are chosen by spec (paper, section 3)."""
+
+import dataclasses
+import time
+from typing import Any, ClassVar
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from datamodules.vocabulary import Vocabulary
+from datamodules.wmt14 import TranslationBatch, TranslationDataset
+from lightning_attn.attention import AttentionSpec
+from lightning_attn.files import unused_path, write_json, write_text
+from lightning_attn.metrics.gather import gather_by_id
+from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean
+from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, beam_search
+from lightning_attn.networks.transformer import NormPosition, Transformer
+from lightning_attn.tasks.base import BaseTask, TokenMeanMixin, require_network
+from lightning_attn.tasks.checkpoints import CheckpointError
+from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.visualization import draw_translation_attention
+
+VOCABULARY_KEY = "vocabulary"
+
+
+class TranslationTask(TokenMeanMixin, BaseTask):
+    """Trains, scores and runs a translation Transformer; the defaults are the paper's base model.
+
+    The vocabulary comes from the DataModule, or from the checkpoint when there is none, and is stored in checkpoints.
+
+    Args:
+        self_attention: Attention of the encoder and, causal, of the decoder; `mechanism: none` leaves it out ("w/o").
+        cross_attention: Encoder-decoder attention.
+        dim: Width C.
+        hidden_dim: Width inside the feed-forward networks.
+        encoder_layers: Number of encoder layers.
+        decoder_layers: Number of decoder layers.
+        dropout: Dropout of embeddings, sublayer outputs and hidden layers; that of weights is in the specs.
+        norm_position: `"post"` or `"pre"`.
+        tie_embeddings: One matrix for source, target and output.
+        label_smoothing: Probability mass spread over the vocabulary in the training loss.
+        optimizer: The optimizer.
+        schedule: The learning rate's course.
+        decoding: Beam search for test and prediction.
+        validation_beam_size: Beam of the translations that validation is scored by; 0 scores the loss only.
+        num_examples: How many translations a test prints, and draws the first one's attention if above 0.
+    """
+
+    task_name: ClassVar[str] = "translation"
+    monitor: ClassVar[str] = "val/loss"
+    monitor_mode: ClassVar[str] = "min"
+
+    def __init__(
+        self,
+        self_attention: AttentionSpec = AttentionSpec(scale=0.125),  # noqa: B008 - a frozen value
+        cross_attention: AttentionSpec = AttentionSpec(scale=0.125),  # noqa: B008 - a frozen value
+        dim: int = 512,
+        hidden_dim: int = 2048,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        dropout: float = 0.1,
+        norm_position: NormPosition = "post",
+        tie_embeddings: bool = True,
+        label_smoothing: float = 0.1,
+        optimizer: OptimizerSpec = OptimizerSpec(),  # noqa: B008 - a frozen value
+        schedule: ScheduleSpec = ScheduleSpec(),  # noqa: B008 - a frozen value
+        decoding: BeamSearchOptions = BeamSearchOptions(),  # noqa: B008 - a frozen value
+        validation_beam_size: int = 1,
+        num_examples: int = 5,
+    ) -> None:
+        super().__init__(optimizer, schedule)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
+        if validation_beam_size < 0 or num_examples < 0:
+            raise ValueError("validation_beam_size and num_examples must be at least 0.")
+        self.network_arguments: dict[str, Any] = {
+            "self_attention": self_attention,
+            "cross_attention": cross_attention,
+            "dim": dim,
+            "hidden_dim": hidden_dim,
+            "encoder_layers": encoder_layers,
+            "decoder_layers": decoder_layers,
+            "dropout": dropout,
+            "norm_position": norm_position,
+            "tie_embeddings": tie_embeddings,
+        }
+        # The network itself waits for the vocabulary; a size that does not fit should not wait for the data.
+        with torch.device("meta"):
+            Transformer(vocabulary_size=1, pad_id=0, **self.network_arguments)
+        self.label_smoothing = label_smoothing
+        self.decoding = decoding
+        self.validation_beam_size = validation_beam_size
+        self.num_examples = num_examples
+        self.vocabulary: Vocabulary | None = None
+        self.network: Transformer | None = None
+        self._scores = CorpusTranslationMetrics("valid")
+        self._loss = WeightedMean("valid")
+        self._texts: dict[int, tuple[str, str, str]] = {}
+        self._predictions: dict[int, list[str]] = {}
+        self._first_sentence: tuple[Tensor, Tensor] | None = None
+        self._window = (0, time.perf_counter())  # tokens seen since a moment, for the tokens/s
+
+    # Network and vocabulary
+
+    def configure_model(self) -> None:
+        """Builds the network for the DataModule's vocabulary."""
+        if self.network is None:
+            self._build(self.trainer.datamodule.vocabulary)  # type: ignore[attr-defined]
+
+    def _build(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.network = Transformer(vocabulary_size=vocabulary.size, pad_id=vocabulary.pad_id, **self.network_arguments)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the vocabulary, without which token ids mean nothing."""
+        super().on_save_checkpoint(checkpoint)
+        assert self.vocabulary is not None
+        # A tensor, because bytes are not among what can be loaded safely.
+        checkpoint[VOCABULARY_KEY] = torch.frombuffer(bytearray(self.vocabulary.model), dtype=torch.uint8)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also refuses a checkpoint whose token ids mean other text than the data's."""
+        super().on_load_checkpoint(checkpoint)
+        if _stored_vocabulary(checkpoint) != self.vocabulary:
+            raise CheckpointError(
+                "The checkpoint was trained with another vocabulary than the data module has now "
+                "(another training text, cleaning, or data.vocabulary_size). Use the data settings it was trained with."
+            )
+
+    def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
+        """Builds the network for the vocabulary in the checkpoint."""
+        self._build(_stored_vocabulary(checkpoint))
+
+    # Training
+
+    def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
+        """The summed loss of a batch; `TokenMeanMixin` makes it a mean over the whole optimizer step."""
+        require_network(self.network)
+        assert self.network is not None
+        loss, likelihood, count = self.network.loss(batch.source, batch.target, self.label_smoothing)
+        self.count_elements(count)
+        per_token = likelihood.detach() / count.clamp_min(1)
+        self.log("train/loss", per_token, prog_bar=True, batch_size=1)
+        tokens, since = self._window
+        self._window = (tokens + int(count), since)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs the speed whenever metrics are logged."""
+        tokens, since = self._window
+        now = time.perf_counter()
+        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0 and now > since:  # type: ignore[attr-defined]
+            speed = self.trainer.world_size * tokens / (now - since)
+            self.log("train/tokens_per_second", speed, prog_bar=True, batch_size=1)
+            self._window = (0, now)
+
+    def on_train_epoch_start(self) -> None:
+        """Leaves validation and start-up out of the tokens/s."""
+        self._window = (0, time.perf_counter())
+
+    # Validation and test
+
+    def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        """Loss per sentence and, with `validation_beam_size`, its translation."""
+        self._evaluate(batch, self.validation_beam_size)
+
+    def test_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        """Loss per sentence and its translation by the configured beam search."""
+        self._evaluate(batch, self.decoding.beam_size)
+
+    def _evaluate(self, batch: TranslationBatch, beam_size: int) -> None:
+        require_network(self.network)
+        assert self.network is not None
+        ids = batch.ids.tolist()
+        likelihoods, counts = self.network.sentence_losses(batch.source, batch.target)
+        self._loss.update(ids, likelihoods, counts)
+        if beam_size:
+            hypotheses = [self._text(best[0]) for best in self._search(batch.source, beam_size)]
+            self._scores.update(ids, hypotheses, batch.target_text)
+            self._texts.update(
+                zip(ids, zip(batch.source_text, batch.target_text, hypotheses, strict=True), strict=True)
+            )
+            if 0 in ids:
+                row = ids.index(0)
+                self._first_sentence = (batch.source[row : row + 1], batch.target[row : row + 1])
+
+    def _search(self, source: Tensor, beam_size: int) -> list[list[Hypothesis]]:
+        assert self.network is not None
+        vocabulary = self.vocabulary
+        assert vocabulary is not None
+        options = self.decoding
+        if beam_size != options.beam_size:
+            options = dataclasses.replace(options, beam_size=beam_size, nbest=1)
+        lengths = (source != vocabulary.pad_id).sum(dim=1)
+        return beam_search(
+            self.network.start_decoding(source),
+            source.shape[0],
+            options,
+            bos_id=vocabulary.bos_id,
+            eos_id=vocabulary.eos_id,
+            pad_id=vocabulary.pad_id,
+            max_lengths=options.max_lengths(lengths),
+        )
+
+    def _text(self, hypothesis: Hypothesis) -> str:
+        assert self.vocabulary is not None
+        return self.vocabulary.decode(hypothesis.tokens)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the sentences of an earlier pass."""
+        self._reset_evaluation("valid")
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets the sentences of an earlier pass."""
+        self._reset_evaluation("test")
+
+    def _reset_evaluation(self, split: str) -> None:
+        self._scores, self._loss = CorpusTranslationMetrics(split), WeightedMean(split)
+        self._texts, self._first_sentence = {}, None
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs loss, BLEU and chrF of the whole set, the same on every rank."""
+        self._log_scores("val")
+        self._window = (0, time.perf_counter())
+
+    def _log_scores(self, stage: str) -> dict[str, Any]:
+        results: dict[str, Any] = {f"{stage}/loss": self._loss.compute()}
+        if stage == "test" or self.validation_beam_size:
+            scores = self._scores.compute()
+            results |= {f"{stage}/bleu": scores["bleu"], f"{stage}/chrf": scores["chrf"]}
+            results |= {"bleu_signature": scores["bleu_signature"], "chrf_signature": scores["chrf_signature"]}
+        numbers = {name: value for name, value in results.items() if isinstance(value, float)}
+        self.log_dict({name: torch.tensor(value) for name, value in numbers.items()}, prog_bar=True, batch_size=1)
+        return results
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the scores and writes them, with the translations, into the run directory."""
+        results = self._log_scores("test")
+        texts = gather_by_id(self._texts)
+        if not self.trainer.is_global_zero:
+            return
+        lines = "".join(f"{hypothesis}\n" for _, _, hypothesis in texts.values())
+        write_text(self.output_directory / "predictions" / "test_hypotheses.txt", lines)
+        path = write_json(self.output_directory / "test_metrics.json", results)
+        rank_zero_info(f"BLEU {results['test/bleu']:.2f} ({results['bleu_signature']}); written to {path}")
+        if self.num_examples:
+            _print_examples(list(texts.values())[: self.num_examples])
+            if self._first_sentence is not None:
+                assert self.network is not None
+                assert self.vocabulary is not None
+                path = unused_path(self.output_directory / "attention.png")
+                draw_translation_attention(self.network, self.vocabulary, *self._first_sentence, path)
+                rank_zero_info(f"Attention of the first sentence drawn into {path}")
+
+    # Prediction
+
+    def on_predict_epoch_start(self) -> None:
+        """Forgets the sentences of an earlier pass."""
+        self._predictions = {}
+
+    def predict_step(self, batch: TranslationBatch, batch_idx: int) -> None:
+        """Translates a batch; all n-best texts are kept until the end of the epoch."""
+        require_network(self.network)
+        found = self._search(batch.source, self.decoding.beam_size)
+        texts = [[self._text(hypothesis) for hypothesis in best] for best in found]
+        self._predictions.update(zip(batch.ids.tolist(), texts, strict=True))
+
+    def on_predict_epoch_end(self) -> None:
+        """Writes `predictions/hypotheses.txt`, one sentence a line in corpus order (with n-best: tab-separated)."""
+        predictions = gather_by_id(self._predictions)
+        if self.trainer.is_global_zero:
+            lines = "".join("\t".join(texts) + "\n" for texts in predictions.values())
+            path = write_text(self.output_directory / "predictions" / "hypotheses.txt", lines)
+            rank_zero_info(f"{len(predictions)} translations written to {path}")
+
+    @torch.inference_mode()
+    def translate(self, sentences: list[str]) -> list[str]:
+        """Translates sentences, all in one batch.
+
+        Args:
+            sentences: Source sentences, as plain text.
+
+        Returns:
+            The best translation of each.
+        """
+        require_network(self.network)
+        assert self.vocabulary is not None
+        if not sentences:
+            return []
+        batch = TranslationDataset.from_text(self.vocabulary, sentences).__getitems__(list(range(len(sentences))))
+        found = self._search(batch.source.to(self.device), self.decoding.beam_size)
+        return [self._text(best[0]) for best in found]
+
+
+def _stored_vocabulary(checkpoint: dict[str, Any]) -> Vocabulary:
+    if VOCABULARY_KEY not in checkpoint:
+        raise CheckpointError("The checkpoint holds no vocabulary: it was not written by a TranslationTask.")
+    return Vocabulary(checkpoint[VOCABULARY_KEY].numpy().tobytes())
+
+
+def _print_examples(texts: list[tuple[str, str, str]]) -> None:
+    table = Table("source", "reference", "translation", title="First sentences of the test set", show_lines=True)
+    for row in texts:
+        table.add_row(*row)
+    Console().print(table)
