@@ -1,6 +1,9 @@
 """The command: `train.py`, `python -m lightning_attn` and `lightning-attn` are this."""
 
 import dataclasses
+import difflib
+import inspect
+import logging
 import os
 import re
 import sys
@@ -72,7 +75,11 @@ class CommandLine(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_path)
         # Every sampler here knows its rank; a second one around it would share out the data twice.
         kwargs["use_distributed_sampler"] = False
+        # The configuration is stored as config_<stage>.yaml, and tasks keep their arguments; hparams.yaml is neither.
+        kwargs["enable_autolog_hparams"] = False
         training = self.subcommand == "fit" and not options["fast_dev_run"]
+        if self.subcommand != "fit":
+            kwargs["enable_checkpointing"] = False
         if options["logger"] is None:
             kwargs["logger"] = _loggers(self.run_path) if training else False
         callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, self._resolved_configuration())]
@@ -153,12 +160,12 @@ class Parser(LightningArgumentParser):
     """A parser that raises a short message instead of printing its whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises the essence of a parser's complaint.
+        """Raises a parser's complaint.
 
         Raises:
             ConfigurationError: Always.
         """
-        raise ConfigurationError(_essence(message)) from ex
+        raise ConfigurationError(message) from ex
 
 
 def _essence(message: str) -> str:
@@ -168,13 +175,34 @@ def _essence(message: str) -> str:
         r"|Given value: |Expected a <class 'NoneType'>)"
     )
     lines = [line.rstrip() for line in message.splitlines() if line.strip() and not dull.match(line)]
-    text = "\n".join(lines)
+    text = re.sub(r"^\s*-\s*", "", "\n".join(lines))
     if re.search(r"Expected a <class 'str'>. Got value: -?[0-9.]+$", text, re.MULTILINE):
         text += (
             '\nA text is expected. Quote it in YAML, as in terms: "0010": '
             "unquoted, 0010 is the number 8 and 1111 an integer."
         )
+    unknown = re.search(r"(?:not accept(?:ed)? option|Option|unrecognized arguments:) '?-*([\w.]+)", text)
+    if unknown:
+        wrong = unknown.group(1).split(".")
+        close = [name for part in wrong for name in difflib.get_close_matches(part, _known_options(), n=1, cutoff=0.75)]
+        close = [name for name in close if name not in wrong]
+        if close:
+            text += f"\nDid you mean {close[-1]!r}?"
     return text
+
+
+def _known_options() -> set[str]:
+    """Names of the arguments of everything that can be configured."""
+    names = {"model", "data", "trainer", "run", "seed_everything", "ckpt_path", "class_path", "init_args"}
+    pending: list[type] = [pl.Trainer, BaseTask, pl.LightningDataModule, RunOptions]
+    while pending:
+        configurable = pending.pop()
+        pending += configurable.__subclasses__()
+        for parameter in inspect.signature(configurable).parameters.values():
+            names.add(parameter.name)
+            if dataclasses.is_dataclass(parameter.default):
+                names |= {field.name for field in dataclasses.fields(parameter.default)}
+    return names
 
 
 def main(args: ArgsType = None) -> None:
@@ -187,6 +215,8 @@ def main(args: ArgsType = None) -> None:
         SystemExit: With status 2 and a message on the standard error if an option or the data is wrong.
     """
     _quieten()
+    # Without this a misspelt --trainer.max_step would be taken for max_steps.
+    exact: dict[str, Any] = {"allow_abbrev": False}
     try:
         CommandLine(
             BaseTask,
@@ -199,7 +229,11 @@ def main(args: ArgsType = None) -> None:
             save_config_callback=None,
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"description": "Train, validate, test and run the paper's attention."},
+            parser_kwargs={
+                "description": "Train, validate, test and run the paper's attention.",
+                **exact,
+                **{name: dict(exact) for name in CommandLine.subcommands()},
+            },
             args=args,
         )
     except (ValueError, OSError) as error:
@@ -208,6 +242,8 @@ def main(args: ArgsType = None) -> None:
         if rank_zero_only.rank == 0:
             print(f"error: {_essence(str(error))}", file=sys.stderr)
         raise SystemExit(2) from error
+    finally:
+        run_directory.discard_if_unused()
 
 
 def _is_message(error: BaseException) -> bool:
@@ -223,13 +259,17 @@ def _is_message(error: BaseException) -> bool:
 
 
 def _quieten() -> None:
-    """Silences warnings that a user can do nothing about, each with its reason."""
+    """Silences messages that a user can do nothing about, each with its reason."""
     # jsonargparse renamed methods that Lightning calls (Lightning issue 21900).
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    # Lightning asks for many workers; a memory-mapped cache needs none.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Moving averages of weights with a network that is built late: nothing is sharded here.
-    warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides.*")
-    # Run directories are made before training starts, so they are never empty.
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*Experiment logs directory .* exists and is not empty.*")
+    for message in (
+        ".*does not have many workers.*",  # a memory-mapped cache needs none
+        ".*WeightAveraging callback with a model that overrides.*",  # nothing is sharded here
+        ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # made before training starts
+        ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
+        ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # Lightning advertises other products at every start.
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: " not in record.getMessage())

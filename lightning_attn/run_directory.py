@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning_attn.files import unused_path, write_json
 
 MARKER = "run.json"
 _VARIABLE = "LIGHTNING_ATTN_RUN_DIRECTORY"
+_claimed: list[Path] = []
 
 
 def claim(root: Path, task_name: str, name: str) -> Path:
@@ -37,8 +39,19 @@ def claim(root: Path, task_name: str, name: str) -> Path:
             continue
         break
     os.environ[_VARIABLE] = str(path)
+    _claimed.append(path)
     write_json(path / MARKER, _origin())
     return path
+
+
+def discard_if_unused() -> None:
+    """Removes the directories that this process claimed and that hold no result, such as after a mistake in the data."""
+    while _claimed:
+        path = _claimed.pop()
+        files = {file.name for file in path.iterdir()} if path.is_dir() else set()
+        if files and all(name == MARKER or name.startswith("config_") for name in files):
+            shutil.rmtree(path)
+    os.environ.pop(_VARIABLE, None)
 
 
 def owner(checkpoint: Path) -> Path | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_attn.attention import AttentionCache, AttentionSpec, TransformerAttention, build_attention
 from lightning_attn.networks.cross_entropy import summed_cross_entropy
+from lightning_attn.networks.dropout import Dropout
 
 NormPosition = Literal["pre", "post"]
 
@@ -22,7 +23,7 @@ class Residual(nn.Module):
     def __init__(self, dim: int, dropout: float, norm_position: NormPosition) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm_first = norm_position == "pre"
 
     def before(self, x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class FeedForward(nn.Sequential):
     """Two linear layers with a ReLU in between, applied to every position alone."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
-        super().__init__(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim))
+        super().__init__(nn.Linear(dim, hidden_dim), nn.ReLU(), Dropout(dropout), nn.Linear(hidden_dim, dim))
         for layer in self:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
             nn.init.normal_(module.weight, std=dim**-0.5)
             if module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.encoder = nn.ModuleList(
             EncoderLayer(dim, hidden_dim, self_attention, "self", dropout, norm_position) for _ in range(encoder_layers)
         )
