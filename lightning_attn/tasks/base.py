@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Self
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.plugins.precision import Precision
+from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -53,9 +54,29 @@ class BaseTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and its schedule, which Lightning steps per optimizer step, not per epoch."""
-        optimizer = self.optimizer.build(parameter for parameter in self.parameters() if parameter.requires_grad)
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # The scaler of fp16 unscales gradients itself, which a fused optimizer and clipping cannot both do.
+        fused = self._gradient_scaler is None and all(p.device.type in ("cpu", "cuda") for p in parameters)
+        optimizer = self.optimizer.build(parameters, fused=fused)
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _gradient_scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips also with a fused optimizer under bf16, which Lightning refuses although only fp16 forbids it."""
+        if self._gradient_scaler is not None or not gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stores what `load` needs: the class and its arguments as plain values."""

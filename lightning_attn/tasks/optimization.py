@@ -43,12 +43,15 @@ class OptimizerSpec:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be a positive finite number, got {self.learning_rate!r}.")
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimizer over `parameters`, with fused kernels where the device has them."""
-        parameters = list(parameters)
+    def build(self, parameters: Iterable[nn.Parameter], fused: bool = False) -> Optimizer:
+        """The optimizer over `parameters`; `fused` asks for the kernels that CPU and CUDA have for all at once."""
         if self.name == "sgd":
             return torch.optim.SGD(
-                parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+                parameters,
+                lr=self.learning_rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                fused=fused,
             )
         kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
         return kind(
@@ -57,7 +60,7 @@ class OptimizerSpec:
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
-            fused=all(parameter.device.type in ("cpu", "cuda") for parameter in parameters),
+            fused=fused,
         )
 
 
