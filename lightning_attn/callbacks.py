@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_attn.files import write_text
@@ -60,6 +61,32 @@ class ProgressLines(Callback):
 def _metrics(trainer: pl.Trainer) -> str:
     values = trainer.progress_bar_metrics
     return " ".join(f"{name} {value:.5g}" for name, value in values.items() if isinstance(value, float | int))
+
+
+class CheckpointAveraging(WeightAveraging):
+    """The equal mean of the weights at some steps, as "averaging the last checkpoints" without keeping them.
+
+    Validation, tests and checkpoints use the mean from the first of these steps on; training goes on with its own
+    weights. Vaswani et al. 2017 average the last five checkpoints.
+
+    Args:
+        start_step: The first optimizer step whose weights count.
+        every_n_steps: Steps from one that counts to the next.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(self, start_step: int, every_n_steps: int = 1000) -> None:
+        if start_step < 1 or every_n_steps < 1:
+            raise ValueError(f"start_step and every_n_steps must be at least 1, got {start_step} and {every_n_steps}.")
+        super().__init__()
+        self.start_step, self.every_n_steps = start_step, every_n_steps
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether the weights after the optimizer step `step_idx` (from 0) count."""
+        since = -1 if step_idx is None else step_idx + 1 - self.start_step
+        return since >= 0 and since % self.every_n_steps == 0
 
 
 class SaveConfiguration(Callback):

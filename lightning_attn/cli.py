@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import logging
 import os
@@ -16,7 +17,7 @@ import yaml
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities import rank_zero_info
 
 import datamodules  # noqa: F401 - makes the DataModules known by their short names
 from lightning_attn import __version__, run_directory
@@ -239,17 +240,29 @@ def main(args: ArgsType = None) -> None:
     except (ValueError, OSError) as error:
         if not _is_message(error):
             raise
-        if rank_zero_only.rank == 0:
-            print(f"error: {_essence(str(error))}", file=sys.stderr)
+        if run_directory.is_rank_zero():
+            print(f"error: {_message(error)}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
         run_directory.discard_if_unused()
+
+
+def _message(error: ValueError | OSError) -> str:
+    if _is_full(error):
+        return f"{error}. Nothing older was lost. Make room, then go on from the last checkpoint with --ckpt_path."
+    return _essence(str(error))
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_message(error: BaseException) -> bool:
     """Whether an error was raised by this project, for the user to read, and not by a fault somewhere below."""
     if os.environ.get("LIGHTNING_ATTN_TRACEBACK"):
         return False
+    if _is_full(error):
+        return True
     traceback = error.__traceback__
     frames = []
     while traceback is not None:

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def claim(root: Path, task_name: str, name: str) -> Path:
         OSError: If the folder cannot be made.
     """
     wanted = root / task_name / name
-    if rank_zero_only.rank != 0:
+    if not is_rank_zero():
         return Path(os.environ.get(_VARIABLE, str(wanted)))
     wanted.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -44,12 +45,17 @@ def claim(root: Path, task_name: str, name: str) -> Path:
     return path
 
 
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes files; known from the environment before anything is started."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
 def discard_if_unused() -> None:
-    """Removes the directories that this process claimed and that hold no result, such as after a mistake in the data."""
+    """Removes directories that this process claimed and that hold no result, such as after a mistake in the data."""
     while _claimed:
         path = _claimed.pop()
         files = {file.name for file in path.iterdir()} if path.is_dir() else set()
-        if files and all(name == MARKER or name.startswith("config_") for name in files):
+        if files and all(name.startswith((MARKER, "config_", "events.")) for name in files):
             shutil.rmtree(path)
     os.environ.pop(_VARIABLE, None)
 
@@ -61,13 +67,10 @@ def owner(checkpoint: Path) -> Path | None:
 
 def _origin() -> dict[str, Any]:
     """Versions and the state of the source tree, so that a run can be traced back."""
-    import pytorch_lightning
-    import torch
-
     return {
         "lightning_attn": lightning_attn.__version__,
-        "torch": str(torch.__version__),
-        "pytorch_lightning": pytorch_lightning.__version__,
+        "torch": metadata.version("torch"),
+        "pytorch_lightning": metadata.version("pytorch-lightning"),
         "python": platform.python_version(),
         "git": _git("describe", "--always", "--dirty", "--abbrev=12"),
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import inspect
+import time
 import typing
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -156,29 +157,32 @@ class BaseTask(pl.LightningModule):
         return Path(self.trainer.default_root_dir)
 
 
-class TokenMeanMixin:
-    """Makes summed losses a mean over the elements of the whole optimizer step, whatever it is divided into.
+class TokenMeanTask(BaseTask):
+    """A task whose training loss is a mean over tokens of the whole optimizer step, whatever it is divided into.
 
-    A training step returns the *sum* of its losses after `count_elements(n)`. Lightning divides it by the number of
+    A training step returns the *sum* of its losses after `count_tokens`. Lightning divides it by the number of
     accumulated batches and DDP averages over ranks; before clipping, the gradients are rescaled so that the step is
-    sum / count over all ranks and all accumulated batches together.
+    sum / number over all ranks and all accumulated batches together. The same mean is logged as `train/loss`.
     """
 
-    trainer: pl.Trainer
-    device: torch.device
-    _elements: Tensor | None = None
+    def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
+        super().__init__(optimizer, schedule)
+        self._step_sums: Tensor | None = None  # number of tokens and sum of what is logged, since the last step
+        self._window = (0.0, time.perf_counter())  # tokens since a moment, for the speed
 
-    def count_elements(self, count: Tensor) -> None:
-        """Adds the number of elements that a batch's summed loss is over."""
-        self._elements = count.double() if self._elements is None else self._elements + count
+    def count_tokens(self, number: Tensor, logged_sum: Tensor) -> None:
+        """Adds a batch's number of tokens, and the sum over them whose mean is logged as `train/loss`."""
+        sums = torch.stack((number.double(), logged_sum.detach().double()))
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divides the accumulated gradients by the accumulated number of elements."""
-        assert self._elements is not None, "a training step counts its elements"
-        total = self.trainer.strategy.reduce(self._elements.clone(), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        self._elements = None
-        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / total.clamp_min(1)
+        """Divides the accumulated gradients by the accumulated number of tokens, and logs the mean loss."""
+        assert self._step_sums is not None, "a training step counts its tokens"
+        sums = self.trainer.strategy.reduce(self._step_sums, reduce_op="sum")
+        assert isinstance(sums, Tensor)
+        self._step_sums = None
+        number, logged_sum = sums.clamp_min(1)[0], sums[1]
+        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / number
         gradients = [
             parameter.grad
             for group in optimizer.param_groups
@@ -186,6 +190,29 @@ class TokenMeanMixin:
             if parameter.grad is not None
         ]
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        self.log("train/loss", (logged_sum / number).float(), prog_bar=True)
+        self._log_speed(float(number))
+
+    def _log_speed(self, number: float) -> None:
+        tokens, since = self._window
+        tokens, now = tokens + number, time.perf_counter()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every == 0:
+            self.log("train/tokens_per_second", tokens / (now - since), prog_bar=True)
+            tokens, since = 0.0, now
+        self._window = (tokens, since)
+
+    def restart_clock(self) -> None:
+        """Leaves what was not training out of the speed."""
+        self._window = (0.0, time.perf_counter())
+
+    def on_train_epoch_start(self) -> None:
+        """Leaves start-up out of the speed."""
+        self.restart_clock()
+
+    def on_validation_end(self) -> None:
+        """Leaves validation out of the speed."""
+        self.restart_clock()
 
 
 def plain_value(name: str, value: Any) -> Any:

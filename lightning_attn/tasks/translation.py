@@ -1,7 +1,6 @@
 """Translation with an encoder-decoder Transformer whose attentions are chosen by spec (paper, section 3)."""
 
 import dataclasses
-import time
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean
 from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, beam_search
 from lightning_attn.networks.transformer import NormPosition, Transformer
-from lightning_attn.tasks.base import BaseTask, TokenMeanMixin, require_network
+from lightning_attn.tasks.base import TokenMeanTask, require_network
 from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization import draw_translation_attention
@@ -26,7 +25,7 @@ from lightning_attn.visualization import draw_translation_attention
 VOCABULARY_KEY = "vocabulary"
 
 
-class TranslationTask(TokenMeanMixin, BaseTask):
+class TranslationTask(TokenMeanTask):
     """Trains, scores and runs a translation Transformer; the defaults are the paper's base model.
 
     The vocabulary comes from the DataModule, or from the checkpoint when there is none, and is stored in checkpoints.
@@ -101,7 +100,6 @@ class TranslationTask(TokenMeanMixin, BaseTask):
         self._texts: dict[int, tuple[str, str, str]] = {}
         self._predictions: dict[int, list[str]] = {}
         self._first_sentence: tuple[Tensor, Tensor] | None = None
-        self._window = (0, time.perf_counter())  # tokens seen since a moment, for the tokens/s
 
     # Network and vocabulary
 
@@ -137,29 +135,12 @@ class TranslationTask(TokenMeanMixin, BaseTask):
     # Training
 
     def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
-        """The summed loss of a batch; `TokenMeanMixin` makes it a mean over the whole optimizer step."""
+        """The summed loss of a batch; `TokenMeanTask` makes it a mean over the whole optimizer step."""
         require_network(self.network)
         assert self.network is not None
-        loss, likelihood, count = self.network.loss(batch.source, batch.target, self.label_smoothing)
-        self.count_elements(count)
-        per_token = likelihood.detach() / count.clamp_min(1)
-        self.log("train/loss", per_token, prog_bar=True, batch_size=1)
-        tokens, since = self._window
-        self._window = (tokens + int(count), since)
+        loss, likelihood, number = self.network.loss(batch.source, batch.target, self.label_smoothing)
+        self.count_tokens(number, likelihood)
         return loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the speed whenever metrics are logged."""
-        tokens, since = self._window
-        now = time.perf_counter()
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0 and now > since:  # type: ignore[attr-defined]
-            speed = self.trainer.world_size * tokens / (now - since)
-            self.log("train/tokens_per_second", speed, prog_bar=True, batch_size=1)
-            self._window = (0, now)
-
-    def on_train_epoch_start(self) -> None:
-        """Leaves validation and start-up out of the tokens/s."""
-        self._window = (0, time.perf_counter())
 
     # Validation and test
 
@@ -224,7 +205,6 @@ class TranslationTask(TokenMeanMixin, BaseTask):
     def on_validation_epoch_end(self) -> None:
         """Logs loss, BLEU and chrF of the whole set, the same on every rank."""
         self._log_scores("val")
-        self._window = (0, time.perf_counter())
 
     def _log_scores(self, stage: str) -> dict[str, Any]:
         results: dict[str, Any] = {f"{stage}/loss": self._loss.compute()}

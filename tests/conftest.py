@@ -1,0 +1,121 @@
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamodules.miniature_translation import write_miniature_corpus
+from lightning_attn.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A small corpus in the official layout, with an odd number of test sentences."""
+    root = tmp_path_factory.mktemp("corpus")
+    write_miniature_corpus(root, {"train": 400, "valid": 20, "test": 31})
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory, corpus) -> Path:
+    """A complete configuration that trains in a second."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+model:
+  class_path: TranslationTask
+  init_args:
+    self_attention: {{num_heads: 2, scale: 0.25}}
+    cross_attention: {{num_heads: 2, scale: 0.25}}
+    dim: 16
+    hidden_dim: 32
+    encoder_layers: 1
+    decoder_layers: 1
+    dropout: 0.0
+    norm_position: pre
+    optimizer: {{learning_rate: 0.01}}
+    schedule: {{name: constant, warmup_steps: 0}}
+    decoding: {{beam_size: 2, max_length_offset: 5}}
+data:
+  class_path: WMT14DataModule
+  init_args:
+    root: {corpus}
+    vocabulary_size: 300
+    max_tokens: 400
+    preparation_processes: 1
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 4
+  val_check_interval: 2
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 0
+  limit_val_batches: 1
+  log_every_n_steps: 1
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch) -> Path:
+    """Runs the test in an empty folder, as a user would from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    return tmp_path
+
+
+@pytest.fixture
+def run(in_folder, capfd) -> Callable[..., str]:
+    """Calls the command in this process and returns what it printed; a failure must be asked for by status."""
+
+    def call(*arguments: object, status: int = 0) -> str:
+        capfd.readouterr()
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        printed = "".join(capfd.readouterr())
+        assert code == status, printed
+        return printed
+
+    return call
+
+
+@pytest.fixture
+def run_process(in_folder) -> Callable[..., subprocess.CompletedProcess]:
+    """Calls train.py in a process of its own."""
+
+    def call(*arguments: object, status: int = 0, **variables: str) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    return call
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def same_randomness() -> None:
+    torch.manual_seed(0)

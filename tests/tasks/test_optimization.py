@@ -1,0 +1,75 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from lightning_attn.tasks import OptimizerSpec, ScheduleSpec
+
+
+def rates(spec: ScheduleSpec, peak: float, steps: int, total: float = math.inf) -> list[float]:
+    optimizer = OptimizerSpec(learning_rate=peak).build([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = spec.build(optimizer, total)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_paper_schedule():
+    """1e-7 -> 0.001 over 4,000 steps, then 0.001 x (iter / 4000) ** -0.5 (paper, section 3)."""
+    seen = rates(ScheduleSpec("inverse_sqrt", warmup_steps=4000, warmup_start=1e-4), 1e-3, 16001)
+    assert seen[0] == pytest.approx(1e-7)
+    assert seen[2000] == pytest.approx((1e-7 + 1e-3) / 2)
+    assert seen[4000] == pytest.approx(1e-3)
+    assert seen[16000] == pytest.approx(0.5e-3)
+
+
+def test_cosine_ends_at_zero():
+    seen = rates(ScheduleSpec("cosine", warmup_steps=10, warmup_start=0.0), 2.0, 111, total=110)
+    assert seen[:11] == pytest.approx([0.2 * step for step in range(11)])
+    assert seen[60] == pytest.approx(1.0)
+    assert seen[110] == pytest.approx(0.0)
+    assert all(a >= b for a, b in itertools.pairwise(seen[10:]))
+
+
+def test_cosine_needs_an_end():
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps or trainer\.max_epochs"):
+        rates(ScheduleSpec("cosine", warmup_steps=0), 1.0, 1)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizers_are_torchs(name, fused):
+    weights = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    spec = OptimizerSpec(name, learning_rate=0.1, betas=(0.8, 0.9), eps=1e-3, momentum=0.5, weight_decay=0.1)
+    ours = spec.build([weights[0]], fused=fused)
+    adam = {"betas": (0.8, 0.9), "eps": 1e-3}
+    kind, options = {
+        "adam": (torch.optim.Adam, adam),
+        "adamw": (torch.optim.AdamW, adam),
+        "sgd": (torch.optim.SGD, {"momentum": 0.5}),
+    }[name]
+    theirs = kind([weights[1]], lr=0.1, weight_decay=0.1, **options)
+    for _ in range(3):
+        for weight, optimizer in zip(weights, (ours, theirs), strict=True):
+            weight.grad = weight.detach() ** 2
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerSpec("adem"), "optimizer name must be one of"),
+        (lambda: OptimizerSpec(learning_rate=math.nan), "learning_rate must be a positive finite number, got nan"),
+        (lambda: ScheduleSpec("poly"), "schedule name must be one of"),
+        (lambda: ScheduleSpec(warmup_steps=0), "at least 1 for inverse_sqrt, got 0"),
+        (lambda: ScheduleSpec(warmup_start=2), "warmup_start must be a factor between 0 and 1"),
+    ],
+)
+def test_mistakes(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,110 @@
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from datamodules import WMT14DataModule
+from lightning_attn.attention import AttentionSpec
+from lightning_attn.tasks import BaseTask, CheckpointError, OptimizerSpec, ScheduleSpec, TranslationTask
+from lightning_attn.tasks.base import plain_value
+from lightning_attn.visualization import cross_attention_maps
+
+TINY = {
+    "self_attention": AttentionSpec(terms="0110", num_heads=2),
+    "cross_attention": AttentionSpec(terms="1011", num_heads=2),
+    "dim": 16,
+    "hidden_dim": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "schedule": ScheduleSpec("constant", warmup_steps=0),
+}
+
+
+class Subclass(TranslationTask):
+    """A user's task with an argument of its own."""
+
+    def __init__(self, flavour: str = "plain", **arguments) -> None:
+        super().__init__(**arguments)
+        self.flavour = flavour
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, corpus) -> Path:
+    path = tmp_path_factory.mktemp("task") / "trained.ckpt"
+    data = WMT14DataModule(root=str(corpus), vocabulary_size=300, max_tokens=400, preparation_processes=1)
+    trainer = pl.Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        default_root_dir=path.parent,
+    )
+    trainer.fit(Subclass(flavour="sour", **TINY), data)
+    trainer.save_checkpoint(path)
+    return path
+
+
+def test_a_checkpoint_alone_is_enough(checkpoint):
+    task = TranslationTask.load(checkpoint)
+    assert isinstance(task, Subclass)
+    assert task.flavour == "sour"
+    assert task.network_arguments["self_attention"] == TINY["self_attention"]
+    assert not task.training
+    stored = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, stored[name]) for name, value in task.state_dict().items())
+    sentences = ["The woman reads a book.", "", "Today, the man sees the dog and the cat in the garden."]
+    together = task.translate(sentences)
+    assert together == [task.translate([sentence])[0] for sentence in sentences]
+    assert task.translate([]) == []
+    assert TranslationTask.load_from_checkpoint(checkpoint, flavour="sweet").flavour == "sweet"
+
+
+def test_wrong_class_is_refused(checkpoint):
+    class OtherTask(BaseTask):
+        pass
+
+    with pytest.raises(CheckpointError, match="which is not a OtherTask"):
+        OtherTask.load(checkpoint)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        TranslationTask.load(checkpoint.with_name("missing.ckpt"))
+
+
+def test_arguments_must_be_plain(tmp_path):
+    assert plain_value("x", {"a": (1, AttentionSpec()), "b": tmp_path})["b"] == str(tmp_path)
+    with pytest.raises(TypeError, match="'flavour' of a task is a Linear, which a checkpoint cannot hold safely"):
+        Subclass(flavour=torch.nn.Linear(1, 1))
+
+
+def test_sizes_are_checked_before_the_data_is_read():
+    with pytest.raises(ValueError, match="cannot be divided among num_heads=8"):
+        TranslationTask(dim=20)
+    with pytest.raises(ValueError, match="label_smoothing must be"):
+        TranslationTask(label_smoothing=1.0)
+
+
+def test_no_network_before_there_is_a_vocabulary():
+    with pytest.raises(RuntimeError, match="built when a Trainer starts"):
+        TranslationTask(optimizer=OptimizerSpec(), **TINY).translate(["x"])
+
+
+def test_attention_maps_are_those_of_the_decoder(checkpoint):
+    """The maps that are drawn reproduce the decoder's own outputs when they are applied by hand."""
+    task = TranslationTask.load(checkpoint)
+    source = torch.tensor([[5, 6, 7, 3]])
+    target = torch.tensor([[2, 8, 9]])
+    maps = cross_attention_maps(task.network, source, target)
+    assert maps.shape == (2, 2, 3, 4)
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 2, 3))
+    inputs, outputs = [], []
+    attention = task.network.decoder[1].cross_attention
+    attention.register_forward_hook(lambda module, args, output: (inputs.append(args), outputs.append(output)))
+    task.network(source, target)
+    (_, memory), output = inputs[0], outputs[0]
+    values = attention.value_proj(memory).view(1, 4, 2, 8).transpose(1, 2)
+    by_hand = attention.out_proj((maps[1][None] @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(output, by_hand, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,95 @@
+"""Several ranks over 127.0.0.1 give what one process gives."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.ddp
+TWO_RANKS = ["--trainer.devices", 2, "--trainer.strategy", "ddp"]
+
+
+def losses(path: Path) -> list[float]:
+    with (path / "metrics.csv").open(encoding="utf-8") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_two_ranks_train_and_score_like_one(run_process, tiny_config, in_folder):
+    """The same global batch: two batches accumulated on one rank, or one on each of two."""
+    runs = in_folder / "checkpoints" / "translation"
+    steps = ["-c", tiny_config, "--trainer.max_steps", 5, "--trainer.val_check_interval", 10]
+    run_process("fit", *steps, "--run.name", "one", "--trainer.accumulate_grad_batches", 2)
+    run_process("fit", *steps, "--run.name", "two", *TWO_RANKS)
+    one, two = losses(runs / "one"), losses(runs / "two")
+    assert len(one) == 5
+    assert two == pytest.approx(one, abs=1e-4)
+    assert one[-1] < one[0]
+    weights = [torch.load(runs / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-4, rtol=1e-3)
+    assert sorted(path.name for path in runs.iterdir()) == ["one", "two"], "one directory a run, not one a rank"
+
+    # 31 test sentences: the ranks hold different numbers of them.
+    stored = ["-c", runs / "one" / "config_fit.yaml", "--ckpt_path", runs / "one" / "last.ckpt"]
+    few = ["--data.eval_max_tokens", 100]
+    run_process("test", *stored, *few)
+    run_process("test", *stored, *few, *TWO_RANKS)
+    run_process("predict", *stored, *few, *TWO_RANKS)
+    first, second = (
+        json.loads((runs / "one" / name).read_text()) for name in ("test_metrics.json", "test_metrics-2.json")
+    )
+    assert first == second
+    predictions = runs / "one" / "predictions"
+    texts = [(predictions / name).read_text() for name in ("test_hypotheses.txt", "hypotheses.txt")]
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) == 31
+
+
+def test_two_torchrun_nodes_are_ddp_with_two_devices(run_process, tiny_config, in_folder, free_port):
+    """What docs/distributed.md tells users with several hosts to type, with both hosts at 127.0.0.1."""
+    arguments = ["fit", "-c", tiny_config, "--trainer.max_steps", 3, "--trainer.strategy", "ddp"]
+    run_process(*arguments, "--trainer.devices", 2, "--run.name", "devices")
+    script = Path(__file__).parents[1] / "train.py"
+    nodes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
+                *("--node-rank", str(rank), "--master-addr", "127.0.0.1", "--master-port", str(free_port)),
+                *(str(script), *map(str, arguments), "--trainer.devices", "1", "--trainer.num_nodes", "2"),
+                *("--run.name", "nodes"),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)
+    runs = in_folder / "checkpoints" / "translation"
+    assert sorted(path.name for path in runs.iterdir()) == ["devices", "nodes"]
+    assert losses(runs / "nodes") == losses(runs / "devices")
+    weights = [torch.load(runs / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("devices", "nodes")]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_mid_epoch_resume_on_two_ranks(run_process, tiny_config, in_folder):
+    runs = in_folder / "checkpoints" / "translation"
+    common = ["fit", "-c", tiny_config, *TWO_RANKS, "--trainer.val_check_interval", 100]
+    common += ["--run.checkpoint_every_n_steps", 1]
+    run_process(*common, "--trainer.max_steps", 6, "--run.name", "straight")
+    run_process(*common, "--trainer.max_steps", 3, "--run.name", "first")
+    checkpoint = runs / "first" / "last.ckpt"
+    run_process(*common, "--trainer.max_steps", 6, "--run.name", "second", "--ckpt_path", checkpoint)
+    straight, second = (
+        torch.load(runs / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("straight", "second")
+    )
+    for name, value in straight.items():
+        assert torch.equal(value, second[name]), name

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+from pytorch_lightning.utilities import rank_zero_only
+
+from lightning_attn import files, run_directory
+
+
+@pytest.fixture(autouse=True)
+def no_claims(monkeypatch):
+    monkeypatch.setattr(run_directory, "_claimed", [])
+    monkeypatch.setenv(run_directory._VARIABLE, "")
+
+
+def test_taken_names_get_a_number(tmp_path):
+    names = [run_directory.claim(tmp_path, "translation", "name").name for _ in range(3)]
+    assert names == ["name", "name-2", "name-3"]
+    origin = run_directory.read_origin(tmp_path / "translation" / "name")
+    assert {"lightning_attn", "torch", "git"} <= origin.keys()
+
+
+def test_other_ranks_make_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    monkeypatch.delenv(run_directory._VARIABLE)
+    assert run_directory.claim(tmp_path, "translation", "name") == tmp_path / "translation" / "name"
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_unused_directories_are_removed(tmp_path):
+    empty = run_directory.claim(tmp_path, "translation", "empty")
+    (empty / "config_fit.yaml").touch()
+    used = run_directory.claim(tmp_path, "translation", "used")
+    (used / "last.ckpt").touch()
+    run_directory.discard_if_unused()
+    assert not empty.exists()
+    assert used.exists()
+
+
+def test_owner_is_a_run_directory(tmp_path):
+    path = run_directory.claim(tmp_path, "translation", "name")
+    assert run_directory.owner(path / "last.ckpt") == path
+    assert run_directory.owner(tmp_path / "last.ckpt") is None
+
+
+def test_files_are_whole_and_never_overwritten(tmp_path, monkeypatch):
+    path = tmp_path / "scores.json"
+    assert files.write_json(path, {"ä": 1}) == path
+    assert files.write_json(path, {"ä": 2}).name == "scores-2.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 1}
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write_text(tmp_path / "new.txt", "text")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["scores-2.json", "scores.json"]
