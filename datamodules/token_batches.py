@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 Lengths = npt.NDArray[np.int32]
 
@@ -24,13 +24,14 @@ class TokenBatchSampler(Sampler[list[int]]):
     A batch of n pairs takes ``n * longest source`` and ``n * longest target`` tokens, padding included; each of the two
     is at most `max_tokens`.
 
-    For training (``shuffle=True``) pairs are sorted by source and target length, both rounded up to an even number; pairs
-    that are then equal come in an order drawn anew each epoch, and so do the batches cut from the sorted pairs. Where
-    the batches start depends on the lengths alone, so every epoch has the same number of batches. Batches are halved,
-    largest first, until the number is a multiple of the world size: no rank runs short and no pair is left out.
+    For training (``shuffle=True``) pairs are sorted by source and target length, both rounded up to an even number;
+    pairs that are then equal come in an order drawn anew each epoch, and so do the batches cut from the sorted pairs.
+    Where the batches start depends on the lengths alone, so every epoch has the same number of batches. Batches are
+    halved, largest first, until the number is a multiple of the world size: no rank runs short and no pair is left out.
 
-    For evaluation (``shuffle=False``) the longest come first, the batches are the same for every world size, and ranks
-    may differ by one batch; nothing is repeated.
+    For evaluation (``shuffle=False``) the longest come first and the batches are the same for every world size, unless
+    there are fewer than ranks: then they are halved until every rank has one, since a rank that never logs would keep
+    the others waiting. Ranks may differ by one batch; nothing is repeated.
 
     Args:
         source_lengths: tokens of each source sentence as they count against `max_tokens`, `[pairs]`.
@@ -38,11 +39,12 @@ class TokenBatchSampler(Sampler[list[int]]):
         max_tokens: the bound on either side of a batch.
         shuffle: whether this is training.
         seed: what the drawing starts from, together with the epoch.
+        reshuffle: whether each epoch is drawn anew; otherwise all are like the first.
         rank: which share to yield.
         world_size: number of shares.
 
     Raises:
-        ValueError: if a sentence alone is longer than `max_tokens`, or there are fewer pairs than ranks to train on.
+        ValueError: if a sentence alone is longer than `max_tokens`, or there are fewer pairs than ranks.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         *,
         shuffle: bool,
         seed: int = 0,
+        reshuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -64,16 +67,17 @@ class TokenBatchSampler(Sampler[list[int]]):
         if len(longest) and int(longest.max()) > max_tokens:
             index = int(longest.argmax())
             raise ValueError(
-                f"max_tokens: pair {index} alone has {int(longest[index])} tokens (with the end of sentence), more than "
-                f"{max_tokens}. Raise max_tokens or leave the pair out."
+                f"max_tokens: pair {index} alone has {int(longest[index])} tokens with its end of sentence, more than "
+                f"the {max_tokens} of a batch. Raise max_tokens or leave the pair out."
             )
         self.max_tokens = max_tokens
         self.shuffle = shuffle
         self.seed = seed
+        self.reshuffle = reshuffle
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.running_epoch = 0
+        self._running_epoch = 0
         self._skip = 0
         if shuffle:
             source_lengths, target_lengths = (
@@ -83,13 +87,13 @@ class TokenBatchSampler(Sampler[list[int]]):
         self._key = _sorting_key(source_lengths, target_lengths)
         order = self._order(None)
         self._bounds = _cut(source_lengths[order], target_lengths[order], max_tokens)
-        if shuffle:
-            self._bounds = _split(self._bounds, world_size)
+        while self.num_batches % world_size if shuffle else self.num_batches < world_size:
+            self._bounds = _halve_largest(self._bounds, world_size)
 
     @property
-    def sampler(self) -> "TokenBatchSampler":
-        """Itself: Lightning hands the epoch to ``dataloader.batch_sampler.sampler.set_epoch``."""
-        return self
+    def sampler(self) -> Sampler[Any]:
+        """What Lightning hands the epoch to (itself), or takes as a sign that nothing is shuffled."""
+        return self if self.shuffle else SequentialSampler(range(len(self._key)))
 
     @property
     def num_batches(self) -> int:
@@ -101,10 +105,6 @@ class TokenBatchSampler(Sampler[list[int]]):
         if epoch != self.epoch:
             self.epoch, self._skip = epoch, 0
 
-    def plan(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """All batches of an epoch, those of all ranks, in order."""
-        return [*self._batches(epoch, range(self.num_batches))]
-
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank, also when an iteration resumes in the middle."""
         return len(range(self.rank, self.num_batches, self.world_size))
@@ -112,19 +112,20 @@ class TokenBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # Not a generator itself: the epoch must be fixed now, not when the first batch is asked for, because
         # Lightning calls set_epoch in between and DataLoader workers fetch ahead.
-        self.running_epoch = self.epoch
+        self._running_epoch = self.epoch
         share = range(self.rank, self.num_batches, self.world_size)[self._skip :]
         return (batch.tolist() for batch in self._batches(self.epoch, share))
 
-    def state_dict(self, consumed: int) -> dict[str, int]:
+    def state_dict(self, consumed: int, finished: bool = False) -> dict[str, int]:
         """The place to go on from, the same on every rank.
 
         Args:
             consumed: batches of the running epoch that this rank has trained on.
+            finished: whether the epoch ends there.
         """
-        finished = consumed >= len(self)
+        finished = finished or consumed >= len(self)
         return {
-            "epoch": self.running_epoch + finished,
+            "epoch": self._running_epoch + int(finished),
             "consumed": 0 if finished else consumed,
             "seed": self.seed,
             "max_tokens": self.max_tokens,
@@ -155,15 +156,16 @@ class TokenBatchSampler(Sampler[list[int]]):
                 )
         self.epoch, self._skip = state["epoch"], state["consumed"]
 
-    def _order(self, generator: np.random.Generator | None) -> npt.NDArray[np.int64]:
+    def _order(self, generator: np.random.Generator | None) -> npt.NDArray[np.integer[Any]]:
         if generator is None:
             order = np.argsort(self._key, kind="stable")
             return order if self.shuffle else order[::-1]
-        shuffled = generator.permutation(len(self._key))
+        shuffled = np.arange(len(self._key), dtype=np.int32)
+        generator.shuffle(shuffled)
         return shuffled[np.argsort(self._key[shuffled], kind="stable")]
 
-    def _batches(self, epoch: int, share: range) -> Iterator[npt.NDArray[np.int64]]:
-        generator = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
+    def _batches(self, epoch: int, share: range) -> Iterator[npt.NDArray[np.integer[Any]]]:
+        generator = np.random.default_rng((self.seed, epoch * self.reshuffle)) if self.shuffle else None
         order = self._order(generator)
         turn = np.arange(self.num_batches) if generator is None else generator.permutation(self.num_batches)
         for index in turn[share.start : share.stop : share.step]:
@@ -180,12 +182,16 @@ class ResumableTokenLoader(DataLoader[Any]):
     Args:
         dataset: a map-style dataset whose ``__getitems__`` returns a batch.
         batch_sampler: the plan.
-        consumed: tells how many batches of the running epoch have been trained on.
+        consumed: tells how many batches of the running epoch have been trained on, and whether the epoch ends there.
         options: further arguments of the DataLoader.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_sampler: TokenBatchSampler, consumed: Callable[[], int], **options: Any
+        self,
+        dataset: Dataset[Any],
+        batch_sampler: TokenBatchSampler,
+        consumed: Callable[[], tuple[int, bool]],
+        **options: Any,
     ) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self.batches = batch_sampler
@@ -193,21 +199,24 @@ class ResumableTokenLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         """The place in the data; see `TokenBatchSampler.state_dict`."""
-        return self.batches.state_dict(self._consumed())
+        return self.batches.state_dict(*self._consumed())
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a place in the data; see `TokenBatchSampler.load_state_dict`."""
         self.batches.load_state_dict(state)
 
 
-def _sorting_key(source_lengths: Lengths, target_lengths: Lengths) -> npt.NDArray[np.int64]:
+def _sorting_key(source_lengths: Lengths, target_lengths: Lengths) -> npt.NDArray[np.integer[Any]]:
     """Sorts by source length, and within one by target length, up and down in turn.
 
     The turn makes a batch that reaches over two source lengths hold target lengths that are close to each other.
     """
     width = int(target_lengths.max(initial=0)) + 1
     target = np.where(source_lengths % 2, width - 1 - target_lengths, target_lengths)
-    return source_lengths.astype(np.int64) * width + target
+    most = (int(source_lengths.max(initial=0)) + 1) * width
+    # With millions of pairs the plan is the largest thing in memory; four bytes are enough for all usual lengths.
+    narrow = source_lengths.astype(np.int32 if most < 1 << 31 else np.int64)
+    return np.asarray(narrow * width + target, dtype=narrow.dtype)
 
 
 def _cut(source_lengths: Lengths, target_lengths: Lengths, max_tokens: int) -> npt.NDArray[np.int64]:
@@ -218,17 +227,16 @@ def _cut(source_lengths: Lengths, target_lengths: Lengths, max_tokens: int) -> n
         most = max_tokens // max(int(source_lengths[start]), int(target_lengths[start]), 1)
         window = slice(start, start + most)
         longest = np.maximum.accumulate(np.maximum(source_lengths[window], target_lengths[window]))
+        # Grows with every pair, so what fits is a beginning of the window.
         fits = longest.astype(np.int64) * np.arange(1, len(longest) + 1) <= max_tokens
         bounds.append(start + int(np.count_nonzero(fits)))
     return np.array(bounds, dtype=np.int64)
 
 
-def _split(bounds: npt.NDArray[np.int64], world_size: int) -> npt.NDArray[np.int64]:
-    """Halves the batches with most pairs until their number is a multiple of the world size."""
-    while (len(bounds) - 1) % world_size:
-        sizes = np.diff(bounds)
-        index = int(sizes.argmax())
-        if sizes[index] < 2:
-            raise ValueError(f"{int(bounds[-1])} training pairs cannot be dealt out to {world_size} ranks; use fewer.")
-        bounds = np.insert(bounds, index + 1, bounds[index] + sizes[index] // 2)
-    return bounds
+def _halve_largest(bounds: npt.NDArray[np.int64], world_size: int) -> npt.NDArray[np.int64]:
+    """Halves the batch with most pairs."""
+    sizes = np.diff(bounds)
+    index = int(sizes.argmax()) if len(sizes) else 0
+    if not len(sizes) or sizes[index] < 2:
+        raise ValueError(f"{int(bounds[-1])} sentences cannot be dealt out to {world_size} ranks; use fewer ranks.")
+    return np.insert(bounds, index + 1, bounds[index] + sizes[index] // 2)

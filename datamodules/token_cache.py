@@ -8,8 +8,8 @@ A cache folder holds::
     <key>/{source,target}.offsets  int64, one more than sentences: sentence i is ids[offsets[i]:offsets[i + 1]]
     files/<name>.json              content hashes of the input files, so that a large corpus is hashed only once
 
-An entry is built under a temporary name beside its place and renamed when it is complete, so it is there whole or not at
-all, and two processes that build the same entry at once both end with it.
+An entry is built under a temporary name beside its place and renamed when it is complete, so it is there whole or not
+at all, and two processes that build the same entry at once both end with it.
 """
 
 import collections
@@ -18,14 +18,16 @@ import errno
 import hashlib
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,10 @@ _FORMAT = 1
 _BLOCK_LINES = 10_000
 # Below this, starting processes takes longer than the work.
 _LINES_WORTH_A_POOL = 100_000
-# Byte pair encoding gains nothing from more text, but its time and memory grow with it.
-_VOCABULARY_PAIRS = 1_000_000
+# The process that reads cannot feed more than about so many, and each takes as much memory as importing torch does.
+_MOST_PROCESSES = 32
+# Byte pair encoding hardly gains from more text, but takes about 1 KB of memory for every distinct word.
+_VOCABULARY_PAIRS = 500_000
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -68,6 +72,7 @@ class TokenArray:
         self.ids = ids
         self.offsets = offsets
         self._files: tuple[str, str, str] | None = None
+        self._maps: list[mmap.mmap] = []
 
     @classmethod
     def from_lists(cls, sentences: Iterable[list[int]]) -> "TokenArray":
@@ -88,18 +93,29 @@ class TokenArray:
             OSError: if a file cannot be read.
             ValueError: if the files do not belong together.
         """
-        mapped = np.memmap(offsets, dtype=np.int64, mode="r")
-        expected = int(mapped[-1]) * np.dtype(dtype).itemsize
-        if os.stat(ids).st_size != expected:
-            raise ValueError(f"{ids} has {os.stat(ids).st_size} bytes instead of {expected}")
-        array = cls(np.memmap(ids, dtype=dtype, mode="r"), mapped)
-        array._files = (ids, offsets, dtype)
+        maps = []
+        for path in (ids, offsets):
+            with Path(path).open("rb") as file:
+                maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        array = cls(np.frombuffer(maps[0], dtype=dtype), np.frombuffer(maps[1], dtype=np.int64))
+        if array.offsets[-1] != len(array.ids):
+            raise ValueError(f"{ids} holds {len(array.ids)} ids instead of {array.offsets[-1]}")
+        array._files, array._maps = (ids, offsets, dtype), maps
         return array
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
         """Number of ids of every sentence, `[sentences]`."""
         return np.diff(self.offsets).astype(np.int32)
+
+    def release(self) -> None:
+        """Gives mapped pages back, so that they do not add up in the memory of every process that reads.
+
+        They stay in the system's file cache, from where they come back as soon as they are read again.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -141,8 +157,8 @@ class TokenCache:
         """
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder}: no token cache for these files and settings. Call prepare_data() first; the Trainer does so "
-                "before setup()."
+                f"{folder}: no token cache for these files and settings. Call prepare_data() first, as the Trainer "
+                "does before setup()."
             )
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -152,7 +168,9 @@ class TokenCache:
                 for side in ("source", "target")
             )
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder}: this token cache is damaged ({error}). Delete the folder to rebuild it.") from error
+            raise ValueError(
+                f"{folder}: this token cache is damaged ({error}). Delete the folder to rebuild it."
+            ) from error
         return cls(folder, vocabulary, source, target, manifest)
 
 
@@ -215,12 +233,13 @@ class Preparation:
             OSError: if the cache cannot be written; nothing of it is left behind.
             ValueError: on bad text (file and line are named), or if cleaning leaves nothing.
         """
+        folder = cache / self.key(cache)
+        if folder.is_dir():
+            return folder
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            folder = cache / self.key(cache)
-            if folder.is_dir():
-                return folder
-            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
+            # Not tempfile.mkdtemp: other users of a shared corpus folder are to be able to read the entry.
+            scratch = cache / f".{folder.name}-{uuid.uuid4().hex}"
+            scratch.mkdir(parents=True)
             try:
                 self._write(scratch, cache, processes, show_progress)
                 _move(scratch, folder)
@@ -251,7 +270,7 @@ class Preparation:
                 encoder = _Encoder(vocabulary, self.cleaning, dtype)
                 for block in _encode(read_blocks(self.pairs, _BLOCK_LINES), encoder, lines, processes):
                     for side, (ids, block_lengths) in block.sides.items():
-                        ids.tofile(files[side])
+                        files[side].write(ids.tobytes())  # tofile loses errno
                         lengths[side].append(block_lengths)
                     left_out.update(block.left_out)
                     progress.advance(task, block.lines)
@@ -265,7 +284,7 @@ class Preparation:
                 f"check {self.pairs[0].source} and {self.pairs[0].target}."
             )
         for side in ("source", "target"):
-            _offsets(lengths[side]).tofile(folder / f"{side}.offsets")
+            (folder / f"{side}.offsets").write_bytes(_offsets(lengths[side]).tobytes())
         manifest = {
             "format": _FORMAT,
             "files": [
@@ -287,6 +306,7 @@ class Preparation:
         """Learns from every k-th pair that cleaning keeps, k the smallest that gives few enough pairs."""
         step = -(-lines // _VOCABULARY_PAIRS)
         task = progress.add_task("reading text for the vocabulary", total=lines)
+        learning = progress.add_task(f"learning {self.vocabulary_size} vocabulary pieces", total=None, visible=False)
 
         def sentences() -> Iterator[str]:
             seen = 0
@@ -297,9 +317,11 @@ class Preparation:
                         yield target
                 seen += len(block)
                 progress.advance(task, len(block))
-            progress.add_task(f"learning {self.vocabulary_size} vocabulary pieces", total=None)
+            progress.update(learning, visible=True)
 
-        return train_vocabulary(sentences(), self.vocabulary_size)
+        vocabulary = train_vocabulary(sentences(), self.vocabulary_size)
+        progress.update(learning, total=1, completed=1)
+        return vocabulary
 
 
 @dataclass(frozen=True)
@@ -355,7 +377,7 @@ def _encode_in_worker(block: LineBlock) -> _EncodedBlock:
 
 def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processes: int) -> Iterator[_EncodedBlock]:
     """Encodes blocks in order, in this process or in a pool that never holds more than a few blocks."""
-    processes = min(processes or available_cores(), -(-lines // _BLOCK_LINES))
+    processes = min(processes or min(available_cores(), _MOST_PROCESSES), -(-lines // _BLOCK_LINES))
     if processes == 1 or lines < _LINES_WORTH_A_POOL:
         yield from map(encoder, blocks)
         return
@@ -373,6 +395,12 @@ def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processe
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"preparation_processes: one of {processes} processes that cut text into tokens died. Short memory is the "
+            "usual cause: use fewer with --data.preparation_processes N. A script that prepares data must also start "
+            "its work under: if __name__ == '__main__'."
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -388,12 +416,10 @@ def default_cache_folder(root: Path) -> Path:
     A folder whose permissions forbid writing counts as read-only also for a superuser. The user's cache is
     ``$XDG_CACHE_HOME/lightning_attn``, by default ``~/.cache/lightning_attn``.
     """
-    place = root / "cache"
-    if not place.is_dir():
-        place = root
-    if place.is_dir() and place.stat().st_mode & 0o222 and os.access(place, os.W_OK | os.X_OK):
-        return root / "cache"
-    return user_cache_folder()
+    inside = root / "cache"
+    place = inside if inside.is_dir() else root
+    writable = place.is_dir() and place.stat().st_mode & 0o222 and os.access(place, os.W_OK | os.X_OK)
+    return inside if writable else user_cache_folder()
 
 
 def user_cache_folder() -> Path:
@@ -405,8 +431,9 @@ def user_cache_folder() -> Path:
 def _summarise_once(path: Path, cache: Path) -> FileSummary:
     """The summary of a file, noted under its path and taken from the note while size and times are unchanged."""
     stat = path.stat()
-    state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    note = cache / "files" / f"{path.name}-{hashlib.blake2b(state[0].encode(), digest_size=6).hexdigest()}.json"
+    place = str(path.resolve())
+    state = [place, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    note = cache / "files" / f"{path.name}-{hashlib.blake2b(place.encode(), digest_size=6).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         noted = json.loads(note.read_text(encoding="utf-8"))
         if noted["state"] == state:

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
@@ -124,9 +124,19 @@ def train_vocabulary(
         ValueError: if the sentences cannot give a vocabulary of exactly that size; says the sizes that can be had.
     """
     buffer = io.BytesIO()
+    failures: list[BaseException] = []
+
+    def watched() -> Iterator[str]:
+        # sentencepiece turns any exception, Ctrl-C too, into a RuntimeError of its own.
+        try:
+            yield from sentences
+        except (Exception, KeyboardInterrupt) as error:
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
+            sentence_iterator=watched(),
             model_writer=buffer,
             model_type="bpe",
             vocab_size=size,
@@ -141,6 +151,8 @@ def train_vocabulary(
             minloglevel=3,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         message = str(error)
         if match := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
             raise ValueError(
@@ -152,7 +164,7 @@ def train_vocabulary(
                 f"vocabulary_size: {size} is less than the {match[1]} ids that the single characters of this text "
                 f"need. Raise it with {flag} {match[1]} or more."
             ) from error
-        if "sentences_.empty()" in message:
+        if "sentences_.empty()" in message or "all_chars_count" in message:
             raise ValueError("sentences: there is no text to learn a vocabulary from; every line was empty.") from error
         raise
     return Vocabulary(buffer.getvalue())

@@ -1,8 +1,6 @@
 """English-German translation data in the layout ``root/{train,valid,test}.{en,de}``."""
 
-from __future__ import annotations
-
-import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +9,23 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import LongTensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.parallel_text import Cleaning, FilePair, find_pairs, read_evaluation, read_lines
+from datamodules.parallel_text import Cleaning, find_pairs, read_evaluation, read_lines
 from datamodules.token_batches import Lengths, ResumableTokenLoader, TokenBatchSampler
 from datamodules.token_cache import Preparation, TokenArray, TokenCache, default_cache_folder, user_cache_folder
 from datamodules.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary
 
-_log = logging.getLogger(__name__)
+# Lightning cannot tell that this sampler leaves nothing out of a prediction and says so each time.
+warnings.filterwarnings("ignore", message=".*custom batch sampler `TokenBatchSampler` for prediction.*")
+
+# The splits that a stage reads.
+_SPLITS = {"fit": ("valid",), "validate": ("valid",), "test": ("test",), "predict": ("predict",)}
+
+# Reading at random maps about 64 KB of the cache for each sentence, some 20 MB for a batch.
+_FETCHES_BEFORE_RELEASE = 8
 
 
 @dataclass
@@ -46,7 +52,7 @@ class TranslationBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device | str) -> TranslationBatch:
+    def to(self, device: torch.device | str) -> "TranslationBatch":
         """A copy on another device."""
         asynchronous = torch.device(device).type == "cuda"
         ids, source, target = (
@@ -54,7 +60,7 @@ class TranslationBatch:
         )
         return TranslationBatch(ids, source, target, self.source_text, self.target_text)  # type: ignore[arg-type]
 
-    def pin_memory(self) -> TranslationBatch:
+    def pin_memory(self) -> "TranslationBatch":
         """A copy in page-locked memory."""
         ids, source, target = (tensor.pin_memory() for tensor in (self.ids, self.source, self.target))
         return TranslationBatch(ids, source, target, self.source_text, self.target_text)  # type: ignore[arg-type]
@@ -81,9 +87,12 @@ class TranslationDataset(Dataset[TranslationBatch]):
         self.target = target
         self.source_text = source_text
         self.target_text = target_text
+        self._fetched = 0
 
     @classmethod
-    def from_text(cls, vocabulary: Vocabulary, source: list[str], target: list[str] | None = None) -> TranslationDataset:
+    def from_text(
+        cls, vocabulary: Vocabulary, source: list[str], target: list[str] | None = None
+    ) -> "TranslationDataset":
         """Cuts lines into tokens and keeps the lines."""
         return cls(
             TokenArray.from_lists(vocabulary.encode_batch(source)),
@@ -98,7 +107,9 @@ class TranslationDataset(Dataset[TranslationBatch]):
     def lengths(self) -> tuple[Lengths, Lengths]:
         """Tokens of each source and target sentence with their eos, `[sentences]` each; 0 without a target."""
         source = self.source.lengths + 1
-        return source, np.zeros_like(source) if self.target is None else self.target.lengths + 1
+        target = np.zeros_like(source) if self.target is None else self.target.lengths + 1
+        self._release()
+        return source, target
 
     def __getitem__(self, index: int) -> TranslationBatch:
         return self.__getitems__([index])
@@ -110,6 +121,9 @@ class TranslationDataset(Dataset[TranslationBatch]):
             target = np.empty((len(indices), 0), dtype=np.int64)
         else:
             target = _pad([self.target[index] for index in indices], begin=True)
+        self._fetched += 1
+        if self._fetched % _FETCHES_BEFORE_RELEASE == 0:
+            self._release()
         return TranslationBatch(
             torch.tensor(indices, dtype=torch.long),  # type: ignore[arg-type]
             torch.from_numpy(source),  # type: ignore[arg-type]
@@ -117,6 +131,11 @@ class TranslationDataset(Dataset[TranslationBatch]):
             [self.source_text[index] for index in indices] if self.source_text else [],
             [self.target_text[index] for index in indices] if self.target_text else [],
         )
+
+    def _release(self) -> None:
+        self.source.release()
+        if self.target is not None:
+            self.target.release()
 
 
 class WMT14DataModule(pl.LightningDataModule):
@@ -149,9 +168,6 @@ class WMT14DataModule(pl.LightningDataModule):
         ValueError: if a number is out of range or both languages are the same.
     """
 
-    # A small evaluation set has fewer batches than ranks.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         root: str,
@@ -170,7 +186,6 @@ class WMT14DataModule(pl.LightningDataModule):
         predict_file: str = "",
     ) -> None:
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         for name, value, least in (
             ("max_tokens", max_tokens, 1),
             ("num_workers", num_workers, 0),
@@ -212,13 +227,13 @@ class WMT14DataModule(pl.LightningDataModule):
         """
         if self._cache is None:
             raise RuntimeError(
-                "the vocabulary is there after prepare_data() and setup(); the Trainer calls both, or call them yourself."
+                "the vocabulary is there after prepare_data() and setup(); the Trainer calls both, or do so yourself."
             )
         return self._cache.vocabulary
 
     @property
     def cache_folder(self) -> Path:
-        """The folder that holds the token caches."""
+        """The folder that new token caches are written to."""
         return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder(self.root)
 
     def prepare_files(self) -> None:
@@ -237,13 +252,16 @@ class WMT14DataModule(pl.LightningDataModule):
             ValueError: on bad text; the message names file and line.
         """
         self.prepare_files()
-        for split in ("valid", "test"):
-            if pair := self._evaluation_files(split):
-                read_evaluation(pair)
+        preparation = self._preparation()
+        # All that may be wrong with the small files is said before the long work starts.
         trainer = self.trainer
-        folder = self._preparation().build(
-            self.cache_folder, self.preparation_processes, show_progress=trainer is None or trainer.is_global_zero
-        )
+        needed = _SPLITS[trainer.state.fn.value] if trainer is not None and trainer.state.fn is not None else ()
+        for split in {*needed, *filter(self._is_there, ("valid", "test"))}:
+            self._read(split)
+        folder = self._cache_entry(preparation)
+        if not folder.is_dir():
+            show_progress = trainer is None or trainer.is_global_zero
+            folder = preparation.build(self.cache_folder, self.preparation_processes, show_progress)
         _report(TokenCache.open(folder).manifest)
 
     def setup(self, stage: str) -> None:
@@ -257,24 +275,37 @@ class WMT14DataModule(pl.LightningDataModule):
             ValueError: on bad text; the message names file and line.
         """
         if self._cache is None:
-            self._cache = TokenCache.open(self.cache_folder / self._preparation().key(self.cache_folder))
+            self._cache = TokenCache.open(self._cache_entry(self._preparation()))
             self._splits["train"] = TranslationDataset(self._cache.source, self._cache.target)
-        for split in {"fit": ("valid",), "validate": ("valid",), "test": ("test",)}.get(stage, ()):
+        for split in _SPLITS[stage]:
             if split not in self._splits:
-                source, target = read_evaluation(self._evaluation_files(split, needed=True))
-                self._splits[split] = TranslationDataset.from_text(self.vocabulary, source, target)
-        if stage == "predict":
-            self._splits["predict"] = TranslationDataset.from_text(self.vocabulary, list(read_lines(self._predict_path())))
+                self._splits[split] = TranslationDataset.from_text(self.vocabulary, *self._read(split))
 
     def train_dataloader(self) -> DataLoader[TranslationBatch]:
         """Batches of the training pairs that cleaning kept."""
         dataset = self._splits["train"]
-        sampler = TokenBatchSampler(*dataset.lengths(), self.max_tokens, shuffle=True, seed=self.seed, **self._share())
-        if self.trainer is not None:
-            # Lightning iterates the loader once before its first set_epoch. Not `trainer.current_epoch`: when a run
-            # resumes from the end of an epoch, that one still lags behind.
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
-        return ResumableTokenLoader(dataset, sampler, self._batches_trained, **self._loader_options())
+        lengths = dataset.lengths()
+        _check_lengths(
+            "training pair", lengths, self.max_tokens, "raise --data.max_tokens or lower --data.cleaning.max_tokens"
+        )
+        # With overfit_batches the same few batches are to come again in every epoch.
+        reshuffle = not getattr(self.trainer, "overfit_batches", 0)
+        rank, world_size = self._share()
+        sampler = TokenBatchSampler(
+            *lengths,
+            self.max_tokens,
+            shuffle=True,
+            seed=self.seed,
+            reshuffle=reshuffle,
+            rank=rank,
+            world_size=world_size,
+        )
+        if self.trainer is None:
+            return DataLoader(dataset, batch_sampler=sampler, **self._loader_options())
+        # Lightning iterates the loader once before its first set_epoch. Not `trainer.current_epoch`: when a run resumes
+        # from the end of an epoch, that one still lags behind.
+        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+        return ResumableTokenLoader(dataset, sampler, self._consumed, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[TranslationBatch]:
         """Batches of the validation set, longest first."""
@@ -285,7 +316,7 @@ class WMT14DataModule(pl.LightningDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[TranslationBatch]:
-        """Batches of the text to translate, without references."""
+        """Batches of the text to translate, longest first, without references."""
         return self._evaluation_loader("predict")
 
     def _preparation(self) -> Preparation:
@@ -294,48 +325,81 @@ class WMT14DataModule(pl.LightningDataModule):
             tuple(pairs), self.source_language, self.target_language, self.vocabulary_size, self.cleaning
         )
 
-    def _evaluation_files(self, split: str, needed: bool = False) -> FilePair:
-        return find_pairs(self.root, split, self.source_language, self.target_language)[0]
+    def _cache_entry(self, preparation: Preparation) -> Path:
+        """Where the entry is or would be; one that lies in a read-only corpus folder is used as well."""
+        key = preparation.key(self.cache_folder)
+        inside = self.root / "cache" / key
+        return inside if not self.cache_dir and inside.is_dir() else self.cache_folder / key
 
-    def _predict_path(self) -> Path:
-        if self.predict_file:
-            return Path(self.predict_file)
-        return self._evaluation_files("test").source
+    def _is_there(self, split: str) -> bool:
+        languages = (self.source_language, self.target_language)
+        return any((self.root / f"{split}.{language}").exists() for language in languages)
 
-    def _share(self) -> dict[str, int]:
-        """Which share of the batches is this rank's."""
+    def _read(self, split: str) -> tuple[list[str], list[str] | None]:
+        """The lines of an evaluation split: source and reference, the latter not in prediction."""
+        if split != "predict":
+            pair = find_pairs(self.root, split, self.source_language, self.target_language)[0]
+            return read_evaluation(pair)
+        if not self.predict_file:
+            return self._read("test")[0], None
+        path = Path(self.predict_file)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"predict_file: {path} is not there. Give a text file with one sentence a line "
+                '(--data.predict_file FILE), or "" for the source side of the test set.'
+            )
+        lines = list(read_lines(path))
+        if not lines:
+            raise ValueError(f"predict_file: {path} is empty. Give a text file with one sentence a line.")
+        return lines, None
+
+    def _share(self) -> tuple[int, int]:
+        """This rank and the number of ranks.
+
+        Raises:
+            ValueError: if the trainer would deal the batches out a second time.
+        """
         trainer = self.trainer
         if trainer is None:
-            return {"rank": 0, "world_size": 1}
-        return {"rank": trainer.global_rank, "world_size": trainer.world_size}
+            return 0, 1
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                f"use_distributed_sampler: with {trainer.world_size} ranks the Trainer would replace the token batches "
+                f"of {type(self).__name__}, which are dealt out to the ranks already. Set use_distributed_sampler to "
+                "false (--trainer.use_distributed_sampler false)."
+            )
+        return trainer.global_rank, trainer.world_size
 
     def _loader_options(self) -> dict[str, Any]:
         return {
             "collate_fn": _whole,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         }
 
     def _evaluation_loader(self, split: str) -> DataLoader[TranslationBatch]:
         dataset = self._splits[split]
-        sampler = TokenBatchSampler(*dataset.lengths(), self.eval_max_tokens, shuffle=False, **self._share())
+        lengths = dataset.lengths()
+        name = self.predict_file if split == "predict" and self.predict_file else split
+        _check_lengths(f"{name}, line", lengths, self.eval_max_tokens, "raise --data.eval_max_tokens")
+        rank, world_size = self._share()
+        sampler = TokenBatchSampler(*lengths, self.eval_max_tokens, shuffle=False, rank=rank, world_size=world_size)
         return DataLoader(dataset, batch_sampler=sampler, **self._loader_options())
 
-    def _batches_trained(self) -> int:
-        """Batches of the running epoch that went through a training step on this rank."""
+    def _consumed(self) -> tuple[int, bool]:
+        """Batches of the running epoch that went through a training step on this rank, and whether it was the last."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch and progress.current.processed == progress.current.ready:
-            return self.trainer.fit_loop.max_batches
-        return progress.current.processed
+        done: int = progress.current.processed  # type: ignore[attr-defined]
+        return done, progress.is_last_batch and done == progress.current.ready
 
 
 class MiniatureTranslationDataModule(WMT14DataModule):
     """A small English-German corpus made on the spot, without a network.
 
-    It is written in the official layout into ``root``, by default a folder of the user's cache, and read like any other.
-    See `WMT14DataModule` for the arguments.
+    It is written in the official layout into ``root``, by default a folder of the user's cache, and read like any
+    other. See `WMT14DataModule` for the arguments.
     """
 
     def __init__(
@@ -387,11 +451,18 @@ def _pad(sentences: list[Any], begin: bool) -> Any:
     return rows
 
 
+def _check_lengths(what: str, lengths: tuple[Lengths, Lengths], bound: int, way_out: str) -> None:
+    longest = np.maximum(*lengths)
+    if len(longest) and longest.max() > bound:
+        index = int(longest.argmax())
+        raise ValueError(
+            f"{what} {index + 1} has {longest[index]:,} tokens with its end of sentence, more than a batch may hold "
+            f"({bound:,}): {way_out}."
+        )
+
+
 def _report(manifest: dict[str, Any]) -> None:
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in manifest["left_out"].items()) or "none"
-    _log.info(
-        "training text: %s of %s pairs kept; left out by reason: %s",
-        f"{manifest['pairs_kept']:,}",
-        f"{manifest['pairs_read']:,}",
-        left_out,
+    rank_zero_info(
+        f"Training text: {manifest['pairs_kept']:,} of {manifest['pairs_read']:,} pairs kept; left out: {left_out}."
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_attn.files import write_text
@@ -87,6 +88,46 @@ class CheckpointAveraging(WeightAveraging):
         """Whether the weights after the optimizer step `step_idx` (from 0) count."""
         since = -1 if step_idx is None else step_idx + 1 - self.start_step
         return since >= 0 and since % self.every_n_steps == 0
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`, the newest state: after validations, at ends of epochs, every n steps, and at the last step.
+
+    An epoch that `max_steps` breaks off is no end of an epoch: saved there, a checkpoint would be continued with the
+    next epoch instead of the rest of this one. So the state of the last step is saved right after that step.
+
+    Args:
+        directory: The run directory.
+        every_n_steps: Also save at every so many optimizer steps; 0 for not.
+    """
+
+    def __init__(self, directory: Path, every_n_steps: int = 0) -> None:
+        self.path = directory / "last.ckpt"
+        self.every_n_steps = every_n_steps
+        self._saved_step = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves if this step is due; accumulated batches before it are none."""
+        step = trainer.global_step
+        due = bool(self.every_n_steps) and step % self.every_n_steps == 0
+        if (due or step == trainer.max_steps) and step != self._saved_step:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves after a validation."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves at the end of a whole epoch."""
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self.path)
 
 
 class SaveConfiguration(Callback):

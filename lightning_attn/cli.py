@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import enum
 import errno
 import inspect
 import logging
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import yaml
+from jsonargparse import namespace_to_dict
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -21,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 import datamodules  # noqa: F401 - makes the DataModules known by their short names
 from lightning_attn import __version__, run_directory
-from lightning_attn.callbacks import ProgressLines, SaveConfiguration
+from lightning_attn.callbacks import LastCheckpoint, ProgressLines, SaveConfiguration
 from lightning_attn.tasks import BaseTask
 from lightning_attn.tasks.checkpoints import read_checkpoint
 
@@ -38,7 +40,8 @@ class RunOptions:
         name: Folder of the run, `<root>/<task>/<name>/`; empty for the name of the first configuration file. A name
             that is taken gets a number: nothing is ever overwritten.
         root: Folder of all runs.
-        checkpoint_every_n_steps: Write `last.ckpt` at every so many optimizer steps; 0 writes it after each validation.
+        checkpoint_every_n_steps: Write `last.ckpt` also at every so many optimizer steps; it is always written after
+            a validation and at the end of an epoch.
     """
 
     name: str = ""
@@ -61,8 +64,9 @@ class CommandLine(LightningCLI):
         """Adds the options of the run directory."""
         parser.add_class_arguments(RunOptions, "run")
 
-    def before_instantiate_classes(self) -> None:
-        """Checks the checkpoint before anything else is built, so that a bad one costs no time."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Also checks the checkpoint before anything is built, so that a bad one costs no time."""
+        super().parse_arguments(parser, args)
         checkpoint = self._option("ckpt_path")
         if checkpoint and checkpoint not in _CHECKPOINT_WORDS:
             read_checkpoint(checkpoint)
@@ -76,7 +80,7 @@ class CommandLine(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_path)
         # Every sampler here knows its rank; a second one around it would share out the data twice.
         kwargs["use_distributed_sampler"] = False
-        # The configuration is stored as config_<stage>.yaml, and tasks keep their arguments; hparams.yaml is neither.
+        # Tasks log their arguments themselves, as plain values.
         kwargs["enable_autolog_hparams"] = False
         training = self.subcommand == "fit" and not options["fast_dev_run"]
         if self.subcommand != "fit":
@@ -116,11 +120,24 @@ class CommandLine(LightningCLI):
     def _resolved_configuration(self) -> str:
         """Every option with its value, as YAML that any subcommand reads."""
         assert self.subcommand is not None
-        parser = self._parser(self.subcommand)
-        text = parser.dump(self.config[self.subcommand], skip_none=False, skip_validation=True)
-        values = {name: value for name, value in yaml.safe_load(text).items() if name not in _CALL_ARGUMENTS}
+        values = {
+            name: _plain(value)
+            for name, value in namespace_to_dict(self.config[self.subcommand]).items()
+            if name not in _CALL_ARGUMENTS
+        }
         header = f"# lightning_attn {__version__}: train.py {self.subcommand}\n"
         return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """An option as YAML can hold it."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
 def _loggers(path: Path) -> list[Any]:
@@ -131,26 +148,17 @@ def _loggers(path: Path) -> list[Any]:
 
 
 def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[Callback]:
-    """`best.ckpt` by the task's monitored value, and `last.ckpt`."""
+    """`best.ckpt` by the task's monitored value; `last.ckpt` after validations, at ends of epochs and every n steps."""
     best = ModelCheckpoint(
         dirpath=path,
         filename="best",
         monitor=task.monitor,
         mode=task.monitor_mode,
         save_top_k=1,
+        save_on_train_epoch_end=False,
         enable_version_counter=False,
     )
-    every = run.checkpoint_every_n_steps
-    last = ModelCheckpoint(
-        dirpath=path,
-        filename="last",
-        monitor=None,
-        save_top_k=1,
-        enable_version_counter=False,
-        every_n_train_steps=every or None,
-        save_on_train_epoch_end=None if every else True,
-    )
-    return [best, last]
+    return [best, LastCheckpoint(path, run.checkpoint_every_n_steps)]
 
 
 class ConfigurationError(ValueError):
@@ -215,7 +223,7 @@ def main(args: ArgsType = None) -> None:
     Raises:
         SystemExit: With status 2 and a message on the standard error if an option or the data is wrong.
     """
-    _quieten()
+    _configure_messages()
     # Without this a misspelt --trainer.max_step would be taken for max_steps.
     exact: dict[str, Any] = {"allow_abbrev": False}
     try:
@@ -271,8 +279,13 @@ def _is_message(error: BaseException) -> bool:
     return bool(frames) and frames[-1].split(".")[0] in ("lightning_attn", "datamodules", "jsonargparse")
 
 
-def _quieten() -> None:
-    """Silences messages that a user can do nothing about, each with its reason."""
+def _configure_messages() -> None:
+    """Shows what our packages report, and silences messages that a user can do nothing about, each with its reason."""
+    for name in ("datamodules", "lightning_attn"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler())
     # jsonargparse renamed methods that Lightning calls (Lightning issue 21900).
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in (

@@ -73,17 +73,18 @@ def in_folder(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(in_folder, capfd) -> Callable[..., str]:
+def run(in_folder, capfd, caplog) -> Callable[..., str]:
     """Calls the command in this process and returns what it printed; a failure must be asked for by status."""
 
     def call(*arguments: object, status: int = 0) -> str:
         capfd.readouterr()
+        caplog.clear()
         code = 0
         try:
             main([str(argument) for argument in arguments])
         except SystemExit as stop:
             code = stop.code
-        printed = "".join(capfd.readouterr())
+        printed = caplog.text + "".join(capfd.readouterr())
         assert code == status, printed
         return printed
 

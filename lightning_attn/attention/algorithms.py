@@ -194,14 +194,15 @@ def attend(energies: Energies, mask: KeyMask, value: Tensor, dropout: float = 0.
     num_queries, num_keys = energies.num_queries, value.shape[-2]
     if num_queries == 0 or num_keys == 0:
         return value.new_zeros(*value.shape[:2], num_queries, value.shape[-1])
-    shared = not energies.depend_on_query and not mask.depends_on_query
+    # Dropped weights are drawn for each query alone, so then nothing can be shared.
+    shared = not energies.depend_on_query and not mask.depends_on_query and dropout == 0.0
     num_rows = 1 if shared else num_queries
 
     def block(start: int, stop: int) -> Tensor:
         hidden = mask.rows(start, stop)
         weights = _softmax(energies.rows(start, stop), hidden).to(value.dtype)
         if dropout > 0.0:
-            weights = F.dropout(weights.expand(value.shape[0], -1, -1, -1), dropout)
+            weights = F.dropout(weights.expand(value.shape[0], -1, stop - start, -1), dropout)
         out = torch.matmul(weights, value)
         return out if hidden is None else out.masked_fill(hidden.all(dim=-1).unsqueeze(-1), 0.0)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 Mechanism = Literal["transformer", "none"]
 
@@ -52,19 +52,14 @@ class AttentionSpec:
                     f"use {self.window - 1} or {self.window + 1}, or null for all keys."
                 )
         _require_int("kv_stride", self.kv_stride)
-        if not (math.isfinite(self.scale) and self.scale > 0):
+        if not (_is_number(self.scale) and math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be a positive finite number, got {self.scale!r}; the paper's value is 1.0.")
-        if not 0 <= self.dropout < 1:
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}; 0.0 switches it off.")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, fit for YAML and for checkpoints."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def coerce(cls, value: Self | dict[str, Any]) -> Self:
-        """A spec from itself or from the plain values of `as_dict`, as a checkpoint holds them."""
-        return value if isinstance(value, cls) else cls(**value)  # type: ignore[arg-type]
 
 
 def parse_terms(terms: str) -> tuple[bool, bool, bool, bool]:
@@ -89,6 +84,10 @@ def parse_terms(terms: str) -> tuple[bool, bool, bool, bool]:
         )
     e1, e2, e3, e4 = (bit == "1" for bit in terms)
     return e1, e2, e3, e4
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require_int(name: str, value: int) -> None:

@@ -179,6 +179,8 @@ class TransformerAttention(nn.Module):
         """
         if self.ndim != 1:
             raise ValueError("new_cache: only sequences (ndim=1) are decoded step by step.")
+        if memory is None and key_padding_mask is not None:
+            raise ValueError("new_cache: key_padding_mask is for memory; pass both, or neither.")
         cache = AttentionCache(is_memory=memory is not None)
         if memory is not None:
             self._check_input("memory", memory)
@@ -206,6 +208,10 @@ class TransformerAttention(nn.Module):
                     "cache: its keys and mask are those it was made with; pass no key or key_padding_mask."
                 )
             first = cache.length
+            if cache.value is not None and cache.value.shape[0] != query.shape[0]:
+                raise ValueError(
+                    f"query has batch size {query.shape[0]}, the cache has {cache.value.shape[0]}: they must be equal."
+                )
             projected_key, value, padding = self._extend_cache(cache, query)
             causal = causal or not cache.is_memory
             key_sizes: tuple[int, ...] = (value.shape[2],)
@@ -300,13 +306,17 @@ class TransformerAttention(nn.Module):
         self, query: Tensor, first: int, num_queries: int, num_keys: int, cache: "AttentionCache | None"
     ) -> SequencePosition:
         lowest = -(first + num_queries - 1)
-        count = num_queries + (num_keys - 1) * self.kv_stride
+        count = max(0, num_queries + (num_keys - 1) * self.kv_stride)
         if cache is None:
             table = self._position_table(lowest, count, query.device)
         else:
-            if cache.table is None or lowest < cache.table_lowest:
+            if (
+                cache.table is None
+                or lowest < cache.table_lowest
+                or lowest + count > cache.table_lowest + cache.table.shape[-1]
+            ):
                 # Twice the range that is needed now, so that decoding n tokens projects O(n) positions in all.
-                cache.table_lowest = 2 * lowest - 15
+                cache.table_lowest = min(cache.table_lowest, 2 * lowest - 15)
                 highest = max(0, lowest + count - 1) if not cache.is_memory else (num_keys - 1) * self.kv_stride
                 cache.table = self._position_table(cache.table_lowest, highest - cache.table_lowest + 1, query.device)
             start = lowest - cache.table_lowest
@@ -335,7 +345,7 @@ class TransformerAttention(nn.Module):
             (weight_y, 2, query_sizes[0], key_sizes[0]),
         ):
             lowest = -(num_queries - 1)
-            count = num_queries + (num_keys - 1) * self.kv_stride
+            count = max(0, num_queries + (num_keys - 1) * self.kv_stride)
             offsets = torch.arange(lowest, lowest + count, device=query.device)
             projected = nn.functional.linear(self._encode(offsets, half), weight / math.sqrt(2))
             table = torch.unflatten(projected, -1, (self.num_heads, self.head_dim)).permute(1, 2, 0)  # [M, d, offsets]
@@ -350,6 +360,8 @@ class TransformerAttention(nn.Module):
 
     def _check_input(self, name: str, x: Tensor) -> None:
         layout = "[B, L, C]" if self.ndim == 1 else "[B, C, H, W]"
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be of a floating-point type, got {x.dtype}.")
         if x.dim() != self.ndim + 2:
             raise ValueError(
                 f"{name} must be {layout} for ndim={self.ndim}, got {x.dim()} dimensions, shape {tuple(x.shape)}."

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision import Precision
-from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_warn
+from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -61,6 +61,11 @@ class BaseTask(pl.LightningModule):
         optimizer = self.optimizer.build(parameters, fused=fused)
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Logs the constructor's arguments."""
+        for logger in self.loggers:
+            logger.log_hyperparams(self._arguments)
 
     @property
     def _gradient_scaler(self) -> Any:
@@ -113,7 +118,7 @@ class BaseTask(pl.LightningModule):
                 + "\nUse the settings that the checkpoint was trained with (config_fit.yaml in its run directory)."
             )
         if described:
-            rank_zero_warn(f"Settings that differ from the checkpoint's; the current ones are used:{described}")
+            rank_zero_info(f"Settings that differ from the checkpoint's; the current ones are used:{described}")
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> Self:
@@ -231,7 +236,7 @@ def plain_value(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        return type(value)(plain_value(f"{name}[{i}]", item) for i, item in enumerate(value))
+        return [plain_value(f"{name}[{i}]", item) for i, item in enumerate(value)]
     if isinstance(value, dict):
         return {key: plain_value(f"{name}[{key!r}]", item) for key, item in value.items()}
     raise TypeError(
@@ -242,7 +247,10 @@ def plain_value(name: str, value: Any) -> Any:
 
 def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """Turns the plain values of a checkpoint into the dataclasses that the constructor is annotated with."""
-    hints = typing.get_type_hints(task_class.__init__)  # type: ignore[misc]
+    hints: dict[str, Any] = {}
+    for ancestor in reversed(task_class.__mro__):  # a subclass may pass arguments on as **arguments
+        if "__init__" in vars(ancestor):
+            hints |= typing.get_type_hints(vars(ancestor)["__init__"])
     typed = {}
     for name, value in arguments.items():
         hint = hints.get(name)

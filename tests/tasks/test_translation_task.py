@@ -102,7 +102,12 @@ def test_attention_maps_are_those_of_the_decoder(checkpoint):
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 2, 3))
     inputs, outputs = [], []
     attention = task.network.decoder[1].cross_attention
-    attention.register_forward_hook(lambda module, args, output: (inputs.append(args), outputs.append(output)))
+
+    def record(module, arguments, output):
+        inputs.append(arguments)
+        outputs.append(output)
+
+    attention.register_forward_hook(record)
     task.network(source, target)
     (_, memory), output = inputs[0], outputs[0]
     values = attention.value_proj(memory).view(1, 4, 2, 8).transpose(1, 2)
