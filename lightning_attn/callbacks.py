@@ -7,11 +7,55 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
+from pytorch_lightning.callbacks import Checkpoint, RichProgressBar, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_attn.files import write_text
+
+
+class _Clock:
+    """How long the rest of a training will take."""
+
+    def start(self, trainer: pl.Trainer) -> None:
+        self._since = time.perf_counter()
+        self._first_step = trainer.global_step
+
+    def left(self, trainer: pl.Trainer) -> str:
+        """The time to the last step at the mean speed so far, validations included."""
+        done = trainer.global_step - self._first_step
+        total = trainer.estimated_stepping_batches - self._first_step
+        if not done or total == float("inf"):
+            return "unknown"
+        return f"{(time.perf_counter() - self._since) * (total - done) / done / 60:.1f} min"
+
+
+class TrainingBar(RichProgressBar):
+    """Lightning's progress bar with the time that is left of the whole training, not of the epoch alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock = _Clock()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._clock.start(trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The logged values, the step and the time left."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        if trainer.training:
+            items["step"] = f"{trainer.global_step}/{trainer.estimated_stepping_batches}"
+            items["ETA"] = self._clock.left(trainer)
+        return items
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning writes "Epoch 0/-2" where the number of epochs follows from the number of steps.
+        return f"Epoch {current_epoch}"
 
 
 class ProgressLines(Callback):
@@ -23,13 +67,13 @@ class ProgressLines(Callback):
 
     def __init__(self, every_seconds: float = 30.0) -> None:
         self.every_seconds = every_seconds
-        self._started = self._printed = 0.0
-        self._first_step = 0
+        self._clock = _Clock()
+        self._printed = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self._started = self._printed = time.perf_counter()
-        self._first_step = trainer.global_step
+        self._clock.start(trainer)
+        self._printed = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -39,23 +83,17 @@ class ProgressLines(Callback):
         if now - self._printed < self.every_seconds:
             return
         self._printed = now
-        done, total = trainer.global_step - self._first_step, trainer.estimated_stepping_batches - self._first_step
-        remaining = (now - self._started) * (total - done) / done if done else float("inf")
-        eta = f"{remaining / 60:.1f} min" if remaining < float("inf") else "unknown"
-        self._print(
-            trainer,
-            f"epoch {trainer.current_epoch} step {trainer.global_step}/{trainer.estimated_stepping_batches}"
-            f" ETA {eta} {_metrics(trainer)}",
-        )
+        step = f"{trainer.global_step}/{trainer.estimated_stepping_batches}"
+        self._print(f"epoch {trainer.current_epoch} step {step} ETA {self._clock.left(trainer)} {_metrics(trainer)}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the metrics of a validation."""
         if not trainer.sanity_checking:
-            self._print(trainer, f"validated at step {trainer.global_step} {_metrics(trainer)}")
+            self._print(f"validated at step {trainer.global_step} {_metrics(trainer)}")
 
     @staticmethod
     @rank_zero_only
-    def _print(trainer: pl.Trainer, line: str) -> None:
+    def _print(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 

@@ -16,14 +16,14 @@ from typing import Any, NoReturn
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import namespace_to_dict
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 import datamodules  # noqa: F401 - makes the DataModules known by their short names
 from lightning_attn import __version__, run_directory
-from lightning_attn.callbacks import LastCheckpoint, ProgressLines, SaveConfiguration
+from lightning_attn.callbacks import LastCheckpoint, ProgressLines, SaveConfiguration, TrainingBar
 from lightning_attn.tasks import BaseTask
 from lightning_attn.tasks.checkpoints import read_checkpoint
 
@@ -92,11 +92,12 @@ class CommandLine(LightningCLI):
             callbacks += _checkpoint_callbacks(self.run_path, self.model, run)
         if training and kwargs.get("logger", options["logger"]):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        if not sys.stderr.isatty() and options["enable_progress_bar"] is None:
-            kwargs["enable_progress_bar"] = False
-            callbacks.append(ProgressLines())
         given = options["callbacks"] or []
-        kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), *callbacks]
+        given = given if isinstance(given, list) else [given]
+        if options["enable_progress_bar"] is None and not any(isinstance(one, ProgressBar) for one in given):
+            kwargs["enable_progress_bar"] = sys.stdout.isatty()
+            callbacks.append(TrainingBar() if sys.stdout.isatty() else ProgressLines())
+        kwargs["callbacks"] = [*given, *callbacks]
         trainer = super().instantiate_trainer(**kwargs)
         rank_zero_info(f"Run directory: {self.run_path}")
         return trainer
@@ -294,6 +295,9 @@ def _configure_messages() -> None:
         ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # made before training starts
         ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
         ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
+        ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
+        ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
+        ".*is not supported by the model summary.*",  # only the estimated size in the summary is meant
     ):
         warnings.filterwarnings("ignore", message=message)
     # Lightning advertises other products at every start.

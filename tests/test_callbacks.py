@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_attn.callbacks import CheckpointAveraging, ProgressLines
+from lightning_attn.callbacks import CheckpointAveraging, ProgressLines, TrainingBar
 
 
 class Line(pl.LightningModule):
@@ -21,7 +21,7 @@ class Line(pl.LightningModule):
         return -self.weight
 
     def validation_step(self, batch, batch_idx):
-        self.seen.append(float(self.weight))
+        self.seen.append(self.weight.item())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)
@@ -29,12 +29,12 @@ class Line(pl.LightningModule):
 
 def fit(callback, steps=8, **options) -> Line:
     module = Line()
+    options.setdefault("enable_progress_bar", False)
     trainer = pl.Trainer(
         max_steps=steps,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         callbacks=[callback],
@@ -47,7 +47,7 @@ def fit(callback, steps=8, **options) -> Line:
 
 def test_average_is_the_equal_mean_of_the_chosen_steps():
     module = fit(CheckpointAveraging(start_step=4, every_n_steps=2))
-    assert float(module.weight) == pytest.approx((4 + 6 + 8) / 3)
+    assert module.weight.item() == pytest.approx((4 + 6 + 8) / 3)
     assert module.seen == pytest.approx([(4 + 6 + 8) / 3]), "validation uses the mean"
 
 
@@ -72,3 +72,22 @@ def test_progress_lines_say_step_loss_and_time_left(capsys):
 def test_progress_lines_are_rare(capsys):
     fit(ProgressLines(every_seconds=1000.0), steps=3)
     assert "step 1/3" not in capsys.readouterr().err
+
+
+def test_bar_shows_step_and_time_left(monkeypatch):
+    """Without Lightning's "Epoch 0/-2", which it shows where only the number of steps is given."""
+    shown = []
+    original = TrainingBar.get_metrics
+
+    def record(self, trainer, module):
+        shown.append(original(self, trainer, module))
+        return shown[-1]
+
+    monkeypatch.setattr(TrainingBar, "get_metrics", record)
+    bar = TrainingBar()
+    fit(bar, steps=3, enable_progress_bar=True)
+    training = [items for items in shown if "step" in items]
+    assert training[-1]["step"] == "3/3"
+    assert re.fullmatch(r"[\d.]+ min", training[-1]["ETA"])
+    assert training[-1]["train/loss"] == 0.125
+    assert bar._get_train_description(0) == "Epoch 0"

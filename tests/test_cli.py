@@ -3,7 +3,10 @@
 import csv
 import errno
 import json
+import subprocess
+import sys
 import zipfile
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 import yaml
 from fsspec.implementations.local import LocalFileOpener
 
+from lightning_attn.cli import main
 from lightning_attn.tasks import TranslationTask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -277,6 +281,20 @@ def test_full_disk_says_so_and_keeps_the_older_checkpoint(run, tiny_config, in_f
 def test_help_shows_the_options_of_the_attention(run):
     printed = run("fit", "--model.help", "TranslationTask")
     assert "--model.self_attention.terms" in printed or "--self_attention.terms" in printed
+
+
+def test_the_other_names_of_the_command():
+    (script,) = (entry for entry in entry_points(group="console_scripts") if entry.name == "lightning-attn")
+    assert script.load() is main
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_attn", "fit", "--trainer.max_step", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Did you mean 'max_steps'?" in done.stderr
 
 
 def test_errors_from_below_keep_their_traceback(run, tiny_config, monkeypatch):
