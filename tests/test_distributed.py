@@ -44,6 +44,7 @@ def test_two_ranks_train_and_score_like_one(run_process, tiny_config, in_folder)
         json.loads((runs / "one" / name).read_text()) for name in ("test_metrics.json", "test_metrics-2.json")
     )
     assert first == second
+    assert (runs / "one" / "attention-2.png").is_file(), "whichever rank had the first sentence"
     predictions = runs / "one" / "predictions"
     texts = [(predictions / name).read_text() for name in ("test_hypotheses.txt", "hypotheses.txt")]
     assert texts[0] == texts[1]

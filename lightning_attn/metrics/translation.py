@@ -20,6 +20,11 @@ class TranslationScores(TypedDict):
     chrf_signature: str
 
 
+def one_line(text: str) -> str:
+    """A text as a file of one sentence a line can hold it: a line break within becomes a space."""
+    return " ".join(text.splitlines())
+
+
 class CorpusTranslationMetrics:
     """Corpus BLEU and chrF of detokenised text by sacreBLEU.
 
@@ -54,7 +59,7 @@ class CorpusTranslationMetrics:
             )
         self._hypotheses = None
         for sample, hypothesis, reference in zip(ids, hypotheses, references, strict=True):
-            pair = (" ".join(hypothesis.splitlines()), reference)
+            pair = (one_line(hypothesis), reference)
             add_record(self._pairs, index(sample), pair, same=itemgetter(1))
 
     def compute(self) -> TranslationScores:

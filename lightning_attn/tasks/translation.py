@@ -14,7 +14,7 @@ from datamodules.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_json, write_text
 from lightning_attn.metrics.gather import gather_by_id
-from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean
+from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean, one_line
 from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, beam_search
 from lightning_attn.networks.transformer import NormPosition, Transformer
 from lightning_attn.tasks.base import TokenMeanTask, require_network
@@ -99,7 +99,6 @@ class TranslationTask(TokenMeanTask):
         self._loss = WeightedMean("valid")
         self._texts: dict[int, tuple[str, str, str]] = {}
         self._predictions: dict[int, list[str]] = {}
-        self._first_sentence: tuple[Tensor, Tensor] | None = None
 
     # Network and vocabulary
 
@@ -164,9 +163,6 @@ class TranslationTask(TokenMeanTask):
             self._texts.update(
                 zip(ids, zip(batch.source_text, batch.target_text, hypotheses, strict=True), strict=True)
             )
-            if 0 in ids:
-                row = ids.index(0)
-                self._first_sentence = (batch.source[row : row + 1], batch.target[row : row + 1])
 
     def _search(self, source: Tensor, beam_size: int) -> list[list[Hypothesis]]:
         assert self.network is not None
@@ -188,7 +184,7 @@ class TranslationTask(TokenMeanTask):
 
     def _text(self, hypothesis: Hypothesis) -> str:
         assert self.vocabulary is not None
-        return self.vocabulary.decode(hypothesis.tokens)
+        return one_line(self.vocabulary.decode(hypothesis.tokens))
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the sentences of an earlier pass."""
@@ -200,7 +196,7 @@ class TranslationTask(TokenMeanTask):
 
     def _reset_evaluation(self, split: str) -> None:
         self._scores, self._loss = CorpusTranslationMetrics(split), WeightedMean(split)
-        self._texts, self._first_sentence = {}, None
+        self._texts = {}
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss, BLEU and chrF of the whole set, the same on every rank."""
@@ -227,13 +223,17 @@ class TranslationTask(TokenMeanTask):
         path = write_json(self.output_directory / "test_metrics.json", results)
         rank_zero_info(f"BLEU {results['test/bleu']:.2f} ({results['bleu_signature']}); written to {path}")
         if self.num_examples:
-            _print_examples(list(texts.values())[: self.num_examples])
-            if self._first_sentence is not None:
-                assert self.network is not None
-                assert self.vocabulary is not None
-                path = unused_path(self.output_directory / "attention.png")
-                draw_translation_attention(self.network, self.vocabulary, *self._first_sentence, path)
-                rank_zero_info(f"Attention of the first sentence drawn into {path}")
+            examples = list(texts.values())[: self.num_examples]
+            _print_examples(examples)
+            self._draw_attention(*examples[0][:2])
+
+    def _draw_attention(self, source: str, target: str) -> None:
+        assert self.network is not None
+        assert self.vocabulary is not None
+        batch = TranslationDataset.from_text(self.vocabulary, [source], [target])[0].to(self.device)
+        path = unused_path(self.output_directory / "attention.png")
+        draw_translation_attention(self.network, self.vocabulary, batch.source, batch.target, path)
+        rank_zero_info(f"Attention of the first sentence drawn into {path}")
 
     # Prediction
 
