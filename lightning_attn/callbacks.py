@@ -1,4 +1,4 @@
-"""Callbacks of the command: plain progress lines and the resolved configuration of a run."""
+"""Callbacks of the command: progress, averaged weights, the newest checkpoint, and the resolved configuration."""
 
 import sys
 import time

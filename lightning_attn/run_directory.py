@@ -1,6 +1,5 @@
 """The folder that holds everything a run leaves behind."""
 
-import json
 import os
 import platform
 import shutil
@@ -89,9 +88,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def read_origin(path: Path) -> dict[str, Any]:
-    """What `claim` noted about a run."""
-    origin: dict[str, Any] = json.loads((path / MARKER).read_text(encoding="utf-8"))
-    return origin

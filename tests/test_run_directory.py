@@ -15,7 +15,7 @@ def no_claims(monkeypatch):
 def test_taken_names_get_a_number(tmp_path):
     names = [run_directory.claim(tmp_path, "translation", "name").name for _ in range(3)]
     assert names == ["name", "name-2", "name-3"]
-    origin = run_directory.read_origin(tmp_path / "translation" / "name")
+    origin = json.loads((tmp_path / "translation" / "name" / run_directory.MARKER).read_text(encoding="utf-8"))
     assert {"lightning_attn", "torch", "git"} <= origin.keys()
 
 

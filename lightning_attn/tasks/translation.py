@@ -218,7 +218,7 @@ class TranslationTask(TokenMeanTask):
         texts = gather_by_id(self._texts)
         if not self.trainer.is_global_zero:
             return
-        lines = "".join(f"{hypothesis}\n" for _, _, hypothesis in texts.values())
+        lines = "".join(f"{hypothesis}\n" for hypothesis in self._scores.hypotheses())
         write_text(self.output_directory / "predictions" / "test_hypotheses.txt", lines)
         path = write_json(self.output_directory / "test_metrics.json", results)
         rank_zero_info(f"BLEU {results['test/bleu']:.2f} ({results['bleu_signature']}); written to {path}")
