@@ -14,6 +14,7 @@ from lightning_attn.attention.algorithms import (
     attend,
     normalise,
 )
+from lightning_attn.attention.cache import AttentionCache
 from lightning_attn.attention.positions import relative_encoding
 from lightning_attn.attention.spec import TERM_NAMES, AttentionSpec, parse_terms
 
@@ -116,7 +117,7 @@ class TransformerAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool | None = None,
-        cache: "AttentionCache | None" = None,
+        cache: AttentionCache | None = None,
     ) -> Tensor:
         """Attends from every query to the keys.
 
@@ -138,10 +139,17 @@ class TransformerAttention(nn.Module):
         out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return out if self.ndim == 1 else torch.unflatten(out.transpose(1, 2), 2, query.shape[2:])
 
-    def energies(self, query: Tensor, key: Tensor | None = None) -> dict[str, Tensor]:
+    def energies(
+        self, query: Tensor, key: Tensor | None = None, *, rows: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
         """Each term's energy by name, `[B, M, N_q, N_k]`, for the terms that are on, in the order E1 to E4.
 
         N_k counts the keys that `kv_stride` leaves. Their sum, after masking and softmax, is `weights`.
+
+        Args:
+            query: As in `forward`.
+            key: As in `forward`.
+            rows: `(start, stop)`: only these queries, numbered row by row in a map; None for all.
         """
         result = {}
         for index, (name, on) in enumerate(zip(TERM_NAMES, parse_terms(self.terms), strict=True)):
@@ -149,8 +157,8 @@ class TransformerAttention(nn.Module):
                 continue
             only = "".join("1" if i == index else "0" for i in range(len(TERM_NAMES)))
             energies, _, value = self._project(query, key, None, False, None, only)
-            rows = energies.rows(0, energies.num_queries)
-            result[name] = rows.expand(*value.shape[:2], energies.num_queries, value.shape[2])
+            start, stop = _row_range(rows, energies.num_queries)
+            result[name] = energies.rows(start, stop).expand(*value.shape[:2], stop - start, value.shape[2])
         return result
 
     def weights(
@@ -160,13 +168,15 @@ class TransformerAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool | None = None,
+        rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The normalised map, `[B, M, N_q, N_k]`, without dropout; arguments as in `forward`."""
+        """The normalised map, `[B, M, N_q, N_k]`, without dropout; arguments as in `forward` and `energies`."""
         energies, mask, value = self._project(query, key, key_padding_mask, causal, None, self.terms)
-        weights = normalise(energies.rows(0, energies.num_queries), mask.rows(0, energies.num_queries))
-        return weights.expand(*value.shape[:2], energies.num_queries, value.shape[2])
+        start, stop = _row_range(rows, energies.num_queries)
+        weights = normalise(energies.rows(start, stop), mask.rows(start, stop))
+        return weights.expand(*value.shape[:2], stop - start, value.shape[2])
 
-    def new_cache(self, memory: Tensor | None = None, key_padding_mask: Tensor | None = None) -> "AttentionCache":
+    def new_cache(self, memory: Tensor | None = None, key_padding_mask: Tensor | None = None) -> AttentionCache:
         """A cache for decoding step by step, which gives the numbers of the full pass.
 
         Args:
@@ -195,7 +205,7 @@ class TransformerAttention(nn.Module):
         key: Tensor | None,
         key_padding_mask: Tensor | None,
         causal: bool | None,
-        cache: "AttentionCache | None",
+        cache: AttentionCache | None,
         terms: str,
     ) -> tuple[Energies, KeyMask, Tensor]:
         """Energies of `terms` (a part of the terms that are on), mask and projected values."""
@@ -303,7 +313,7 @@ class TransformerAttention(nn.Module):
         return relative_encoding(offsets.double() if dtype == torch.float64 else offsets, dim).to(dtype)
 
     def _sequence_position(
-        self, query: Tensor, first: int, num_queries: int, num_keys: int, cache: "AttentionCache | None"
+        self, query: Tensor, first: int, num_queries: int, num_keys: int, cache: AttentionCache | None
     ) -> SequencePosition:
         lowest = -(first + num_queries - 1)
         count = max(0, num_queries + (num_keys - 1) * self.kv_stride)
@@ -380,38 +390,14 @@ class TransformerAttention(nn.Module):
             raise ValueError(f"key_padding_mask must have the shape {expected} of the keys, got {tuple(mask.shape)}.")
 
 
-class AttentionCache:
-    """Projected keys and values of a sequence that is decoded step by step; made by `new_cache`.
-
-    Attributes:
-        is_memory: Whether the keys are fixed (encoder-decoder attention) instead of growing with the queries.
-        length: Number of queries seen so far.
-    """
-
-    def __init__(self, is_memory: bool) -> None:
-        self.is_memory = is_memory
-        self.length = 0
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-        self.padding: Tensor | None = None
-        self.table: Tensor | None = None
-        self.table_lowest = 0
-
-    def append(self, key: Tensor | None, value: Tensor) -> None:
-        """Adds projected keys and values `[B, M, n, d]` behind those that are there."""
-        if key is not None:
-            self.key = key if self.key is None else torch.cat((self.key, key), dim=2)
-        self.value = value if self.value is None else torch.cat((self.value, value), dim=2)
-
-    def reorder(self, index: Tensor) -> None:
-        """Keeps the batch rows `index` `[B']`, in that order; rows may be left out or doubled (beam search)."""
-        for name in ("key", "value", "padding"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, tensor.index_select(0, index))
-
-
 def _grid(sizes: tuple[int, ...], stride: int, first: int, device: torch.device) -> tuple[Tensor, ...]:
     """Position of every element of a grid along each axis, flattened row by row."""
     axes = [torch.arange(size, device=device) * stride + first for size in sizes]
     return tuple(axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
+
+
+def _row_range(rows: tuple[int, int] | None, num_queries: int) -> tuple[int, int]:
+    start, stop = (0, num_queries) if rows is None else rows
+    if not 0 <= start <= stop <= num_queries:
+        raise ValueError(f"rows={rows} must be (start, stop) with 0 <= start <= stop <= {num_queries}, the queries.")
+    return start, stop
