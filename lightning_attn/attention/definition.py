@@ -1,4 +1,4 @@
-"""The attention of the paper as written: Eq. 1 (aggregation), Eq. 2 (the four energies) and Eq. 8 (the switches).
+"""The attentions of the paper as written, Eq. 1 to 8: Transformer attention and the convolutions as attention.
 
 Plain loops over heads, queries and keys; only the batch and the features are tensor dimensions. This is the text that
 every faster algorithm of this package is tested against, in any floating dtype, so it is written to be read next to the
@@ -7,7 +7,7 @@ paper and shares no code with the others. It is far too slow for anything else.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -281,3 +281,208 @@ def transformer_attention(
         outputs.append(y)
     result = torch.stack(outputs, dim=-1)
     return result.reshape(query.shape) if query.dim() == 4 else result.transpose(1, 2)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    attention: Callable[[int, int, Position, Position], Tensor],
+    *,
+    stride: int,
+    dilation: int,
+    padding: int,
+    causal: bool,
+) -> Tensor:
+    """Eq. 1 with a head per tap, W' the identity and W_m what `weight` has for tap m.
+
+    `attention(q, m, q + p_m, k)` is A_m(q, k), `[B]`: the number of the query, that of the tap, two places on the grid.
+    """
+    contents, positions = _elements(x)
+    sizes = x.shape[1:2] if x.dim() == 3 else x.shape[2:]  # y before x, for raster order
+    reach = dilation * (weight.shape[-1] - 1)
+    left, right = (reach, 0) if causal else (padding, padding)
+    first_taps = [range(-left, size + right - reach, stride) for size in sizes]
+    taps = list(itertools.product(range(0, reach + 1, dilation), repeat=len(sizes)))
+    matrices = weight.flatten(2).unbind(2)
+    outputs = []
+    for q, first in enumerate(itertools.product(*first_taps)):
+        y = x.new_zeros(x.shape[0], weight.shape[0]) if bias is None else bias.expand(x.shape[0], -1)
+        for m, tap in enumerate(taps):
+            start = tuple(f + t for f, t in zip(first, tap, strict=True))[::-1]
+            pooled = torch.zeros_like(contents[0])
+            for x_k, k in zip(contents, positions, strict=True):
+                pooled = pooled + attention(q, m, start, k)[:, None] * x_k
+            y = y + pooled @ matrices[m].T
+        outputs.append(y)
+    result = torch.stack(outputs, dim=-1)
+    return result.transpose(1, 2) if x.dim() == 3 else torch.unflatten(result, -1, [len(axis) for axis in first_taps])
+
+
+def regular_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: int = 0,
+    causal: bool = False,
+) -> Tensor:
+    """Regular convolution as attention, Eq. 3: A_m(q, k) is 1 where k = q + p_m, else 0.
+
+    Args:
+        x: `[B, L, C]` or `[B, C, H, W]`.
+        weight: `[out, C, n]` or `[out, C, n, n]`; each of its taps is a head, and W_m its `[out, C]` matrix.
+        bias: Added to every output, `[out]`.
+        stride: Distance of neighbouring queries.
+        dilation: Distance of neighbouring taps.
+        padding: Zeros around the input.
+        causal: The last tap is at the query, the others before it; replaces `padding`.
+
+    Returns:
+        `[B, L', out]` or `[B, out, H', W']`.
+    """
+
+    def attention(_q: int, _m: int, start: Position, k: Position) -> Tensor:
+        return x.new_full((x.shape[0],), float(k == start))
+
+    return _convolution(x, weight, bias, attention, stride=stride, dilation=dilation, padding=padding, causal=causal)
+
+
+def deformable_convolution(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    padding: int = 0,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Deformable convolution as attention, Eq. 4: A_m(q, k) = G(k, q + p_m + offset_m(q)).
+
+    G is the bilinear kernel, the product over the axes of max(0, 1 - |a - b|). The offset, w_m^T x_q in the paper, is
+    given; it comes from a convolution of its own.
+
+    Args:
+        x: As in `regular_convolution`.
+        offset: `[B, L', n]`, or `[B, 2 n n, H', W']` with channels `2 m` and `2 m + 1` the move of tap m in y and in x.
+        weight: As in `regular_convolution`.
+        bias: As in `regular_convolution`.
+        mask: The modulated form: factor on A_m, `[B, L', n]` or `[B, n n, H', W']`.
+        stride: As in `regular_convolution`.
+        dilation: As in `regular_convolution`.
+        padding: As in `regular_convolution`.
+        causal: As in `regular_convolution`; Omega_q then has no key after the query.
+        key_padding_mask: True where a key is padding and so not in Omega_q, `[B, L]` or `[B, H, W]`.
+
+    Returns:
+        `[B, L', out]` or `[B, out, H', W']`.
+    """
+    batch, taps = x.shape[0], weight[0, 0].numel()
+    if x.dim() == 3:
+        moves = offset[..., None]  # [B, q, m, axis]
+    else:
+        moves = (
+            torch.unflatten(offset, 1, (taps, 2)).flatten(3).permute(0, 3, 1, 2).flip(-1)
+        )  # x before y, as in Position
+        mask = None if mask is None else mask.flatten(2).transpose(1, 2)
+    padded = None
+    if key_padding_mask is not None:
+        padded = dict(zip(_elements(x)[1], key_padding_mask.flatten(1).unbind(1), strict=True))
+
+    def attention(q: int, m: int, start: Position, k: Position) -> Tensor:
+        if causal and k > (q,):
+            return x.new_zeros(batch)
+        weights = x.new_ones(batch) if mask is None else mask[:, q, m]
+        for axis, (a, b) in enumerate(zip(k, start, strict=True)):
+            weights = weights * (1 - (a - (b + moves[:, q, m, axis])).abs()).clamp(min=0)
+        return weights if padded is None else weights.masked_fill(padded[k], 0)
+
+    return _convolution(x, weight, bias, attention, stride=stride, dilation=dilation, padding=padding, causal=causal)
+
+
+@dataclass(frozen=True)
+class DynamicParameters:
+    """The learnable matrices and vectors of Eq. 5 to 7 and of the gated linear unit before them.
+
+    Matrices have the layout of `torch.nn.Linear`, `[out, in]`.
+
+    Attributes:
+        input_weight: To value and gate of the gated linear unit, in this order, `[2 dim, dim]`.
+        input_bias: Of these, `[2 dim]`.
+        kernel_weight: d_{j,g}, `[groups * N_k, dim]`: the taps j of the first group, then those of the next. Taps of a
+            map go row by row.
+        out_weight: W, whose columns are the W_c of Eq. 5, `[dim, dim]`.
+        out_bias: Added to every output, `[dim]`. The paper has none; Wu et al. (2019) do.
+    """
+
+    input_weight: Tensor
+    input_bias: Tensor
+    kernel_weight: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+def dynamic_convolution(
+    x: Tensor,
+    parameters: DynamicParameters,
+    *,
+    groups: int,
+    kernel_size: int,
+    causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Dynamic convolution as attention, Eq. 5 to 7: every channel a head, A_c(q, k) the weight of the tap at k - q.
+
+    The x of these equations is the output of the gated linear unit, for the keys and for the query that its kernel is
+    predicted from. Taps at which there is no key count in the normalisation all the same.
+
+    Args:
+        x: Input of the gated linear unit, `[B, L, dim]` or `[B, dim, H, W]`.
+        parameters: The learnable matrices and vectors.
+        groups: N_g, the number of groups of channels that share a kernel.
+        kernel_size: n_k; there are n_k taps in a sentence, n_k^2 in a map.
+        causal: The last tap is at the query, the others before it; else the middle one is.
+        key_padding_mask: True where a key is padding and so not in Omega_q, `[B, L]` or `[B, H, W]`.
+
+    Returns:
+        y in the shape of `x`.
+    """
+    inputs, positions = _elements(x)
+    dim = inputs[0].shape[-1] if inputs else 0
+    contents = []
+    for x_q in inputs:
+        value, gate = (x_q @ parameters.input_weight.T + parameters.input_bias).chunk(2, dim=-1)
+        contents.append(value * torch.sigmoid(gate))
+    keys = dict(zip(positions, contents, strict=True))
+    if key_padding_mask is not None:
+        for k, padded in zip(positions, key_padding_mask.flatten(1).unbind(1), strict=True):
+            keys[k] = keys[k].masked_fill(padded[:, None], 0)
+
+    first = 1 - kernel_size if causal else -(kernel_size // 2)
+    taps = [p[::-1] for p in itertools.product(range(first, first + kernel_size), repeat=len(x.shape) - 2)]
+    outputs = []
+    for q, x_q in zip(positions, contents, strict=True):
+        # Eq. 6 and 7: one kernel for each group.
+        kernels = []
+        for d_g in parameters.kernel_weight.chunk(groups):
+            exponentials = [torch.exp(x_q @ d_jg) for d_jg in d_g]
+            total = torch.stack(exponentials).sum(0)
+            kernels.append([exponential / total for exponential in exponentials])
+        y = parameters.out_bias.expand(x.shape[0], -1)
+        for c in range(1, dim + 1):
+            g = math.ceil(c / (dim / groups))
+            pooled = x.new_zeros(x.shape[0])
+            for p_j, weight in zip(taps, kernels[g - 1], strict=True):
+                k = tuple(a + b for a, b in zip(q, p_j, strict=True))
+                if k in keys:
+                    pooled = pooled + weight * keys[k][:, c - 1]
+            y = y + pooled[:, None] * parameters.out_weight[:, c - 1]
+        outputs.append(y)
+    result = torch.stack(outputs, dim=-1)
+    return result.reshape(x.shape) if x.dim() == 4 else result.transpose(1, 2)

@@ -1,0 +1,418 @@
+"""Dynamic convolution of Eq. 5 to 7, one and two-dimensional, with the gated linear unit in front of it."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_attn.attention import definition
+
+DynamicAlgorithm = Literal["auto", "band", "taps", "definition"]
+
+_ALGORITHMS = {1: ("auto", "band", "definition"), 2: ("auto", "taps", "definition")}
+
+# Elements of the predicted kernels, N x G x N_k, that are kept for the backward pass (64 MiB in float32). More are made
+# block by block and once more in the backward pass.
+KERNEL_ELEMENTS = 1 << 24
+# Elements of such a block: few enough to stay in cache, enough rows for matrix products at full speed.
+BLOCK_ELEMENTS = 1 << 23
+# Queries of one band matrix, or as many as the kernel has taps. Longer sentences are cut: a long band is mostly zeros.
+BAND_QUERIES = 64
+
+
+class DynamicConvCache:
+    """The last gated inputs of a sentence that is decoded step by step; made by `DynamicConv.new_cache`.
+
+    Attributes:
+        value: GLU outputs of the last kernel_size - 1 tokens, `[B, kernel_size - 1, C]`, zeros before the first
+            token; None before the first step.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def reorder(self, index: Tensor) -> None:
+        """Keeps the batch rows `index` `[B']`, in that order; rows may be left out or doubled (beam search)."""
+        if self.value is not None:
+            self.value = self.value.index_select(0, index)
+
+
+class DynamicConv(nn.Module):
+    """Depth-wise convolution whose kernel each position predicts from its own content (Eq. 5 to 7 of the paper).
+
+    A linear layer C -> 2C and a gated linear unit (GLU) give x. From x_q a linear layer C -> G * N_k predicts a kernel
+    for each of the G channel groups, which a softmax over its N_k positions normalises. At q, channel c of x in the
+    window is weighted with the kernel of group ceil(c / (C / G)) and summed. A linear layer C -> C follows.
+
+    Where the paper is silent, this is the design that it takes over (Wu et al. 2019): the linear layers before and
+    after have biases, the predictor has none; kernel positions outside the input or on padding read zero, and the
+    kernel is not normalised anew without them.
+
+    Parameters: `input_proj` (C -> 2C, value before gate), `kernel_proj` (C -> G * N_k, all taps of one group before the
+    next group, taps of a map row by row), `out_proj` (W).
+
+    The unfolded input N x C x N_k never exists. Sentences multiply with band matrices, maps add shifted copies tap by
+    tap. Kernels of more than `KERNEL_ELEMENTS` elements are made in blocks and again in the backward pass.
+
+    Args:
+        dim: Width C of input and output.
+        kernel_size: Odd n_k: N_k is n_k in a sentence and n_k^2 in a map.
+        groups: Number of channel groups N_g that share a kernel; divides `dim`.
+        ndim: 1 for sequences `[B, L, C]`, 2 for maps `[B, C, H, W]`.
+        causal: The kernel covers the positions q - n_k + 1 to q instead of those around q. Sequences only.
+        dropout: Probability of dropping an element of the normalised kernel in training.
+        algorithm: `"auto"` or the one for `ndim`, which are equal today: `"band"` for sequences, `"taps"` for maps;
+            `"definition"` runs the literal loops of `definition.py`, without dropout.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others; the message names the way out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 3,
+        groups: int = 16,
+        ndim: Literal[1, 2] = 1,
+        causal: bool = False,
+        dropout: float = 0.0,
+        algorithm: DynamicAlgorithm = "auto",
+    ) -> None:
+        super().__init__()
+        _check_arguments(dim, kernel_size, groups, ndim, causal, dropout, algorithm)
+        self.dim, self.kernel_size, self.groups, self.ndim = dim, kernel_size, groups, ndim
+        self.causal, self.dropout, self.algorithm = causal, dropout, algorithm
+        self.input_proj = nn.Linear(dim, 2 * dim)
+        self.kernel_proj = nn.Linear(dim, groups * kernel_size**ndim, bias=False)
+        self.out_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier uniform projections, biases zero."""
+        for projection in (self.input_proj, self.kernel_proj, self.out_proj):
+            nn.init.xavier_uniform_(projection.weight)
+        nn.init.zeros_(self.input_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def extra_repr(self) -> str:
+        """The settings that the parameters do not show."""
+        return (
+            f"kernel_size={self.kernel_size}, groups={self.groups}, ndim={self.ndim}, causal={self.causal}, "
+            f"dropout={self.dropout:g}, algorithm={self.algorithm!r}"
+        )
+
+    def new_cache(self) -> DynamicConvCache:
+        """A cache for decoding step by step, which gives the numbers of the full pass.
+
+        Raises:
+            ValueError: If the module is not causal: its outputs need tokens that are not there yet.
+        """
+        if not self.causal:
+            raise ValueError(
+                "new_cache: only a causal sequence can be decoded step by step; build DynamicConv with ndim=1 and "
+                f"causal=True (here ndim={self.ndim}, causal={self.causal})."
+            )
+        return DynamicConvCache()
+
+    def forward(
+        self, x: Tensor, *, key_padding_mask: Tensor | None = None, cache: DynamicConvCache | None = None
+    ) -> Tensor:
+        """Convolves every position with the kernel it predicts.
+
+        Args:
+            x: `[B, L, C]` or `[B, C, H, W]`.
+            key_padding_mask: Bool, `[B, L]` or `[B, H, W]`, True where a position is padding: it reads as zero, so that
+                a padded sentence gets the outputs it would get alone.
+            cache: From `new_cache`; `x` then holds the next tokens of a sequence that is decoded step by step.
+
+        Returns:
+            Same shape as `x`.
+
+        Raises:
+            ValueError: If a shape or dtype does not fit; the message names the argument.
+        """
+        self._check_input(x, key_padding_mask, cache)
+        if 0 in x.shape[1:]:  # no position at all
+            return x.clone()
+        if self.algorithm == "definition":
+            if cache is not None:
+                raise ValueError("cache: algorithm='definition' has no cache; use algorithm='auto'.")
+            return definition.dynamic_convolution(
+                x,
+                self._parameters_of_definition(),
+                groups=self.groups,
+                kernel_size=self.kernel_size,
+                causal=self.causal,
+                key_padding_mask=key_padding_mask,
+            )
+        content = F.glu(self._project(self.input_proj, x), dim=-1 if self.ndim == 1 else 1).contiguous()
+        value = content
+        if key_padding_mask is not None:
+            value = content.masked_fill(key_padding_mask.unsqueeze(-1 if self.ndim == 1 else 1), 0.0)
+        if self.ndim == 1:
+            aggregated = self._aggregate_sequence(content, value, cache)
+        else:
+            aggregated = self._aggregate_map(content, value)
+        return self._project(self.out_proj, aggregated)
+
+    def _project(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """Applies a linear layer to the channels, which are last in a sequence and second in a map."""
+        if self.ndim == 1:
+            return F.linear(x, projection.weight, projection.bias)
+        return F.conv2d(x, projection.weight[:, :, None, None], projection.bias)
+
+    def _predict(self, content: Tensor) -> Tensor:
+        """The normalised kernels, `[B, L, G, N_k]` or `[B, G, N_k, H, W]`, in float32 or better (Eq. 6 and 7)."""
+        axis = -1 if self.ndim == 1 else 1
+        logits = torch.unflatten(self._project(self.kernel_proj, content), axis, (self.groups, -1))
+        # Half precision holds the logits, but not the sum of hundreds of exponentials.
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        kernel = torch.softmax(logits, dim=-1 if self.ndim == 1 else 2, dtype=dtype)
+        return F.dropout(kernel, self.dropout, self.training)
+
+    def _aggregate_sequence(self, content: Tensor, value: Tensor, cache: DynamicConvCache | None) -> Tensor:
+        first = -(self.kernel_size - 1 if self.causal else self.kernel_size // 2)  # where tap 0 of query 0 reads
+        if cache is not None:
+            value = _extend(cache, value, self.kernel_size - 1)
+            first = 0
+        value = torch.unflatten(value, -1, (self.groups, -1))
+
+        def block(start: int, stop: int) -> Tensor:
+            low, high = max(0, start + first), min(value.shape[1], stop - 1 + first + self.kernel_size)
+            kernel = self._predict(content[:, start:stop]).to(value.dtype)
+            return aggregate_with_bands(kernel, value[:, low:high], start + first - low)
+
+        return self._in_blocks(block, content.shape[1], content.shape[0], dim=1).flatten(2)
+
+    def _aggregate_map(self, content: Tensor, value: Tensor) -> Tensor:
+        radius = self.kernel_size // 2
+        # The sum has up to N_k terms, so it is made in the precision of the kernels.
+        value = torch.unflatten(value.to(torch.promote_types(value.dtype, torch.float32)), 1, (self.groups, -1))
+
+        def block(start: int, stop: int) -> Tensor:
+            low, high = max(0, start - radius), min(value.shape[3], stop + radius)
+            kernel = torch.unflatten(self._predict(content[:, :, start:stop]), 2, (self.kernel_size, -1))
+            aggregated: Tensor = aggregate_by_taps(kernel, value[:, :, :, low:high], start - radius - low)
+            return aggregated
+
+        aggregated = self._in_blocks(block, content.shape[2], content.shape[0] * content.shape[3], dim=3)
+        return aggregated.flatten(1, 2).to(content.dtype)
+
+    def _in_blocks(self, block: Callable[[int, int], Tensor], rows: int, positions: int, dim: int) -> Tensor:
+        """`block(start, stop)` for `rows` rows of `positions` each, joined along `dim`; in pieces if that is much."""
+        row_elements = max(1, positions * self.kernel_proj.out_features)
+        if rows * row_elements <= KERNEL_ELEMENTS:
+            return block(0, rows)
+        run = _recomputed(block, self.training and self.dropout > 0.0) if torch.is_grad_enabled() else block
+        step = max(1, BLOCK_ELEMENTS // row_elements)
+        return torch.cat([run(start, min(start + step, rows)) for start in range(0, rows, step)], dim=dim)
+
+    def _parameters_of_definition(self) -> definition.DynamicParameters:
+        return definition.DynamicParameters(
+            input_weight=self.input_proj.weight,
+            input_bias=self.input_proj.bias,
+            kernel_weight=self.kernel_proj.weight,
+            out_weight=self.out_proj.weight,
+            out_bias=self.out_proj.bias,
+        )
+
+    def _check_input(self, x: Tensor, mask: Tensor | None, cache: DynamicConvCache | None) -> None:
+        layout = "[B, L, C]" if self.ndim == 1 else "[B, C, H, W]"
+        if not x.is_floating_point():
+            raise ValueError(f"x must be of a floating-point type, got {x.dtype}.")
+        if x.dim() != self.ndim + 2:
+            raise ValueError(
+                f"x must be {layout} for ndim={self.ndim}, got {x.dim()} dimensions, shape {tuple(x.shape)}."
+            )
+        if x.shape[-1 if self.ndim == 1 else 1] != self.dim:
+            raise ValueError(f"x must be {layout} with C = dim = {self.dim}, got shape {tuple(x.shape)}.")
+        if cache is not None:
+            if not self.causal:
+                self.new_cache()  # says why there is no cache
+            if mask is not None:
+                raise ValueError("key_padding_mask: a sequence that is decoded step by step has no padding; pass None.")
+            if cache.value is not None and cache.value.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"x has batch size {x.shape[0]}, the cache has {cache.value.shape[0]}: they must be equal."
+                )
+        if mask is not None:
+            expected = (x.shape[0], *(x.shape[1:2] if self.ndim == 1 else x.shape[2:]))
+            if mask.dtype != torch.bool:
+                raise ValueError(f"key_padding_mask must be bool, True where padded, got {mask.dtype}.")
+            if tuple(mask.shape) != expected:
+                raise ValueError(f"key_padding_mask must have the shape {expected} of x, got {tuple(mask.shape)}.")
+
+
+def aggregate_with_bands(kernel: Tensor, value: Tensor, first: int) -> Tensor:
+    """Sums over the window of a sequence by products of band matrices with the values (Eq. 5).
+
+    Tap j of query q reads position q + j + first. With n taps, the kernels of T queries, each shifted by one against
+    the last, are the T x (T + n - 1) matrix of a piece of the sentence, mostly without zeros if T is not above n.
+
+    Args:
+        kernel: `[B, L, G, n]`.
+        value: `[B, K, G, d]`, K at most L + n - 1 + first, zero outside.
+        first: Position that tap 0 of query 0 reads; not above zero.
+
+    Returns:
+        `[B, L, G, d]`.
+    """
+    batch, length, groups, _ = kernel.shape
+    # Taps that lie outside for every query.
+    low, high = max(0, -first - (length - 1)), min(kernel.shape[3], value.shape[1] - first)
+    kernel, first, taps = kernel[..., low:high], first + low, high - low
+
+    pieces = math.ceil(length / max(BAND_QUERIES, taps))
+    queries = math.ceil(length / pieces)
+    keys = queries + taps - 1
+    # Rows of keys + 1 numbers, kernel first, read as rows of keys numbers: each starts one place further right.
+    rows = F.pad(kernel, (0, queries, 0, 0, 0, pieces * queries - length))
+    rows = rows.view(batch, pieces, queries, groups, keys + 1).transpose(2, 3)
+    band = torch.unflatten(rows.flatten(3)[..., : queries * keys], 3, (queries, keys))
+    if pieces == 1:  # keys that exist are enough
+        band = band[..., -first : value.shape[1] - first]
+        windows = value.transpose(1, 2).unsqueeze(1)
+    else:
+        padded = F.pad(value, (0, 0, 0, 0, -first, pieces * queries + taps - 1 + first - value.shape[1]))
+        windows = padded.unfold(1, keys, queries).transpose(-1, -2)
+    out = torch.matmul(band, windows)  # [B, pieces, G, queries, d]
+    return out.transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+@torch.library.custom_op("lightning_attn::dynamic_taps", mutates_args=())
+def aggregate_by_taps(kernel: Tensor, value: Tensor, first: int) -> Tensor:
+    """Sums over the window of a map tap by tap, in memory of the order of the input (Eq. 5).
+
+    Tap (i, j) of the query in row y and column x reads row y + i + first and column x + j - n_x // 2.
+
+    An operator of its own, so that `torch.compile` does not unroll up to 31 x 31 taps.
+
+    Args:
+        kernel: `[B, G, n_y, n_x, H, W]`.
+        value: `[B, G, d, H', W]`, zero outside.
+        first: Row that the first tap of the first query reads.
+
+    Returns:
+        `[B, G, d, H, W]`.
+    """
+    out = value.new_zeros(*value.shape[:3], *kernel.shape[-2:])
+    seen = _seen(_padded(value, kernel.shape[3]), kernel.shape[3])
+    for i in range(kernel.shape[2]):
+        rows, read_rows = _overlap(kernel.shape[4], value.shape[3], i + first)
+        target = out[:, :, :, rows]
+        for weight, shifted in zip(
+            kernel[:, :, None, i, :, rows].unbind(3), seen[:, :, :, :, read_rows].unbind(3), strict=True
+        ):
+            target.addcmul_(weight, shifted)
+    return out
+
+
+@torch.library.custom_op("lightning_attn::dynamic_taps_backward", mutates_args=())
+def _taps_backward(grad: Tensor, kernel: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    taps = kernel.shape[3]
+    padded = _padded(value, taps)
+    grad_kernel, padded_grad = kernel.new_zeros(kernel.shape), torch.zeros_like(padded)
+    seen, grad_seen = _seen(padded, taps), _seen(padded_grad, taps)
+    for i in range(kernel.shape[2]):
+        rows, read_rows = _overlap(kernel.shape[4], value.shape[3], i + first)
+        for weight, target in zip(
+            kernel[:, :, None, i, :, rows].unbind(3), grad_seen[:, :, :, :, read_rows].unbind(3), strict=True
+        ):
+            target.addcmul_(weight, grad[:, :, :, rows])
+        target = grad_kernel[:, :, i, :, rows]
+        for channel, shifted in zip(
+            grad[:, :, :, None, rows].unbind(2), seen[:, :, :, :, read_rows].unbind(2), strict=True
+        ):
+            target.addcmul_(channel, shifted)
+    return grad_kernel, padded_grad[..., taps // 2 : taps // 2 + value.shape[4]].contiguous()
+
+
+def _padded(value: Tensor, taps: int) -> Tensor:
+    return F.pad(value, (taps // 2, taps // 2))
+
+
+def _seen(padded: Tensor, taps: int) -> Tensor:
+    """What each tap of a row of the kernel reads, `[B, G, d, n_x, H', W]`, as a view of the padded map."""
+    return padded.unfold(4, padded.shape[4] - taps + 1, 1).transpose(3, 4)
+
+
+def _overlap(queries: int, values: int, shift: int) -> tuple[slice, slice]:
+    """The queries q for which q + shift is a value, and those values."""
+    start, stop = max(0, -shift), max(0, min(queries, values - shift))
+    return slice(start, max(start, stop)), slice(start + shift, max(start, stop) + shift)
+
+
+@aggregate_by_taps.register_fake
+def _(kernel: Tensor, value: Tensor, first: int) -> Tensor:
+    return value.new_empty(*value.shape[:3], *kernel.shape[-2:])
+
+
+@_taps_backward.register_fake
+def _(grad: Tensor, kernel: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    return kernel.new_empty(kernel.shape), value.new_empty(value.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    kernel, value, ctx.first = inputs
+    ctx.save_for_backward(kernel, value)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad_kernel, grad_value = _taps_backward(grad, *ctx.saved_tensors, ctx.first)
+    return grad_kernel, grad_value, None
+
+
+aggregate_by_taps.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _recomputed(block: Callable[[int, int], Tensor], random: bool) -> Callable[[int, int], Tensor]:
+    """The block without what its backward pass needs, which is computed again there; the same dropout if `random`."""
+
+    def run(start: int, stop: int) -> Tensor:
+        result = checkpoint(block, start, stop, use_reentrant=False, preserve_rng_state=random)
+        assert isinstance(result, Tensor)
+        return result
+
+    return run
+
+
+def _extend(cache: DynamicConvCache, value: Tensor, memory: int) -> Tensor:
+    """The last `memory` values and the new ones, `[B, memory + L, C]`; leaves the last `memory` of these behind."""
+    before = value.new_zeros(value.shape[0], memory, value.shape[2]) if cache.value is None else cache.value
+    together = torch.cat((before, value), dim=1)
+    cache.value = together[:, together.shape[1] - memory :]
+    return together
+
+
+def _check_arguments(
+    dim: int, kernel_size: int, groups: int, ndim: int, causal: bool, dropout: float, algorithm: str
+) -> None:
+    for name, number in (("dim", dim), ("kernel_size", kernel_size), ("groups", groups)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {number!r}.")
+    if kernel_size % 2 == 0:
+        raise ValueError(
+            f"kernel_size must be odd, so that it has a middle, got {kernel_size}: "
+            f"use {kernel_size - 1} or {kernel_size + 1}."
+        )
+    if dim % groups:
+        divisors = [n for n in range(1, dim + 1) if dim % n == 0]
+        raise ValueError(
+            f"groups={groups} does not divide dim={dim}: use a number of groups in {divisors}, "
+            f"or a width that is a multiple of {groups}."
+        )
+    if ndim not in (1, 2):
+        raise ValueError(f"ndim must be 1 (sequences) or 2 (maps), got {ndim!r}.")
+    if causal and ndim == 2:
+        raise ValueError("causal=True is for sequences (ndim=1): a map has no order; set causal=False.")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}; 0.0 switches it off.")
+    if algorithm not in _ALGORITHMS[ndim]:
+        raise ValueError(
+            f"algorithm must be one of {list(_ALGORITHMS[ndim])} for ndim={ndim}, got {algorithm!r}; "
+            "'auto' takes the fastest."
+        )
