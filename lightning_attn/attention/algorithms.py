@@ -1,224 +1,374 @@
-"""Exact ways to compute Transformer attention (Eq. 2) from projected queries, keys, values and positions.
+"""Exact ways to compute Transformer attention (Eq. 2), each for the terms it is cheap for.
 
-Shapes: B batch, M heads, N_q queries, N_k keys, d head width. Queries and keys of a map are flattened row by row.
+All give the numbers of Eq. 2 and 8. Cost with N_q queries, N_k keys on a grid of `rows x columns`, and C features:
+
+    pooled       E3                   N_k C: one pooled vector for all queries
+    separable    E4, E3 + E4          N_q (rows + columns) C: one softmax along each axis
+    factored     E2 (+ E4) (+ E3)     N_q N_k C, but only N_q (rows + columns) exponentials; maps
+    fused        E1 (+ E3)            N_q N_k C in PyTorch's fused kernel
+    flex         E1 with E2 or E4     N_q N_k C in a compiled FlexAttention kernel; CUDA
+    tiled        any                  N_q N_k C tile by tile; N_q n_k^2 C in a window of n_k
+
+Shapes: M heads, B samples, d features of a head, queries and keys flattened row by row.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.flex_attention import flex_attention
 
-# A block of query rows times all keys, per head and sample. Blocks of this size stay in cache, and sentences and small
-# maps are one block.
-BLOCK_ELEMENTS = 256 * 256
+from lightning_attn.attention.tiled import TILE_ELEMENTS, Layout, factored_sums, tiled_attention
 
-
-def skew(energy: Tensor, num_keys: int, stride: int = 1) -> Tensor:
-    """Turns energies by relative offset into energies by key, as a view.
-
-    Args:
-        energy: `[..., N_q, N_q + (N_k - 1) * stride]`; column c belongs to the offset c - (N_q - 1) from row 0, so
-            that row q finds key k in column k * stride - q + N_q - 1.
-        num_keys: N_k.
-        stride: Distance between neighbouring keys, in tokens.
-
-    Returns:
-        `[..., N_q, N_k]`.
-    """
-    rows, columns = energy.shape[-2:]
-    if rows == 1:
-        return energy[..., ::stride]
-    # In the flattened matrix (q, k) stands at q * (columns - 1) + k * stride + (rows - 1): rows of one element less.
-    flat = energy.flatten(-2)[..., rows - 1 : rows - 1 + rows * (columns - 1)]
-    return torch.unflatten(flat, -1, (rows, columns - 1))[..., : (num_keys - 1) * stride + 1 : stride]
+Algorithm = Literal["auto", "pooled", "separable", "factored", "fused", "flex", "tiled", "definition"]
 
 
 @dataclasses.dataclass(frozen=True)
-class SequencePosition:
-    """E2 + E4 of a sentence: query vectors against the projected encodings of all offsets.
+class Projected:
+    """What the energies that are switched on are made of.
 
     Attributes:
-        query: `[B or 1, M, N_q or 1, d]`: U z_q, v, or their sum; one row where it is the same for every query.
-        table: V^R R for the offsets from -(N_q - 1) - first query position upwards, `[M, d, N_q + (N_k - 1) * stride]`.
-        num_queries: N_q.
-        num_keys: N_k.
-        stride: Distance between neighbouring keys, in tokens.
-    """
-
-    query: Tensor
-    table: Tensor
-    num_queries: int
-    num_keys: int
-    stride: int
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Energies of the queries `start:stop`, `[B or 1, M, stop - start, N_k]`."""
-        count = stop - start
-        first = self.num_queries - stop  # the offset of the last of these queries to key 0
-        table = self.table[..., first : first + count + (self.num_keys - 1) * self.stride]
-        query = self.query if self.query.shape[-2] == 1 else self.query[..., start:stop, :]
-        energy = torch.matmul(query, table)
-        return skew(energy.expand(*energy.shape[:-2], count, -1), self.num_keys, self.stride)
-
-
-@dataclasses.dataclass(frozen=True)
-class MapPosition:
-    """E2 + E4 of a map, which is the sum of one part along x and one along y (design: no N x N tensor holds it).
-
-    Attributes:
-        along_x: `[B or 1, M, N_q, W_k]`, energies of every query by the key's column.
-        along_y: `[B or 1, M, N_q, H_k]`, by the key's row.
-    """
-
-    along_x: Tensor
-    along_y: Tensor
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Energies of the queries `start:stop`, `[B or 1, M, stop - start, N_k]`."""
-        x = self.along_x[..., start:stop, :].unsqueeze(-2)
-        y = self.along_y[..., start:stop, :].unsqueeze(-1)
-        return (y + x).flatten(-2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Energies:
-    """The sum of the energies that are switched on, made for any range of queries.
-
-    Attributes:
-        content_query: U z_q (+ u), `[B, M, N_q, d]`, for E1 (+ E3).
-        key: V^C x_k, `[B, M, N_k, d]`, with `content_query`.
-        key_energy: E3 without E1, `[B, M, 1, N_k]`.
-        position: E2 and E4.
-        num_queries: N_q.
+        content_query: U z_q (+ u), `[M, B, N_q, d]`, for E1 (+ E3).
+        key: V^C x_k, `[M, B, N_k, d]`, with `content_query`.
+        key_energy: E3 without E1, `[M, B, N_k]`.
+        position_query: U z_q (+ v) for E2 (+ E4), `[M, B, N_q, d]`; v for E4 alone, `[M, 1, 1, d]`.
+        table_y: V^R R for the offsets along y, `[M, d, offsets]`, from `1 - rows` upwards; maps only.
+        table_x: The same along x, or along a sentence.
+        value: W' x_k, `[M, B, N_k, d]`.
+        padding: True where a key is padding, `[B, N_k]`.
+        layout: The grids and which keys a query may see.
     """
 
     content_query: Tensor | None
     key: Tensor | None
     key_energy: Tensor | None
-    position: SequencePosition | MapPosition | None
-    num_queries: int
-
-    @property
-    def depend_on_query(self) -> bool:
-        """False for E3 alone, whose map is the same for every query."""
-        return self.content_query is not None or self.position is not None
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """The summed energies of the queries `start:stop`, `[B or 1, M, stop - start, N_k]` (one row for E3 alone)."""
-        energy: Tensor | None = None
-        if self.content_query is not None and self.key is not None:
-            energy = torch.matmul(self.content_query[..., start:stop, :], self.key.transpose(-1, -2))
-        if self.position is not None:
-            position = self.position.rows(start, stop)
-            energy = position if energy is None else energy.add_(position)
-        if self.key_energy is not None:
-            energy = self.key_energy if energy is None else energy + self.key_energy
-        assert energy is not None, "a term string switches at least one energy on"
-        return energy
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyMask:
-    """Which keys a query must not see: padding, later keys, keys outside the window.
-
-    Attributes:
-        padding: `[B, N_k]`, True where padded.
-        query_positions: One index per axis, each `[N_q]`.
-        key_positions: One index per axis, each `[N_k]`, in the units of the queries.
-        causal: Hide the keys that come after the query; in a map, in reading order.
-        window: Odd n_k; hide the keys farther than n_k // 2 along any axis.
-    """
-
+    position_query: Tensor | None
+    table_y: Tensor | None
+    table_x: Tensor | None
+    value: Tensor
     padding: Tensor | None
-    query_positions: tuple[Tensor, ...]
-    key_positions: tuple[Tensor, ...]
-    causal: bool
-    window: int | None
+    layout: Layout
 
     @property
-    def depends_on_query(self) -> bool:
-        """Whether different queries see different keys."""
-        return self.causal or self.window is not None
-
-    def rows(self, start: int, stop: int) -> Tensor | None:
-        """True where hidden from the queries `start:stop`, `[B or 1, 1, stop - start or 1, N_k]`; None if all seen."""
-        hidden: Tensor | None = None
-        queries = [axis[start:stop, None] for axis in self.query_positions]
-        if self.causal:
-            later = self.key_positions[-1] > queries[-1]
-            for key, query in zip(reversed(self.key_positions[:-1]), reversed(queries[:-1]), strict=True):
-                later = (key > query) | ((key == query) & later)
-            hidden = later
-        if self.window is not None:
-            for key, query in zip(self.key_positions, queries, strict=True):
-                far = (key - query).abs() > self.window // 2
-                hidden = far if hidden is None else hidden | far
-        if hidden is not None:
-            hidden = hidden[None, None]
-        if self.padding is not None:
-            padding = self.padding[:, None, None, :]
-            hidden = padding if hidden is None else hidden | padding
-        return hidden
+    def position_is_shared(self) -> bool:
+        """Whether the position energy is the same for every query: E4 without E2."""
+        return self.position_query is None or tuple(self.position_query.shape[1:3]) == (1, 1)
 
 
-def normalise(energy: Tensor, hidden: Tensor | None) -> Tensor:
-    """Softmax over the keys that are not hidden; a query that sees none gets zeros (Eq. 2 and 8)."""
-    weights = _softmax(energy, hidden)
-    return weights if hidden is None else weights.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
-
-
-def _softmax(energy: Tensor, hidden: Tensor | None) -> Tensor:
-    if hidden is not None:
-        # The most negative finite number: -inf would make a row that is hidden whole NaN, also in the backward pass.
-        energy = energy.masked_fill(hidden, torch.finfo(energy.dtype).min)
-    # Half precision holds the energies, but not sums of many exponentials.
-    dtype = torch.float64 if energy.dtype == torch.float64 else torch.float32
-    return torch.softmax(energy, dim=-1, dtype=dtype)
-
-
-def attend(energies: Energies, mask: KeyMask, value: Tensor, dropout: float = 0.0) -> Tensor:
-    """The weighted sums of values of Eq. 2, in blocks of query rows that are recomputed in the backward pass.
+def unfit(algorithm: Algorithm, terms: str, ndim: int, layout: Layout, padded: bool, dropout: float) -> str | None:
+    """Why an algorithm cannot compute this attention; None if it can.
 
     Args:
-        energies: The energies that are switched on.
-        mask: The keys that are hidden.
-        value: W' x_k, `[B, M, N_k, d]`.
-        dropout: Probability of dropping a weight; 0.0 outside training.
+        algorithm: One of `Algorithm`.
+        terms: The terms that are on, such as `"0110"`.
+        ndim: 1 for sentences, 2 for maps.
+        layout: The grids and which keys a query may see.
+        padded: Whether keys are hidden by a mask.
+        dropout: Probability of dropping a weight in this pass.
+    """
+    e1, e2 = terms[0] == "1", terms[1] == "1"
+    if dropout > 0 and algorithm not in ("auto", "tiled"):
+        return "it does not drop weights"
+    if algorithm == "pooled":
+        if terms != "0010":
+            return "it needs terms '0010', whose weights are the same for every query"
+        if layout.causal or layout.window is not None:
+            return "it needs every query to see the same keys: no causal mask and no window"
+    elif algorithm == "separable":
+        if terms not in ("0001", "0011"):
+            return "it needs terms '0001' or '0011', whose weights depend on the offset and the key alone"
+        if ndim == 2 and layout.causal:
+            return "reading order does not separate into rows and columns"
+    elif algorithm == "factored":
+        if e1 or not e2:
+            return "it needs E2 without E1"
+        if ndim != 2:
+            return "it needs maps (ndim=2): a sentence has one axis only"
+        if layout.causal or layout.window is not None:
+            return "it needs every query to see the same keys: no causal mask and no window"
+    elif algorithm == "fused":
+        if not e1 or e2 or terms[3] == "1":
+            return "it needs E1 without E2 and E4: the fused kernel takes no position energy with a gradient"
+        if layout.window is not None:
+            return "it has no window"
+    elif algorithm == "flex":
+        if not e1:
+            return "it needs E1"
+        if layout.causal or layout.window is not None or padded:
+            return "it has no causal mask, no window and no key padding"
+    return None
+
+
+def choose(terms: str, ndim: int, layout: Layout, padded: bool, dropout: float, device: torch.device) -> Algorithm:
+    """The algorithm that is fastest for this attention, by measurement (docs/performance.md)."""
+    candidates: tuple[Algorithm, ...] = ("pooled", "separable", "factored", "fused")
+    if device.type == "cuda" and ("1" in (terms[1], terms[3])):
+        candidates = (*candidates, "flex")
+    for algorithm in candidates:
+        if unfit(algorithm, terms, ndim, layout, padded, dropout) is None and _is_worth_it(algorithm, layout, padded):
+            return algorithm
+    return "tiled"
+
+
+def _is_worth_it(algorithm: Algorithm, layout: Layout, padded: bool) -> bool:
+    """Whether an algorithm that can compute an attention keeps its promise of little memory there."""
+    if algorithm == "separable":
+        # Along one axis alone, a weight is held for every pair of positions.
+        return layout.query_sizes[0] > 1 or layout.num_queries * layout.num_keys <= TILE_ELEMENTS
+    if algorithm == "fused" and layout.causal:
+        # Otherwise a mask of N_q x N_k would be needed beside the kernel's own causal flag.
+        return not padded and layout.query_sizes == layout.key_sizes and layout.stride == 1
+    return True
+
+
+def attend(projected: Projected, algorithm: Algorithm, dropout: float) -> Tensor:
+    """The weighted sums of values of Eq. 2, `[M, B, N_q, d]`; zeros for a query that sees no key."""
+    if 0 in (projected.layout.num_queries, projected.layout.num_keys, projected.value.shape[1]):
+        heads, batch, _, width = projected.value.shape
+        return projected.value.new_zeros(heads, batch, projected.layout.num_queries, width)
+    if algorithm == "separable":
+        return separable(projected)
+    if algorithm == "factored":
+        return factored(projected)
+    if algorithm == "fused":
+        return fused(projected)
+    if algorithm == "flex":
+        return flex(projected)
+    return tiled(projected, dropout)
+
+
+def tiled(p: Projected, dropout: float = 0.0) -> Tensor:
+    """Any terms, masks and windows, tile by tile; see `tiled_attention`."""
+    layout = p.layout
+    # Drawn from torch's own generator, so that seeds and restored generator states decide what is dropped.
+    seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else None
+    inputs = (p.content_query, p.key, p.key_energy, p.position_query, p.table_y, p.table_x, p.value, p.padding)
+    result: Tensor = tiled_attention(
+        *inputs,
+        layout.query_sizes,
+        layout.key_sizes,
+        layout.stride,
+        layout.first,
+        layout.causal,
+        layout.window,
+        dropout,
+        seed,
+    )
+    return result
+
+
+def pooled(key_energy: Tensor, padding: Tensor | None, content: Tensor) -> Tensor:
+    """E3 alone: the same weighted mean of the keys for every query.
+
+    Args:
+        key_energy: E3, `[M, B, N_k]`.
+        padding: `[B, N_k]`, True where padded.
+        content: The keys before any projection, `[B, N_k, C]`: pooling first leaves one vector to project.
 
     Returns:
-        `[B, M, N_q, d]`, in the dtype of `value`; zeros for a query that sees no key.
+        `[B, M, C]`; zeros where all keys are padding.
     """
-    num_queries, num_keys = energies.num_queries, value.shape[-2]
-    if num_queries == 0 or num_keys == 0:
-        return value.new_zeros(*value.shape[:2], num_queries, value.shape[-1])
-    # Dropped weights are drawn for each query alone, so then nothing can be shared.
-    shared = not energies.depend_on_query and not mask.depends_on_query and dropout == 0.0
-    num_rows = 1 if shared else num_queries
-
-    def block(start: int, stop: int) -> Tensor:
-        hidden = mask.rows(start, stop)
-        weights = _softmax(energies.rows(start, stop), hidden).to(value.dtype)
-        if dropout > 0.0:
-            weights = F.dropout(weights.expand(value.shape[0], -1, stop - start, -1), dropout)
-        out = torch.matmul(weights, value)
-        return out if hidden is None else out.masked_fill(hidden.all(dim=-1).unsqueeze(-1), 0.0)
-
-    block_rows = max(1, BLOCK_ELEMENTS // max(1, num_keys))
-    if num_rows <= block_rows:
-        out = block(0, num_rows)
-    else:
-        run = _recomputed(block, dropout > 0.0) if torch.is_grad_enabled() else block
-        out = torch.cat([run(i, min(i + block_rows, num_rows)) for i in range(0, num_rows, block_rows)], dim=-2)
-    return out.expand(-1, -1, num_queries, -1) if shared else out
+    if padding is not None:
+        key_energy = key_energy.masked_fill(padding, torch.finfo(key_energy.dtype).min)
+        content = content.masked_fill(padding.unsqueeze(-1), 0.0)
+    weights = torch.softmax(key_energy, dim=-1)
+    if padding is not None:
+        weights = weights.masked_fill(padding, 0.0)
+    return torch.bmm(weights.transpose(0, 1).to(content.dtype), content)
 
 
-def _recomputed(block: Callable[[int, int], Tensor], random: bool) -> Callable[[int, int], Tensor]:
-    def run(start: int, stop: int) -> Tensor:
-        result = checkpoint(block, start, stop, use_reentrant=False, preserve_rng_state=random)
-        assert isinstance(result, Tensor)
-        return result
+def separable(p: Projected) -> Tensor:
+    """E4, alone or with E3: the exponential of a sum over axes is a product, so each axis is summed on its own."""
+    assert p.position_query is not None, "E4 is on"
+    assert p.table_x is not None, "E4 is on"
+    along = [
+        None if table is None else _axis_weights(p.position_query, table, axis, p.layout)
+        for axis, table in enumerate((p.table_y, p.table_x))
+    ]
 
-    return run
+    def sums(value: Tensor) -> Tensor:
+        heads, batch, width, _ = value.shape
+        along_y, along_x = along
+        assert along_x is not None
+        grid = value.view(heads, batch * width * p.layout.key_sizes[0], p.layout.key_sizes[1])
+        grid = torch.bmm(grid, along_x.transpose(1, 2))
+        if along_y is not None:
+            grid = grid.view(heads, batch * width, p.layout.key_sizes[0], p.layout.query_sizes[1])
+            grid = torch.matmul(along_y.unsqueeze(1), grid)
+        return grid.reshape(heads, batch, width, p.layout.num_queries).transpose(2, 3)
+
+    return _weighted(p, lambda value: sums(value.transpose(2, 3).contiguous()))
+
+
+def _axis_weights(query: Tensor, table: Tensor, axis: int, layout: Layout) -> Tensor:
+    """Softmax of the position energy along one axis, `[M, queries along it, keys along it]`; `query` `[M, 1, 1, d]`."""
+    num_queries, num_keys = layout.query_sizes[axis], layout.key_sizes[axis]
+    device = table.device
+    first = layout.first if axis == 1 else 0
+    queries = torch.arange(num_queries, device=device).unsqueeze(1)
+    keys = torch.arange(num_keys, device=device) * layout.stride
+    with torch.autocast(device.type, enabled=False):
+        by_offset = torch.bmm(query[:, 0].to(table.dtype), table).squeeze(1)  # [M, offsets]
+        columns = keys - queries + num_queries - 1
+        energy = torch.unflatten(by_offset.index_select(1, columns.flatten()), 1, columns.shape)
+        hidden = torch.zeros((), dtype=torch.bool, device=device)
+        if layout.causal:
+            hidden = hidden | (keys > queries + first)
+        if layout.window is not None:
+            hidden = hidden | ((keys - queries - first).abs() > layout.window // 2)
+        if hidden.dim() == 0:
+            return torch.softmax(energy, dim=-1)
+        weights = torch.softmax(energy.masked_fill(hidden, torch.finfo(energy.dtype).min), dim=-1)
+        return weights.masked_fill(hidden, 0.0)  # also where every key is hidden
+
+
+def factored(p: Projected) -> Tensor:
+    """E2 without E1 in a map: weights are a product of one softmax along each axis and a weight of the key."""
+    assert p.position_query is not None, "E2 is on"
+    assert p.table_y is not None, "maps have two tables"
+    assert p.table_x is not None, "maps have two tables"
+    position = (p.position_query, p.table_y, p.table_x)
+    grids = (p.layout.query_sizes, p.layout.key_sizes, p.layout.stride)
+    return _weighted(p, lambda value: factored_sums(*position, value, *grids))
+
+
+def _weighted(p: Projected, sums: Callable[[Tensor], Tensor]) -> Tensor:
+    """Position-weighted sums whose keys have the additional weight exp(E3), or none if they are padding.
+
+    The values, multiplied by these weights, and the weights themselves go through `sums` together: the second are the
+    normaliser. Where no key is near the largest of all factors at once it vanishes in rounding; then, which is rare,
+    everything is computed from sums of energies instead.
+    """
+    if p.key_energy is None and p.padding is None:
+        return sums(_computed(p.value)).to(p.value.dtype)
+    value = _computed(p.value)
+    with torch.autocast(value.device.type, enabled=False):
+        if p.key_energy is None:
+            weight = value.new_ones(*value.shape[:3])
+        else:
+            energy = p.key_energy.to(value.dtype)
+            if p.padding is not None:
+                energy = energy.masked_fill(p.padding, torch.finfo(energy.dtype).min)
+            weight = torch.exp(energy - energy.amax(dim=-1, keepdim=True).detach())
+        if p.padding is not None:
+            weight = weight.masked_fill(p.padding, 0.0)
+            value = value.masked_fill(p.padding.unsqueeze(-1), 0.0)
+        weight = weight.unsqueeze(-1)
+        both = sums(torch.cat((value * weight, weight), dim=-1))
+        numerator, normaliser = both[..., :-1], both[..., -1:]
+        if bool((normaliser < _SMALLEST_NORMALISER[value.dtype]).any()):
+            return tiled(p)
+        return (numerator / normaliser).to(p.value.dtype)
+
+
+# What rounding to zero has taken from a normaliser above these is less than its last bit.
+_SMALLEST_NORMALISER = {torch.float32: 1e-25, torch.float64: 1e-250}
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def fused(p: Projected) -> Tensor:
+    """E1 (+ E3) by PyTorch's fused kernel."""
+    assert p.content_query is not None, "E1 is on"
+    assert p.key is not None, "E1 is on"
+    key, value, mask = p.key, p.value, None
+    layout = p.layout
+    if p.padding is not None:
+        key, value = (tensor.masked_fill(p.padding.unsqueeze(-1), 0.0) for tensor in (key, value))
+        mask = ~p.padding[:, None, None, :]
+    causal = layout.causal
+    if causal and (mask is not None or layout.query_sizes != layout.key_sizes or layout.stride != 1):
+        seen = ~layout.hidden_from(torch.arange(layout.num_queries, device=value.device))
+        mask, causal = seen if mask is None else mask & seen, False
+    # [B, M, N, d] with the features of a token side by side, or the kernel is several times slower.
+    query, key, value = (t.transpose(0, 1).contiguous() for t in (p.content_query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=1.0)
+    # The kernel takes a row of NaN energies for one that sees no key and hides them; here they are to be seen.
+    with torch.no_grad():
+        unsound = (query.sum(dim=-1, keepdim=True) + key.sum(dim=(-2, -1), keepdim=True)) * 0.0
+    out = out + unsound
+    if mask is not None:
+        out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+    return out.transpose(0, 1)
+
+
+def flex(p: Projected) -> Tensor:
+    """E1 with position energies by FlexAttention, which adds them inside the kernel; compiled on CUDA."""
+    assert p.content_query is not None, "E1 is on"
+    assert p.key is not None, "E1 is on"
+    heads, batch = p.value.shape[:2]
+    columns = p.layout.key_sizes[1]
+    queries = torch.arange(p.layout.num_queries, device=p.value.device)
+    along_y, along_x = (
+        None if axis is None else axis.expand(heads, batch, p.layout.num_queries, -1).contiguous()
+        for axis in _position_by_axis(p, queries)
+    )
+
+    def add_position(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if along_x is not None:
+            score = score + along_x[head, b, query, key % columns]
+        if along_y is not None:
+            score = score + along_y[head, b, query, key // columns]
+        return score
+
+    query, key, value = (t.transpose(0, 1).contiguous() for t in (p.content_query, p.key, p.value))
+    kernel = _compiled_flex_attention() if value.is_cuda else _flex_attention
+    return kernel(query, key, value, score_mod=add_position, scale=1.0).transpose(0, 1)
+
+
+_flex_attention: Callable[..., Tensor] = flex_attention  # its own type also allows for further results
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(_flex_attention, dynamic=False)
+
+
+def _position_by_axis(p: Projected, queries: Tensor) -> list[Tensor | None]:
+    """E2 + E4 along y and along x, `[M, B or 1, queries, keys along the axis]`, for some queries by number."""
+    if p.position_query is None:
+        return [None, None]
+    rows, columns = queries // p.layout.query_sizes[1], queries % p.layout.query_sizes[1]
+    query = p.position_query
+    query = query.expand(-1, -1, len(queries), -1) if p.position_is_shared else query.index_select(2, queries)
+    energies: list[Tensor | None] = []
+    for axis, (table, index) in enumerate(((p.table_y, rows), (p.table_x, columns))):
+        if table is None:
+            energies.append(None)
+            continue
+        keys = torch.arange(p.layout.key_sizes[axis], device=queries.device) * p.layout.stride
+        encodings = table[:, :, keys - index.unsqueeze(1) + p.layout.query_sizes[axis] - 1]  # [M, d, queries, keys]
+        energies.append(torch.einsum("mbqd,mdqk->mbqk", query.to(table.dtype), encodings))
+    return energies
+
+
+def energy_rows(p: Projected, start: int, stop: int) -> Tensor:
+    """The summed energies of the queries `start:stop`, `[B, M, stop - start, N_k]`: for pictures, not for speed."""
+    queries = torch.arange(start, stop, device=p.value.device)
+    heads, batch, num_keys, _ = p.value.shape
+    energy = p.value.new_zeros(heads, batch, len(queries), num_keys, dtype=_computed(p.value).dtype)
+    if p.content_query is not None and p.key is not None:
+        energy = energy + _computed(p.content_query[:, :, start:stop]) @ _computed(p.key).transpose(2, 3)
+    if p.key_energy is not None:
+        energy = energy + p.key_energy.unsqueeze(2)
+    along_y, along_x = _position_by_axis(p, queries)
+    if along_x is not None:
+        position = along_x if along_y is None else (along_y.unsqueeze(-1) + along_x.unsqueeze(-2)).flatten(-2)
+        energy = energy + position
+    return energy.transpose(0, 1)
+
+
+def weight_rows(p: Projected, start: int, stop: int) -> Tensor:
+    """The weights of the queries `start:stop`, `[B, M, stop - start, N_k]`; zeros for a query that sees no key."""
+    energy = energy_rows(p, start, stop)
+    hidden = p.layout.hidden_from(torch.arange(start, stop, device=energy.device))
+    if p.padding is not None:
+        hidden = hidden | p.padding[:, None, None, :]
+    weights = torch.softmax(energy.masked_fill(hidden, torch.finfo(energy.dtype).min), dim=-1)
+    return weights.masked_fill(hidden, 0.0)

@@ -1,22 +1,26 @@
 """Transformer attention of Eq. 2 with the four switchable terms of Eq. 8."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_attn.attention import definition
 from lightning_attn.attention.algorithms import (
-    Energies,
-    KeyMask,
-    MapPosition,
-    SequencePosition,
+    Algorithm,
+    Projected,
     attend,
-    normalise,
+    choose,
+    energy_rows,
+    pooled,
+    unfit,
+    weight_rows,
 )
 from lightning_attn.attention.cache import AttentionCache
 from lightning_attn.attention.positions import relative_encoding
 from lightning_attn.attention.spec import TERM_NAMES, AttentionSpec, parse_terms
+from lightning_attn.attention.tiled import Layout
 
 
 class TransformerAttention(nn.Module):
@@ -39,6 +43,9 @@ class TransformerAttention(nn.Module):
         scale: Factor on all energies; the paper has none.
         dropout: Probability of dropping an attention weight in training.
         causal: Hide the keys that come after the query; in a map, in reading order.
+        algorithm: How it is computed; all ways give the same numbers. `"auto"` takes what is fastest for the terms, the
+            masks and the device; `lightning_attn.attention.algorithms` describes the others, and `"definition"` is
+            the slow text of the equations.
 
     Raises:
         ValueError: If an argument is out of range, or `dim` cannot be divided as the heads and the encoding need.
@@ -55,6 +62,7 @@ class TransformerAttention(nn.Module):
         scale: float = 1.0,
         dropout: float = 0.0,
         causal: bool = False,
+        algorithm: Algorithm = "auto",
     ) -> None:
         super().__init__()
         # The spec holds the rules for these values; one place says what is allowed.
@@ -71,7 +79,9 @@ class TransformerAttention(nn.Module):
             )
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.terms, self.ndim, self.window, self.kv_stride = terms, ndim, window, kv_stride
-        self.scale, self.dropout, self.causal = scale, dropout, causal
+        self.scale, self.dropout, self.causal, self.algorithm = scale, dropout, causal, algorithm
+        if algorithm not in get_args(Algorithm):
+            raise ValueError(f"algorithm must be one of {list(get_args(Algorithm))}, got {algorithm!r}.")
 
         e1, e2, e3, e4 = parse_terms(terms)
         if (e2 or e4) and dim % (2 * ndim):
@@ -107,7 +117,8 @@ class TransformerAttention(nn.Module):
         """The settings that the parameters do not show."""
         return (
             f"terms={self.terms!r}, num_heads={self.num_heads}, ndim={self.ndim}, window={self.window}, "
-            f"kv_stride={self.kv_stride}, scale={self.scale:g}, dropout={self.dropout:g}, causal={self.causal}"
+            f"kv_stride={self.kv_stride}, scale={self.scale:g}, dropout={self.dropout:g}, causal={self.causal}, "
+            f"algorithm={self.algorithm!r}"
         )
 
     def forward(
@@ -134,10 +145,19 @@ class TransformerAttention(nn.Module):
         Raises:
             ValueError: If a shape or dtype does not fit; the message names the argument.
         """
-        energies, mask, value = self._project(query, key, key_padding_mask, causal, cache, self.terms)
-        attended = attend(energies, mask, value, self.dropout if self.training else 0.0)
-        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
-        return out if self.ndim == 1 else torch.unflatten(out.transpose(1, 2), 2, query.shape[2:])
+        causal = (self.causal if causal is None else causal) or (cache is not None and not cache.is_memory)
+        dropout = self.dropout if self.training else 0.0
+        keys = query if key is None else key
+        self._check(query, keys, key_padding_mask, cache, key is not None)
+        layout = self._layout(query, keys, causal, cache)
+        padded = key_padding_mask is not None or (cache is not None and cache.padding is not None)
+        algorithm = self._choose(layout, padded, dropout, query.device, cache is not None)
+        if algorithm == "definition":
+            return self._define(query, keys, key_padding_mask, causal)
+        if algorithm == "pooled":
+            return self._pool(query, keys, key_padding_mask)
+        projected = self._project(query, keys, key_padding_mask, layout, cache, self.terms)
+        return self._output(attend(projected, algorithm, dropout), query)
 
     def energies(
         self, query: Tensor, key: Tensor | None = None, *, rows: tuple[int, int] | None = None
@@ -152,13 +172,15 @@ class TransformerAttention(nn.Module):
             rows: `(start, stop)`: only these queries, numbered row by row in a map; None for all.
         """
         result = {}
+        keys = query if key is None else key
+        self._check(query, keys, None, None, key is not None)
         for index, (name, on) in enumerate(zip(TERM_NAMES, parse_terms(self.terms), strict=True)):
             if not on:
                 continue
             only = "".join("1" if i == index else "0" for i in range(len(TERM_NAMES)))
-            energies, _, value = self._project(query, key, None, False, None, only)
-            start, stop = _row_range(rows, energies.num_queries)
-            result[name] = energies.rows(start, stop).expand(*value.shape[:2], stop - start, value.shape[2])
+            layout = self._layout(query, keys, False, None)
+            projected = self._project(query, keys, None, layout, None, only)
+            result[name] = energy_rows(projected, *_row_range(rows, layout.num_queries))
         return result
 
     def weights(
@@ -171,10 +193,11 @@ class TransformerAttention(nn.Module):
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
         """The normalised map, `[B, M, N_q, N_k]`, without dropout; arguments as in `forward` and `energies`."""
-        energies, mask, value = self._project(query, key, key_padding_mask, causal, None, self.terms)
-        start, stop = _row_range(rows, energies.num_queries)
-        weights = normalise(energies.rows(start, stop), mask.rows(start, stop))
-        return weights.expand(*value.shape[:2], stop - start, value.shape[2])
+        keys = query if key is None else key
+        self._check(query, keys, key_padding_mask, None, key is not None)
+        layout = self._layout(query, keys, self.causal if causal is None else causal, None)
+        projected = self._project(query, keys, key_padding_mask, layout, None, self.terms)
+        return weight_rows(projected, *_row_range(rows, layout.num_queries))
 
     def new_cache(self, memory: Tensor | None = None, key_padding_mask: Tensor | None = None) -> AttentionCache:
         """A cache for decoding step by step, which gives the numbers of the full pass.
@@ -199,174 +222,251 @@ class TransformerAttention(nn.Module):
             cache.append(*self._project_keys(memory[:, :: self.kv_stride]))
         return cache
 
-    def _project(
+    def _check(
         self,
         query: Tensor,
-        key: Tensor | None,
+        key: Tensor,
         key_padding_mask: Tensor | None,
-        causal: bool | None,
         cache: AttentionCache | None,
-        terms: str,
-    ) -> tuple[Energies, KeyMask, Tensor]:
-        """Energies of `terms` (a part of the terms that are on), mask and projected values."""
+        has_key: bool,
+    ) -> None:
         self._check_input("query", query)
-        first = 0  # position of the first query
-        causal = self.causal if causal is None else causal
         if cache is not None:
-            if key is not None or key_padding_mask is not None:
+            if has_key or key_padding_mask is not None:
                 raise ValueError(
                     "cache: its keys and mask are those it was made with; pass no key or key_padding_mask."
                 )
-            first = cache.length
             if cache.value is not None and cache.value.shape[0] != query.shape[0]:
                 raise ValueError(
                     f"query has batch size {query.shape[0]}, the cache has {cache.value.shape[0]}: they must be equal."
                 )
-            projected_key, value, padding = self._extend_cache(cache, query)
-            causal = causal or not cache.is_memory
-            key_sizes: tuple[int, ...] = (value.shape[2],)
-        else:
-            key = query if key is None else key
-            self._check_input("key", key)
-            if key.shape[0] != query.shape[0]:
-                raise ValueError(f"key has batch size {key.shape[0]}, query has {query.shape[0]}: they must be equal.")
-            self._check_mask(key_padding_mask, key)
-            stride = self.kv_stride
-            if self.ndim == 1:
-                key = key[:, ::stride]
-                padding = None if key_padding_mask is None else key_padding_mask[:, ::stride]
-                key_sizes = (key.shape[1],)
-            else:
-                key = key[..., ::stride, ::stride]
-                padding = None if key_padding_mask is None else key_padding_mask[:, ::stride, ::stride].flatten(1)
-                key_sizes = tuple(key.shape[2:])
-                key = key.flatten(2).transpose(1, 2)
-            projected_key, value = self._project_keys(key)
+            return
+        self._check_input("key", key)
+        if key.shape[0] != query.shape[0]:
+            raise ValueError(f"key has batch size {key.shape[0]}, query has {query.shape[0]}: they must be equal.")
+        self._check_mask(key_padding_mask, key)
 
-        query_sizes: tuple[int, ...]
+    def _sizes(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns; a sentence is one row."""
+        return (1, x.shape[1]) if self.ndim == 1 else (x.shape[2], x.shape[3])
+
+    def _layout(self, query: Tensor, key: Tensor, causal: bool, cache: AttentionCache | None) -> Layout:
+        stride = self.kv_stride
+        first = 0
+        if cache is None:
+            rows, columns = self._sizes(key)
+            key_sizes = (-(-rows // stride) if self.ndim == 2 else 1, -(-columns // stride))
+        else:
+            first = cache.length
+            tokens = -(-(first + query.shape[1]) // stride)
+            key_sizes = (1, cache.value.shape[2] if cache.is_memory and cache.value is not None else tokens)
+        return Layout(self._sizes(query), key_sizes, stride, first, causal, self.window)
+
+    def _choose(self, layout: Layout, padded: bool, dropout: float, device: torch.device, cached: bool) -> Algorithm:
+        if cached and self.algorithm in ("auto", "pooled", "definition"):
+            return "tiled"  # one query at a time: what the others save is saved already
+        if self.algorithm == "auto":
+            return choose(self.terms, self.ndim, layout, padded, dropout, device)
+        reason = unfit(self.algorithm, self.terms, self.ndim, layout, padded, dropout)
+        if reason is not None:
+            raise ValueError(
+                f"algorithm={self.algorithm!r} cannot compute this attention: {reason}. "
+                'Use "auto", which takes the fastest that can.'
+            )
+        return self.algorithm
+
+    def _define(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, causal: bool) -> Tensor:
+        """By the equations as written."""
+        parameters = definition.AttentionParameters(
+            value_weight=self.value_proj.weight,
+            out_weight=self.out_proj.weight,
+            out_bias=self.out_proj.bias,
+            query_weight=self.query_proj.weight if hasattr(self, "query_proj") else None,
+            key_weight=self.key_proj.weight if hasattr(self, "key_proj") else None,
+            position_weight=self.position_proj.weight if hasattr(self, "position_proj") else None,
+            key_bias=getattr(self, "key_bias", None),
+            position_bias=getattr(self, "position_bias", None),
+        )
+        return definition.transformer_attention(
+            query,
+            key,
+            parameters,
+            num_heads=self.num_heads,
+            terms=self.terms,
+            scale=self.scale,
+            window=self.window,
+            kv_stride=self.kv_stride,
+            causal=causal,
+            key_padding_mask=key_padding_mask,
+        )
+
+    def _pool(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """E3 alone: one output vector for all queries, projected after the keys are pooled."""
+        content, padding = self._keys(key, key_padding_mask)
+        key_energy = self._key_energy(content)
+        if self.ndim == 2:
+            content = content.transpose(1, 2)
+        if content.shape[1] == 0:
+            means = content.new_zeros(content.shape[0], self.num_heads, self.dim)
+        else:
+            means = pooled(key_energy, padding, content)  # [B, M, C]
+        value = torch.unflatten(self.value_proj.weight, 0, (self.num_heads, self.head_dim))
+        heads = torch.bmm(means.transpose(0, 1), value.transpose(1, 2).to(means.dtype))  # [M, B, d]
+        out: Tensor = self.out_proj(heads.transpose(0, 1).flatten(1))
+        return (
+            out.unsqueeze(1).expand(-1, query.shape[1], -1)
+            if self.ndim == 1
+            else out[..., None, None].expand(-1, -1, *query.shape[2:])
+        )
+
+    def _keys(self, key: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The keys that `kv_stride` leaves, `[B, N_k, C]` of a sentence, `[B, C, N_k]` of a map, and their padding."""
+        stride = self.kv_stride
         if self.ndim == 1:
-            query_sizes = (query.shape[1],)
-        else:
-            query_sizes = tuple(query.shape[2:])
-            query = query.flatten(2).transpose(1, 2)
+            return key[:, ::stride], None if key_padding_mask is None else key_padding_mask[:, ::stride]
+        padding = None if key_padding_mask is None else key_padding_mask[:, ::stride, ::stride].flatten(1)
+        return key[..., ::stride, ::stride].flatten(2), padding
 
+    def _project(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None,
+        layout: Layout,
+        cache: AttentionCache | None,
+        terms: str,
+    ) -> Projected:
+        """Everything that the energies of `terms` (a part of the terms that are on) and the sums of values need."""
         e1, e2, e3, e4 = parse_terms(terms)
-        projected_query = self._split_heads(self.query_proj(query)) * self.scale if e1 or e2 else None
-        content_query = key_energy = None
+        key_energy = projected_key = None
+        if cache is None:
+            content, padding = self._keys(key, key_padding_mask)
+            value = self._heads(self.value_proj, content)
+            if e1:
+                projected_key = self._heads(self.key_proj, content)
+            elif e3:
+                key_energy = self._key_energy(content)
+        else:
+            projected_key, value, padding = self._extend_cache(cache, query)
+            if e3 and not e1 and projected_key is not None:
+                key_energy = torch.einsum("md,mbkd->mbk", self._scaled(self.key_bias), projected_key)
+        queries = query if self.ndim == 1 else query.flatten(2)
+        projected_query = self._heads(self.query_proj, queries) if e1 or e2 else None
+        if projected_query is not None and self.scale != 1.0:
+            projected_query = projected_query * self.scale
+        content_query = None
         if e1 and projected_query is not None:
-            content_query = projected_query
-            if e3:
-                content_query = content_query + self._bias(self.key_bias)
-        elif e3 and projected_key is not None:
-            bias = self._bias(self.key_bias).to(projected_key.dtype)
-            key_energy = torch.matmul(bias, projected_key.transpose(-1, -2))
-        position: SequencePosition | MapPosition | None = None
+            content_query = projected_query + self._scaled(self.key_bias)[:, None, None] if e3 else projected_query
+        position_query = table_y = table_x = None
         if e2 or e4:
-            position_query = self._bias(self.position_bias)[None] if e4 else None
+            if e4:
+                position_query = self._scaled(self.position_bias)[:, None, None]
             if e2 and projected_query is not None:
                 position_query = projected_query if position_query is None else projected_query + position_query
-            assert position_query is not None, "E2 or E4 is on"
-            if self.ndim == 1:
-                position = self._sequence_position(position_query, first, query_sizes[0], key_sizes[0], cache)
-            else:
-                position = self._map_position(position_query, query_sizes, key_sizes)
-        energies = Energies(
+            table_y, table_x = self._tables(layout, query.device, cache)
+        return Projected(
             content_query=content_query,
-            key=projected_key if content_query is not None else None,
+            key=projected_key if e1 else None,
             key_energy=key_energy,
-            position=position,
-            num_queries=math.prod(query_sizes),
-        )
-        mask = KeyMask(
+            position_query=position_query,
+            table_y=table_y,
+            table_x=table_x,
+            value=value,
             padding=padding,
-            query_positions=_grid(query_sizes, 1, first, query.device),
-            key_positions=_grid(key_sizes, self.kv_stride, 0, query.device),
-            causal=causal,
-            window=self.window,
+            layout=layout,
         )
-        return energies, mask, value
 
-    def _bias(self, bias: Tensor) -> Tensor:
-        """The bias u or v as one scaled query row per head, `[M, 1, d]`."""
-        return bias.unsqueeze(1) * self.scale
+    def _scaled(self, bias: Tensor) -> Tensor:
+        """The bias u or v of every head, `[M, d]`, with the factor on all energies."""
+        return bias if self.scale == 1.0 else bias * self.scale
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """`[B, N, C]` to `[B, M, N, d]`."""
-        return torch.unflatten(x, -1, (self.num_heads, self.head_dim)).transpose(1, 2)
+    def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """Projects `[B, N, C]` of a sentence or `[B, C, N]` of a map to `[M, B, N, d]`, in the memory layout of `x`."""
+        if self.ndim == 1:
+            return torch.unflatten(projection(x), -1, (self.num_heads, self.head_dim)).permute(2, 0, 1, 3)
+        projected = torch.bmm(projection.weight.expand(x.shape[0], -1, -1), x)
+        return torch.unflatten(projected, 1, (self.num_heads, self.head_dim)).permute(1, 0, 3, 2)
 
-    def _project_keys(self, key: Tensor) -> tuple[Tensor | None, Tensor]:
-        """V^C x_k where a term needs it, and W' x_k, each `[B, M, N_k, d]`, from `[B, N_k, C]`."""
-        projected = self._split_heads(self.key_proj(key)) if hasattr(self, "key_proj") else None
-        return projected, self._split_heads(self.value_proj(key))
+    def _output(self, attended: Tensor, query: Tensor) -> Tensor:
+        """Joins the heads `[M, B, N_q, d]` and applies W."""
+        if self.ndim == 1:
+            out: Tensor = self.out_proj(attended.permute(1, 2, 0, 3).flatten(2))
+            return out
+        joined = attended.permute(1, 0, 3, 2).flatten(1, 2)
+        weight = self.out_proj.weight.expand(joined.shape[0], -1, -1)
+        return torch.unflatten(torch.bmm(weight, joined) + self.out_proj.bias[:, None], 2, query.shape[2:])
 
-    def _extend_cache(self, cache: "AttentionCache", query: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def _key_energy(self, content: Tensor) -> Tensor:
+        """E3 of every key, `[M, B, N_k]`: u^T V^C first, so that the keys are not projected; float32 or better."""
+        dtype = torch.float64 if self.key_bias.dtype == torch.float64 else torch.float32
+        with torch.autocast(content.device.type, enabled=False):
+            weight = torch.unflatten(self.key_proj.weight.to(dtype), 0, (self.num_heads, self.head_dim))
+            saliency = torch.einsum("md,mdc->mc", self._scaled(self.key_bias).to(dtype), weight)
+            content = content.to(dtype)
+            if self.ndim == 1:
+                return torch.matmul(content, saliency.T).permute(2, 0, 1)
+            return torch.bmm(saliency.expand(content.shape[0], -1, -1), content).transpose(0, 1)
+
+    def _extend_cache(self, cache: AttentionCache, query: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         if not cache.is_memory:
             skipped = -cache.length % self.kv_stride  # tokens until the next position that is a key
             cache.append(*self._project_keys(query[:, skipped :: self.kv_stride]))
         cache.length += query.shape[1]
         assert cache.value is not None, "a cache has keys from the first step on"
-        return cache.key, cache.value, cache.padding
+        key = None if cache.key is None else cache.key.transpose(0, 1)
+        return key, cache.value.transpose(0, 1), cache.padding
 
-    def _encode(self, offsets: Tensor, dim: int) -> Tensor:
-        """R in float32 or better, handed to `position_proj` in the dtype of its weight."""
-        dtype = self.position_proj.weight.dtype
-        return relative_encoding(offsets.double() if dtype == torch.float64 else offsets, dim).to(dtype)
+    def _project_keys(self, key: Tensor) -> tuple[Tensor | None, Tensor]:
+        """V^C x_k where a term needs it, and W' x_k, each `[B, M, N_k, d]`, from `[B, N_k, C]`."""
+        projected = self._heads(self.key_proj, key).transpose(0, 1) if hasattr(self, "key_proj") else None
+        return projected, self._heads(self.value_proj, key).transpose(0, 1)
 
-    def _sequence_position(
-        self, query: Tensor, first: int, num_queries: int, num_keys: int, cache: AttentionCache | None
-    ) -> SequencePosition:
-        lowest = -(first + num_queries - 1)
-        count = max(0, num_queries + (num_keys - 1) * self.kv_stride)
-        if cache is None:
-            table = self._position_table(lowest, count, query.device)
-        else:
-            if (
-                cache.table is None
-                or lowest < cache.table_lowest
-                or lowest + count > cache.table_lowest + cache.table.shape[-1]
-            ):
-                # Twice the range that is needed now, so that decoding n tokens projects O(n) positions in all.
-                cache.table_lowest = min(cache.table_lowest, 2 * lowest - 15)
-                highest = max(0, lowest + count - 1) if not cache.is_memory else (num_keys - 1) * self.kv_stride
-                cache.table = self._position_table(cache.table_lowest, highest - cache.table_lowest + 1, query.device)
-            start = lowest - cache.table_lowest
-            table = cache.table[..., start : start + count]
-        return SequencePosition(query.to(table.dtype), table, num_queries, num_keys, self.kv_stride)
-
-    def _position_table(self, lowest: int, count: int, device: torch.device) -> Tensor:
-        """V^R R for `count` offsets from `lowest` upwards, `[M, d, count]`."""
-        offsets = torch.arange(lowest, lowest + count, device=device)
-        projected: Tensor = self.position_proj(self._encode(offsets, self.dim))
-        return torch.unflatten(projected, -1, (self.num_heads, self.head_dim)).permute(1, 2, 0)
-
-    def _map_position(self, query: Tensor, query_sizes: tuple[int, ...], key_sizes: tuple[int, ...]) -> MapPosition:
-        """Energies along x and y; each axis costs N_q (W_k or H_k) C."""
-        half = self.dim // 2
-        weight_x, weight_y = self.position_proj.weight[:, :half], self.position_proj.weight[:, half:]
-        # [B or 1, M, H, W, d]; a single row of E4 alone serves the whole map.
-        grid = (
-            torch.unflatten(query, 2, query_sizes)
-            if query.shape[2] != 1 or math.prod(query_sizes) == 1
-            else query[:, :, None]
+    def _tables(
+        self, layout: Layout, device: torch.device, cache: AttentionCache | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """V^R R for every offset along y (maps only) and along x, each `[M, d, offsets]`, in float32 or better."""
+        counts = [
+            max(0, queries + (keys - 1) * layout.stride)
+            for queries, keys in zip(layout.query_sizes, layout.key_sizes, strict=True)
+        ]
+        lowest = [1 - size for size in layout.query_sizes]
+        if cache is not None:
+            return None, self._cached_table(cache, lowest[1] - layout.first, counts[1], layout, device)
+        weight = self.position_proj.weight
+        if self.ndim == 1:
+            return None, self._table(weight, lowest[1], counts[1], device)
+        # x takes the first half of the encoding; the factor is that of the released code.
+        weight_x, weight_y = (weight / math.sqrt(2)).chunk(2, dim=1)
+        return (
+            self._table(weight_y, lowest[0], counts[0], device),
+            self._table(weight_x, lowest[1], counts[1], device),
         )
-        axes = []
-        for weight, axis, num_queries, num_keys in (
-            (weight_x, 3, query_sizes[1], key_sizes[1]),
-            (weight_y, 2, query_sizes[0], key_sizes[0]),
+
+    def _table(self, weight: Tensor, lowest: int, count: int, device: torch.device) -> Tensor:
+        """V^R R for `count` offsets from `lowest` upwards, `[M, d, count]`."""
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        with torch.autocast(device.type, enabled=False):
+            encoding = relative_encoding(
+                torch.arange(lowest, lowest + count, device=device, dtype=dtype), weight.shape[1]
+            )
+            projected = torch.matmul(weight.to(dtype), encoding.T)
+        return torch.unflatten(projected, 0, (self.num_heads, self.head_dim))
+
+    def _cached_table(
+        self, cache: AttentionCache, lowest: int, count: int, layout: Layout, device: torch.device
+    ) -> Tensor:
+        if (
+            cache.table is None
+            or lowest < cache.table_lowest
+            or lowest + count > cache.table_lowest + cache.table.shape[-1]
         ):
-            lowest = -(num_queries - 1)
-            count = max(0, num_queries + (num_keys - 1) * self.kv_stride)
-            offsets = torch.arange(lowest, lowest + count, device=query.device)
-            projected = nn.functional.linear(self._encode(offsets, half), weight / math.sqrt(2))
-            table = torch.unflatten(projected, -1, (self.num_heads, self.head_dim)).permute(1, 2, 0)  # [M, d, offsets]
-            index = torch.arange(num_keys, device=query.device) * self.kv_stride
-            index = index - torch.arange(num_queries, device=query.device).unsqueeze(1) + num_queries - 1
-            by_query = table[:, :, index].permute(0, 2, 1, 3)  # [M, queries along the axis, d, keys along the axis]
-            lines = grid.movedim(axis, 2)  # [B or 1, M, along the axis, other axis, d]
-            energy = torch.matmul(lines.to(by_query.dtype), by_query)
-            axes.append(energy.movedim(2, axis))
-        along_x, along_y = (energy.expand(-1, -1, *query_sizes, -1).flatten(2, 3) for energy in axes)
-        return MapPosition(along_x, along_y)
+            # Twice the range that is needed now, so that decoding n tokens projects O(n) positions in all.
+            cache.table_lowest = min(cache.table_lowest, 2 * lowest - 15)
+            highest = (layout.key_sizes[1] - 1) * self.kv_stride if cache.is_memory else max(0, lowest + count - 1)
+            weight = self.position_proj.weight
+            cache.table = self._table(weight, cache.table_lowest, highest - cache.table_lowest + 1, device)
+        start = lowest - cache.table_lowest
+        return cache.table[..., start : start + count]
 
     def _check_input(self, name: str, x: Tensor) -> None:
         layout = "[B, L, C]" if self.ndim == 1 else "[B, C, H, W]"
@@ -388,12 +488,6 @@ class TransformerAttention(nn.Module):
             raise ValueError(f"key_padding_mask must be bool, True where padded, got {mask.dtype}.")
         if tuple(mask.shape) != expected:
             raise ValueError(f"key_padding_mask must have the shape {expected} of the keys, got {tuple(mask.shape)}.")
-
-
-def _grid(sizes: tuple[int, ...], stride: int, first: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Position of every element of a grid along each axis, flattened row by row."""
-    axes = [torch.arange(size, device=device) * stride + first for size in sizes]
-    return tuple(axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
 
 
 def _row_range(rows: tuple[int, int] | None, num_queries: int) -> tuple[int, int]:
