@@ -4,28 +4,44 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-Mechanism = Literal["transformer", "none"]
+from lightning_attn.attention.algorithms import Algorithm
+
+Mechanism = Literal["transformer", "dynamic", "none"]
+Convolution = Literal["regular", "deformable", "modulated_deformable"]
 
 TERM_NAMES = ("E1", "E2", "E3", "E4")
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What stands in an attention slot of a network (Zhu et al. 2019, Eq. 2 and 8).
+    """What stands in an attention slot of a network (Zhu et al. 2019, Eq. 2 to 8 and Fig. 2).
 
     Attributes:
-        mechanism: `"transformer"` for the generalized Transformer attention of Eq. 2, `"none"` for no attention at
-            all, which is the row "w/o" of the paper's tables.
+        mechanism: `"transformer"` for the generalized Transformer attention of Eq. 2, `"dynamic"` for the dynamic
+            convolution of Eq. 5 to 7 in its place (Table 3), `"none"` for no attention at all, which is the row
+            "w/o" of the paper's tables.
         terms: Which energies are switched on, as the paper writes it: one bit each for E1 (query and key content),
             E2 (query content and relative position), E3 (key content only) and E4 (relative position only).
-            Quote it in YAML, where an unquoted `0010` is the number 8.
-        num_heads: Number of attention heads M; must divide the width of the network.
+            Quote it in YAML, where an unquoted `0010` is the number 8. Transformer attention only.
+        num_heads: Number of attention heads M; must divide the width of the network. Transformer attention only.
+        convolution: What stands before the attention (Fig. 2). In a residual block of an image network it is the
+            kind of the 3x3 convolution: `"regular"` (Eq. 3), `"deformable"` (Eq. 4) or `"modulated_deformable"`,
+            whose taps also have learned weights. In translation `"regular"` is nothing at all, and the other two put
+            a deformable unit of kernel 3 in front of the attention. Self-attention only.
         window: Odd width n_k of the region around a query that its keys come from, along each axis (Table 3), or
-            null for all keys.
+            null for all keys. Transformer attention only.
         kv_stride: Keys and values are taken at every `kv_stride`-th position along each axis; 1 is the paper's.
+            Transformer attention only.
         scale: Factor on all energies. The paper has none (1.0); `num_heads` heads of width d are often run with
-            d ** -0.5 in translation.
-        dropout: Probability of dropping an attention weight during training.
+            d ** -0.5 in translation. Transformer attention only.
+        dropout: Probability of dropping an attention weight, or a weight of a dynamic convolution's kernel, during
+            training.
+        groups: Number of groups N_g of channels that share a kernel (Eq. 7); must divide the width of the network.
+            16 is the paper's. Dynamic convolution only.
+        kernel_size: Odd width n_k of the kernel along each axis (Table 3). Dynamic convolution only.
+        algorithm: How it is computed, not what: `"auto"` takes the fastest that fits, `"definition"` is the slow text
+            of the equations, and `lightning_attn.attention.algorithms` describes the others. Transformer attention
+            only.
 
     Raises:
         ValueError: If a field has a value that no attention has; the message names the field and the way out.
@@ -34,28 +50,43 @@ class AttentionSpec:
     mechanism: Mechanism = "transformer"
     terms: str = "1111"
     num_heads: int = 8
+    convolution: Convolution = "regular"
     window: int | None = None
     kv_stride: int = 1
     scale: float = 1.0
     dropout: float = 0.0
+    groups: int = 16
+    kernel_size: int = 3
+    algorithm: Algorithm = "auto"
 
     def __post_init__(self) -> None:
         if self.mechanism not in get_args(Mechanism):
             raise ValueError(f"mechanism must be one of {list(get_args(Mechanism))}, got {self.mechanism!r}.")
         parse_terms(self.terms)
         _require_int("num_heads", self.num_heads)
+        if self.convolution not in get_args(Convolution):
+            raise ValueError(f"convolution must be one of {list(get_args(Convolution))}, got {self.convolution!r}.")
         if self.window is not None:
-            _require_int("window", self.window)
-            if self.window % 2 == 0:
+            _require_odd("window", self.window, ", or null for all keys")
+            if self.mechanism == "dynamic":
                 raise ValueError(
-                    f"window must be odd, so that it has a middle, got {self.window}: "
-                    f"use {self.window - 1} or {self.window + 1}, or null for all keys."
+                    f"window={self.window} is for mechanism: transformer. "
+                    "The range of a dynamic convolution is its kernel_size: set that, and window: null."
                 )
         _require_int("kv_stride", self.kv_stride)
         if not (_is_number(self.scale) and math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be a positive finite number, got {self.scale!r}; the paper's value is 1.0.")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}; 0.0 switches it off.")
+        _require_int("groups", self.groups)
+        _require_odd("kernel_size", self.kernel_size)
+        if self.algorithm not in get_args(Algorithm):
+            raise ValueError(f"algorithm must be one of {list(get_args(Algorithm))}, got {self.algorithm!r}.")
+        if self.mechanism == "dynamic" and self.algorithm != "auto":
+            raise ValueError(
+                f"algorithm={self.algorithm!r} is for mechanism: transformer. A dynamic convolution of a spec is "
+                "always computed the fastest way: set algorithm: auto."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, fit for YAML and for checkpoints."""
@@ -93,3 +124,11 @@ def _is_number(value: object) -> bool:
 def _require_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def _require_odd(name: str, value: int, otherwise: str = "") -> None:
+    _require_int(name, value)
+    if value % 2 == 0:
+        raise ValueError(
+            f"{name} must be odd, so that it has a middle, got {value}: use {value - 1} or {value + 1}{otherwise}."
+        )

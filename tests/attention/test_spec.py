@@ -1,4 +1,4 @@
-"""AttentionSpec, and build_attention, which turns one into a module."""
+"""AttentionSpec: what it accepts, and what it says about the rest."""
 
 import dataclasses
 import itertools
@@ -6,15 +6,33 @@ import json
 import math
 
 import pytest
-import torch
 
-from lightning_attn.attention import AttentionSpec, TransformerAttention, build_attention
+from lightning_attn.attention import AttentionSpec
 
 
 def test_the_defaults_are_the_paper_s():
     spec = AttentionSpec()
     assert (spec.mechanism, spec.terms, spec.num_heads, spec.scale) == ("transformer", "1111", 8, 1.0)
     assert (spec.window, spec.kv_stride, spec.dropout) == (None, 1, 0.0)
+    assert (spec.convolution, spec.groups, spec.kernel_size, spec.algorithm) == ("regular", 16, 3, "auto")
+
+
+@pytest.mark.parametrize("mechanism", ["transformer", "dynamic", "none"])
+@pytest.mark.parametrize("convolution", ["regular", "deformable", "modulated_deformable"])
+def test_every_convolution_goes_with_every_mechanism(mechanism, convolution):
+    spec = AttentionSpec(mechanism=mechanism, convolution=convolution)
+    assert (spec.mechanism, spec.convolution) == (mechanism, convolution)
+
+
+def test_a_window_on_a_dynamic_convolution_is_refused():
+    """It would be ignored: whoever sets it means the kernel's size."""
+    with pytest.raises(ValueError, match=r"window=31 .*mechanism: transformer.*kernel_size.*window: null"):
+        AttentionSpec(mechanism="dynamic", window=31)
+
+
+def test_an_algorithm_for_a_dynamic_convolution_is_refused():
+    with pytest.raises(ValueError, match=r"algorithm='tiled' is for mechanism: transformer.*algorithm: auto"):
+        AttentionSpec(mechanism="dynamic", algorithm="tiled")
 
 
 @pytest.mark.parametrize("terms", ["".join(bits) for bits in itertools.product("01", repeat=4) if "1" in bits])
@@ -25,7 +43,7 @@ def test_every_term_set_is_accepted(terms):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("mechanism", "transfomer", r"mechanism .*'transformer'.*'none'.*got 'transfomer'"),
+        ("mechanism", "transfomer", r"mechanism .*'transformer', 'dynamic', 'none'.*got 'transfomer'"),
         ("mechanism", None, r"mechanism .*got None"),
         ("terms", "0000", r"terms '0000'.*mechanism: none"),
         ("terms", "11", r"terms .*'0110'.*got '11'"),
@@ -51,6 +69,25 @@ def test_every_term_set_is_accepted(terms):
         ("window", 3.0, r"window .*got 3\.0"),
         ("kv_stride", 0, r"kv_stride .*got 0"),
         ("kv_stride", None, r"kv_stride .*got None"),
+        ("convolution", "deform", r"convolution .*'regular', 'deformable', 'modulated_deformable'.*got 'deform'"),
+        ("convolution", None, r"convolution .*'regular'.*got None"),
+        ("convolution", True, r"convolution .*got True"),
+        ("groups", 0, r"groups .*got 0"),
+        ("groups", -16, r"groups .*got -16"),
+        ("groups", 16.0, r"groups .*got 16\.0"),
+        ("groups", True, r"groups .*got True"),
+        ("groups", "16", r"groups .*got '16'"),
+        ("groups", None, r"groups .*got None"),
+        ("kernel_size", 4, r"kernel_size must be odd.*got 4: use 3 or 5\."),
+        ("kernel_size", 0, r"kernel_size .*at least 1, got 0"),
+        ("kernel_size", -3, r"kernel_size .*got -3"),
+        ("kernel_size", 3.0, r"kernel_size .*got 3\.0"),
+        ("kernel_size", True, r"kernel_size .*got True"),
+        ("kernel_size", "3", r"kernel_size .*got '3'"),
+        ("kernel_size", None, r"kernel_size .*got None"),
+        ("kernel_size", [3, 3], r"kernel_size .*got \[3, 3\]"),
+        ("algorithm", "fast", r"algorithm .*'auto', .*'definition'.*got 'fast'"),
+        ("algorithm", None, r"algorithm .*got None"),
         ("scale", 0.0, r"scale .*got 0\.0"),
         ("scale", -0.5, r"scale .*got -0\.5"),
         ("scale", math.inf, r"scale .*finite.*got inf"),
@@ -75,7 +112,9 @@ def test_a_bad_value_is_refused_by_name(field, value, message):
     [
         AttentionSpec(),
         AttentionSpec(mechanism="none"),
-        AttentionSpec(terms="0110", num_heads=3, window=5, kv_stride=2, scale=0.125, dropout=0.1),
+        AttentionSpec(mechanism="none", convolution="modulated_deformable"),
+        AttentionSpec(mechanism="dynamic", groups=4, kernel_size=31, dropout=0.1),
+        AttentionSpec(terms="0110", num_heads=3, window=5, kv_stride=2, scale=0.125, dropout=0.1, algorithm="tiled"),
     ],
 )
 def test_plain_values_give_the_spec_back(spec):
@@ -89,51 +128,3 @@ def test_a_spec_cannot_change_and_can_be_a_key():
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.terms = "0010"
     assert len({spec, AttentionSpec(), AttentionSpec(terms="0010")}) == 2
-
-
-@pytest.mark.parametrize("role", ["self", "causal", "cross"])
-def test_every_field_reaches_the_module(role):
-    spec = AttentionSpec(terms="0111", num_heads=2, window=5, kv_stride=2, scale=0.5, dropout=0.25)
-    attention = build_attention(spec, 8, 1, role)
-    assert isinstance(attention, TransformerAttention)
-    for field in ("terms", "num_heads", "window", "kv_stride", "scale", "dropout"):
-        assert getattr(attention, field) == getattr(spec, field)
-    assert (attention.dim, attention.ndim, attention.causal) == (8, 1, role == "causal")
-    x = torch.randn(1, 4, 8)
-    hidden = attention.eval().weights(x)[0, :, 1, 1] == 0  # key 2 comes after query 1
-    assert hidden.all() if role == "causal" else not hidden.any()
-
-
-def test_a_map_gets_the_gated_residual_form():
-    residual = build_attention(AttentionSpec(num_heads=2), 8, 2, "self")
-    x = torch.randn(1, 8, 3, 4, requires_grad=True)
-    y = residual(x)
-    assert torch.equal(y, x)  # gamma starts at zero
-    y.square().sum().backward()
-    assert residual.gamma.grad != 0  # but learns from the first step on
-    with torch.no_grad():
-        residual.gamma.fill_(2.0)
-    torch.testing.assert_close(residual(x), x + 2 * residual.attention(x))
-
-
-@pytest.mark.parametrize("ndim", [1, 2])
-def test_no_attention_is_no_module(ndim):
-    spec = AttentionSpec(mechanism="none")
-    assert build_attention(spec, 8, ndim, "self") is None
-    assert build_attention(spec, 8, ndim, "causal") is None
-    with pytest.raises(ValueError, match=r"mechanism 'none'.*encoder-decoder.*source"):
-        build_attention(spec, 8, ndim, "cross")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((AttentionSpec(), 12, 1, "self"), r"dim=12 .*num_heads=8"),
-        ((AttentionSpec(num_heads=3), 6, 2, "self"), r"dim=6 .*multiple of 4"),
-        ((AttentionSpec(), 8, 3, "self"), r"ndim .*got 3"),
-        ((AttentionSpec(), 8, 1, "decoder"), r"role .*'self'.*'causal'.*'cross'.*got 'decoder'"),
-    ],
-)
-def test_a_spec_that_does_not_fit_its_slot_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        build_attention(*arguments)

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_attn.attention import AttentionSpec, TransformerAttention, build_attention, definition
+from lightning_attn.attention import GatedResidual, TransformerAttention, definition
 
 TERMS = ["".join(bits) for bits in itertools.product("01", repeat=4) if "1" in bits]
 WITH_POSITION = [terms for terms in TERMS if terms[1] == "1" or terms[3] == "1"]
@@ -183,18 +183,17 @@ def test_values_and_gradients_are_those_of_the_definition(terms, shape, mode):
             )
 
 
-@pytest.mark.parametrize("role", ["self", "causal"])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("terms", TERMS)
-def test_gated_residual_is_x_plus_gamma_times_the_definition(terms, role):
-    residual = build_attention(AttentionSpec(terms=terms, num_heads=HEADS), DIM, 2, role)
-    residual = residual.double()
+def test_gated_residual_is_x_plus_gamma_times_the_definition(terms, causal):
+    residual = GatedResidual(TransformerAttention(DIM, HEADS, terms, ndim=2, causal=causal)).double()
     x = draw((2, 3)).requires_grad_()
     torch.testing.assert_close(residual(x), x)  # gamma starts at zero
     assert residual.gamma.shape == ()
     randomise(residual)
     mask = padding((2, 3))
     actual = residual(x, key_padding_mask=mask)
-    expected = x + residual.gamma * literal(residual.attention, x, key_padding_mask=mask, causal=role == "causal")
+    expected = x + residual.gamma * literal(residual.attention, x, key_padding_mask=mask, causal=causal)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     direction = torch.randn_like(x)
     variables = [x, *residual.parameters()]

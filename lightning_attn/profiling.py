@@ -1,0 +1,327 @@
+"""What a module really does: multiply-adds measured while it runs, next to the paper's count of them."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torchvision.ops  # noqa: F401 - registers torchvision::deform_conv2d
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_attn.attention.factory import build_attention
+from lightning_attn.attention.flops import paper_count
+from lightning_attn.attention.spec import AttentionSpec
+
+_aten, _torchvision = torch.ops.aten, torch.ops.torchvision
+
+# Of one bilinear sample: four corners for its value, and in the backward pass four for the gradient of the map and four
+# for that of each coordinate.
+_BILINEAR_PRODUCTS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredCount:
+    """Multiply-adds of one run; half of what torch's counter calls FLOPs.
+
+    Attributes:
+        total: All multiply-adds.
+        by_operator: The part of each operator, such as `"aten.bmm"`.
+        by_module: The part of each submodule by its name, its children included; `""` is the module itself. In the
+            backward pass torch attributes as well as its hooks can tell.
+        uncounted: Elements that operators without a formula wrote (additions, exponentials, softmax, copies, ...), by
+            operator: an operator that the count misses is here and not lost.
+    """
+
+    total: int
+    by_operator: dict[str, int]
+    by_module: dict[str, int]
+    uncounted: dict[str, int]
+
+
+def count_multiply_adds(module: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> MeasuredCount:
+    """Runs a module once and counts the multiply-adds of the operators that it calls.
+
+    Counted are matrix products, convolutions, fused attention, bilinear sampling, deformable convolution and
+    element-wise products, also inside operators that are written in Python. Padding and masks save nothing in a fused
+    operator. Exponentials, normalisation, sums and moving data (indexing, copies) are not multiply-adds.
+
+    The module runs as it is: in training mode it drops weights and updates batch statistics. Gradients that its
+    parameters have are left alone.
+
+    Args:
+        module: A module or a function. Not compiled, since a compiled graph hides its operators, and without
+            FlexAttention, which torch's counter cannot run (it raises a TypeError).
+        *args: What it is called with.
+        backward: Also count the backward pass, to the parameters and the arguments that require a gradient. Without it
+            the forward pass runs as in inference, under `torch.no_grad()`.
+        **kwargs: What it is called with.
+
+    Raises:
+        ValueError: If there is a backward pass to count, but nothing in the output requires a gradient.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    rest = _UncountedMode(counter.flop_registry)
+    if backward:  # not into the graph that the arguments come from
+        args, kwargs = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), (args, kwargs))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the modes see the operators of their own thread only
+    try:
+        # The mode that is entered last sees an operator first.
+        with rest, counter, _InsideMode(counter.flop_registry), torch.set_grad_enabled(backward):
+            output = module(*args, **kwargs)
+            if backward:
+                _run_backward(module, output)
+    finally:
+        torch.set_num_threads(threads)
+    counts = counter.get_flop_counts()
+    by_operator = {str(operator): flops // 2 for operator, flops in counts.get("Global", {}).items() if flops}
+    root = type(module).__name__
+    by_module = {
+        name.removeprefix(root).removeprefix("."): sum(flops.values()) // 2
+        for name, flops in counts.items()
+        if name == root or name.startswith(root + ".")
+    }
+    total = sum(by_operator.values())
+    return MeasuredCount(total, by_operator, {**by_module, "": total}, dict(rest.elements))
+
+
+def _run_backward(module: Callable[..., Any], output: Any) -> None:
+    # A view, since the hooks that tell the module do not see a backward pass that begins at its very output.
+    outputs = [x.view_as(x) for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+    if not outputs:
+        raise ValueError(
+            "backward=True, but no output requires a gradient: "
+            "give the parameters or an argument requires_grad=True, or leave backward out."
+        )
+    parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        torch.autograd.backward(outputs, [torch.ones(x.shape, dtype=x.dtype, device=x.device) for x in outputs])
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCost:
+    """One row of `attention_costs`.
+
+    Attributes:
+        spec: The attention.
+        parameters: Number of parameters of its module.
+        multiply_adds: Measured, of a forward pass.
+        paper_multiply_adds: As the paper counts.
+    """
+
+    spec: AttentionSpec
+    parameters: int
+    multiply_adds: int
+    paper_multiply_adds: int
+
+
+def attention_costs(
+    specs: Sequence[AttentionSpec], dim: int, size: Sequence[int], role: Literal["self", "causal"] = "self"
+) -> list[AttentionCost]:
+    """Parameters and multiply-adds, ours and the paper's, of attentions in a slot of width `dim`.
+
+    Args:
+        specs: The attentions to compare.
+        dim: Width C.
+        size: `(L,)` for a sequence, `(H, W)` for a map; one input is run on the CPU.
+        role: Whether a sequence's attention is causal.
+
+    Raises:
+        ValueError: If a spec does not fit the slot.
+    """
+    rows = []
+    for spec in specs:
+        paper = paper_count(spec, dim, size).total
+        # In a map the attention alone: the 3x3 convolution before it belongs to the block, with or without attention.
+        module = build_attention(spec, dim, 1, role) if len(size) == 1 else build_attention(spec, dim, 2, "head")
+        if module is None:
+            rows.append(AttentionCost(spec, 0, 0, paper))
+            continue
+        x = torch.zeros(1, *size, dim) if len(size) == 1 else torch.zeros(1, dim, *size)
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        rows.append(AttentionCost(spec, parameters, count_multiply_adds(module.eval(), x).total, paper))
+    return rows
+
+
+class _InsideMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Opens operators that are written in Python (`torch.library.custom_op`), which run with all modes switched off."""
+
+    def __init__(self, formulas: Mapping[Any, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.formulas = formulas
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        devices = {x.device.type.upper() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if (
+            not isinstance(func, torch._ops.OpOverload)
+            or func.namespace in ("aten", "prim", "prims")
+            or func.overloadpacket in self.formulas
+            or devices not in ({"CPU"}, {"CUDA"})
+        ):
+            return func(*args, **kwargs)
+        # Its kernel for this device, called without the dispatcher: what it calls in turn comes by the counter.
+        key = torch._C.DispatchKey.__members__[devices.pop()]
+        kernel = torch.library.get_kernel(func, key)
+        with self:
+            return kernel.call_boxed(torch._C.DispatchKeySet(key), *args, **kwargs)
+
+
+class _UncountedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up what operators without a formula write."""
+
+    def __init__(self, formulas: Mapping[Any, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.formulas = formulas
+        self.elements: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        creates = not any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs)))
+        if isinstance(func, torch._ops.OpOverload) and not (
+            creates or func.is_view or func.overloadpacket in self.formulas
+        ):
+            written = [x.numel() for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+            if sum(written):
+                self.elements[str(func.overloadpacket)] += sum(written)
+        return output
+
+
+Shape = Sequence[int]
+
+
+def _matrix_product(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    """Of `[..., m, k]` and `[..., k, n]`, or of two vectors."""
+    return 2 * math.prod(a) * (b[-1] if len(b) > 1 else 1)
+
+
+def _added_matrix_product(_: Shape, a: Shape, b: Shape, *__: Any, **___: Any) -> int:
+    return _matrix_product(a, b)
+
+
+def _convolution_backward(
+    grad: Shape,
+    x: Shape,
+    weight: Shape,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    output_mask: Sequence[bool],
+    *_: Any,
+    **__: Any,
+) -> int:
+    """As much as the forward pass for each of the two gradients. Torch's formula is wrong with groups."""
+    forward = 2 * x[0] * math.prod(weight) * math.prod((x if transposed else grad)[2:])
+    return forward * sum(output_mask[:2])
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Two products: scores, and sums of values."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _attention_backward(_: Shape, query: Shape, key: Shape, value: Shape, *__: Any, **___: Any) -> int:
+    """Five products: the scores again, and the gradients of weights, values, queries and keys."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
+
+
+def _grid_sampler(_: Shape, __: Shape, interpolation: int = 0, *___: Any, out_shape: Shape, **____: Any) -> int:
+    return 2 * _BILINEAR_PRODUCTS * math.prod(out_shape) if interpolation == 0 else 0
+
+
+def _grid_sampler_backward(
+    grad: Shape,
+    _x: Shape,
+    _grid: Shape,
+    interpolation: int,
+    _padding: int,
+    _align: bool,
+    mask: Sequence[bool],
+    **_: Any,
+) -> int:
+    wanted = mask[0] + 2 * mask[1]
+    return 2 * _BILINEAR_PRODUCTS * wanted * math.prod(grad) if interpolation == 0 else 0
+
+
+def _deform_conv2d(x: Shape, weight: Shape, offset: Shape, _mask: Shape, *rest: Any, out_shape: Shape, **_: Any) -> int:
+    """Samples of all channels at all taps, weighted if modulated, and one convolution of the samples."""
+    samples = x[0] * x[1] * math.prod(weight[2:]) * math.prod(offset[2:])
+    return 2 * (samples * (_BILINEAR_PRODUCTS + bool(rest[-1])) + math.prod(out_shape) * math.prod(weight[1:]))
+
+
+def _deform_conv2d_backward(
+    grad: Shape, x: Shape, weight: Shape, offset: Shape, _mask: Shape, *rest: Any, **_: Any
+) -> int:
+    """The samples again, the gradients of samples and weight, and from them that of map, coordinates, modulation."""
+    samples = x[0] * x[1] * math.prod(weight[2:]) * math.prod(offset[2:])
+    modulated = bool(rest[-1])
+    sampling = _BILINEAR_PRODUCTS * (4 + modulated) + 3 * modulated
+    return 2 * (samples * sampling + 2 * math.prod(grad) * math.prod(weight[1:]))
+
+
+def _embedding_bag(
+    weight: Shape,
+    indices: Shape,
+    _offsets: Shape,
+    _scale: bool = False,
+    _mode: int = 0,
+    _sparse: bool = False,
+    sample_weights: Shape | None = None,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Weighted sums of rows; without weights nothing is multiplied."""
+    return 0 if sample_weights is None else 2 * math.prod(indices) * weight[-1]
+
+
+def _embedding_bag_backward(grad: Shape, indices: Shape, *rest: Any, **_: Any) -> int:
+    """The gradient of the rows; the eleventh argument are the weights of the samples."""
+    sample_weights = rest[8]
+    return 0 if sample_weights is None else 2 * math.prod(indices) * grad[-1]
+
+
+def _embedding_bag_weights_backward(grad: Shape, _weight: Shape, indices: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(indices) * grad[-1]
+
+
+def _product(*_: Any, out_val: Tensor, **__: Any) -> int:
+    return 2 * out_val.numel() if out_val.is_floating_point() else 0
+
+
+_product._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then passes tensors: indices are not counted
+
+# What FlopCounterMode counts as nothing, or wrongly. A formula gives FLOPs from shapes.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **dict.fromkeys((_aten.mv, _aten.dot, _aten.vdot), _matrix_product),
+    **dict.fromkeys((_aten.addmm_, _aten.baddbmm_, _aten.addbmm, _aten.addbmm_, _aten.addmv), _added_matrix_product),
+    _aten.convolution_backward: _convolution_backward,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **dict.fromkeys((_aten.grid_sampler_2d, _aten.cudnn_grid_sampler), _grid_sampler),
+    _aten.grid_sampler_2d_backward: _grid_sampler_backward,
+    _torchvision.deform_conv2d: _deform_conv2d,
+    _torchvision._deform_conv2d_backward: _deform_conv2d_backward,
+    **dict.fromkeys((_aten._embedding_bag, _aten._embedding_bag_forward_only), _embedding_bag),
+    _aten._embedding_bag_backward: _embedding_bag_backward,
+    _aten._embedding_bag_per_sample_weights_backward: _embedding_bag_weights_backward,
+    **dict.fromkeys((_aten.mul, _aten.mul_, _aten.addcmul, _aten.addcmul_), _product),
+}
