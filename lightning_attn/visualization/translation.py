@@ -1,13 +1,14 @@
-"""Figures of attention maps."""
+"""Figures of the attention maps of a translation network."""
 
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from datamodules.vocabulary import Vocabulary
 from lightning_attn.networks.transformer import DecoderLayer, Transformer
+from lightning_attn.visualization.figures import draw_token_matrix
+from lightning_attn.visualization.maps import recorded_inputs, term_maps
 
 
 @torch.no_grad()
@@ -36,31 +37,30 @@ def cross_attention_maps(network: Transformer, source: Tensor, target: Tensor) -
 def draw_translation_attention(
     network: Transformer, vocabulary: Vocabulary, source: Tensor, target: Tensor, path: Path
 ) -> None:
-    """Draws which source tokens the last decoder layer looks at for each target token, averaged over heads.
+    """Draws which source tokens the last decoder layer looks at for each target token, by each term and by all.
+
+    The weights are averaged over heads.
 
     Args:
         network: The Transformer.
         vocabulary: Names the tokens.
         source: `[1, S]` source ids; padding is left out.
         target: `[1, T]` target ids from bos to eos; padding is left out.
-        path: Where the PNG is written.
+        path: Where the figure is written.
     """
     source, target = source[:, source[0] != vocabulary.pad_id], target[:, target[0] != vocabulary.pad_id]
-    weights = cross_attention_maps(network, source, target[:, :-1])[-1].mean(dim=0).float().cpu()
-    stride = -(-source.shape[1] // weights.shape[1])
-    columns = _names(vocabulary, source[0].tolist())[::stride]
-    rows = _names(vocabulary, target[0, 1:].tolist())
-    figure = Figure(figsize=(2.5 + 0.32 * len(columns), 2 + 0.26 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0.0, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel("source token (key)")
-    axes.set_ylabel("target token that is predicted (query)")
-    axes.set_title("Encoder-decoder attention, last layer, mean over heads", fontsize=10)
-    figure.colorbar(image, ax=axes, label="weight", shrink=0.7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    layer = network.decoder[-1]
+    assert isinstance(layer, DecoderLayer)
+    inputs = recorded_inputs(layer.cross_attention, lambda: network(source, target[:, :-1]))
+    draw_token_matrix(
+        term_maps(layer.cross_attention, **inputs),
+        _names(vocabulary, target[0, 1:].tolist()),
+        _names(vocabulary, source[0].tolist()),
+        path,
+        title="Encoder-decoder attention of the last layer, mean over heads",
+        query_label="target token that is predicted (query)",
+        key_label="source token (key)",
+    )
 
 
 def _names(vocabulary: Vocabulary, ids: list[int]) -> list[str]:

@@ -1,0 +1,28 @@
+"""Figures and arrays of what attention looks at."""
+
+from lightning_attn.visualization.convolution import (
+    SamplingPoints,
+    draw_dynamic_kernels,
+    draw_sampling_points,
+    dynamic_kernel,
+    sampling_points,
+)
+from lightning_attn.visualization.figures import draw_term_maps, draw_token_matrix, save_figure
+from lightning_attn.visualization.maps import TermMaps, recorded_inputs, term_maps
+from lightning_attn.visualization.translation import cross_attention_maps, draw_translation_attention
+
+__all__ = [
+    "SamplingPoints",
+    "TermMaps",
+    "cross_attention_maps",
+    "draw_dynamic_kernels",
+    "draw_sampling_points",
+    "draw_term_maps",
+    "draw_token_matrix",
+    "draw_translation_attention",
+    "dynamic_kernel",
+    "recorded_inputs",
+    "sampling_points",
+    "save_figure",
+    "term_maps",
+]

@@ -1,0 +1,363 @@
+"""Figures of attention maps: over an image, and as matrices of tokens."""
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from torch import Tensor
+
+from lightning_attn.visualization.maps import TermMaps
+
+Heads = Literal["mean", "each", "both"]
+Quantity = Literal["weights", "energies"]
+Array = npt.NDArray[np.float64]
+
+TERM_TITLES = {
+    "E1": "E1: query content\nand key content",
+    "E2": "E2: query content and\nrelative position",
+    "E3": "E3: key content\nalone",
+    "E4": "E4: relative position\nalone",
+}
+WHOLE_TITLES = {"weights": "whole: softmax of\nthe summed energies", "energies": "whole: sum of\nthe energies"}
+MAP_UNITS = {"weights": "weight × number of keys", "energies": "energy (mean over keys 0)"}
+MATRIX_UNITS = {"weights": "weight", "energies": "energy (mean over keys 0)"}
+UNSEEN_COLOUR = "0.75"
+QUERY_COLOUR = "#00d5e5"
+PANEL_INCHES = 2.2
+MAX_INCHES = 40.0
+
+
+def draw_term_maps(
+    maps: TermMaps,
+    image: npt.ArrayLike | Tensor | None = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    terms: Sequence[str] | None = None,
+    heads: Heads = "mean",
+    quantity: Quantity = "weights",
+    title: str | None = None,
+) -> Figure:
+    """One figure of what a query of a map looks at: a column for each term alone and one for the whole.
+
+    Weights are drawn as multiples of the weight that every key would have if all were alike, in logarithmic steps, with
+    one scale for all panels: colour means "more than an even share" everywhere, and panels can be compared. A key is
+    drawn where it lies, as a square of `kv_stride` positions around it. Keys that the query may not see are grey.
+
+    Args:
+        maps: From `term_maps`, of one query.
+        image: What the network saw, resized and padded as it was: `[H, W]` or `[H, W, 3]`, or a tensor
+            `[1 or 3, H, W]`; uint8, or floats from 0 to 1. None draws the maps alone.
+        path: Where the figure is written, in the format of its suffix (.png, .svg, .pdf); a file of that name is
+            replaced. None writes nothing.
+        terms: Which of the terms that are on; None for all.
+        heads: Rows: the mean over heads, each head, or both.
+        quantity: `"weights"`, or `"energies"`.
+        title: Above the figure; None says which query it is.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If a term is off, the image does not fit the map, or the maps are those of a sentence.
+        OSError: If the file cannot be written; nothing is left behind.
+    """
+    if maps.position is None or len(maps.key_size) != 2:
+        raise ValueError("maps are those of a sentence: draw_token_matrix draws them.")
+    columns, rows = [*maps.selected(terms), "whole"], _rows(maps, heads)
+    picture = None if image is None else fitting_image(image, maps.key_size)
+    panels = _panels(rows, columns, quantity, factor=int(maps.seen.sum()))
+    scale = _map_scale(panels, quantity)
+
+    (height, width), first = maps.key_size, 0 if picture is None else 1
+    count, tall = first + len(columns), PANEL_INCHES * min(2.0, max(0.3, height / width))
+    figure = Figure(figsize=(PANEL_INCHES * count + 1.0, (tall + 0.1) * len(rows) + 1.0), dpi=100, layout="compressed")
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    for axes in grid.flat:
+        axes.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[], aspect="equal")
+    if picture is not None:
+        grid[0, 0].imshow(picture, extent=extent)
+        grid[0, 0].set_title("image and\nquery", fontsize=9)
+        _mark_query(grid[0, 0], maps)
+        for axes in grid[1:, 0]:
+            axes.set_axis_off()
+    for r, (label, _) in enumerate(rows):
+        grid[r, first].set_ylabel(label, fontsize=10)
+        for axes, name in zip(grid[r, first:], columns, strict=True):
+            if picture is not None:
+                axes.imshow(faint(picture), extent=extent)
+            axes.imshow(_unseen_veil(maps), extent=_key_extent(maps), interpolation="nearest")
+            axes.imshow(panels[r][name], extent=_key_extent(maps), interpolation="nearest", **scale)
+            axes.set(xlim=extent[:2], ylim=extent[2:])
+            _mark_query(axes, maps)
+    for axes, name in zip(grid[0, first:], columns, strict=True):
+        axes.set_title(_column_title(name, quantity), fontsize=9)
+    colour_bar(figure, grid[:, first:], scale, MAP_UNITS[quantity])
+    place = f"row {maps.position[0]}, column {maps.position[1]} of a {height} × {width} map"
+    _write_around(figure, f"What the query at {place} attends to" if title is None else title, maps)
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+def draw_token_matrix(
+    maps: TermMaps,
+    queries: Sequence[str],
+    keys: Sequence[str],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    terms: Sequence[str] | None = None,
+    heads: Heads = "mean",
+    quantity: Quantity = "weights",
+    title: str | None = None,
+    query_label: str = "query token",
+    key_label: str = "key token",
+) -> Figure:
+    """One figure of what the tokens of a sentence look at: a matrix for each term alone and one for the whole.
+
+    All matrices have one scale. Keys that a query may not see are grey.
+
+    Args:
+        maps: From `term_maps` of a sentence, of all queries or of one.
+        queries: Names of the queries, from top to bottom.
+        keys: Names of all keys, also of those that `kv_stride` leaves out.
+        path: As in `draw_term_maps`.
+        terms: As in `draw_term_maps`; `()` draws the whole alone.
+        heads: As in `draw_term_maps`.
+        quantity: As in `draw_term_maps`.
+        title: Above the figure; None for none.
+        query_label: What the queries are, beside the matrices.
+        key_label: What the keys are, below the matrices.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If a term is off, names are too few or too many, or the maps are those of a map.
+        OSError: If the file cannot be written; nothing is left behind.
+    """
+    if len(maps.key_size) != 1:
+        raise ValueError("maps are those of a query of a map: draw_term_maps draws them.")
+    columns, rows = [*maps.selected(terms), "whole"], _rows(maps, heads)
+    num_queries = 1 if maps.position is not None else maps.seen.shape[0]
+    for what, tokens, number in (("queries", queries, num_queries), ("keys", keys, maps.key_size[0])):
+        if len(tokens) != number:
+            raise ValueError(f"{what}: {len(tokens)} names for {number} tokens: one name each.")
+    shown = list(keys)[:: maps.kv_stride]
+    panels = _panels(rows, columns, quantity)
+    scale = _matrix_scale(panels, quantity)
+
+    # A token has 0.2 inches, or less in a long sentence.
+    cell = min(0.2, MAX_INCHES / max(1, len(shown) * len(columns)), MAX_INCHES / max(1, num_queries * len(rows)))
+    fontsize = max(3.0, min(8.0, 40 * cell))
+    left, below = (0.35 + fontsize / 105 * max(map(len, tokens), default=0) for tokens in (queries, shown))
+    wide, tall = (max(1.3, cell * number) + 0.15 for number in (len(shown), num_queries))
+    figure = Figure(
+        figsize=(wide * len(columns) + left + 0.9, tall * len(rows) + below + 1.0), dpi=120, layout="constrained"
+    )
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    veil = _unseen_veil(maps).reshape(num_queries, -1, 4)
+    for r, (label, _) in enumerate(rows):
+        grid[r, 0].set_ylabel(f"{label}\n{query_label}" if len(rows) > 1 else query_label, fontsize=9)
+        for axes, name in zip(grid[r], columns, strict=True):
+            axes.imshow(veil, aspect="auto", interpolation="nearest")
+            axes.imshow(panels[r][name].reshape(num_queries, -1), aspect="auto", interpolation="nearest", **scale)
+            axes.set_xticks(range(len(shown)), shown, rotation=90)
+            axes.set_yticks(range(num_queries), queries)
+            axes.tick_params(length=0, labelsize=fontsize)
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(_column_title(name, quantity), fontsize=9)
+    colour_bar(figure, grid, scale, MATRIX_UNITS[quantity])
+    _write_around(figure, title, maps, key_label)
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes a figure whole or not at all, in the format of the suffix; a file of that name is replaced.
+
+    Raises:
+        ValueError: If the suffix is no format of figures.
+        OSError: If the folder cannot be written to or is full; nothing is left behind.
+    """
+    path = Path(path)
+    kind = path.suffix.removeprefix(".").lower()
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"path={str(path)!r} must end with the format of the figure, one of {sorted(known)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        # No date and no random names in the file, so that the same figure gives the same bytes.
+        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}.get(kind)
+        with os.fdopen(descriptor, "wb") as file, rc_context({"svg.hashsalt": "lightning_attn"}):
+            figure.savefig(file, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.08)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _rows(maps: TermMaps, heads: Heads) -> list[tuple[str, TermMaps]]:
+    """The rows of a figure, each with its label, as maps of a single head."""
+    if heads not in ("mean", "each", "both"):
+        raise ValueError(f"heads must be 'mean', 'each' or 'both', got {heads!r}.")
+    rows = [] if heads == "each" else [("mean over heads" if maps.num_heads > 1 else "", maps.mean())]
+    if heads != "mean":
+        rows += [(f"head {m + 1}", maps.head(m)) for m in range(maps.num_heads)]
+    return rows
+
+
+def _panels(
+    rows: list[tuple[str, TermMaps]], columns: Sequence[str], quantity: Quantity, factor: float = 1.0
+) -> list[dict[str, Array]]:
+    """For every row, the values of each panel: weights times the factor, or energies; NaN where a key is not seen."""
+    if quantity not in ("weights", "energies"):
+        raise ValueError(f"quantity must be 'weights' or 'energies', got {quantity!r}.")
+    panels = []
+    for _, maps in rows:
+        if quantity == "weights":
+            found = {name: factor * values for name, values in {**maps.weights, "whole": maps.whole}.items()}
+        else:
+            found = {**maps.energies, "whole": torch.stack(list(maps.energies.values())).sum(0)}
+        panels.append({name: _shown(found[name][0].double(), maps, quantity) for name in columns})
+    return panels
+
+
+def _shown(values: Tensor, maps: TermMaps, quantity: Quantity) -> Array:
+    values = values.masked_fill(~maps.seen, math.nan)
+    if quantity == "energies":  # a number added to all energies of a query changes no weight
+        keys = tuple(range(values.dim() - len(maps.key_size), values.dim()))
+        values = values - values.nanmean(keys, keepdim=True)
+    shown: Array = values.numpy()
+    return shown
+
+
+def _write_around(figure: Figure, title: str | None, maps: TermMaps, label: str = "") -> None:
+    """The title, and below the panels their label and what grey means."""
+    if not bool(maps.seen.all()):
+        label += "  —  grey: keys that the query may not see" if label else "grey: keys that the query may not see"
+    if label:
+        figure.supxlabel(label, fontsize=9)
+    if title is not None:
+        figure.suptitle(title, fontsize=11)
+
+
+def _column_title(name: str, quantity: Quantity) -> str:
+    return WHOLE_TITLES[quantity] if name == "whole" else TERM_TITLES[name]
+
+
+def _map_scale(panels: list[dict[str, Array]], quantity: Quantity) -> dict[str, Any]:
+    """Colours of `imshow`; what is not more than an even share has none, and lets an image through."""
+    if quantity == "energies":
+        return _diverging_scale(panels)
+    return {"norm": LogNorm(1.0, max(2.0, _largest(panels)), clip=True), "cmap": _ramp("YlOrRd")}
+
+
+def _matrix_scale(panels: list[dict[str, Array]], quantity: Quantity) -> dict[str, Any]:
+    if quantity == "energies":
+        return _diverging_scale(panels)
+    return {"norm": Normalize(0.0, _largest(panels) or 1.0), "cmap": colormaps["Blues"]}
+
+
+def _diverging_scale(panels: list[dict[str, Array]]) -> dict[str, Any]:
+    most = _largest(panels) or 1.0
+    return {"norm": Normalize(-most, most), "cmap": colormaps["RdBu_r"]}
+
+
+def _largest(panels: list[dict[str, Array]]) -> float:
+    """The largest absolute value that is a finite number; 0 if none is."""
+    values = np.abs(np.concatenate([values.ravel() for row in panels for values in row.values()]))
+    return float(values[np.isfinite(values)].max(initial=0.0))
+
+
+def _ramp(name: str) -> Colormap:
+    """A colour map that starts transparent."""
+    colours = colormaps[name](np.linspace(0, 1, 256))
+    colours[:, 3] = 0.9 * np.linspace(0, 1, 256) ** 0.4
+    return ListedColormap(colours)
+
+
+def colour_bar(figure: Figure, grid: npt.NDArray[np.object_], scale: dict[str, Any], label: str) -> None:
+    """One colour bar for the `norm` and `cmap` that all panels of a grid share."""
+    bar = figure.colorbar(
+        ScalarMappable(**scale), ax=grid.ravel().tolist(), fraction=0.05, aspect=18 * len(grid), pad=0.01
+    )
+    bar.set_label(label, fontsize=9)
+    if isinstance(scale["norm"], LogNorm):
+        bar.ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    bar.ax.tick_params(labelsize=8)
+
+
+def fitting_image(image: npt.ArrayLike | Tensor, size: tuple[int, ...]) -> Array:
+    """The image as `[H, W, 3]` floats from 0 to 1.
+
+    Raises:
+        ValueError: If it is no image, or a map of this height and width cannot be one of it.
+    """
+    array = np.asarray(image.detach().cpu().movedim(0, -1) if isinstance(image, Tensor) and image.dim() == 3 else image)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3):
+        raise ValueError(
+            f"image must be [H, W] or [H, W, 3], or a tensor [1 or 3, H, W], got shape {np.asarray(image).shape}."
+        )
+    pixels: Array = array / 255.0 if array.dtype == np.uint8 else array.astype(np.float64)
+    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+        raise ValueError(
+            f"image must be uint8 or from 0 to 1, its values go from {pixels.min():g} to {pixels.max():g}: undo the "
+            "normalisation that the network's input has gone through."
+        )
+    # A map of n positions at stride s comes from (n - 1) s < pixels <= n s, or from n s <= pixels < (n + 1) s.
+    lowest = max(pixels.shape[axis] / (size[axis] + 1) for axis in range(2))
+    highest = min((pixels.shape[axis] / (size[axis] - 1) for axis in range(2) if size[axis] > 1), default=math.inf)
+    if lowest >= highest:
+        raise ValueError(
+            f"image of {pixels.shape[0]} × {pixels.shape[1]} pixels has another aspect than the map of {size[0]} × "
+            f"{size[1]} positions: give the image as the network saw it, resized and padded."
+        )
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+
+
+def faint(picture: Array) -> Array:
+    """An image of `fitting_image` in light grey tones, on which colours stand out."""
+    grey = picture @ np.array([0.299, 0.587, 0.114])
+    return np.repeat((0.6 + 0.4 * grey)[..., None], 3, axis=2)
+
+
+def _key_extent(maps: TermMaps) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of the keys' squares, in positions of the map; key (0, 0) is centred on (0, 0)."""
+    half, (rows, columns) = maps.kv_stride / 2, maps.seen.shape
+    return -half, columns * maps.kv_stride - half, rows * maps.kv_stride - half, -half
+
+
+def _unseen_veil(maps: TermMaps) -> Array:
+    """RGBA: grey where the query may not see a key, nothing elsewhere."""
+    veil = np.zeros((*maps.seen.shape, 4))
+    veil[~maps.seen.numpy()] = to_rgba(UNSEEN_COLOUR, 0.8)
+    return veil
+
+
+def _mark_query(axes: Axes, maps: TermMaps) -> None:
+    assert maps.position is not None
+    row, column = maps.position
+    outline = [withStroke(linewidth=3.4, foreground="black")]
+    axes.plot([column], [row], marker="o", ms=7, mfc="none", mec=QUERY_COLOUR, mew=1.8, path_effects=outline)

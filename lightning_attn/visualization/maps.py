@@ -1,0 +1,229 @@
+"""What one query attends to, term by term, as arrays."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_attn.attention import GatedResidual, TransformerAttention
+
+
+@dataclasses.dataclass(frozen=True)
+class TermMaps:
+    """Energies and weights of each term that is on, and the weights of the whole, over the keys.
+
+    The shape K of the keys is `[H_k, W_k]` in a map and `[L_k]` in a sentence; with all queries of a sentence it is
+    `[L_q, L_k]`. It counts the keys that `kv_stride` leaves. M is the number of heads, or 1 after `mean`. All tensors
+    are on the CPU, in float32 or better.
+
+    Attributes:
+        energies: E1 to E4 by name, `[M, *K]`, also for keys that the query may not see.
+        weights: The softmax of each term's energy alone over the keys that may be seen (Eq. 8), `[M, *K]`.
+        whole: The module's own weights (all terms that are on), `[M, *K]`.
+        seen: True where a query may see a key, `[*K]`.
+        position: The query, (row, column) in a map or (index,) in a sentence; None for all queries of a sentence.
+        key_size: Height and width of the keys' map, or length of the keys' sentence, before `kv_stride`.
+        kv_stride: Key (i, j) lies at (i, j) times this.
+    """
+
+    energies: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    whole: Tensor
+    seen: Tensor
+    position: tuple[int, ...] | None
+    key_size: tuple[int, ...]
+    kv_stride: int
+
+    @property
+    def num_heads(self) -> int:
+        """M, or 1 after `mean`."""
+        return self.whole.shape[0]
+
+    def mean(self) -> "TermMaps":
+        """The mean over heads, of weights as of energies, with 1 in the place of M."""
+        return self._each(lambda tensor: tensor.mean(0, keepdim=True))
+
+    def head(self, index: int) -> "TermMaps":
+        """One head, counted from 0, with 1 in the place of M."""
+        return self._each(lambda tensor: tensor[index : index + 1])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TermMaps":
+        return dataclasses.replace(
+            self,
+            energies={name: change(energy) for name, energy in self.energies.items()},
+            weights={name: change(weights) for name, weights in self.weights.items()},
+            whole=change(self.whole),
+        )
+
+    def selected(self, terms: Sequence[str] | None) -> tuple[str, ...]:
+        """The names in `terms`, or of all terms that are on.
+
+        Raises:
+            ValueError: If a term is off or unknown.
+        """
+        for name in terms or ():
+            if name not in self.weights:
+                raise ValueError(f"terms: {name!r} is off in this attention; those that are on: {list(self.weights)}.")
+        return tuple(self.weights) if terms is None else tuple(terms)
+
+
+@torch.no_grad()
+def term_maps(
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor | None = None,
+    position: tuple[int, int] | int | None = None,
+    *,
+    sample: int = 0,
+    key_padding_mask: Tensor | None = None,
+    causal: bool | None = None,
+) -> TermMaps:
+    """What one query attends to by each term alone and by all together (Eq. 2 and 8).
+
+    Only the rows of this query are computed, so the cost is that of a projection even on large maps.
+
+    Args:
+        attention: A `TransformerAttention`, or a `GatedResidual` around one.
+        query: What the attention gets, `[B, C, H, W]` or `[B, L, C]`.
+        key: Keys, as in `TransformerAttention.forward`.
+        position: The query: (row, column) in a map; an index in a sentence, or in a map row by row. None takes all
+            queries of a sentence.
+        sample: Which of the batch.
+        key_padding_mask: As in `TransformerAttention.forward`.
+        causal: As in `TransformerAttention.forward`.
+
+    Raises:
+        ValueError: If there is no such position or sample, or `attention` is none that has terms.
+    """
+    module = _unwrapped(attention)
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor is not None and tensor.dim() != module.ndim + 2:
+            layout = "[B, L, C]" if module.ndim == 1 else "[B, C, H, W]"
+            raise ValueError(f"{name} must be {layout} for this attention, got shape {tuple(tensor.shape)}.")
+    if not 0 <= sample < query.shape[0]:
+        raise ValueError(f"sample={sample} is not in the batch of {query.shape[0]}.")
+    query = query[sample : sample + 1]
+    key = query if key is None else key[sample : sample + 1]
+    padding = None if key_padding_mask is None else key_padding_mask[sample : sample + 1]
+    query_size, key_size = _size(query), _size(key)
+    place, rows = find_query(position, query_size)
+    strided = (slice(None, None, module.kv_stride),) * module.ndim
+    whole = module.weights(query, key, key_padding_mask=padding, causal=causal, rows=rows)
+    seen = _seen(module, query_size, key_size, rows, module.causal if causal is None else causal)
+    if padding is not None:
+        seen &= ~padding[0].cpu()[strided]
+    if place is not None:
+        seen = seen[0]
+
+    def shaped(values: Tensor) -> Tensor:
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return values[0].to("cpu", dtype).reshape(module.num_heads, *seen.shape)
+
+    energies = {name: shaped(energy) for name, energy in module.energies(query, key, rows=rows).items()}
+    return TermMaps(
+        energies=energies,
+        weights={name: _softmax(energy, seen, module.ndim) for name, energy in energies.items()},
+        whole=shaped(whole),
+        seen=seen,
+        position=place,
+        key_size=key_size,
+        kv_stride=module.kv_stride,
+    )
+
+
+def recorded_inputs(attention: nn.Module, call: Callable[[], object]) -> dict[str, Any]:
+    """What an attention inside a network gets, for `term_maps(attention, **inputs)`.
+
+    Args:
+        attention: As in `term_maps`; a part of the network.
+        call: Runs the network, such as `lambda: network(images)`. If the attention runs several times, the last counts.
+
+    Raises:
+        ValueError: If the attention did not run, or ran on one step of a decoding with a cache.
+    """
+    module = _unwrapped(attention)
+    signature = inspect.signature(module.forward)
+    calls: list[dict[str, Any]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(dict(signature.bind(*args, **kwargs).arguments))
+
+    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        handle.remove()
+    if not calls:
+        raise ValueError("call did not run the attention: is it a part of the network that call runs?")
+    if calls[-1].get("cache") is not None:
+        raise ValueError("call ran the attention with a cache, step by step: run the network on the whole sentence.")
+    return {name: calls[-1].get(name) for name in ("query", "key", "key_padding_mask", "causal")}
+
+
+def _unwrapped(attention: nn.Module) -> TransformerAttention:
+    module = attention.attention if isinstance(attention, GatedResidual) else attention
+    if not isinstance(module, TransformerAttention):
+        raise ValueError(f"attention is a {type(module).__name__}: only a TransformerAttention has terms.")
+    return module
+
+
+def _size(x: Tensor) -> tuple[int, ...]:
+    """Length of a sentence `[B, L, C]`, height and width of a map `[B, C, H, W]`."""
+    return tuple(x.shape[1:2] if x.dim() == 3 else x.shape[2:])
+
+
+def find_query(
+    position: tuple[int, int] | int | None, size: tuple[int, ...]
+) -> tuple[tuple[int, ...] | None, tuple[int, int]]:
+    """The query's place, and its range of rows in the attention's matrix.
+
+    Raises:
+        ValueError: If there is no such query.
+    """
+    if position is None:
+        if len(size) == 1:
+            return None, (0, size[0])
+        raise ValueError("position: which query of the map? Give (row, column).")
+    place: tuple[int, ...] = position if isinstance(position, tuple) else (position,)
+    if isinstance(position, int) and len(size) == 2 and 0 <= position < math.prod(size):
+        place = divmod(position, size[1])
+    if len(place) != len(size) or not all(0 <= at < number for at, number in zip(place, size, strict=True)):
+        what = f"a sentence of {size[0]}" if len(size) == 1 else f"a map of {size[0]} rows and {size[1]} columns"
+        raise ValueError(f"position={position} is no query of {what}; positions count from 0.")
+    row = place[0] if len(place) == 1 else place[0] * size[1] + place[1]
+    return place, (row, row + 1)
+
+
+def _seen(
+    module: TransformerAttention,
+    query_size: tuple[int, ...],
+    key_size: tuple[int, ...],
+    rows: tuple[int, int],
+    causal: bool,
+) -> Tensor:
+    """True where a key is within the window and, if causal, not later; `[queries, H_k, W_k]` or `[queries, L_k]`."""
+    queries = torch.unravel_index(torch.arange(*rows), query_size)
+    keys = torch.meshgrid(*(torch.arange(0, size, module.kv_stride) for size in key_size), indexing="ij")
+    offsets = [k - q.reshape(-1, *(1,) * len(key_size)) for q, k in zip(queries, keys, strict=True)]
+    seen = torch.ones_like(offsets[0], dtype=torch.bool)
+    if module.window is not None:
+        for offset in offsets:
+            seen &= offset.abs() <= module.window // 2
+    if causal:
+        later = torch.zeros_like(seen)
+        for offset in reversed(offsets):  # reading order: the row decides, then the column
+            later = (offset > 0) | ((offset == 0) & later)
+        seen &= ~later
+    return seen
+
+
+def _softmax(energy: Tensor, seen: Tensor, num_axes: int) -> Tensor:
+    """Softmax over the keys that are seen, the last `num_axes` axes; zeros where none is."""
+    hidden = ~seen.flatten(-num_axes)
+    weights = energy.flatten(-num_axes).masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    return weights.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0).reshape(energy.shape)
