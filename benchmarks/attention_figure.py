@@ -1,0 +1,134 @@
+"""The figure of `benchmarks.attention`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from benchmarks.attention_report import Row, Run, by_group, title
+from benchmarks.measure import Side
+
+# Told apart by shape too, and by readers who do not see red and green apart.
+COLORS = {"ours": "#0072b2", "peer": "#d55e00", "floor": "#555555"}
+UNITS = {"time": "ms, forward + backward", "memory": "MB at the peak"}
+MARKERS = {"ours": "o", "peer": "s", "floor": "_"}
+
+
+def _seconds(side: Side) -> float | None:
+    return None if side.timing is None else 1e3 * side.timing.median
+
+
+def _increase(side: Side) -> float | None:
+    return None if side.memory is None else side.memory.increase / 1e6
+
+
+def _draw_sets(axes: Axes, rows: Sequence[Row], figure: Callable[[Side], float | None], unit: str) -> None:
+    """One position for each term set, one marker for each side."""
+    for name, label in ((rows[0].peer, "peer"), ("ours", "ours"), ("floor", "floor")):
+        found = [(index, figure(row.sides[name])) for index, row in enumerate(rows) if name in row.sides]
+        points = [(index, value) for index, value in found if value is not None]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                linestyle="none",
+                marker=MARKERS[label],
+                markersize=13 if label == "floor" else 7,
+                markeredgewidth=2 if label == "floor" else 1,
+                color=COLORS[label],
+                label="floor (SDPA, E1)" if label == "floor" else name,
+            )
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.set_xticks(range(len(rows)), [row.kind for row in rows], rotation=45)
+    _style(axes, unit)
+    axes.grid(axis="x", visible=False)
+    failures = {index: row.sides[row.peer].error for index, row in enumerate(rows) if row.peer in row.sides}
+    words = {index: error.split(":")[0] for index, error in failures.items() if error is not None}
+    if words:
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom, top * (top / bottom) ** 0.4)  # room above the markers
+    for index, word in words.items():
+        axes.annotate(
+            f"{rows[index].peer} {word}",
+            (index, 0.99),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="center",
+            va="top",
+            color=COLORS["peer"],
+            fontsize="small",
+        )
+
+
+def _style(axes: Axes, unit: str) -> None:
+    """A logarithmic axis with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_growth(axes: Axes, rows: Sequence[Row], figure: Callable[[Side], float | None], unit: str) -> None:
+    """One line for each term set and side over the number of queries."""
+    styles = {"ours": ("-", "o"), rows[0].peer: ("--", "s")}
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    for index, kind in enumerate(kinds):
+        for name, (line, marker) in styles.items():
+            points = [
+                (_queries(row), value)
+                for row in rows
+                if row.kind == kind and name in row.sides and (value := figure(row.sides[name])) is not None
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), line, marker=marker, color=f"C{index}", label=f"{name} {kind}")
+    floor = {_queries(row): figure(row.sides["floor"]) for row in rows if "floor" in row.sides}
+    points = [(queries, value) for queries, value in floor.items() if value is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), ":", color=COLORS["floor"], label="floor (SDPA, E1)")
+    axes.legend(loc="upper left", fontsize="small")
+    _style(axes, unit)
+    axes.set_xscale("log")
+    sizes = dict(sorted((_queries(row), row.case) for row in rows))
+    axes.set_xticks(list(sizes), list(sizes.values()))
+    axes.set_xticks([], minor=True)
+
+
+def _queries(row: Row) -> int:
+    _, height, rest = row.case.split("x")
+    return int(height) * int(rest.partition("s")[0])
+
+
+def write_figure(runs: Sequence[Run], path: Path) -> None:
+    """Times and memory of each case side by side, and how they grow, as one PNG."""
+    groups = by_group(runs)
+    sets = {group: rows for group, rows in groups.items() if group.partition(":")[0] not in ("growth", "deformable")}
+    growth = [rows for group, rows in groups.items() if group.partition(":")[0] == "growth"]
+    height = len(sets) + bool(growth)
+    if height == 0:
+        return
+    figure = Figure(figsize=(13, 3.4 * height + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(height, 2, squeeze=False)
+    for (group, rows), (left, right) in zip(sets.items(), panels, strict=False):
+        _draw_sets(left, rows, _seconds, UNITS["time"])
+        _draw_sets(right, rows, _increase, UNITS["memory"])
+        left.set_title(f"time: {title(group)}", loc="left", fontsize="medium")
+        right.set_title(f"memory: {title(group)}", loc="left", fontsize="medium")
+    if sets:
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+    if growth:
+        for axes, measure, quantity in zip(panels[-1], (_seconds, _increase), ("time", "memory"), strict=True):
+            _draw_growth(axes, growth[-1], measure, UNITS[quantity])
+            axes.set_title(f"{quantity}: {title('growth')}", loc="left", fontsize="medium")
+    temporary = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(temporary, dpi=110, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
