@@ -384,8 +384,7 @@ class TransformerAttention(nn.Module):
         """Projects `[B, N, C]` of a sentence or `[B, C, N]` of a map to `[M, B, N, d]`, in the memory layout of `x`."""
         if self.ndim == 1:
             return torch.unflatten(projection(x), -1, (self.num_heads, self.head_dim)).permute(2, 0, 1, 3)
-        projected = torch.bmm(projection.weight.expand(x.shape[0], -1, -1), x)
-        return torch.unflatten(projected, 1, (self.num_heads, self.head_dim)).permute(1, 0, 3, 2)
+        return torch.unflatten(_project_map(projection, x), 1, (self.num_heads, self.head_dim)).permute(1, 0, 3, 2)
 
     def _output(self, attended: Tensor, query: Tensor) -> Tensor:
         """Joins the heads `[M, B, N_q, d]` and applies W."""
@@ -393,8 +392,7 @@ class TransformerAttention(nn.Module):
             out: Tensor = self.out_proj(attended.permute(1, 2, 0, 3).flatten(2))
             return out
         joined = attended.permute(1, 0, 3, 2).flatten(1, 2)
-        weight = self.out_proj.weight.expand(joined.shape[0], -1, -1)
-        return torch.unflatten(torch.bmm(weight, joined) + self.out_proj.bias[:, None], 2, query.shape[2:])
+        return torch.unflatten(_project_map(self.out_proj, joined), 2, query.shape[2:])
 
     def _key_energy(self, content: Tensor) -> Tensor:
         """E3 of every key, `[M, B, N_k]`: u^T V^C first, so that the keys are not projected; float32 or better."""
@@ -488,6 +486,15 @@ class TransformerAttention(nn.Module):
             raise ValueError(f"key_padding_mask must be bool, True where padded, got {mask.dtype}.")
         if tuple(mask.shape) != expected:
             raise ValueError(f"key_padding_mask must have the shape {expected} of the keys, got {tuple(mask.shape)}.")
+
+
+def _project_map(projection: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer over the features of a map, `[B, in, N]` to `[B, out, N]`, without moving them innermost."""
+    # Of many features at few places a 1x1 convolution is up to a third faster than a product; of others it is slower.
+    if x.numel() > 0 and x.shape[2] < 4 * x.shape[1]:
+        return nn.functional.conv1d(x, projection.weight.unsqueeze(-1), projection.bias)
+    out = torch.bmm(projection.weight.expand(x.shape[0], -1, -1), x)
+    return out if projection.bias is None else out + projection.bias[:, None]
 
 
 def _row_range(rows: tuple[int, int] | None, num_queries: int) -> tuple[int, int]:
