@@ -149,6 +149,19 @@ def test_schedule_moves_every_step(run, tiny_config, in_folder):
     assert rates == pytest.approx([0.002, 0.003, 0.004, 0.004 * (2 / 3) ** 0.5])
 
 
+def test_offsets_are_logged_with_a_learning_rate_of_their_own(run, tiny_config, in_folder):
+    overlay = CONFIGS / "attention" / "self_deformable_0010.yaml"
+    run(
+        *("fit", "-c", tiny_config, "-c", overlay, "--model.schedule.name", "inverse_sqrt"),
+        *("--model.schedule.warmup_steps", 2, "--model.schedule.warmup_start", 0.5),
+        *("--model.optimizer.learning_rate", 0.004, "--trainer.limit_val_batches", 0),
+    )
+    path = in_folder / "checkpoints" / "translation" / "tiny"
+    expected = [0.002, 0.003, 0.004, 0.004 * (2 / 3) ** 0.5]
+    assert read_metrics(path, "lr-Adam/network") == pytest.approx(expected)
+    assert read_metrics(path, "lr-Adam/offsets") == pytest.approx([rate / 10 for rate in expected])
+
+
 def test_checkpoints_load_with_weights_only(run, tiny_config, in_folder):
     run("fit", "-c", tiny_config, "--trainer.max_steps", 2)
     path = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"
@@ -182,6 +195,8 @@ def test_resume_in_the_middle_of_an_epoch_sees_every_batch_once(run, tiny_config
         (["--model.self_attention.terms", "11"], "terms must be four bits"),
         (["--model.cross_attention.terms", "2222"], "got '2222'"),
         (["--model.cross_attention.mechanism", "none"], "the paper has no such setting"),
+        (["--model.cross_attention.mechanism", "dynamic"], "cannot stand in encoder-decoder attention"),
+        (["--model.cross_attention.convolution", "deformable"], "Use convolution: regular"),
         (["--model.self_attention.num_heads", "5"], "dim=16 cannot be divided among num_heads=5"),
         (["--model.self_attention.window", "4"], "use 3 or 5"),
         (["--model.optimizer.learning_rate", "-1"], "learning_rate must be a positive finite number"),

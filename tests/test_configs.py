@@ -1,8 +1,10 @@
 """Every shipped YAML is parsed and run for two steps through the real command."""
 
+import itertools
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from datamodules.miniature_translation import write_miniature_corpus
@@ -39,13 +41,43 @@ def small_miniature(monkeypatch):
     monkeypatch.setattr("datamodules.miniature_translation.write_miniature_corpus", write)
 
 
+def promised(name: str) -> tuple[str, dict[str, object]]:
+    """The slot and the fields that an overlay's file name promises."""
+    slot, *words = name.split("_")
+    match words:
+        case ["dynamic", size]:
+            return slot, {"mechanism": "dynamic", "kernel_size": int(size), "convolution": "regular"}
+        case ["deformable" | "modulated" as kind, *rest]:
+            convolution = {"deformable": "deformable", "modulated": "modulated_deformable"}[kind]
+            return slot, promised("_".join([slot, *rest]))[1] | {"convolution": convolution}
+        case ["none"]:
+            return slot, {"mechanism": "none", "convolution": "regular"}
+        case [terms, "window", size]:
+            return slot, promised(f"{slot}_{terms}")[1] | {"window": int(size)}
+        case [terms]:
+            return slot, {"mechanism": "transformer", "terms": terms, "convolution": "regular", "window": None}
+    raise AssertionError(f"{name}.yaml: what does the name promise?")
+
+
 @pytest.mark.parametrize("path", paths("attention"), ids=lambda path: path.stem)
 def test_attention_overlays(run, tiny_config, path):
-    run("fit", "-c", tiny_config, "-c", path, "--trainer.max_steps", 2)
-    stored = yaml.safe_load(Path("checkpoints/translation/tiny/config_fit.yaml").read_text())
-    slot, value = path.stem.split("_")
+    quick = ["--trainer.limit_val_batches", 0, "--trainer.logger", "false"]
+    run("fit", "-c", tiny_config, "-c", path, "--trainer.max_steps", 2, *quick)
+    folder = Path("checkpoints/translation/tiny")
+    slot, fields = promised(path.stem)
+    stored = yaml.safe_load((folder / "config_fit.yaml").read_text())
     spec = stored["model"]["init_args"][f"{slot}_attention"]
-    assert (spec["mechanism"] if value == "none" else spec["terms"]) == value
+    assert {name: spec[name] for name in fields} == fields
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_there_is_an_overlay_for_every_row_of_the_paper_s_translation_tables():
+    """Fig. 3c, and the two columns of Table 2 and of Table 3."""
+    terms = ["".join(bits) for bits in itertools.product("01", repeat=4) if "1" in bits]
+    with_deformable = ["1111", "1011", "1010", "1001", "1000", "0011", "0010", "0001", "none"]
+    rows = [*terms, "none", *(f"deformable_{row}" for row in with_deformable)]
+    rows += [f"{kind}_{size}" for kind in ("0100_window", "dynamic") for size in (31, 25, 19, 13)]
+    assert {f"self_{row}" for row in rows} <= {path.stem for path in paths("attention")}
 
 
 @pytest.mark.parametrize("path", paths("trainer"), ids=lambda path: path.stem)

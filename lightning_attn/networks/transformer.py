@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attn.attention import AttentionCache, AttentionSpec, TransformerAttention, build_attention
+from lightning_attn.attention import AttentionCache, AttentionSpec, DecodingCache, SelfAttention, build_attention
 from lightning_attn.networks.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.dropout import Dropout
 
@@ -62,15 +62,13 @@ class _Layer(nn.Module):
         norm_position: NormPosition,
     ) -> None:
         super().__init__()
-        attention = build_attention(self_attention, dim, ndim=1, role=role)
-        assert attention is None or isinstance(attention, TransformerAttention)
-        self.self_attention = attention
-        if attention is not None:
+        self.self_attention: SelfAttention | None = build_attention(self_attention, dim, ndim=1, role=role)
+        if self.self_attention is not None:
             self.self_attention_residual = Residual(dim, dropout, norm_position)
         self.feed_forward = FeedForward(dim, hidden_dim, dropout)
         self.feed_forward_residual = Residual(dim, dropout, norm_position)
 
-    def _attend_self(self, x: Tensor, padding: Tensor | None, cache: AttentionCache | None) -> Tensor:
+    def _attend_self(self, x: Tensor, padding: Tensor | None, cache: DecodingCache | None) -> Tensor:
         if self.self_attention is None:
             return x
         output = self.self_attention(self.self_attention_residual.before(x), key_padding_mask=padding, cache=cache)
@@ -101,9 +99,7 @@ class DecoderLayer(_Layer):
         norm_position: NormPosition,
     ) -> None:
         super().__init__(dim, hidden_dim, self_attention, "causal", dropout, norm_position)
-        attention = build_attention(cross_attention, dim, ndim=1, role="cross")
-        assert isinstance(attention, TransformerAttention)
-        self.cross_attention = attention
+        self.cross_attention = build_attention(cross_attention, dim, ndim=1, role="cross")
         self.cross_attention_residual = Residual(dim, dropout, norm_position)
 
     def forward(
@@ -111,7 +107,7 @@ class DecoderLayer(_Layer):
         x: Tensor,
         memory: Tensor | None,
         memory_padding: Tensor | None,
-        self_cache: AttentionCache | None = None,
+        self_cache: DecodingCache | None = None,
         cross_cache: AttentionCache | None = None,
     ) -> Tensor:
         """Maps `[B, T, C]` to the same shape, seeing `memory` `[B, S, C]` (None if `cross_cache` holds it)."""
@@ -132,7 +128,8 @@ class Transformer(nn.Module):
     Args:
         vocabulary_size: Number of token ids V, shared by both languages.
         pad_id: The id that fills up short sentences.
-        self_attention: Attention of the encoder and of the decoder; `mechanism: none` leaves it out.
+        self_attention: Attention of the encoder and of the decoder, or what else of Fig. 2b stands in its place;
+            `mechanism: none` leaves it out.
         cross_attention: Encoder-decoder attention.
         dim: Width C.
         hidden_dim: Width inside the feed-forward networks.
@@ -277,7 +274,7 @@ class DecodingState:
     def __init__(
         self,
         network: Transformer,
-        self_caches: list[AttentionCache | None],
+        self_caches: list[DecodingCache | None],
         cross_caches: list[AttentionCache],
     ) -> None:
         self.network = network

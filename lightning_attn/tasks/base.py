@@ -6,7 +6,7 @@ import inspect
 import time
 import typing
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +21,8 @@ from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 
 CHECKPOINT_KEY = "task"
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 class BaseTask(pl.LightningModule):
     """Base of all tasks.
@@ -31,7 +33,7 @@ class BaseTask(pl.LightningModule):
     for `load`.
 
     Args:
-        optimizer: Which optimizer; all parameters are one group.
+        optimizer: Which optimizer. All parameters are one group, but for the offsets of deformable convolutions.
         schedule: The learning rate's course, stepped after every optimizer step.
 
     Attributes:
@@ -55,10 +57,12 @@ class BaseTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and its schedule, which Lightning steps per optimizer step, not per epoch."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = self.optimizer.parameter_groups(self)
         # The scaler of fp16 unscales gradients itself, which a fused optimizer and clipping cannot both do.
-        fused = self._gradient_scaler is None and all(p.device.type in ("cpu", "cuda") for p in parameters)
-        optimizer = self.optimizer.build(parameters, fused=fused)
+        fused = self._gradient_scaler is None and all(
+            parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"]
+        )
+        optimizer = self.optimizer.build(groups, fused=fused)
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -282,11 +286,12 @@ def _state_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor]) -> 
     return lines
 
 
-def require_network(network: nn.Module | None) -> None:
-    """Refuses to work before `configure_model` has built the network.
+def require_network(network: Network | None) -> Network:
+    """The network, once `configure_model` or `load` has built it.
 
     Raises:
-        RuntimeError: If there is no network yet.
+        RuntimeError: If there is none yet.
     """
     if network is None:
         raise RuntimeError("The network is built when a Trainer starts, or by `load` from a checkpoint; not before.")
+    return network

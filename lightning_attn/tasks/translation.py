@@ -111,6 +111,15 @@ class TranslationTask(TokenMeanTask):
         self.vocabulary = vocabulary
         self.network = Transformer(vocabulary_size=vocabulary.size, pad_id=vocabulary.pad_id, **self.network_arguments)
 
+    @property
+    def built_network(self) -> Transformer:
+        """The network.
+
+        Raises:
+            RuntimeError: If `configure_model` or `load` has not built it yet.
+        """
+        return require_network(self.network)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the vocabulary, without which token ids mean nothing."""
         super().on_save_checkpoint(checkpoint)
@@ -135,9 +144,7 @@ class TranslationTask(TokenMeanTask):
 
     def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
         """The summed loss of a batch; `TokenMeanTask` makes it a mean over the whole optimizer step."""
-        require_network(self.network)
-        assert self.network is not None
-        loss, likelihood, number = self.network.loss(batch.source, batch.target, self.label_smoothing)
+        loss, likelihood, number = self.built_network.loss(batch.source, batch.target, self.label_smoothing)
         self.count_tokens(number, likelihood)
         return loss
 
@@ -145,35 +152,34 @@ class TranslationTask(TokenMeanTask):
 
     def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         """Loss per sentence and, with `validation_beam_size`, its translation."""
-        self._evaluate(batch, self.validation_beam_size)
+        self._score(batch, self.validation_beam_size)
 
     def test_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         """Loss per sentence and its translation by the configured beam search."""
-        self._evaluate(batch, self.decoding.beam_size)
+        hypotheses = self._score(batch, self.decoding.beam_size)
+        texts = zip(batch.source_text, batch.target_text, hypotheses, strict=True)
+        self._texts.update(zip(batch.ids.tolist(), texts, strict=True))
 
-    def _evaluate(self, batch: TranslationBatch, beam_size: int) -> None:
-        require_network(self.network)
-        assert self.network is not None
+    def _score(self, batch: TranslationBatch, beam_size: int) -> list[str]:
+        """Adds a batch to the scores; its best translations, or none if the beam is 0."""
         ids = batch.ids.tolist()
-        likelihoods, counts = self.network.sentence_losses(batch.source, batch.target)
+        likelihoods, counts = self.built_network.sentence_losses(batch.source, batch.target)
         self._loss.update(ids, likelihoods, counts)
-        if beam_size:
-            hypotheses = [self._text(best[0]) for best in self._search(batch.source, beam_size)]
-            self._scores.update(ids, hypotheses, batch.target_text)
-            self._texts.update(
-                zip(ids, zip(batch.source_text, batch.target_text, hypotheses, strict=True), strict=True)
-            )
+        if not beam_size:
+            return []
+        hypotheses = [self._text(best[0]) for best in self._search(batch.source, beam_size)]
+        self._scores.update(ids, hypotheses, batch.target_text)
+        return hypotheses
 
     def _search(self, source: Tensor, beam_size: int) -> list[list[Hypothesis]]:
-        assert self.network is not None
-        vocabulary = self.vocabulary
+        network, vocabulary = self.built_network, self.vocabulary
         assert vocabulary is not None
         options = self.decoding
         if beam_size != options.beam_size:
             options = dataclasses.replace(options, beam_size=beam_size, nbest=1)
         lengths = (source != vocabulary.pad_id).sum(dim=1)
         return beam_search(
-            self.network.start_decoding(source),
+            network.start_decoding(source),
             source.shape[0],
             options,
             bos_id=vocabulary.bos_id,
@@ -228,11 +234,10 @@ class TranslationTask(TokenMeanTask):
             self._draw_attention(*examples[0][:2])
 
     def _draw_attention(self, source: str, target: str) -> None:
-        assert self.network is not None
         assert self.vocabulary is not None
         batch = TranslationDataset.from_text(self.vocabulary, [source], [target])[0].to(self.device)
         path = unused_path(self.output_directory / "attention.png")
-        draw_translation_attention(self.network, self.vocabulary, batch.source, batch.target, path)
+        draw_translation_attention(self.built_network, self.vocabulary, batch.source, batch.target, path)
         rank_zero_info(f"Attention of the first sentence drawn into {path}")
 
     # Prediction
@@ -243,7 +248,6 @@ class TranslationTask(TokenMeanTask):
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         """Translates a batch; all n-best texts are kept until the end of the epoch."""
-        require_network(self.network)
         found = self._search(batch.source, self.decoding.beam_size)
         texts = [[self._text(hypothesis) for hypothesis in best] for best in found]
         self._predictions.update(zip(batch.ids.tolist(), texts, strict=True))

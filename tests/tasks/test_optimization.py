@@ -3,7 +3,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from lightning_attn.attention import DeformableConv
 from lightning_attn.tasks import OptimizerSpec, ScheduleSpec
 
 
@@ -60,11 +62,70 @@ def test_optimizers_are_torchs(name, fused):
     torch.testing.assert_close(weights[0], weights[1])
 
 
+def with_offsets() -> nn.Sequential:
+    """Two deformable convolutions at different depths; the first layer is frozen."""
+    network = nn.Sequential(
+        nn.Linear(4, 4), nn.Sequential(DeformableConv(4, 4, ndim=1)), DeformableConv(4, 4, ndim=1, modulated=True)
+    )
+    network[0].requires_grad_(False)
+    return network
+
+
+def test_offsets_are_a_group_of_their_own():
+    network = with_offsets()
+    rest, offsets = OptimizerSpec(learning_rate=0.5, offset_lr_factor=0.02).parameter_groups(network)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    assert (rest["name"], offsets["name"]) == ("network", "offsets")
+    assert [names[id(p)] for p in rest["params"]] == ["1.0.weight", "1.0.bias", "2.weight", "2.bias"]
+    assert [names[id(p)] for p in offsets["params"]] == [
+        *("1.0.offset.weight", "1.0.offset.bias", "2.offset.weight", "2.offset.bias")
+    ]
+    assert offsets["lr"] == pytest.approx(0.01)
+
+
+def test_without_offsets_there_is_one_group():
+    network = nn.Linear(3, 3)
+    (group,) = OptimizerSpec().parameter_groups(network)
+    assert group == {"params": list(network.parameters())}
+    network = with_offsets()
+    for convolution in (network[1][0], network[2]):
+        convolution.offset.requires_grad_(False)  # frozen offsets need no group
+    (group,) = OptimizerSpec().parameter_groups(network)
+    assert len(group["params"]) == 4
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_offsets_keep_their_factor_all_along_the_schedule_and_all_other_settings(name):
+    spec = OptimizerSpec(name, learning_rate=0.5, weight_decay=0.3)
+    optimizer = spec.build(spec.parameter_groups(with_offsets()), fused=True)
+    schedule = ScheduleSpec("cosine", warmup_steps=3, warmup_start=0.1)
+    scheduler = schedule.build(optimizer, 10)
+    for step in range(11):
+        rest, offsets = optimizer.param_groups
+        assert rest["lr"] == pytest.approx(0.5 * schedule.factor(step, 10))
+        assert offsets["lr"] == pytest.approx(0.05 * schedule.factor(step, 10))
+        optimizer.step()
+        scheduler.step()
+    same = [
+        {key: group[key] for key in group.keys() - {"params", "name", "lr", "initial_lr"}} for group in (rest, offsets)
+    ]
+    assert same[0] == same[1]
+    assert same[0]["weight_decay"] == 0.3
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: OptimizerSpec("adem"), "optimizer name must be one of"),
         (lambda: OptimizerSpec(learning_rate=math.nan), "learning_rate must be a positive finite number, got nan"),
+        (
+            lambda: OptimizerSpec(offset_lr_factor=0.0),
+            r"offset_lr_factor must be .*got 0\.0; the paper's value is 0\.1",
+        ),
+        (
+            lambda: OptimizerSpec(offset_lr_factor=math.inf),
+            "offset_lr_factor must be a positive finite number, got inf",
+        ),
         (lambda: ScheduleSpec("poly"), "schedule name must be one of"),
         (lambda: ScheduleSpec(warmup_steps=0), "at least 1 for inverse_sqrt, got 0"),
         (lambda: ScheduleSpec(warmup_start=2), "warmup_start must be a factor between 0 and 1"),

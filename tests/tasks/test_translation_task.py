@@ -29,12 +29,9 @@ class Subclass(TranslationTask):
         self.flavour = flavour
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, corpus) -> Path:
-    path = tmp_path_factory.mktemp("task") / "trained.ckpt"
+def fit(folder: Path, corpus: Path, task: TranslationTask, **settings) -> pl.Trainer:
     data = WMT14DataModule(root=str(corpus), vocabulary_size=300, max_tokens=400, preparation_processes=1)
     trainer = pl.Trainer(
-        max_steps=3,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -42,9 +39,17 @@ def checkpoint(tmp_path_factory, corpus) -> Path:
         enable_model_summary=False,
         use_distributed_sampler=False,
         limit_val_batches=0,
-        default_root_dir=path.parent,
+        default_root_dir=folder,
+        **settings,
     )
-    trainer.fit(Subclass(flavour="sour", **TINY), data)
+    trainer.fit(task, data)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, corpus) -> Path:
+    path = tmp_path_factory.mktemp("task") / "trained.ckpt"
+    trainer = fit(path.parent, corpus, Subclass(flavour="sour", **TINY), max_steps=3)
     trainer.save_checkpoint(path)
     return path
 
@@ -62,6 +67,45 @@ def test_a_checkpoint_alone_is_enough(checkpoint):
     assert together == [task.translate([sentence])[0] for sentence in sentences]
     assert task.translate([]) == []
     assert TranslationTask.load_from_checkpoint(checkpoint, flavour="sweet").flavour == "sweet"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(mechanism="dynamic", groups=4, kernel_size=5),
+        AttentionSpec(terms="0010", num_heads=2, convolution="deformable"),
+    ],
+    ids=["dynamic", "deformable"],
+)
+def test_other_mechanisms_train_and_translate_from_a_checkpoint_alone(tmp_path, corpus, spec):
+    trainer = fit(tmp_path, corpus, TranslationTask(**TINY | {"self_attention": spec}), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    task = TranslationTask.load(tmp_path / "trained.ckpt")
+    assert task.network_arguments["self_attention"] == spec
+    sentences = ["The woman reads a book.", "Today, the man sees the dog and the cat in the garden."]
+    assert task.translate(sentences) == [task.translate([sentence])[0] for sentence in sentences]
+
+
+def test_offsets_move_slowly_and_are_clipped_with_the_rest(tmp_path, corpus):
+    """The length of one step of plain SGD shows the learning rate of each group, and that they are clipped together."""
+    task = TranslationTask(
+        **TINY | {"self_attention": AttentionSpec(num_heads=2, convolution="modulated_deformable")},
+        optimizer=OptimizerSpec("sgd", learning_rate=0.5, momentum=0.0),
+    )
+    before = {}
+
+    class Remember(pl.Callback):
+        def on_train_start(self, trainer, task):
+            before.update({name: parameter.detach().clone() for name, parameter in task.named_parameters()})
+
+    fit(tmp_path, corpus, task, max_steps=1, gradient_clip_val=1e-2, callbacks=[Remember()])
+    moved = {name: (parameter - before[name]).detach().norm() for name, parameter in task.named_parameters()}
+    offsets = torch.stack([norm for name, norm in moved.items() if ".offset." in name])
+    others = torch.stack([norm for name, norm in moved.items() if ".offset." not in name])
+    assert len(offsets) == 6  # of one encoder and two decoder layers
+    assert (offsets > 0).all()
+    gradient = torch.cat((offsets / 0.05, others / 0.5))
+    assert gradient.norm().item() == pytest.approx(1e-2, rel=1e-3)
 
 
 def test_wrong_class_is_refused(checkpoint):
