@@ -1,35 +1,267 @@
 """What attention keeps between the steps of a sequence that is decoded token by token."""
 
+import math
+from typing import TYPE_CHECKING, Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_attn.attention.linear import PackedLinear, linear
+from lightning_attn.attention.spec import parse_terms
+
+if TYPE_CHECKING:
+    from lightning_attn.attention.transformer import TransformerAttention
+
+# Positions that a new cache has room for: most sentences of a translation never outgrow it.
+FIRST_ROOM = 32
+
+
+class DecodingCache(Protocol):
+    """What a module remembers of the tokens it has seen, for R rows (prefixes) that are decoded token by token."""
+
+    def reorder(self, index: Tensor, beams: int = 1) -> None:
+        """Makes row r the former row `index[r]`, for every r of `index`, `[R']`.
+
+        Args:
+            index: Rows may be left out or doubled.
+            beams: How many neighbouring rows belong to one sentence from now on. More than one only if the rows of
+                a sentence all come from rows of one sentence, and if sentences keep their places as long as neither
+                `beams` nor the number of rows changes. A cache is free to make no use of it.
+        """
+        ...
 
 
 class AttentionCache:
-    """Projected keys and values of a sequence that is decoded step by step; made by `new_cache`.
+    """Projected keys and values of sentences that are decoded token by token; made by `new_cache`.
 
-    Attributes:
-        is_memory: Whether the keys are fixed (encoder-decoder attention) instead of growing with the queries.
-        length: Number of queries seen so far.
+    The keys and values of a sentence are stored once for all the rows that a beam search holds of it, and never move
+    within the sentence. A mask says which of them belong to a row's own prefix. A step attends from the W rows of
+    a sentence to all its keys in one matrix product. That is W times the multiplications that keys stored for each row
+    would need, but those would be copied at every step, to reorder them, which takes longer. Of E3 without E1 only the
+    energies are stored.
+
+    There are no gradients, and no weights are dropped. The parameters must not change while a cache is in use. Values
+    of a row that are not finite spoil the other rows of its sentence, not those of other sentences.
+
+    Shapes: B sentences; W rows of each (beams), neighbours; R = B W; M heads; d head width; n positions of keys;
+    S keys of a position ("slots"): one for each row that there has been, or 1 for a memory, which all rows share.
+
+    Args:
+        attention: The module whose cache it is.
+        memory: `[B, L_k, C]`, the fixed keys of encoder-decoder attention; None for causal self-attention.
+        key_padding_mask: `[B, L_k]`, True where `memory` is padding.
     """
 
-    def __init__(self, is_memory: bool) -> None:
-        self.is_memory = is_memory
-        self.length = 0
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-        self.padding: Tensor | None = None
-        self.table: Tensor | None = None
-        self.table_lowest = 0
+    @torch.no_grad()
+    def __init__(
+        self, attention: "TransformerAttention", memory: Tensor | None = None, key_padding_mask: Tensor | None = None
+    ) -> None:
+        self.attention = attention
+        self.is_memory = memory is not None
+        self.beams = 1
+        self.length = 0  # tokens seen, of each row
+        self.num_keys = 0  # n
+        self._stored: list[Tensor] = []  # values and, with E1 or E3, keys: [B, M, room for n, S, d or 1]
+        self._hidden: Tensor | None = None  # added to energies, 0 or -inf: [B, W or 1, room for n, S]
+        self._own: Tensor | None = None  # the same for the slots of a position when it is new, [W, S]
+        self._table: Tensor | None = None  # V^R R for relative positions from _lowest upwards; without E2 its energies
+        self._lowest = 0
 
-    def append(self, key: Tensor | None, value: Tensor) -> None:
-        """Adds projected keys and values `[B, M, n, d]` behind those that are there."""
-        if key is not None:
-            self.key = key if self.key is None else torch.cat((self.key, key), dim=2)
-        self.value = value if self.value is None else torch.cat((self.value, value), dim=2)
+        e1, e2, e3, e4 = parse_terms(attention.terms)
+        self._content, self._query_position, self._position = e1, e2, e2 or e4
+        heads, scale = attention.num_heads, attention.scale
+        query_bias = attention.key_bias * scale if e1 and e3 else None  # u, which the projection adds to the query
+        self._position_bias: Tensor | None = attention.position_bias * scale if e4 else None  # v, or v - u then
+        if e2 and query_bias is not None:
+            self._position_bias = -query_bias if self._position_bias is None else self._position_bias - query_bias
+        key_weights: list[Tensor] = [attention.value_proj.weight]
+        if e1:
+            key_weights.append(attention.key_proj.weight)
+        elif e3:
+            by_head = torch.unflatten(attention.key_proj.weight, 0, (heads, -1))
+            key_weights.append(torch.einsum("md,mdc->mc", attention.key_bias * scale, by_head))
+        weights = [attention.query_proj.weight * scale] if e1 or e2 else []
+        if memory is None:
+            weights = key_weights + weights  # one product makes all
+        else:
+            keys = memory[:, :: attention.kv_stride]
+            self.num_keys = keys.shape[1]
+            for weight in key_weights:
+                by_head = torch.unflatten(linear(keys, weight), 2, (heads, -1)).transpose(1, 2)
+                self._stored.append(by_head.unsqueeze(3).contiguous())
+            if key_padding_mask is not None:
+                padding = key_padding_mask[:, None, :: attention.kv_stride, None]
+                zeros = torch.zeros_like(padding, dtype=self._stored[0].dtype)
+                self._hidden = zeros.masked_fill_(padding, -math.inf)
+        self._widths = [weight.shape[0] for weight in weights]
+        bias = None if query_bias is None else F.pad(query_bias.flatten(), (sum(self._widths[:-1]), 0))
+        self._in = PackedLinear(torch.cat(weights), bias) if weights else None
+        self._out = PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
 
-    def reorder(self, index: Tensor) -> None:
-        """Keeps the batch rows `index` `[B']`, in that order; rows may be left out or doubled (beam search)."""
-        for name in ("key", "value", "padding"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, tensor.index_select(0, index))
+    @property
+    def rows(self) -> int | None:
+        """R; None before the first token of a self-attention."""
+        return self._stored[0].shape[0] * self.beams if self._stored else None
+
+    @torch.no_grad()
+    def attend(self, query: Tensor, causal: bool = False) -> Tensor:
+        """Attends from the next tokens of every row, one after the other.
+
+        Args:
+            query: `[R, T, C]`.
+            causal: Hide the keys of a memory that come after a token; a self-attention is always causal.
+
+        Returns:
+            `[R, T, C]`.
+
+        Raises:
+            ValueError: If the number of rows is not that of the cache.
+        """
+        if self.rows not in (None, query.shape[0]):
+            raise ValueError(f"query has batch size {query.shape[0]}, the cache has {self.rows}: they must be equal.")
+        if query.shape[1] == 1:
+            return self._step(query.squeeze(1), causal).unsqueeze(1)
+        steps = [self._step(token, causal) for token in query.unbind(dim=1)]
+        return torch.stack(steps, dim=1) if steps else torch.zeros_like(query)
+
+    def reorder(self, index: Tensor, beams: int = 1) -> None:
+        """See `DecodingCache.reorder`."""
+        rows, before = self.rows, self.beams
+        self.beams = beams
+        if rows is None:
+            return
+        room, slots = self._stored[0].shape[2:4]
+        regrouped = beams == 1 or beams != before or len(index) != rows
+        if self.is_memory:
+            if regrouped:
+                sentences = index[::beams] // before
+                self._resize(room, slots, sentences)
+                self._hidden = None if self._hidden is None else self._hidden.index_select(0, sentences)
+            return
+        if regrouped:
+            self._resize(room, max(beams, slots), index[::beams] // before)
+        if max(beams, slots) == 1:
+            return  # one row of each sentence, whose keys are all there are
+        if self._hidden is None:
+            hidden = self._stored[0].new_zeros(len(index), room, slots)
+        else:
+            hidden = self._hidden.flatten(0, 1).index_select(0, index)
+        hidden = F.pad(hidden, (0, max(beams - slots, 0)), value=-math.inf)
+        self._hidden = torch.unflatten(hidden, 0, (-1, beams))
+
+    def _step(self, token: Tensor, causal: bool) -> Tensor:
+        """Attends from the next token of every row, `[R, C]`."""
+        attention, position, stride = self.attention, self.length, self.attention.kv_stride
+        projected = [] if self._in is None else list(self._in(token).split_with_sizes(self._widths, 1))
+        query = projected.pop() if self._content or self._query_position else None  # U z_q, [R, C]
+        if not self.is_memory and position % stride == 0:
+            self._append(projected)
+        self.length += 1
+
+        first, stop = 0, self.num_keys
+        if causal and self.is_memory:
+            stop = min(stop, position // stride + 1)
+        if attention.window is not None:
+            reach = attention.window // 2
+            first = max(first, -((reach - position) // stride))
+            stop = min(stop, (position + reach) // stride + 1)
+        if first >= stop:
+            return self._out(torch.zeros_like(token))
+
+        energy = self._energy(query, position, first, stop)
+        weights = torch.softmax(energy, dim=-1, dtype=torch.promote_types(energy.dtype, torch.float32))
+        value = self._stored[0][:, :, first:stop]
+        attended = torch.bmm(weights.to(value.dtype), value.view(len(weights), -1, attention.head_dim))
+        attended = attended.view(*value.shape[:2], -1, attention.head_dim)  # [B, M, W or 1, d]
+        if self.is_memory and self._hidden is not None:
+            blind = (self._hidden[:, :, first:stop] == -math.inf).all(dim=2, keepdim=True)  # sees padding only
+            attended = attended.masked_fill(blind, 0.0)
+        out = self._out(attended.transpose(1, 2).reshape(-1, attention.dim))
+        # Where no energy depends on the row, all rows of a sentence get the same.
+        return out if len(out) == len(token) else out.repeat_interleave(self.beams, dim=0)
+
+    def _energy(self, query: Tensor | None, position: int, first: int, stop: int) -> Tensor:
+        """The sum of the energies for the keys `first:stop`, `[B * M, W or 1, n * S]`."""
+        batch, heads, _, slots, _ = self._stored[0].shape
+        key = self._stored[1][:, :, first:stop] if len(self._stored) == 2 else None
+        parts = []  # what is added to E1, each to be broadcast to [B, M, W, n, S]
+        if self._position:
+            parts.append(self._position_energy(query, position, first, stop).unsqueeze(-1))
+        if self._hidden is not None:
+            parts.append(self._hidden[:, None, :, first:stop])
+        if key is not None and not self._content:
+            parts.append(key.squeeze(-1).unsqueeze(2))
+        energy: Tensor | None = None
+        if parts:
+            energy = sum(parts[1:], start=parts[0])
+            count = self.beams if self._content else energy.shape[2]
+            energy = energy.expand(batch, heads, count, stop - first, slots).reshape(batch * heads, count, -1)
+        if self._content and query is not None and key is not None:
+            width = key.shape[4]
+            query = query.view(batch, self.beams, heads, width).transpose(1, 2).reshape(batch * heads, -1, width)
+            key = key.view(batch * heads, -1, width).transpose(1, 2)
+            energy = torch.bmm(query, key) if energy is None else torch.baddbmm(energy.to(query.dtype), query, key)
+        assert energy is not None, "a term string switches at least one energy on"
+        return energy
+
+    def _position_energy(self, query: Tensor | None, position: int, first: int, stop: int) -> Tensor:
+        """E2 + E4 of the token at `position` for the keys `first:stop`, `[B or 1, M, W or 1, n]`."""
+        stride = self.attention.kv_stride
+        lowest = first * stride - position
+        if self._table is None or lowest < self._lowest:
+            # Twice the range that is needed, so that n tokens project O(n) positions in all.
+            self._lowest = min(2 * lowest, 1 - FIRST_ROOM)
+            highest = (self.num_keys - 1) * stride if self.is_memory else 0
+            self._table = self._position_table(self._lowest, highest + 1)
+        start = lowest - self._lowest
+        table = self._table[..., start : start + (stop - first - 1) * stride + 1 : stride]
+        if query is None or not self._query_position:
+            return table
+        by_head = query.view(len(query), *self._table.shape[:2])
+        if self._position_bias is not None:
+            by_head = by_head + self._position_bias
+        energy = torch.bmm(by_head.transpose(0, 1).to(table.dtype), table)
+        return energy.view(len(energy), -1, self.beams, stop - first).transpose(0, 1)
+
+    def _position_table(self, lowest: int, stop: int) -> Tensor:
+        """V^R R for the relative positions `lowest:stop`, `[M, d, P]`; without E2 their energies, `[1, M, 1, P]`."""
+        weight = self.attention.position_proj.weight
+        table = self.attention._table(weight, lowest, stop - lowest, weight.device)
+        if self._query_position or self._position_bias is None:
+            return table
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.einsum("md,mdn->mn", self._position_bias.to(table.dtype), table)[None, :, None]
+
+    def _append(self, projected: list[Tensor]) -> None:
+        """Stores values and keys `[R, C or M]` of the last token of every row in the row's slot."""
+        heads = self.attention.num_heads  # new: [B, M, W, d or 1]
+        new = [x.view(-1, self.beams, heads, x.shape[1] // heads).transpose(1, 2) for x in projected]
+        if not self._stored:
+            self._stored = [x.new_empty(*x.shape[:2], FIRST_ROOM, *x.shape[2:]) for x in new]
+            if self.beams > 1:
+                self._hidden = new[0].new_empty(len(new[0]), self.beams, FIRST_ROOM, self.beams)
+        room, slots = self._stored[0].shape[2:4]
+        if self.num_keys == room:
+            self._resize(2 * room, slots)
+            self._hidden = None if self._hidden is None else F.pad(self._hidden, (0, 0, 0, room))
+        for stored, x in zip(self._stored, new, strict=True):
+            stored[:, :, self.num_keys, : self.beams] = x
+            if self.beams < slots:
+                stored[:, :, self.num_keys, self.beams :] = 0.0  # hidden from every row, but it may not be NaN
+        if self._hidden is not None:
+            if self._own is None or self._own.shape != self._hidden.shape[1::2]:
+                self._own = torch.full_like(self._hidden[0, :, 0], -math.inf).fill_diagonal_(0.0)
+            self._hidden[:, :, self.num_keys] = self._own
+        self.num_keys += 1
+
+    def _resize(self, room: int, slots: int, sentences: Tensor | None = None) -> None:
+        """Moves what is stored of `sentences` (all if None) to memory with this room and number of slots."""
+        for i, old in enumerate(self._stored):
+            used = old[:, :, : self.num_keys]
+            if sentences is not None:
+                used = used.index_select(0, sentences)
+            new = used.new_empty(*used.shape[:2], room, slots, used.shape[4])
+            new[:, :, : self.num_keys, : used.shape[3]] = used
+            new[:, :, : self.num_keys, used.shape[3] :] = 0.0  # hidden from every row, but it may not be NaN
+            self._stored[i] = new

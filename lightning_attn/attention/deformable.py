@@ -321,8 +321,8 @@ class DeformableConvCache:
         """Rows of the storage for positions `[B, ...]` counted from 1; 0 stands for outside."""
         return F.pad(self._table, (1, 0)).gather(1, index.flatten(1)).view_as(index)
 
-    def reorder(self, index: Tensor) -> None:
-        """Keeps the batch rows `index` `[B']`, in that order; rows may be left out or doubled (beam search)."""
+    def reorder(self, index: Tensor, beams: int = 1) -> None:
+        """See `DecodingCache.reorder`."""
         self._table = self._table.index_select(0, index)
 
 

@@ -35,8 +35,8 @@ class DynamicConvCache:
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
-    def reorder(self, index: Tensor) -> None:
-        """Keeps the batch rows `index` `[B']`, in that order; rows may be left out or doubled (beam search)."""
+    def reorder(self, index: Tensor, beams: int = 1) -> None:
+        """See `DecodingCache.reorder`."""
         if self.value is not None:
             self.value = self.value.index_select(0, index)
 

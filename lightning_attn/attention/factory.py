@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attn.attention.cache import AttentionCache
+from lightning_attn.attention.cache import AttentionCache, DecodingCache
 from lightning_attn.attention.deformable import DeformableConv, DeformableConvCache
 from lightning_attn.attention.dynamic import DynamicConv, DynamicConvCache
 from lightning_attn.attention.spec import AttentionSpec
@@ -17,13 +17,6 @@ Role = Literal["self", "causal", "cross", "head"]
 
 CONVOLUTION_SIZE = 3
 """Kernel of the convolution before the attention: 3 x 3 in a residual block, 3 in translation (Fig. 2)."""
-
-
-class DecodingCache(Protocol):
-    """What a self-attention keeps between the steps of sentences that are decoded token by token."""
-
-    def reorder(self, index: Tensor) -> None:
-        """Keeps the batch rows `index` `[B']`, in that order; rows may be left out or doubled (beam search)."""
 
 
 class SelfAttention(Protocol):
@@ -86,11 +79,11 @@ class DeformableAttentionCache:
         self.convolution = convolution
         self.attention = attention
 
-    def reorder(self, index: Tensor) -> None:
-        """Keeps the batch rows `index` `[B']`, in that order; rows may be left out or doubled (beam search)."""
-        self.convolution.reorder(index)
+    def reorder(self, index: Tensor, beams: int = 1) -> None:
+        """See `DecodingCache.reorder`."""
+        self.convolution.reorder(index, beams)
         if self.attention is not None:
-            self.attention.reorder(index)
+            self.attention.reorder(index, beams)
 
 
 class GatedResidual(nn.Module):

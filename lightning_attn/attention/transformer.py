@@ -18,6 +18,7 @@ from lightning_attn.attention.algorithms import (
     weight_rows,
 )
 from lightning_attn.attention.cache import AttentionCache
+from lightning_attn.attention.linear import Linear
 from lightning_attn.attention.positions import relative_encoding
 from lightning_attn.attention.spec import TERM_NAMES, AttentionSpec, parse_terms
 from lightning_attn.attention.tiled import Layout
@@ -89,13 +90,13 @@ class TransformerAttention(nn.Module):
                 f"dim={dim} cannot hold sine and cosine of {ndim} axis/axes: E2 and E4 need a multiple of {2 * ndim}."
             )
         if e1 or e2:
-            self.query_proj = nn.Linear(dim, dim, bias=False)
+            self.query_proj = Linear(dim, dim, bias=False)
         if e1 or e3:
-            self.key_proj = nn.Linear(dim, dim, bias=False)
+            self.key_proj = Linear(dim, dim, bias=False)
         if e2 or e4:
-            self.position_proj = nn.Linear(dim, dim, bias=False)
-        self.value_proj = nn.Linear(dim, dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim)
+            self.position_proj = Linear(dim, dim, bias=False)
+        self.value_proj = Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim)
         if e3:
             self.key_bias = nn.Parameter(torch.empty(num_heads, self.head_dim))
         if e4:
@@ -137,7 +138,8 @@ class TransformerAttention(nn.Module):
             key: Another set of the same rank, for encoder-decoder attention; None for self-attention.
             key_padding_mask: Bool, `[B, L_k]` or `[B, H_k, W_k]`, True where a key is padding.
             causal: Overrides the constructor's value.
-            cache: From `new_cache`; the queries are then the next ones of a sequence that is decoded step by step.
+            cache: From `new_cache`; the queries are then the next ones of a sequence that is decoded step by step,
+                without gradients and without dropout.
 
         Returns:
             Same shape as `query`. A query that sees no key gets the bias of `out_proj`.
@@ -145,18 +147,24 @@ class TransformerAttention(nn.Module):
         Raises:
             ValueError: If a shape or dtype does not fit; the message names the argument.
         """
-        causal = (self.causal if causal is None else causal) or (cache is not None and not cache.is_memory)
+        causal = self.causal if causal is None else causal
+        if cache is not None:
+            if key is not None or key_padding_mask is not None:
+                raise ValueError(
+                    "cache: its keys and mask are those it was made with; pass no key or key_padding_mask."
+                )
+            self._check_input("query", query)
+            return cache.attend(query, causal)
         dropout = self.dropout if self.training else 0.0
         keys = query if key is None else key
-        self._check(query, keys, key_padding_mask, cache, key is not None)
-        layout = self._layout(query, keys, causal, cache)
-        padded = key_padding_mask is not None or (cache is not None and cache.padding is not None)
-        algorithm = self._choose(layout, padded, dropout, query.device, cache is not None)
+        self._check(query, keys, key_padding_mask)
+        layout = self._layout(query, keys, causal)
+        algorithm = self._choose(layout, key_padding_mask is not None, dropout, query.device)
         if algorithm == "definition":
             return self._define(query, keys, key_padding_mask, causal)
         if algorithm == "pooled":
             return self._pool(query, keys, key_padding_mask)
-        projected = self._project(query, keys, key_padding_mask, layout, cache, self.terms)
+        projected = self._project(query, keys, key_padding_mask, layout, self.terms)
         return self._output(attend(projected, algorithm, dropout), query)
 
     def energies(
@@ -173,13 +181,13 @@ class TransformerAttention(nn.Module):
         """
         result = {}
         keys = query if key is None else key
-        self._check(query, keys, None, None, key is not None)
+        self._check(query, keys, None)
         for index, (name, on) in enumerate(zip(TERM_NAMES, parse_terms(self.terms), strict=True)):
             if not on:
                 continue
             only = "".join("1" if i == index else "0" for i in range(len(TERM_NAMES)))
-            layout = self._layout(query, keys, False, None)
-            projected = self._project(query, keys, None, layout, None, only)
+            layout = self._layout(query, keys, False)
+            projected = self._project(query, keys, None, layout, only)
             result[name] = energy_rows(projected, *_row_range(rows, layout.num_queries))
         return result
 
@@ -194,13 +202,13 @@ class TransformerAttention(nn.Module):
     ) -> Tensor:
         """The normalised map, `[B, M, N_q, N_k]`, without dropout; arguments as in `forward` and `energies`."""
         keys = query if key is None else key
-        self._check(query, keys, key_padding_mask, None, key is not None)
-        layout = self._layout(query, keys, self.causal if causal is None else causal, None)
-        projected = self._project(query, keys, key_padding_mask, layout, None, self.terms)
+        self._check(query, keys, key_padding_mask)
+        layout = self._layout(query, keys, self.causal if causal is None else causal)
+        projected = self._project(query, keys, key_padding_mask, layout, self.terms)
         return weight_rows(projected, *_row_range(rows, layout.num_queries))
 
     def new_cache(self, memory: Tensor | None = None, key_padding_mask: Tensor | None = None) -> AttentionCache:
-        """A cache for decoding step by step, which gives the numbers of the full pass.
+        """A cache for decoding step by step, which gives the numbers of the full pass. It holds the parameters too.
 
         Args:
             memory: `[B, L_k, C]`, the fixed keys of encoder-decoder attention; None for causal self-attention, whose
@@ -214,33 +222,13 @@ class TransformerAttention(nn.Module):
             raise ValueError("new_cache: only sequences (ndim=1) are decoded step by step.")
         if memory is None and key_padding_mask is not None:
             raise ValueError("new_cache: key_padding_mask is for memory; pass both, or neither.")
-        cache = AttentionCache(is_memory=memory is not None)
         if memory is not None:
             self._check_input("memory", memory)
             self._check_mask(key_padding_mask, memory)
-            cache.padding = None if key_padding_mask is None else key_padding_mask[:, :: self.kv_stride]
-            cache.append(*self._project_keys(memory[:, :: self.kv_stride]))
-        return cache
+        return AttentionCache(self, memory, key_padding_mask)
 
-    def _check(
-        self,
-        query: Tensor,
-        key: Tensor,
-        key_padding_mask: Tensor | None,
-        cache: AttentionCache | None,
-        has_key: bool,
-    ) -> None:
+    def _check(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> None:
         self._check_input("query", query)
-        if cache is not None:
-            if has_key or key_padding_mask is not None:
-                raise ValueError(
-                    "cache: its keys and mask are those it was made with; pass no key or key_padding_mask."
-                )
-            if cache.value is not None and cache.value.shape[0] != query.shape[0]:
-                raise ValueError(
-                    f"query has batch size {query.shape[0]}, the cache has {cache.value.shape[0]}: they must be equal."
-                )
-            return
         self._check_input("key", key)
         if key.shape[0] != query.shape[0]:
             raise ValueError(f"key has batch size {key.shape[0]}, query has {query.shape[0]}: they must be equal.")
@@ -250,21 +238,13 @@ class TransformerAttention(nn.Module):
         """Rows and columns; a sentence is one row."""
         return (1, x.shape[1]) if self.ndim == 1 else (x.shape[2], x.shape[3])
 
-    def _layout(self, query: Tensor, key: Tensor, causal: bool, cache: AttentionCache | None) -> Layout:
+    def _layout(self, query: Tensor, key: Tensor, causal: bool) -> Layout:
         stride = self.kv_stride
-        first = 0
-        if cache is None:
-            rows, columns = self._sizes(key)
-            key_sizes = (-(-rows // stride) if self.ndim == 2 else 1, -(-columns // stride))
-        else:
-            first = cache.length
-            tokens = -(-(first + query.shape[1]) // stride)
-            key_sizes = (1, cache.value.shape[2] if cache.is_memory and cache.value is not None else tokens)
-        return Layout(self._sizes(query), key_sizes, stride, first, causal, self.window)
+        rows, columns = self._sizes(key)
+        key_sizes = (-(-rows // stride) if self.ndim == 2 else 1, -(-columns // stride))
+        return Layout(self._sizes(query), key_sizes, stride, 0, causal, self.window)
 
-    def _choose(self, layout: Layout, padded: bool, dropout: float, device: torch.device, cached: bool) -> Algorithm:
-        if cached and self.algorithm in ("auto", "pooled", "definition"):
-            return "tiled"  # one query at a time: what the others save is saved already
+    def _choose(self, layout: Layout, padded: bool, dropout: float, device: torch.device) -> Algorithm:
         if self.algorithm == "auto":
             return choose(self.terms, self.ndim, layout, padded, dropout, device)
         reason = unfit(self.algorithm, self.terms, self.ndim, layout, padded, dropout)
@@ -333,23 +313,17 @@ class TransformerAttention(nn.Module):
         key: Tensor,
         key_padding_mask: Tensor | None,
         layout: Layout,
-        cache: AttentionCache | None,
         terms: str,
     ) -> Projected:
         """Everything that the energies of `terms` (a part of the terms that are on) and the sums of values need."""
         e1, e2, e3, e4 = parse_terms(terms)
         key_energy = projected_key = None
-        if cache is None:
-            content, padding = self._keys(key, key_padding_mask)
-            value = self._heads(self.value_proj, content)
-            if e1:
-                projected_key = self._heads(self.key_proj, content)
-            elif e3:
-                key_energy = self._key_energy(content)
-        else:
-            projected_key, value, padding = self._extend_cache(cache, query)
-            if e3 and not e1 and projected_key is not None:
-                key_energy = torch.einsum("md,mbkd->mbk", self._scaled(self.key_bias), projected_key)
+        content, padding = self._keys(key, key_padding_mask)
+        value = self._heads(self.value_proj, content)
+        if e1:
+            projected_key = self._heads(self.key_proj, content)
+        elif e3:
+            key_energy = self._key_energy(content)
         queries = query if self.ndim == 1 else query.flatten(2)
         projected_query = self._heads(self.query_proj, queries) if e1 or e2 else None
         if projected_query is not None and self.scale != 1.0:
@@ -363,7 +337,7 @@ class TransformerAttention(nn.Module):
                 position_query = self._scaled(self.position_bias)[:, None, None]
             if e2 and projected_query is not None:
                 position_query = projected_query if position_query is None else projected_query + position_query
-            table_y, table_x = self._tables(layout, query.device, cache)
+            table_y, table_x = self._tables(layout, query.device)
         return Projected(
             content_query=content_query,
             key=projected_key if e1 else None,
@@ -405,31 +379,13 @@ class TransformerAttention(nn.Module):
                 return torch.matmul(content, saliency.T).permute(2, 0, 1)
             return torch.bmm(saliency.expand(content.shape[0], -1, -1), content).transpose(0, 1)
 
-    def _extend_cache(self, cache: AttentionCache, query: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        if not cache.is_memory:
-            skipped = -cache.length % self.kv_stride  # tokens until the next position that is a key
-            cache.append(*self._project_keys(query[:, skipped :: self.kv_stride]))
-        cache.length += query.shape[1]
-        assert cache.value is not None, "a cache has keys from the first step on"
-        key = None if cache.key is None else cache.key.transpose(0, 1)
-        return key, cache.value.transpose(0, 1), cache.padding
-
-    def _project_keys(self, key: Tensor) -> tuple[Tensor | None, Tensor]:
-        """V^C x_k where a term needs it, and W' x_k, each `[B, M, N_k, d]`, from `[B, N_k, C]`."""
-        projected = self._heads(self.key_proj, key).transpose(0, 1) if hasattr(self, "key_proj") else None
-        return projected, self._heads(self.value_proj, key).transpose(0, 1)
-
-    def _tables(
-        self, layout: Layout, device: torch.device, cache: AttentionCache | None
-    ) -> tuple[Tensor | None, Tensor]:
+    def _tables(self, layout: Layout, device: torch.device) -> tuple[Tensor | None, Tensor]:
         """V^R R for every offset along y (maps only) and along x, each `[M, d, offsets]`, in float32 or better."""
         counts = [
             max(0, queries + (keys - 1) * layout.stride)
             for queries, keys in zip(layout.query_sizes, layout.key_sizes, strict=True)
         ]
         lowest = [1 - size for size in layout.query_sizes]
-        if cache is not None:
-            return None, self._cached_table(cache, lowest[1] - layout.first, counts[1], layout, device)
         weight = self.position_proj.weight
         if self.ndim == 1:
             return None, self._table(weight, lowest[1], counts[1], device)
@@ -449,22 +405,6 @@ class TransformerAttention(nn.Module):
             )
             projected = torch.matmul(weight.to(dtype), encoding.T)
         return torch.unflatten(projected, 0, (self.num_heads, self.head_dim))
-
-    def _cached_table(
-        self, cache: AttentionCache, lowest: int, count: int, layout: Layout, device: torch.device
-    ) -> Tensor:
-        if (
-            cache.table is None
-            or lowest < cache.table_lowest
-            or lowest + count > cache.table_lowest + cache.table.shape[-1]
-        ):
-            # Twice the range that is needed now, so that decoding n tokens projects O(n) positions in all.
-            cache.table_lowest = min(cache.table_lowest, 2 * lowest - 15)
-            highest = (layout.key_sizes[1] - 1) * self.kv_stride if cache.is_memory else max(0, lowest + count - 1)
-            weight = self.position_proj.weight
-            cache.table = self._table(weight, cache.table_lowest, highest - cache.table_lowest + 1, device)
-        start = lowest - cache.table_lowest
-        return cache.table[..., start : start + count]
 
     def _check_input(self, name: str, x: Tensor) -> None:
         layout = "[B, L, C]" if self.ndim == 1 else "[B, C, H, W]"

@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_attn.attention.linear import linear
 
 # Rows of logits that are alive at a time: large enough for full-speed matrix products, small enough to stay in cache.
 CHUNK_ROWS = 256
@@ -25,22 +26,25 @@ class _SummedCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             rows, labels = hidden[start : start + CHUNK_ROWS], target[start : start + CHUNK_ROWS, None]
-            logits = F.linear(rows, operand)
+            logits = linear(rows, operand)
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            probabilities = torch.softmax(logits, dim=-1)
+            # The highest probability, which cannot underflow, gives the normaliser without more exponentials.
+            log_normaliser = logits.amax(dim=-1, keepdim=True) - probabilities.amax(dim=-1, keepdim=True).log_()
             likelihood = (log_normaliser - logits.gather(1, labels)).sum(dtype=torch.float64)
             uniform = (log_normaliser - logits.mean(dim=-1, keepdim=True)).sum(dtype=torch.float64)
             sums += torch.stack(((1 - label_smoothing) * likelihood + label_smoothing * uniform, likelihood))
             if not (needs_hidden or needs_weight):
                 continue
             # d loss / d logits = softmax - smoothed target
-            gradient = logits.sub_(log_normaliser).exp_()
-            gradient.sub_(label_smoothing / classes)
+            gradient = probabilities.sub_(label_smoothing / classes)
             gradient.scatter_add_(1, labels, gradient.new_full((1, 1), label_smoothing - 1).expand(labels.shape))
             gradient = gradient.to(hidden.dtype)
             if hidden_grad is not None:
-                hidden_grad[start : start + CHUNK_ROWS] = gradient @ operand
-            if needs_weight:
+                hidden_grad[start : start + CHUNK_ROWS] = linear(gradient, operand.t())
+            if needs_weight and weight_grad.dtype == rows.dtype:
+                weight_grad.addmm_(gradient.t(), rows)
+            elif needs_weight:
                 weight_grad += gradient.t() @ rows
         ctx.save_for_backward(hidden_grad, weight_grad if needs_weight else None)
         ctx.weight_dtype = weight.dtype

@@ -14,10 +14,13 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Zeroes elements in training, scales the others; the identity in evaluation."""
+        if not self.training:
+            return input
         dropped = round(self.p * 256)
-        if not self.training or input.device.type != "cpu" or dropped in (0, 256):
+        if input.device.type != "cpu" or dropped in (0, 256):
             return super().forward(input)
         count = input.numel()
         words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        kept = (words.view(torch.uint8)[:count] >= dropped).view(input.shape)
+        # 1 where kept. Clamping bytes and converting them is several times as fast as comparing them or using bools.
+        kept = words.view(torch.uint8)[:count].clamp_(dropped - 1, dropped).sub_(dropped - 1).view(input.shape)
         return input * kept.to(input.dtype).mul_(256 / (256 - dropped))

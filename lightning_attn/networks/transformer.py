@@ -5,12 +5,16 @@ Relative positions come from the attention itself (E2 and E4); there is no absol
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attn.attention import AttentionCache, AttentionSpec, DecodingCache, SelfAttention, build_attention
+from lightning_attn.attention.linear import Linear, PackedLinear, linear
 from lightning_attn.networks.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.dropout import Dropout
 
@@ -33,7 +37,7 @@ class Residual(nn.Module):
 
     def after(self, x: Tensor, output: Tensor) -> Tensor:
         """Joins the sublayer's output with the stream `x`."""
-        x = x + self.dropout(output)
+        x = x + (self.dropout(output) if self.training else output)
         normed: Tensor = x if self.norm_first else self.norm(x)
         return normed
 
@@ -42,11 +46,19 @@ class FeedForward(nn.Sequential):
     """Two linear layers with a ReLU in between, applied to every position alone."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
-        super().__init__(nn.Linear(dim, hidden_dim), nn.ReLU(), Dropout(dropout), nn.Linear(hidden_dim, dim))
+        super().__init__(Linear(dim, hidden_dim), nn.ReLU(), Dropout(dropout), Linear(hidden_dim, dim))
         for layer in self:
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
+
+    def packed(self) -> Callable[[Tensor], Tensor]:
+        """The same function without gradients, for many products with few rows; the weights must not change then."""
+        expand, activation, dropout, contract = self
+        assert isinstance(expand, nn.Linear)
+        assert isinstance(contract, nn.Linear)
+        first, last = PackedLinear(expand.weight, expand.bias), PackedLinear(contract.weight, contract.bias)
+        return lambda x: last(dropout(activation(first(x))))
 
 
 class _Layer(nn.Module):
@@ -68,7 +80,7 @@ class _Layer(nn.Module):
         self.feed_forward = FeedForward(dim, hidden_dim, dropout)
         self.feed_forward_residual = Residual(dim, dropout, norm_position)
 
-    def _attend_self(self, x: Tensor, padding: Tensor | None, cache: DecodingCache | None) -> Tensor:
+    def _attend_self(self, x: Tensor, padding: Tensor | None, cache: DecodingCache | None = None) -> Tensor:
         if self.self_attention is None:
             return x
         output = self.self_attention(self.self_attention_residual.before(x), key_padding_mask=padding, cache=cache)
@@ -83,7 +95,7 @@ class EncoderLayer(_Layer):
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """Maps `[B, S, C]` to the same shape; `padding` `[B, S]` is True where padded."""
-        return self._feed_forward(self._attend_self(x, padding, None))
+        return self._feed_forward(self._attend_self(x, padding))
 
 
 class DecoderLayer(_Layer):
@@ -102,24 +114,16 @@ class DecoderLayer(_Layer):
         self.cross_attention = build_attention(cross_attention, dim, ndim=1, role="cross")
         self.cross_attention_residual = Residual(dim, dropout, norm_position)
 
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | None,
-        memory_padding: Tensor | None,
-        self_cache: DecodingCache | None = None,
-        cross_cache: AttentionCache | None = None,
-    ) -> Tensor:
-        """Maps `[B, T, C]` to the same shape, seeing `memory` `[B, S, C]` (None if `cross_cache` holds it)."""
-        x = self._attend_self(x, None, self_cache)
-        output = self.cross_attention(
-            self.cross_attention_residual.before(x), memory, key_padding_mask=memory_padding, cache=cross_cache
-        )
+    def forward(self, x: Tensor, memory: Tensor, memory_padding: Tensor | None) -> Tensor:
+        """Maps `[B, T, C]` to the same shape, seeing `memory` `[B, S, C]`."""
+        x = self._attend_self(x, None)
+        query = self.cross_attention_residual.before(x)
+        output = self.cross_attention(query, memory, key_padding_mask=memory_padding)
         return self._feed_forward(self.cross_attention_residual.after(x, output))
 
     def cross_attention_query(self, x: Tensor) -> Tensor:
         """What the encoder-decoder attention gets as its queries, `[B, T, C]`, for the layer's input `x`."""
-        return self.cross_attention_residual.before(self._attend_self(x, None, None))
+        return self.cross_attention_residual.before(self._attend_self(x, None))
 
 
 class Transformer(nn.Module):
@@ -221,7 +225,7 @@ class Transformer(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Logits `[B, T, V]` of the token after each prefix of `target` `[B, T]`."""
-        return F.linear(self.decode(target, *self.encode(source)), self.output_weight)
+        return linear(self.decode(target, *self.encode(source)), self.output_weight)
 
     def loss(self, source: Tensor, target: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy of a batch, summed over the target tokens that are not padding.
@@ -250,13 +254,7 @@ class Transformer(nn.Module):
 
     def start_decoding(self, source: Tensor) -> "DecodingState":
         """Encodes `source` `[B, S]` and prepares decoding one token at a time."""
-        memory, padding = self.encode(source)
-        self_caches, cross_caches = [], []
-        for layer in self.decoder:
-            assert isinstance(layer, DecoderLayer)
-            self_caches.append(None if layer.self_attention is None else layer.self_attention.new_cache())
-            cross_caches.append(layer.cross_attention.new_cache(memory, padding))
-        return DecodingState(self, self_caches, cross_caches)
+        return DecodingState(self, *self.encode(source))
 
     def embed_target(self, ids: Tensor) -> Tensor:
         """Embeds target ids `[B, T]` as the decoder's input `[B, T, C]`."""
@@ -268,30 +266,69 @@ class Transformer(nn.Module):
         return embedded
 
 
+class _DecodingLayer:
+    """A decoder layer in the middle of sentences: its caches, and weights laid out for many small products."""
+
+    def __init__(self, layer: DecoderLayer, memory: Tensor, memory_padding: Tensor | None) -> None:
+        cross_cache = layer.cross_attention.new_cache(memory, memory_padding)
+        self.caches: list[DecodingCache] = [cross_cache]
+        self.sublayers: list[tuple[Residual, Callable[[Tensor], Tensor]]] = [
+            (layer.cross_attention_residual, cross_cache.attend),
+            (layer.feed_forward_residual, layer.feed_forward.packed()),
+        ]
+        if layer.self_attention is not None:
+            cache = layer.self_attention.new_cache()
+            # Either does the same; calls of modules are a good part of the time of a step.
+            attend = cache.attend if isinstance(cache, AttentionCache) else partial(layer.self_attention, cache=cache)
+            self.caches.append(cache)
+            self.sublayers.insert(0, (layer.self_attention_residual, attend))
+
+    def step(self, x: Tensor) -> Tensor:
+        """What `DecoderLayer.forward` gives for the next position, `[R, 1, C]`."""
+        for residual, sublayer in self.sublayers:
+            x = residual.after(x, sublayer(residual.before(x)))
+        return x
+
+    def reorder(self, index: Tensor, beams: int) -> None:
+        """See `DecodingCache.reorder`."""
+        for cache in self.caches:
+            cache.reorder(index, beams)
+
+
 class DecodingState:
-    """The decoder in the middle of a sentence: what `beam_search` asks for the next token."""
+    """The decoder in the middle of sentences: the `DecoderState` that `beam_search` asks for the next token.
 
-    def __init__(
-        self,
-        network: Transformer,
-        self_caches: list[DecodingCache | None],
-        cross_caches: list[AttentionCache],
-    ) -> None:
+    It holds the decoder's weights a second time, laid out for small products (`PackedLinear`).
+
+    Args:
+        network: The Transformer; its weights must not change while the state is in use.
+        memory: `[B, S, C]`, the encoded sources.
+        memory_padding: `[B, S]`, True where padded, or None.
+    """
+
+    def __init__(self, network: Transformer, memory: Tensor, memory_padding: Tensor | None) -> None:
         self.network = network
-        self.self_caches = self_caches
-        self.cross_caches = cross_caches
+        self.sentences = self.rows = memory.shape[0]
+        self.layers = []
+        for layer in network.decoder:
+            assert isinstance(layer, DecoderLayer)
+            self.layers.append(_DecodingLayer(layer, memory, memory_padding))
+        self.output = PackedLinear(network.output_weight)
 
+    @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Appends one token to every row, `[R]`, and returns the logits of the next, `[R, V]`."""
+        """Appends one token to every row, `[R]`, and returns the logits of the next, `[R, V]`, without gradients."""
         x = self.network.embed_target(tokens.unsqueeze(1))
-        for layer, self_cache, cross_cache in zip(
-            self.network.decoder, self.self_caches, self.cross_caches, strict=True
-        ):
-            x = layer(x, None, None, self_cache, cross_cache)
-        return F.linear(self.network.decoder_norm(x).squeeze(1), self.network.output_weight)
+        for layer in self.layers:
+            x = layer.step(x)
+        return self.output(self.network.decoder_norm(x).squeeze(1))
 
     def reorder(self, index: Tensor) -> None:
-        """Keeps the rows `index` `[R']`, in that order; rows may be left out or doubled."""
-        for cache in (*self.self_caches, *self.cross_caches):
-            if cache is not None:
-                cache.reorder(index)
+        """See `DecoderState.reorder`; as long as there is one row a sentence, rows may move in any way."""
+        beams = self.rows // max(1, self.sentences)
+        if len(index) > self.rows:
+            beams = len(index) // self.sentences
+        self.rows = len(index)
+        self.sentences = self.rows // beams
+        for layer in self.layers:
+            layer.reorder(index, beams)

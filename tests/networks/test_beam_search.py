@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, beam_search
+from lightning_attn.networks.beam_search import BLOCK, BeamSearchOptions, Hypothesis, _highest, beam_search
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 6
@@ -309,6 +309,46 @@ def test_scores_are_computed_in_fp32_whatever_the_decoder_returns():
     [[best]] = beam_search(state, 1, BeamSearchOptions(min_length=4), max_lengths=torch.tensor([4]), **IDS)
     log_probs = log_softmax(logits.float().numpy()[0])
     assert best.log_probability == near(4 * log_probs[3:].max() + log_probs[EOS])
+
+
+@pytest.mark.parametrize("size", [6, 4 * BLOCK, 24 * BLOCK, 24 * BLOCK + 1, 25 * BLOCK + BLOCK // 2])
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_highest_values_are_those_of_topk(size, count):
+    count = min(count, size)
+    generator = torch.Generator().manual_seed(size)
+    values = torch.randn(50, size, generator=generator)
+    values[0] = -math.inf
+    values[1, : size - count] = -math.inf  # what counts stands at the end
+    values[2, size // 3] = math.nan
+    values[3] = torch.arange(size).flip(0)  # and at the beginning
+    best, index = _highest(values, count)
+    torch.testing.assert_close(best, values.topk(count, dim=1).values, equal_nan=True)
+    torch.testing.assert_close(values.gather(1, index), best, equal_nan=True)
+    assert all(len(set(row)) == count for row in index[1:].tolist())
+
+
+def test_of_equal_values_the_first_is_the_highest():
+    values = torch.zeros(2, 30 * BLOCK)
+    values[1, [2 * BLOCK + 5, 2 * BLOCK + 9, 20 * BLOCK]] = 1.0
+    assert _highest(values, 1)[1].flatten().tolist() == [0, 2 * BLOCK + 5]
+
+
+def test_a_large_vocabulary_is_searched_like_a_small_one():
+    # The same words, spread over a vocabulary of many blocks with nothing between them.
+    ids = torch.tensor([PAD, BOS, EOS, 300, 1500, 3499])
+
+    class Spread(TableState):
+        def step(self, tokens):
+            small = super().step(torch.searchsorted(ids, tokens))
+            return torch.full((len(tokens), 3500), -math.inf).index_copy_(1, ids, small)
+
+    options = BeamSearchOptions(beam_size=4, nbest=4)
+    expected = search(TableState([1, 2, 3]), options, [5, 3, 6])
+    found = search(Spread([1, 2, 3]), options, [5, 3, 6])
+    assert [[h.tokens for h in best] for best in found] == [
+        [ids[torch.tensor(h.tokens, dtype=torch.long)].tolist() for h in best] for best in expected
+    ]
+    assert [[h.score for h in best] for best in found] == [near([h.score for h in best]) for best in expected]
 
 
 def test_no_sentences():

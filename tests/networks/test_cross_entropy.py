@@ -30,6 +30,31 @@ def test_values_and_gradients_are_those_of_torch(monkeypatch, smoothing, chunk):
     assert not likelihood.requires_grad
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_large_logits_neither_overflow_nor_lose_the_normaliser(size):
+    hidden, weight, target = example(dtype=torch.float32)
+    with torch.no_grad():
+        weight *= size
+    for smoothing in (0.0, 0.1):
+        loss, likelihood = summed_cross_entropy(hidden, weight, target, smoothing)
+        logits = F.linear(hidden, weight)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="sum"))
+        torch.testing.assert_close(likelihood, F.cross_entropy(logits, target, reduction="sum").detach())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_a_number_shows(bad):
+    hidden, weight, target = example()
+    with torch.no_grad():
+        hidden[3, 2] = bad
+    loss, likelihood = summed_cross_entropy(hidden, weight, target)
+    loss.backward()
+    assert loss.isnan()
+    assert likelihood.isnan()
+    assert hidden.grad[3].isnan().all()
+    assert hidden.grad[:3].isfinite().all()
+
+
 def test_gradcheck():
     hidden, weight, target = example(rows=4)
     torch.autograd.gradcheck(lambda h, w: summed_cross_entropy(h, w, target, 0.1)[0], (hidden, weight))

@@ -78,6 +78,45 @@ def test_step_by_step_is_the_full_pass(self_terms, norm_position):
             state.reorder(torch.tensor([1, 0]))
 
 
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.parametrize(
+    ("self_terms", "cross_terms"), [("1111", "1111"), ("0011", "0001"), ("0010", "0010"), ("none", "0111")]
+)
+def test_rows_of_a_beam_search_are_the_full_pass(self_terms, cross_terms, norm_position):
+    network = build(self_terms, cross_terms, norm_position=norm_position)
+    source, _ = batch((5, 3, 4), (6, 6, 6))
+    state = network.start_decoding(source)
+    generator = torch.Generator().manual_seed(3)
+    sentence, prefixes = torch.arange(3), torch.full((3, 0), BOS)
+    moves = [[0, 0, 1, 1, 2, 2], [1, 0, 2, 2, 5, 4], [0, 1, 5, 4], [1, 1, 2, 3], [0, 1, 3, 2]]
+    for move in [*moves, None]:
+        tokens = torch.randint(4, WORDS, (len(prefixes),), generator=generator)
+        prefixes = torch.cat((prefixes, tokens.unsqueeze(1)), dim=1)
+        torch.testing.assert_close(state.step(tokens), network(source[sentence], prefixes)[:, -1])
+        if move is not None:
+            state.reorder(torch.tensor(move))
+            sentence, prefixes = sentence[move], prefixes[move]
+
+
+def test_decoding_in_single_precision_makes_no_graph():
+    network = build().float()
+    source, target = batch()
+    state = network.start_decoding(source)
+    steps = [state.step(tokens) for tokens in target.unbind(dim=1)]
+    assert not any(logits.requires_grad for logits in steps)
+    torch.testing.assert_close(torch.stack(steps, dim=1), network(source, target).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_under_autocast_stays_within_its_rounding():
+    network = build().float()
+    source, target = batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        state = network.start_decoding(source)
+        steps = torch.stack([state.step(tokens) for tokens in target.unbind(dim=1)], dim=1)
+    exact = network(source, target).detach()
+    assert (steps - exact).norm() / exact.norm() < 8 * 2**-8
+
+
 def test_loss_is_the_sum_over_target_tokens():
     network = build()
     source, target = batch()
