@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d
 
 from lightning_attn.attention import definition
+from lightning_attn.attention.checks import check_input, check_mask, require_int, require_ndim, require_odd
 
 Algorithm = Literal["auto", "gather", "torchvision", "definition"]
 
@@ -85,20 +86,13 @@ class DeformableConv(nn.Module):
         for name, value, least in (
             ("in_channels", in_channels, 1),
             ("out_channels", out_channels, 1),
-            ("kernel_size", kernel_size, 1),
             ("stride", stride, 1),
             ("dilation", dilation, 1),
             ("padding", 0 if padding is None else padding, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        if kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size must be odd, so that it has a middle, got {kernel_size}: "
-                f"use {kernel_size - 1} or {kernel_size + 1}."
-            )
-        if ndim not in (1, 2):
-            raise ValueError(f"ndim must be 1 (sequences) or 2 (maps), got {ndim!r}.")
+            require_int(name, value, least)
+        require_odd("kernel_size", kernel_size)
+        require_ndim(ndim)
         if causal:
             if ndim != 1:
                 raise ValueError("causal=True needs ndim=1: a map has no order in which its positions become known.")
@@ -240,17 +234,7 @@ class DeformableConv(nn.Module):
         return product.view(*x.shape[:2], self.out_channels)
 
     def _check_input(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
-        layout = "[B, L, C]" if self.ndim == 1 else "[B, C, H, W]"
-        if not x.is_floating_point():
-            raise ValueError(f"x must be of a floating-point type, got {x.dtype}.")
-        if x.dim() != self.ndim + 2:
-            raise ValueError(
-                f"x must be {layout} for ndim={self.ndim}, got {x.dim()} dimensions, shape {tuple(x.shape)}."
-            )
-        if x.shape[2 if self.ndim == 1 else 1] != self.in_channels:
-            raise ValueError(
-                f"x must be {layout} with C = in_channels = {self.in_channels}, got shape {tuple(x.shape)}."
-            )
+        check_input("x", x, self.ndim, self.in_channels, "in_channels")
         sizes = x.shape[1:2] if self.ndim == 1 else x.shape[2:]
         reach = 0 if self.causal else self.dilation * (self.kernel_size - 1) - 2 * self.padding
         if min(sizes) <= max(0, reach):
@@ -259,16 +243,7 @@ class DeformableConv(nn.Module):
                 f"kernel_size={self.kernel_size}, dilation={self.dilation} and padding={self.padding}, "
                 f"got shape {tuple(x.shape)}."
             )
-        if key_padding_mask is None:
-            return
-        expected = tuple(x.shape[:2] if self.ndim == 1 else (x.shape[0], *x.shape[2:]))
-        if key_padding_mask.dtype != torch.bool:
-            raise ValueError(f"key_padding_mask must be bool, True where padded, got {key_padding_mask.dtype}.")
-        if tuple(key_padding_mask.shape) != expected:
-            raise ValueError(
-                f"key_padding_mask must have the shape {expected} of x's positions, "
-                f"got {tuple(key_padding_mask.shape)}."
-            )
+        check_mask(key_padding_mask, x, "x's positions")
 
 
 class DeformableConvCache:

@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attn.attention import definition
+from lightning_attn.attention.checks import (
+    check_input,
+    check_mask,
+    divisors,
+    require_dropout,
+    require_int,
+    require_ndim,
+    require_odd,
+)
 
 DynamicAlgorithm = Literal["auto", "band", "taps", "definition"]
 
@@ -221,15 +230,7 @@ class DynamicConv(nn.Module):
         )
 
     def _check_input(self, x: Tensor, mask: Tensor | None, cache: DynamicConvCache | None) -> None:
-        layout = "[B, L, C]" if self.ndim == 1 else "[B, C, H, W]"
-        if not x.is_floating_point():
-            raise ValueError(f"x must be of a floating-point type, got {x.dtype}.")
-        if x.dim() != self.ndim + 2:
-            raise ValueError(
-                f"x must be {layout} for ndim={self.ndim}, got {x.dim()} dimensions, shape {tuple(x.shape)}."
-            )
-        if x.shape[-1 if self.ndim == 1 else 1] != self.dim:
-            raise ValueError(f"x must be {layout} with C = dim = {self.dim}, got shape {tuple(x.shape)}.")
+        check_input("x", x, self.ndim, self.dim)
         if cache is not None:
             if not self.causal:
                 self.new_cache()  # says why there is no cache
@@ -239,12 +240,7 @@ class DynamicConv(nn.Module):
                 raise ValueError(
                     f"x has batch size {x.shape[0]}, the cache has {cache.value.shape[0]}: they must be equal."
                 )
-        if mask is not None:
-            expected = (x.shape[0], *(x.shape[1:2] if self.ndim == 1 else x.shape[2:]))
-            if mask.dtype != torch.bool:
-                raise ValueError(f"key_padding_mask must be bool, True where padded, got {mask.dtype}.")
-            if tuple(mask.shape) != expected:
-                raise ValueError(f"key_padding_mask must have the shape {expected} of x, got {tuple(mask.shape)}.")
+        check_mask(mask, x, "x")
 
 
 def aggregate_with_bands(kernel: Tensor, value: Tensor, first: int) -> Tensor:
@@ -391,26 +387,18 @@ def _extend(cache: DynamicConvCache, value: Tensor, memory: int) -> Tensor:
 def _check_arguments(
     dim: int, kernel_size: int, groups: int, ndim: int, causal: bool, dropout: float, algorithm: str
 ) -> None:
-    for name, number in (("dim", dim), ("kernel_size", kernel_size), ("groups", groups)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {number!r}.")
-    if kernel_size % 2 == 0:
-        raise ValueError(
-            f"kernel_size must be odd, so that it has a middle, got {kernel_size}: "
-            f"use {kernel_size - 1} or {kernel_size + 1}."
-        )
+    require_int("dim", dim)
+    require_odd("kernel_size", kernel_size)
+    require_int("groups", groups)
     if dim % groups:
-        divisors = [n for n in range(1, dim + 1) if dim % n == 0]
         raise ValueError(
-            f"groups={groups} does not divide dim={dim}: use a number of groups in {divisors}, "
+            f"groups={groups} does not divide dim={dim}: use a number of groups in {divisors(dim)}, "
             f"or a width that is a multiple of {groups}."
         )
-    if ndim not in (1, 2):
-        raise ValueError(f"ndim must be 1 (sequences) or 2 (maps), got {ndim!r}.")
+    require_ndim(ndim)
     if causal and ndim == 2:
         raise ValueError("causal=True is for sequences (ndim=1): a map has no order; set causal=False.")
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}; 0.0 switches it off.")
+    require_dropout(dropout)
     if algorithm not in _ALGORITHMS[ndim]:
         raise ValueError(
             f"algorithm must be one of {list(_ALGORITHMS[ndim])} for ndim={ndim}, got {algorithm!r}; "

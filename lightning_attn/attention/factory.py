@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attn.attention.cache import AttentionCache, DecodingCache
+from lightning_attn.attention.checks import require_ndim
 from lightning_attn.attention.deformable import DeformableConv, DeformableConvCache
 from lightning_attn.attention.dynamic import DynamicConv, DynamicConvCache
 from lightning_attn.attention.spec import AttentionSpec
@@ -250,8 +251,7 @@ def build_attention(
 def _check_slot(spec: AttentionSpec, ndim: int, role: str) -> None:
     if role not in ("self", "causal", "cross", "head"):
         raise ValueError(f"role must be 'self', 'causal', 'cross' or 'head', got {role!r}.")
-    if ndim not in (1, 2):
-        raise ValueError(f"ndim must be 1 (sequences) or 2 (maps), got {ndim!r}.")
+    require_ndim(ndim)
     if role == "head" and ndim == 1:
         raise ValueError("role 'head' is for maps (ndim=2); in a sequence use 'self', 'causal' or 'cross'.")
     if role in ("causal", "cross") and ndim == 2:

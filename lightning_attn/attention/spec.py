@@ -5,6 +5,7 @@ import math
 from typing import Any, Literal, get_args
 
 from lightning_attn.attention.algorithms import Algorithm
+from lightning_attn.attention.checks import is_number, require_dropout, require_int, require_odd
 
 Mechanism = Literal["transformer", "dynamic", "none"]
 Convolution = Literal["regular", "deformable", "modulated_deformable"]
@@ -63,23 +64,22 @@ class AttentionSpec:
         if self.mechanism not in get_args(Mechanism):
             raise ValueError(f"mechanism must be one of {list(get_args(Mechanism))}, got {self.mechanism!r}.")
         parse_terms(self.terms)
-        _require_int("num_heads", self.num_heads)
+        require_int("num_heads", self.num_heads)
         if self.convolution not in get_args(Convolution):
             raise ValueError(f"convolution must be one of {list(get_args(Convolution))}, got {self.convolution!r}.")
         if self.window is not None:
-            _require_odd("window", self.window, ", or null for all keys")
+            require_odd("window", self.window, ", or null for all keys")
             if self.mechanism == "dynamic":
                 raise ValueError(
                     f"window={self.window} is for mechanism: transformer. "
                     "The range of a dynamic convolution is its kernel_size: set that, and window: null."
                 )
-        _require_int("kv_stride", self.kv_stride)
-        if not (_is_number(self.scale) and math.isfinite(self.scale) and self.scale > 0):
+        require_int("kv_stride", self.kv_stride)
+        if not (is_number(self.scale) and math.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be a positive finite number, got {self.scale!r}; the paper's value is 1.0.")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}; 0.0 switches it off.")
-        _require_int("groups", self.groups)
-        _require_odd("kernel_size", self.kernel_size)
+        require_dropout(self.dropout)
+        require_int("groups", self.groups)
+        require_odd("kernel_size", self.kernel_size)
         if self.algorithm not in get_args(Algorithm):
             raise ValueError(f"algorithm must be one of {list(get_args(Algorithm))}, got {self.algorithm!r}.")
         if self.mechanism == "dynamic" and self.algorithm != "auto":
@@ -115,20 +115,3 @@ def parse_terms(terms: str) -> tuple[bool, bool, bool, bool]:
         )
     e1, e2, e3, e4 = (bit == "1" for bit in terms)
     return e1, e2, e3, e4
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _require_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-
-
-def _require_odd(name: str, value: int, otherwise: str = "") -> None:
-    _require_int(name, value)
-    if value % 2 == 0:
-        raise ValueError(
-            f"{name} must be odd, so that it has a middle, got {value}: use {value - 1} or {value + 1}{otherwise}."
-        )

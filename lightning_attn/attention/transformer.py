@@ -1,7 +1,7 @@
 """Transformer attention of Eq. 2 with the four switchable terms of Eq. 8."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_attn.attention.algorithms import (
     weight_rows,
 )
 from lightning_attn.attention.cache import AttentionCache
+from lightning_attn.attention.checks import check_input, check_mask, divisors, require_ndim
 from lightning_attn.attention.linear import Linear
 from lightning_attn.attention.positions import relative_encoding
 from lightning_attn.attention.spec import TERM_NAMES, AttentionSpec, parse_terms
@@ -68,21 +69,23 @@ class TransformerAttention(nn.Module):
         super().__init__()
         # The spec holds the rules for these values; one place says what is allowed.
         AttentionSpec(
-            terms=terms, num_heads=num_heads, window=window, kv_stride=kv_stride, scale=scale, dropout=dropout
+            terms=terms,
+            num_heads=num_heads,
+            window=window,
+            kv_stride=kv_stride,
+            scale=scale,
+            dropout=dropout,
+            algorithm=algorithm,
         )
-        if ndim not in (1, 2):
-            raise ValueError(f"ndim must be 1 (sequences) or 2 (maps), got {ndim!r}.")
+        require_ndim(ndim)
         if dim < 1 or dim % num_heads:
-            divisors = [n for n in range(1, dim + 1) if dim % n == 0]
             raise ValueError(
-                f"dim={dim} cannot be divided among num_heads={num_heads}: use a number of heads in {divisors}, "
+                f"dim={dim} cannot be divided among num_heads={num_heads}: use a number of heads in {divisors(dim)}, "
                 f"or a width that is a multiple of {num_heads}."
             )
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.terms, self.ndim, self.window, self.kv_stride = terms, ndim, window, kv_stride
         self.scale, self.dropout, self.causal, self.algorithm = scale, dropout, causal, algorithm
-        if algorithm not in get_args(Algorithm):
-            raise ValueError(f"algorithm must be one of {list(get_args(Algorithm))}, got {algorithm!r}.")
 
         e1, e2, e3, e4 = parse_terms(terms)
         if (e2 or e4) and dim % (2 * ndim):
@@ -153,7 +156,7 @@ class TransformerAttention(nn.Module):
                 raise ValueError(
                     "cache: its keys and mask are those it was made with; pass no key or key_padding_mask."
                 )
-            self._check_input("query", query)
+            check_input("query", query, self.ndim, self.dim)
             return cache.attend(query, causal)
         dropout = self.dropout if self.training else 0.0
         keys = query if key is None else key
@@ -182,11 +185,11 @@ class TransformerAttention(nn.Module):
         result = {}
         keys = query if key is None else key
         self._check(query, keys, None)
+        layout = self._layout(query, keys, False)
         for index, (name, on) in enumerate(zip(TERM_NAMES, parse_terms(self.terms), strict=True)):
             if not on:
                 continue
             only = "".join("1" if i == index else "0" for i in range(len(TERM_NAMES)))
-            layout = self._layout(query, keys, False)
             projected = self._project(query, keys, None, layout, only)
             result[name] = energy_rows(projected, *_row_range(rows, layout.num_queries))
         return result
@@ -223,16 +226,16 @@ class TransformerAttention(nn.Module):
         if memory is None and key_padding_mask is not None:
             raise ValueError("new_cache: key_padding_mask is for memory; pass both, or neither.")
         if memory is not None:
-            self._check_input("memory", memory)
-            self._check_mask(key_padding_mask, memory)
+            check_input("memory", memory, self.ndim, self.dim)
+            check_mask(key_padding_mask, memory, "the keys")
         return AttentionCache(self, memory, key_padding_mask)
 
     def _check(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> None:
-        self._check_input("query", query)
-        self._check_input("key", key)
+        check_input("query", query, self.ndim, self.dim)
+        check_input("key", key, self.ndim, self.dim)
         if key.shape[0] != query.shape[0]:
             raise ValueError(f"key has batch size {key.shape[0]}, query has {query.shape[0]}: they must be equal.")
-        self._check_mask(key_padding_mask, key)
+        check_mask(key_padding_mask, key, "the keys")
 
     def _sizes(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns; a sentence is one row."""
@@ -405,27 +408,6 @@ class TransformerAttention(nn.Module):
             )
             projected = torch.matmul(weight.to(dtype), encoding.T)
         return torch.unflatten(projected, 0, (self.num_heads, self.head_dim))
-
-    def _check_input(self, name: str, x: Tensor) -> None:
-        layout = "[B, L, C]" if self.ndim == 1 else "[B, C, H, W]"
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be of a floating-point type, got {x.dtype}.")
-        if x.dim() != self.ndim + 2:
-            raise ValueError(
-                f"{name} must be {layout} for ndim={self.ndim}, got {x.dim()} dimensions, shape {tuple(x.shape)}."
-            )
-        channels = x.shape[-1] if self.ndim == 1 else x.shape[1]
-        if channels != self.dim:
-            raise ValueError(f"{name} must be {layout} with C = dim = {self.dim}, got shape {tuple(x.shape)}.")
-
-    def _check_mask(self, mask: Tensor | None, key: Tensor) -> None:
-        if mask is None:
-            return
-        expected = (key.shape[0], *(key.shape[1:2] if self.ndim == 1 else key.shape[2:]))
-        if mask.dtype != torch.bool:
-            raise ValueError(f"key_padding_mask must be bool, True where padded, got {mask.dtype}.")
-        if tuple(mask.shape) != expected:
-            raise ValueError(f"key_padding_mask must have the shape {expected} of the keys, got {tuple(mask.shape)}.")
 
 
 def _project_map(projection: nn.Linear, x: Tensor) -> Tensor:

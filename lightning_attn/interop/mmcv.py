@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attn.attention import GatedResidual, TransformerAttention
+from lightning_attn.attention.checks import divisors
 from lightning_attn.attention.spec import TERM_NAMES, parse_terms
 
 LOCAL_RANGE = "local_constraint_map"
@@ -262,8 +263,9 @@ def _check_shapes(state: Mapping[str, Tensor], num_heads: int) -> int:
             "than the channels has other wavelengths and cannot be converted.)"
         )
     if num_heads < 1 or dim % num_heads:
-        divisors = [n for n in range(1, dim + 1) if dim % n == 0]
-        raise ValueError(f"num_heads={num_heads} does not divide the {dim} channels of the state: one of {divisors}.")
+        raise ValueError(
+            f"num_heads={num_heads} does not divide the {dim} channels of the state: one of {divisors(dim)}."
+        )
     return dim
 
 

@@ -1,0 +1,81 @@
+"""Checks of arguments that all mechanisms share: one rule and one message for each."""
+
+import torch
+from torch import Tensor
+
+
+def require_int(name: str, value: object, least: int = 1) -> None:
+    """Refuses what is not an integer of at least `least`.
+
+    Raises:
+        ValueError: With the argument's name and the value; so do all functions here.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def require_odd(name: str, value: int, otherwise: str = "") -> None:
+    """Refuses what is not a positive odd integer; `otherwise` is a further way out that the message names."""
+    require_int(name, value)
+    if value % 2 == 0:
+        raise ValueError(
+            f"{name} must be odd, so that it has a middle, got {value}: use {value - 1} or {value + 1}{otherwise}."
+        )
+
+
+def require_ndim(ndim: int) -> None:
+    """Refuses what is neither 1 nor 2."""
+    if ndim not in (1, 2):
+        raise ValueError(f"ndim must be 1 (sequences) or 2 (maps), got {ndim!r}.")
+
+
+def require_dropout(dropout: float) -> None:
+    """Refuses what is not a probability below one."""
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}; 0.0 switches it off.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is an integer or a float; True and False are neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, for messages that say what would divide."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def check_input(name: str, x: Tensor, ndim: int, channels: int, channels_name: str = "dim") -> None:
+    """Refuses what is not floating-point of the layout `[B, L, C]` (`ndim=1`) or `[B, C, H, W]` (`ndim=2`).
+
+    Args:
+        name: What `x` is called.
+        x: The tensor.
+        ndim: 1 or 2.
+        channels: C.
+        channels_name: The argument that C comes from.
+    """
+    layout = "[B, L, C]" if ndim == 1 else "[B, C, H, W]"
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be of a floating-point type, got {x.dtype}.")
+    if x.dim() != ndim + 2:
+        raise ValueError(f"{name} must be {layout} for ndim={ndim}, got {x.dim()} dimensions, shape {tuple(x.shape)}.")
+    if x.shape[-1 if ndim == 1 else 1] != channels:
+        raise ValueError(f"{name} must be {layout} with C = {channels_name} = {channels}, got shape {tuple(x.shape)}.")
+
+
+def check_mask(mask: Tensor | None, x: Tensor, owner: str) -> None:
+    """Refuses a `key_padding_mask` that is not bool with one element for each position of `x`.
+
+    Args:
+        mask: The mask; None is none.
+        x: What is masked, `[B, L, C]` or `[B, C, H, W]`.
+        owner: Whose positions they are, for the message.
+    """
+    if mask is None:
+        return
+    expected = (x.shape[0], *(x.shape[1:2] if x.dim() == 3 else x.shape[2:]))
+    if mask.dtype != torch.bool:
+        raise ValueError(f"key_padding_mask must be bool, True where padded, got {mask.dtype}.")
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"key_padding_mask must have the shape {expected} of {owner}, got {tuple(mask.shape)}.")
