@@ -34,27 +34,31 @@ from benchmarks.measure import (
     Side,
     Target,
     Timing,
+    add_arguments,
     answer_parent,
+    comma_separated,
     describe,
     machine,
+    output_console,
     overlap,
     peak_memory,
+    positive_int,
     ratio,
     require,
     run_child,
     timed_in_turn,
 )
 from lightning_attn.attention import DeformableConv, GatedResidual, TransformerAttention
-from lightning_attn.attention.spec import parse_terms
+from lightning_attn.attention.spec import TERM_SETS, parse_terms
 from lightning_attn.files import unused_path, write_json, write_text
 from lightning_attn.interop.mmcv import to_mmcv
 
 HEADS = 8
-TERM_SETS = tuple(f"{bits:04b}" for bits in range(15, 0, -1))
 QUICK_SETS = ("1111", "1000", "0100", "0011", "0010", "0001")
 CASES = ("256x50x84s2", "512x25x42s2", "256x50x84s1", "512x96x96s1", "growth", "deformable")
 GROWTH_SETS = ("1111", "0011", "0010")
 GROWTH_DEFAULT, DEFORMABLE_DEFAULT = "256x25x42s2", "256x50x84"
+REPORT_WIDTH = 220  # characters
 
 # The least that is asked for: mmcv's time divided by ours, by case and term set.
 SPEED = {
@@ -455,21 +459,20 @@ def plan(case: str, sets: Sequence[str] | None) -> list[tuple[str, MapShape, str
         return [(case, start.scaled(2**step), terms) for terms in chosen for step in range(3)]
     if group == "deformable":
         return [(case, MapShape.parse(size or DEFORMABLE_DEFAULT), group)]
-    return [(case, MapShape.parse(case), terms) for terms in sets or TERM_SETS]
+    return [(case, MapShape.parse(case), terms) for terms in sets or reversed(TERM_SETS)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=_names, default=CASES, help="names with commas between; all by default")
-    parser.add_argument("--sets", type=_names, help="term sets with commas between; all by default")
-    parser.add_argument("--repetitions", type=_positive, help="measured rounds of a row at most (15)")
+    parser.add_argument(
+        "--cases", type=comma_separated, default=CASES, help="names with commas between; all by default"
+    )
+    parser.add_argument("--sets", type=comma_separated, help="term sets with commas between; all by default")
+    parser.add_argument("--repetitions", type=positive_int, help="measured rounds of a row at most (15)")
     parser.add_argument("--budget", type=float, help="seconds after which a row starts no further round (12)")
-    parser.add_argument("--threads", type=_positive, default=2, help="threads of the tensor operations (2)")
-    parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--quick", action="store_true", help="a few minutes: fewer sets and rounds, no large peers")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="no measuring: results of earlier runs")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    add_arguments(parser)
     chosen = parser.parse_args(arguments)
     if chosen.child is not None:
         answer_parent(lambda: answer(chosen.child))
@@ -496,7 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     torch.set_num_threads(options.threads)
     run = Run(machine("torch", "mmcv-lite", "torchvision"), dataclasses.asdict(options), [])
-    console = _console()
+    console = output_console(REPORT_WIDTH)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     # Tables go to the output even where only the errors, with the bar, are a terminal.
     bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
@@ -520,11 +523,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_report([run], files)
 
 
-def _console() -> Console:
-    """A wide one where the output is a file, which has no width."""
-    return Console() if sys.stdout.isatty() else Console(width=220)
-
-
 def write_report(runs: Sequence[Run], file: Path) -> None:
     """Markdown and figure beside the JSON file of this name; prints where they are."""
     from benchmarks.attention_figure import write_figure  # not in the processes whose memory is measured
@@ -537,22 +535,11 @@ def write_report(runs: Sequence[Run], file: Path) -> None:
 def report(files: Sequence[Path], folder: Path) -> None:
     """Tables and figure of earlier runs, as one."""
     runs = [read_run(file) for file in files]
-    console = _console()
+    console = output_console(REPORT_WIDTH)
     for rows in by_group(runs).values():
         print_table(console, rows)
     folder.mkdir(parents=True, exist_ok=True)
     write_report(runs, unused_path(folder / "attention-report.md"))
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.attention_report import Row, Run, by_group, title
 from benchmarks.measure import Side
+from lightning_attn.files import write_file
 
 # Told apart by shape too, and by readers who do not see red and green apart.
 COLORS = {"ours": "#0072b2", "peer": "#d55e00", "floor": "#555555"}
@@ -126,9 +127,4 @@ def write_figure(runs: Sequence[Run], path: Path) -> None:
         for axes, measure, quantity in zip(panels[-1], (_seconds, _increase), ("time", "memory"), strict=True):
             _draw_growth(axes, growth[-1], measure, UNITS[quantity])
             axes.set_title(f"{quantity}: {title('growth')}", loc="left", fontsize="medium")
-    temporary = path.with_name(f".{path.name}")
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, lambda file: figure.savefig(file, dpi=110, format="png"), replace=True)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Side, Target, ratio
+from benchmarks.measure import Side, Target, markdown_settings, markdown_table, ratio
 
 
 @dataclasses.dataclass
@@ -37,16 +37,13 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the verdict on each target is added."""
-        figures = dataclasses.asdict(self)
-        figures["targets"] = [dataclasses.asdict(target) | {"verdict": target.verdict} for target in self.targets]
-        return figures
+        return dataclasses.asdict(self) | {"targets": [target.as_dict() for target in self.targets]}
 
     @classmethod
     def from_dict(cls, figures: dict[str, Any]) -> "Row":
         """From `as_dict`."""
         sides = {name: Side.from_dict(side) for name, side in figures["sides"].items()}
-        fields = {field.name for field in dataclasses.fields(Target)}
-        targets = [Target(**{name: target[name] for name in fields}) for target in figures["targets"]]
+        targets = [Target.from_dict(target) for target in figures["targets"]]
         return cls(**(figures | {"sides": sides, "targets": targets}))
 
 
@@ -187,7 +184,7 @@ def markdown(runs: Sequence[Run]) -> str:
     shared = {name: value for name, value in settings[0].items() if all(other.get(name) == value for other in settings)}
     for items in (shared, *({name: run[name] for name in run if name not in shared} for run in settings)):
         if items:
-            lines.append("- " + ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in items.items()))
+            lines.append(markdown_settings(items))
     lines += [
         "",
         "Median of interleaved repetitions (lower to upper quartile); memory is what the steps add at their peak to a "
@@ -197,8 +194,7 @@ def markdown(runs: Sequence[Run]) -> str:
     ]
     for group, rows in by_group(runs).items():
         header, cells = table(rows)
-        lines += ["", f"## {title(group).capitalize()}", ""]
-        lines += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
+        lines += ["", f"## {title(group).capitalize()}", "", *markdown_table(header, cells)]
         notes = _notes(rows)
         if notes:
             lines += [""] + [f"- {note}" for note in notes]

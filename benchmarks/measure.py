@@ -1,5 +1,6 @@
 """Time and memory of several implementations of one thing, measured side by side on one machine."""
 
+import argparse
 import datetime
 import gc
 import importlib.metadata
@@ -14,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -115,6 +117,15 @@ class Target:
             return "met"
         return "met within noise" if self.noise else "not met"
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the verdict is added."""
+        return asdict(self) | {"verdict": self.verdict}
+
+    @classmethod
+    def from_dict(cls, figures: Mapping[str, Any]) -> "Target":
+        """From `as_dict`."""
+        return cls(**{field.name: figures[field.name] for field in fields(cls)})
+
     def __str__(self) -> str:
         figure = "-" if self.value is None else f"{self.value:.2f}"
         return f"{self.name} {figure} ({'>=' if self.at_least else '<='} {self.bound:g}): {self.verdict}"
@@ -139,6 +150,47 @@ def overlap(one: Side | None, other: Side | None) -> bool:
         return False
     (lower, upper), (other_lower, other_upper) = one.timing.quartiles, other.timing.quartiles
     return lower <= other_upper and other_lower <= upper
+
+
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Type of an argument: names with commas between."""
+    return tuple(name for name in text.split(",") if name)
+
+
+def positive_int(text: str) -> int:
+    """Type of an argument: a whole number from 1 upwards.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is less.
+        ValueError: If it is no whole number.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that all benchmarks of time and memory have; `--child` is the request of `run_child`."""
+    parser.add_argument("--threads", type=positive_int, default=2, help="threads of the tensor operations (2)")
+    parser.add_argument("--no-memory", action="store_true", help="time only")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+
+
+def output_console(width: int) -> Console:
+    """The output, of this width where it is a file, which has none."""
+    return Console() if sys.stdout.isatty() else Console(width=width)
+
+
+def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
+
+
+def markdown_settings(settings: Mapping[str, object]) -> str:
+    """A list item that names settings and their values."""
+    return "- " + ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in settings.items())
 
 
 def require(*modules: str) -> None:

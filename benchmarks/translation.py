@@ -22,7 +22,6 @@ import dataclasses
 import importlib
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,15 @@ from benchmarks.measure import (
     Side,
     Target,
     Timing,
+    add_arguments,
     answer_parent,
+    comma_separated,
     machine,
+    markdown_settings,
+    markdown_table,
+    output_console,
     peak_memory,
+    positive_int,
     ratio,
     require,
     run_child,
@@ -47,7 +52,7 @@ from benchmarks.measure import (
 )
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.attention.spec import parse_terms
-from lightning_attn.files import unused_path, write_json, write_text
+from lightning_attn.files import unused_path, write_file, write_json, write_text
 from lightning_attn.networks.beam_search import BeamSearchOptions, beam_search
 from lightning_attn.networks.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.dropout import Dropout
@@ -280,8 +285,7 @@ class Part:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the verdict on each target is added."""
-        targets = [dataclasses.asdict(target) | {"verdict": target.verdict} for target in self.targets]
-        return dataclasses.asdict(self) | {"targets": targets}
+        return dataclasses.asdict(self) | {"targets": [target.as_dict() for target in self.targets]}
 
 
 def run_part(
@@ -358,13 +362,11 @@ def table(part: Part, problem: Problem) -> tuple[list[str], list[list[str]]]:
 def markdown(run: dict[str, Any], parts: Sequence[Part], problem: Problem) -> str:
     """All tables, the machine, and how it was measured."""
     lines = ["# Translation: time and memory", ""]
-    for settings in (run["machine"], run["options"], run["problem"]):
-        lines.append("- " + ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in settings.items()))
+    lines += [markdown_settings(run[name]) for name in ("machine", "options", "problem")]
     lines += ["", "Median of interleaved repetitions, float32; memory is what the steps add at their peak.", ""]
     for part in parts:
         header, cells = table(part, problem)
-        lines += [f"## {part.name.capitalize()}", ""]
-        lines += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
+        lines += [f"## {part.name.capitalize()}", "", *markdown_table(header, cells)]
         lines += ["", *(f"- {target}" for target in part.targets), ""]
     return "\n".join(lines)
 
@@ -387,29 +389,17 @@ def draw(parts: Sequence[Part], path: Path) -> None:
         axes.set_xlabel("seconds a step" if part.name == "training" else "seconds a batch")
         axes.set_title(part.name)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
+    write_file(path, lambda file: figure.savefig(file, dpi=150, format="png"), replace=True)
 
 
 def main(arguments: Sequence[str] | None = None, problem: Problem | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=_names, default=tuple(BUILDERS), help="training,decoding")
-    parser.add_argument("--sets", type=_names, help="term sets with commas between, instead of each part's own")
-    parser.add_argument("--repetitions", type=_positive, default=9, help="measured rounds (9)")
-    parser.add_argument("--threads", type=_positive, default=2, help="threads of the tensor operations (2)")
-    parser.add_argument("--no-memory", action="store_true", help="time only")
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder of the results")
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", type=comma_separated, default=tuple(BUILDERS), help="training,decoding")
+    parser.add_argument(
+        "--sets", type=comma_separated, help="term sets with commas between, instead of each part's own"
+    )
+    parser.add_argument("--repetitions", type=positive_int, default=9, help="measured rounds (9)")
+    add_arguments(parser)
     chosen = parser.parse_args(arguments)
     if chosen.child is not None:
         answer_parent(lambda: answer(chosen.child))
@@ -430,7 +420,7 @@ def main(arguments: Sequence[str] | None = None, problem: Problem | None = None)
         "options": {"repetitions": chosen.repetitions},
         "problem": dataclasses.asdict(problem),
     }
-    console = Console() if sys.stdout.isatty() else Console(width=120)  # a file has no width
+    console = output_console(width=120)
     errors = Console(stderr=True)
     parts: list[Part] = []
     for name in chosen.parts:

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.measure import markdown_table, positive_int
+
 MAX_TOKENS = 4096
 _CHUNK = 25_000
 # After so many distinct pairs the text repeats, which no step of the data path can profit from.
@@ -177,13 +179,13 @@ def report(figures: dict[str, object]) -> str:
         ("resident memory after an epoch, each worker", f"{workers['worker_gb']:.2f} GB"),
         ("padding", f"{100 * inline['padding']:.1f} %"),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"# WMT14 data path on generated text\n\n| measured | value |\n| --- | --- |\n{table}\n"
+    lines = ["# WMT14 data path on generated text", "", *markdown_table(("measured", "value"), rows)]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=4_500_000, help="training pairs to generate")
+    parser.add_argument("--pairs", type=positive_int, default=4_500_000, help="training pairs to generate")
     parser.add_argument("--output", type=Path, default=Path("wmt14_data"), help="path of the results without ending")
     parser.add_argument(
         "--folder", type=Path, help="folder for the scratch files (3 GB for 4.5 M pairs); a new one in it"

@@ -1,10 +1,11 @@
-"""Writing results so that nothing is half-written and nothing is overwritten."""
+"""Writing results so that nothing is half-written, and nothing is overwritten unless that is asked for."""
 
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def unused_path(path: Path) -> Path:
@@ -16,8 +17,16 @@ def unused_path(path: Path) -> Path:
     return candidate
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Writes a new UTF-8 file whole or not at all; returns its path, which is another if `path` is taken.
+def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = False) -> Path:
+    """Writes a file whole or not at all.
+
+    Args:
+        path: Its name; missing folders are made.
+        write: Writes the contents into the open file.
+        replace: Whether a file of that name is replaced; else it stays, and the new one gets an `unused_path`.
+
+    Returns:
+        Where the file is.
 
     Raises:
         OSError: If the folder cannot be written to or is full; nothing is left behind.
@@ -25,17 +34,22 @@ def write_text(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        path = unused_path(path)
+        path = path if replace else unused_path(path)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a new file in UTF-8, line ends as they are in `text`; as `write_file`, without `replace`."""
+    return write_file(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def write_json(path: Path, value: Any) -> Path:

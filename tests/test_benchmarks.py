@@ -191,9 +191,10 @@ def test_bad_arguments_are_named(monkeypatch, capsys, arguments, message):
 
 
 def test_default_cases_are_every_set_at_every_size():
-    assert len(attention.TERM_SETS) == len(set(attention.TERM_SETS)) == 15
+    every = ["1111", "1110", "1101", "1100", "1011", "1010", "1001", "1000"]
+    every += ["0111", "0110", "0101", "0100", "0011", "0010", "0001"]
     for case in ("256x50x84s2", "512x25x42s2", "256x50x84s1", "512x96x96s1"):
-        assert [terms for _, _, terms in attention.plan(case, None)] == list(attention.TERM_SETS)
+        assert [terms for _, _, terms in attention.plan(case, None)] == every
     assert {str(shape) for _, shape, _ in attention.plan("growth", None)} == {
         "256x25x42s2",
         "256x50x84s2",

@@ -54,4 +54,19 @@ def test_files_are_whole_and_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         files.write_text(tmp_path / "new.txt", "text")
+    with pytest.raises(OSError, match="No space left"):
+        files.write_file(path, lambda file: file.write(b"{}"), replace=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["scores-2.json", "scores.json"]
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ä": 1}
+
+
+def test_a_file_is_replaced_if_that_is_asked_for(tmp_path):
+    path = tmp_path / "deeper" / "figure.png"
+    for content in (b"longer\r\n", b"new\n"):
+        assert files.write_file(path, lambda file, content=content: file.write(content), replace=True) == path
+        assert path.read_bytes() == content
+    assert files.write_text(path, "ü\n\r\n") == path.with_name("figure-2.png")
+    assert path.with_name("figure-2.png").read_bytes() == "ü\n\r\n".encode()
+    assert path.read_bytes() == b"new\n"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert len(list(path.parent.iterdir())) == 2

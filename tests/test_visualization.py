@@ -2,7 +2,6 @@
 
 import errno
 import importlib.util
-import itertools
 import math
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_attn.attention import AttentionSpec, GatedResidual, TransformerAttention, definition
 from lightning_attn.attention.deformable import DeformableConv
 from lightning_attn.attention.dynamic import DynamicConv
+from lightning_attn.attention.spec import TERM_SETS
 from lightning_attn.networks.transformer import Transformer
 from lightning_attn.visualization import (
     SamplingPoints,
@@ -35,7 +35,6 @@ from lightning_attn.visualization import (
     term_maps,
 )
 
-TERMS = ["".join(bits) for bits in itertools.product("01", repeat=4) if "1" in bits]
 DIM, HEADS = 8, 2
 
 
@@ -62,19 +61,10 @@ def draw_sentence(length, batch=1):
     return torch.randn(batch, length, DIM, dtype=torch.float64)
 
 
+@torch.no_grad()
 def by_definition(attention, query, key, mask=None):
     """Energies, weights of each term alone, weights of the whole and keys seen, for all queries of the first sample."""
-    names = {
-        "query_proj.weight": "query_weight",
-        "key_proj.weight": "key_weight",
-        "value_proj.weight": "value_weight",
-        "position_proj.weight": "position_weight",
-        "key_bias": "key_bias",
-        "position_bias": "position_bias",
-        "out_proj.weight": "out_weight",
-        "out_proj.bias": "out_bias",
-    }
-    parameters = definition.AttentionParameters(**{names[n]: p.detach() for n, p in attention.named_parameters()})
+    parameters = definition.parameters_of(attention)
     energies = definition.term_energies(
         query, key, parameters, num_heads=HEADS, terms=attention.terms, kv_stride=attention.kv_stride,
         scale=attention.scale,
@@ -104,7 +94,7 @@ def check(maps, expected, rows, shape):
 # --- Arrays ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 @pytest.mark.parametrize("settings", [{}, {"window": 3}, {"kv_stride": 2, "scale": 0.5}, {"causal": True}], ids=str)
 def test_maps_of_a_query_are_those_of_the_definition(terms, settings):
     attention, x = make(terms, **settings), draw_map(3, 4)

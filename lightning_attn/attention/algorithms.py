@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from lightning_attn.attention.tiled import TILE_ELEMENTS, Layout, factored_sums, tiled_attention
+from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.tiled import TILE_ELEMENTS, Layout, factored_sums, is_shared, tiled_attention
 
 Algorithm = Literal["auto", "pooled", "separable", "factored", "fused", "flex", "tiled", "definition"]
 
@@ -56,7 +57,7 @@ class Projected:
     @property
     def position_is_shared(self) -> bool:
         """Whether the position energy is the same for every query: E4 without E2."""
-        return self.position_query is None or tuple(self.position_query.shape[1:3]) == (1, 1)
+        return self.position_query is None or is_shared(self.position_query)
 
 
 def unfit(algorithm: Algorithm, terms: str, ndim: int, layout: Layout, padded: bool, dropout: float) -> str | None:
@@ -76,7 +77,7 @@ def unfit(algorithm: Algorithm, terms: str, ndim: int, layout: Layout, padded: b
     if algorithm == "pooled":
         if terms != "0010":
             return "it needs terms '0010', whose weights are the same for every query"
-        if layout.causal or layout.window is not None:
+        if layout.masked:
             return "it needs every query to see the same keys: no causal mask and no window"
     elif algorithm == "separable":
         if terms not in ("0001", "0011"):
@@ -88,7 +89,7 @@ def unfit(algorithm: Algorithm, terms: str, ndim: int, layout: Layout, padded: b
             return "it needs E2 without E1"
         if ndim != 2:
             return "it needs maps (ndim=2): a sentence has one axis only"
-        if layout.causal or layout.window is not None:
+        if layout.masked:
             return "it needs every query to see the same keys: no causal mask and no window"
     elif algorithm == "fused":
         if not e1 or e2 or terms[3] == "1":
@@ -98,7 +99,7 @@ def unfit(algorithm: Algorithm, terms: str, ndim: int, layout: Layout, padded: b
     elif algorithm == "flex":
         if not e1:
             return "it needs E1"
-        if layout.causal or layout.window is not None or padded:
+        if layout.masked or padded:
             return "it has no causal mask, no window and no key padding"
     return None
 
@@ -119,10 +120,13 @@ def _is_worth_it(algorithm: Algorithm, layout: Layout, padded: bool) -> bool:
     if algorithm == "separable":
         # Along one axis alone, a weight is held for every pair of positions.
         return layout.query_sizes[0] > 1 or layout.num_queries * layout.num_keys <= TILE_ELEMENTS
-    if algorithm == "fused" and layout.causal:
-        # Otherwise a mask of N_q x N_k would be needed beside the kernel's own causal flag.
-        return not padded and layout.query_sizes == layout.key_sizes and layout.stride == 1
-    return True
+    # Otherwise a mask of N_q x N_k would be needed.
+    return algorithm != "fused" or not layout.causal or _kernel_hides_later_keys(layout, padded)
+
+
+def _kernel_hides_later_keys(layout: Layout, padded: bool) -> bool:
+    """Whether the causal flag of the fused kernel, which takes no other mask then, hides what is to be hidden."""
+    return not padded and layout.query_sizes == layout.key_sizes and layout.stride == 1
 
 
 def attend(projected: Projected, algorithm: Algorithm, dropout: float) -> Tensor:
@@ -152,13 +156,25 @@ def tiled(p: Projected, dropout: float = 0.0) -> Tensor:
         layout.query_sizes,
         layout.key_sizes,
         layout.stride,
-        layout.first,
         layout.causal,
         layout.window,
         dropout,
         seed,
     )
     return result
+
+
+def masked_softmax(energy: Tensor, hidden: Tensor | None) -> Tensor:
+    """Softmax over the last axis of what is not hidden; zeros, not NaN, where all is.
+
+    Args:
+        energy: `[..., keys]`.
+        hidden: True where hidden, of a shape that broadcasts to that of `energy`; None for nothing.
+    """
+    if hidden is None:
+        return torch.softmax(energy, dim=-1)
+    weights = torch.softmax(energy.masked_fill(hidden, torch.finfo(energy.dtype).min), dim=-1)
+    return weights.masked_fill(hidden, 0.0)
 
 
 def pooled(key_energy: Tensor, padding: Tensor | None, content: Tensor) -> Tensor:
@@ -173,11 +189,8 @@ def pooled(key_energy: Tensor, padding: Tensor | None, content: Tensor) -> Tenso
         `[B, M, C]`; zeros where all keys are padding.
     """
     if padding is not None:
-        key_energy = key_energy.masked_fill(padding, torch.finfo(key_energy.dtype).min)
         content = content.masked_fill(padding.unsqueeze(-1), 0.0)
-    weights = torch.softmax(key_energy, dim=-1)
-    if padding is not None:
-        weights = weights.masked_fill(padding, 0.0)
+    weights = masked_softmax(key_energy, padding)
     return torch.bmm(weights.transpose(0, 1).to(content.dtype), content)
 
 
@@ -208,22 +221,16 @@ def _axis_weights(query: Tensor, table: Tensor, axis: int, layout: Layout) -> Te
     """Softmax of the position energy along one axis, `[M, queries along it, keys along it]`; `query` `[M, 1, 1, d]`."""
     num_queries, num_keys = layout.query_sizes[axis], layout.key_sizes[axis]
     device = table.device
-    first = layout.first if axis == 1 else 0
-    queries = torch.arange(num_queries, device=device).unsqueeze(1)
+    queries = torch.arange(num_queries, device=device)
     keys = torch.arange(num_keys, device=device) * layout.stride
+    # The axis alone is a sentence of its own.
+    line = dataclasses.replace(layout, query_sizes=(1, num_queries), key_sizes=(1, num_keys))
+    hidden = line.hidden_from(queries) if layout.masked else None
     with torch.autocast(device.type, enabled=False):
         by_offset = torch.bmm(query[:, 0].to(table.dtype), table).squeeze(1)  # [M, offsets]
-        columns = keys - queries + num_queries - 1
+        columns = keys - queries.unsqueeze(1) + num_queries - 1
         energy = torch.unflatten(by_offset.index_select(1, columns.flatten()), 1, columns.shape)
-        hidden = torch.zeros((), dtype=torch.bool, device=device)
-        if layout.causal:
-            hidden = hidden | (keys > queries + first)
-        if layout.window is not None:
-            hidden = hidden | ((keys - queries - first).abs() > layout.window // 2)
-        if hidden.dim() == 0:
-            return torch.softmax(energy, dim=-1)
-        weights = torch.softmax(energy.masked_fill(hidden, torch.finfo(energy.dtype).min), dim=-1)
-        return weights.masked_fill(hidden, 0.0)  # also where every key is hidden
+        return masked_softmax(energy, hidden)
 
 
 def factored(p: Projected) -> Tensor:
@@ -243,9 +250,9 @@ def _weighted(p: Projected, sums: Callable[[Tensor], Tensor]) -> Tensor:
     normaliser. Where no key is near the largest of all factors at once it vanishes in rounding; then, which is rare,
     everything is computed from sums of energies instead.
     """
+    value = p.value.to(computation_dtype(p.value))
     if p.key_energy is None and p.padding is None:
-        return sums(_computed(p.value)).to(p.value.dtype)
-    value = _computed(p.value)
+        return sums(value).to(p.value.dtype)
     with torch.autocast(value.device.type, enabled=False):
         if p.key_energy is None:
             weight = value.new_ones(*value.shape[:3])
@@ -269,10 +276,6 @@ def _weighted(p: Projected, sums: Callable[[Tensor], Tensor]) -> Tensor:
 _SMALLEST_NORMALISER = {torch.float32: 1e-25, torch.float64: 1e-250}
 
 
-def _computed(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-
-
 def fused(p: Projected) -> Tensor:
     """E1 (+ E3) by PyTorch's fused kernel."""
     assert p.content_query is not None, "E1 is on"
@@ -283,7 +286,7 @@ def fused(p: Projected) -> Tensor:
         key, value = (tensor.masked_fill(p.padding.unsqueeze(-1), 0.0) for tensor in (key, value))
         mask = ~p.padding[:, None, None, :]
     causal = layout.causal
-    if causal and (mask is not None or layout.query_sizes != layout.key_sizes or layout.stride != 1):
+    if causal and not _kernel_hides_later_keys(layout, p.padding is not None):
         seen = ~layout.hidden_from(torch.arange(layout.num_queries, device=value.device))
         mask, causal = seen if mask is None else mask & seen, False
     # [B, M, N, d] with the features of a token side by side, or the kernel is several times slower.
@@ -352,9 +355,10 @@ def energy_rows(p: Projected, start: int, stop: int) -> Tensor:
     """The summed energies of the queries `start:stop`, `[B, M, stop - start, N_k]`: for pictures, not for speed."""
     queries = torch.arange(start, stop, device=p.value.device)
     heads, batch, num_keys, _ = p.value.shape
-    energy = p.value.new_zeros(heads, batch, len(queries), num_keys, dtype=_computed(p.value).dtype)
+    dtype = computation_dtype(p.value)
+    energy = p.value.new_zeros(heads, batch, len(queries), num_keys, dtype=dtype)
     if p.content_query is not None and p.key is not None:
-        energy = energy + _computed(p.content_query[:, :, start:stop]) @ _computed(p.key).transpose(2, 3)
+        energy = energy + p.content_query[:, :, start:stop].to(dtype) @ p.key.to(dtype).transpose(2, 3)
     if p.key_energy is not None:
         energy = energy + p.key_energy.unsqueeze(2)
     along_y, along_x = _position_by_axis(p, queries)
@@ -370,5 +374,4 @@ def weight_rows(p: Projected, start: int, stop: int) -> Tensor:
     hidden = p.layout.hidden_from(torch.arange(start, stop, device=energy.device))
     if p.padding is not None:
         hidden = hidden | p.padding[:, None, None, :]
-    weights = torch.softmax(energy.masked_fill(hidden, torch.finfo(energy.dtype).min), dim=-1)
-    return weights.masked_fill(hidden, 0.0)
+    return masked_softmax(energy, hidden)

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,31 @@ class AttentionParameters:
     def head_vector(self, name: str, head: int) -> Tensor:
         """The `[d]` vector of one head of `key_bias` or `position_bias`."""
         return _needed(self, name)[head]
+
+
+def parameters_of(attention: Any) -> AttentionParameters:
+    """The parameters of a `TransformerAttention`, or of a module that names its own alike.
+
+    These are linear layers `value_proj`, `out_proj` (with a bias), `query_proj`, `key_proj` and `position_proj`, and
+    the vectors `key_bias` and `position_bias`; those after `out_proj` may be missing. Nothing is copied.
+
+    Raises:
+        AttributeError: If it has no `value_proj` or `out_proj`.
+    """
+    weights = {
+        name: getattr(attention, f"{name}_proj").weight if hasattr(attention, f"{name}_proj") else None
+        for name in ("query", "key", "position")
+    }
+    return AttentionParameters(
+        value_weight=attention.value_proj.weight,
+        out_weight=attention.out_proj.weight,
+        out_bias=attention.out_proj.bias,
+        query_weight=weights["query"],
+        key_weight=weights["key"],
+        position_weight=weights["position"],
+        key_bias=getattr(attention, "key_bias", None),
+        position_bias=getattr(attention, "position_bias", None),
+    )
 
 
 def _needed(parameters: AttentionParameters, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_attn.attention.checks import (
     require_ndim,
     require_odd,
 )
+from lightning_attn.attention.positions import computation_dtype
 
 DynamicAlgorithm = Literal["auto", "band", "taps", "definition"]
 
@@ -179,7 +180,7 @@ class DynamicConv(nn.Module):
         axis = -1 if self.ndim == 1 else 1
         logits = torch.unflatten(self._project(self.kernel_proj, content), axis, (self.groups, -1))
         # Half precision holds the logits, but not the sum of hundreds of exponentials.
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = computation_dtype(logits)
         kernel = torch.softmax(logits, dim=-1 if self.ndim == 1 else 2, dtype=dtype)
         return F.dropout(kernel, self.dropout, self.training)
 

@@ -22,10 +22,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from lightning_attn.attention.factory import CONVOLUTION_SIZE
 from lightning_attn.attention.spec import AttentionSpec, parse_terms
-
-DEFORMABLE_UNIT_TAPS = 3
-"""Kernel of the deformable unit that stands before the attention in translation (Fig. 2c)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +102,7 @@ def paper_count(
             )
     deformable_unit = 0
     if spec.convolution != "regular" and len(size) == 1:
-        deformable_unit = math.prod(size) * DEFORMABLE_UNIT_TAPS * dim**2
+        deformable_unit = math.prod(size) * CONVOLUTION_SIZE * dim**2
     if spec.mechanism == "none":
         return PaperCount(deformable_unit=deformable_unit)
     count = (

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-# The operator that torch.compile puts in the place of a linear layer on a CPU.
+# The operator that torch.compile puts in the place of a linear layer on a CPU, and the one that lays out a weight for
+# it. Both are private to torch: without either, everything here is `F.linear`.
 _AVAILABLE: bool = (
     torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 )
 
 

@@ -6,6 +6,11 @@ from torch import Tensor
 WAVELENGTH_BASE = 1000.0  # as in the authors' released code; the paper only says "different wavelengths"
 
 
+def computation_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that energies, encodings and sums are computed in: float32, or float64 for float64 tensors."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def relative_encoding(offsets: Tensor, dim: int) -> Tensor:
     """Encodes relative positions along one axis.
 
@@ -21,7 +26,7 @@ def relative_encoding(offsets: Tensor, dim: int) -> Tensor:
     """
     if dim % 2:
         raise ValueError(f"dim of a relative encoding must be even, for sine and cosine, got {dim}.")
-    dtype = torch.float64 if offsets.dtype == torch.float64 else torch.float32
+    dtype = computation_dtype(offsets)
     exponents = torch.arange(dim // 2, device=offsets.device, dtype=dtype) * (2.0 / dim)
     angles = offsets.to(dtype).unsqueeze(-1) * torch.pow(WAVELENGTH_BASE, -exponents)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)

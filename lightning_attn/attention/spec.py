@@ -12,6 +12,9 @@ Convolution = Literal["regular", "deformable", "modulated_deformable"]
 
 TERM_NAMES = ("E1", "E2", "E3", "E4")
 
+TERM_SETS = tuple(f"{bits:04b}" for bits in range(1, 2 ** len(TERM_NAMES)))
+"""Every set of terms that can be switched on, from `"0001"` to `"1111"`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:

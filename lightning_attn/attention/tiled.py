@@ -9,6 +9,7 @@ The two operators are registered with `torch.library`, so that `torch.compile` t
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.threads import run_pieces
 
 # Weights of a tile of one head. Smaller tiles would stay in a core's second-level cache, but between short operations
@@ -38,7 +40,6 @@ class Layout:
         query_sizes: Rows and columns of the grid of queries.
         key_sizes: Rows and columns of the grid of keys.
         stride: Distance between neighbouring keys, in queries.
-        first: Column of the first query: not 0 when a sentence is decoded step by step.
         causal: Hide the keys that come after the query in reading order.
         window: Odd n_k; hide the keys farther than n_k // 2 along any axis.
     """
@@ -46,7 +47,6 @@ class Layout:
     query_sizes: tuple[int, int]
     key_sizes: tuple[int, int]
     stride: int
-    first: int = 0
     causal: bool = False
     window: int | None = None
 
@@ -60,9 +60,14 @@ class Layout:
         """N_k."""
         return self.key_sizes[0] * self.key_sizes[1]
 
+    @property
+    def masked(self) -> bool:
+        """Whether a key may be hidden from one query and seen by another."""
+        return self.causal or self.window is not None
+
     def hidden(self, tile: "Tile", device: torch.device) -> Tensor | None:
         """True where a key of the tile is hidden from a query of it, `[t_y, t_x, k_y, k_x]`; None if all are seen."""
-        if not self.causal and self.window is None:
+        if not self.masked:
             return None
         query_y, query_x, key_y, key_x = (
             torch.arange(span.start, span.stop, device=device) for span in (*tile.queries, *tile.keys)
@@ -77,7 +82,7 @@ class Layout:
         return self._hidden(query_y, query_x, keys // key_width, keys % key_width)
 
     def _hidden(self, query_y: Tensor, query_x: Tensor, key_y: Tensor, key_x: Tensor) -> Tensor:
-        query_x, key_y, key_x = query_x + self.first, key_y * self.stride, key_x * self.stride
+        key_y, key_x = key_y * self.stride, key_x * self.stride
         hidden = torch.zeros((), dtype=torch.bool, device=query_y.device)
         if self.causal:
             hidden = hidden | (key_y > query_y) | ((key_y == query_y) & (key_x > query_x))
@@ -119,13 +124,12 @@ class Layout:
         """The smallest rectangle that holds every key seen by a query of these rows and columns."""
         seen = []
         for axis, (span, size) in enumerate(zip(queries, self.key_sizes, strict=True)):
-            offset = self.first if axis == 1 else 0
             lowest, highest = 0, (size - 1) * self.stride
             if self.window is not None:
-                lowest = max(lowest, span.start + offset - self.window // 2)
-                highest = min(highest, span.stop - 1 + offset + self.window // 2)
+                lowest = max(lowest, span.start - self.window // 2)
+                highest = min(highest, span.stop - 1 + self.window // 2)
             if self.causal and (axis == 0 or self.query_sizes[0] == self.key_sizes[0] == 1):
-                highest = min(highest, span.stop - 1 + offset)
+                highest = min(highest, span.stop - 1)
             start = -(-lowest // self.stride)
             seen.append(slice(start, max(start, highest // self.stride + 1)))
         return seen[0], seen[1]
@@ -160,12 +164,12 @@ class Tile:
     queries: tuple[slice, slice]
     keys: tuple[slice, slice]
 
-    @property
+    @functools.cached_property
     def single(self) -> bool:
         """Whether it belongs to one head and one sample; its matrices then have two dimensions."""
         return self.shape[:2] == (1, 1)
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int, int, int]:
         """Heads, samples, rows and columns of the queries, rows and columns of the keys."""
         spans = (self.heads, self.samples, *self.queries, *self.keys)
@@ -173,9 +177,14 @@ class Tile:
         return heads, samples, height, width, key_height, key_width
 
 
-def _matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+def _matmul(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Product of two matrices, or of two batches of matrices."""
     return torch.mm(left, right, out=out) if left.dim() == 2 else torch.bmm(left, right, out=out)
+
+
+def is_shared(position_query: Tensor) -> bool:
+    """Whether a position query `[M, 1, 1, d]` stands for all queries, as v of E4 alone does."""
+    return tuple(position_query.shape[1:3]) == (1, 1)
 
 
 class _Grid:
@@ -189,47 +198,59 @@ class _Grid:
         self.flat = tensor
         self.grid = torch.unflatten(tensor, 2, sizes)
         self.sizes = sizes
-        self._single: dict[tuple[int, int], Tensor] = {}
 
-    def _cut(self, tile: Tile, spans: tuple[slice, slice], by_head: bool = False) -> tuple[Tensor, bool]:
-        """`[n, d]` for a single tile, else `[m * b, n, d]` or, by head, `[m, b * n, d]`; and whether it is a view."""
+    @functools.cached_property
+    def matrices(self) -> list[tuple[Tensor, ...]]:
+        """`[N, d]` by head and sample, for single tiles."""
+        return [head.unbind() for head in self.flat.unbind()]
+
+    def _view(self, tile: Tile, spans: tuple[slice, slice]) -> Tensor | None:
+        """`[n, d]` of a single tile whose rows lie together in memory, which can be written to; None of others."""
+        if not tile.single:
+            return None
         rows, columns = spans
-        if tile.single:
-            head, sample = tile.heads.start, tile.samples.start
-            matrix = self._single.get((head, sample))
-            if matrix is None:
-                matrix = self._single[head, sample] = self.flat[head, sample]
-            if columns.stop - columns.start == self.sizes[1]:
-                if rows.stop - rows.start == self.sizes[0]:
-                    return matrix, True
-                width = self.sizes[1]
-                return matrix.narrow(0, rows.start * width, (rows.stop - rows.start) * width), True
-            if self.sizes[0] == 1:
-                return matrix.narrow(0, columns.start, columns.stop - columns.start), True
-            return self.grid[head, sample, rows, columns].flatten(0, 1), False
-        part = self.grid[tile.heads, tile.samples, rows, columns]
-        return (part.flatten(1, 3) if by_head else part.flatten(2, 3).flatten(0, 1)), False
+        width = self.sizes[1]
+        if columns.stop - columns.start == width:
+            first, last = rows.start * width, rows.stop * width
+        elif self.sizes[0] == 1:
+            first, last = columns.start, columns.stop
+        else:
+            return None
+        matrix: Tensor = self.matrices[tile.heads.start][tile.samples.start]
+        return matrix[first:last]
+
+    def _part(self, tile: Tile, spans: tuple[slice, slice]) -> Tensor:
+        """`[m, b, rows, columns, d]`, a view."""
+        return self.grid[tile.heads, tile.samples, spans[0], spans[1]]
+
+    def _read(self, tile: Tile, spans: tuple[slice, slice]) -> Tensor:
+        """`[n, d]` of a single tile, else `[m * b, n, d]`."""
+        matrix = self._view(tile, spans)
+        if matrix is None:
+            part = self._part(tile, spans)
+            matrix = part[0, 0].flatten(0, 1) if tile.single else part.flatten(2, 3).flatten(0, 1)
+        return matrix
 
     def queries(self, tile: Tile) -> Tensor:
         """Matrices of the queries of a tile, to read."""
-        return self._cut(tile, tile.queries)[0]
+        return self._read(tile, tile.queries)
 
     def queries_by_head(self, tile: Tile) -> Tensor:
-        """The same with the queries of all samples in one matrix for each head, to read."""
-        return self._cut(tile, tile.queries, by_head=True)[0]
+        """The same with the queries of all samples in one matrix for each head, `[m, b * n, d]`."""
+        return self._read(tile, tile.queries) if tile.single else self._part(tile, tile.queries).flatten(1, 3)
 
     def keys(self, tile: Tile) -> Tensor:
         """Matrices of the keys of a tile, to read."""
-        return self._cut(tile, tile.keys)[0]
+        return self._read(tile, tile.keys)
 
     def set_queries(self, tile: Tile, left: Tensor, right: Tensor) -> None:
         """Writes a product to the queries of a tile."""
-        part, is_view = self._cut(tile, tile.queries) if tile.single else (left, False)
-        if is_view:
-            _matmul(left, right, out=part)
+        view = self._view(tile, tile.queries)
+        if view is not None:
+            torch.mm(left, right, out=view)
         else:
-            grid = self.grid[tile.heads, tile.samples, tile.queries[0], tile.queries[1]]
-            grid.copy_(_matmul(left, right).view(grid.shape))
+            part = self._part(tile, tile.queries)
+            part.copy_(torch.matmul(left, right).view(part.shape))
 
     def add_to_queries(self, tile: Tile, left: Tensor, right: Tensor) -> None:
         """Adds a product, by sample or by head, to the queries of a tile."""
@@ -240,12 +261,12 @@ class _Grid:
         self._add(tile, tile.keys, left, right)
 
     def _add(self, tile: Tile, spans: tuple[slice, slice], left: Tensor, right: Tensor) -> None:
-        part, is_view = self._cut(tile, spans) if tile.single else (left, False)
-        if is_view:
-            part.addmm_(left, right)
+        view = self._view(tile, spans)
+        if view is not None:
+            view.addmm_(left, right)
         else:
-            grid = self.grid[tile.heads, tile.samples, spans[0], spans[1]]
-            grid += _matmul(left, right).view(grid.shape)
+            part = self._part(tile, spans)
+            part += torch.matmul(left, right).view(part.shape)
 
 
 class _Buffers:
@@ -281,7 +302,7 @@ class _Axis:
     """
 
     def __init__(self, query: Tensor, table: Tensor, axis: int, layout: Layout) -> None:
-        self.shared = tuple(query.shape[1:3]) == (1, 1)
+        self.shared = is_shared(query)
         self.query, self.table, self.axis, self.layout = query, table, axis, layout
         self.grid = None if self.shared else _Grid(query, layout.query_sizes)
         self._tables: dict[tuple[int, int, int], Tensor] = {}
@@ -347,9 +368,8 @@ class _Axis:
         if isinstance(grad_query, _Grid):
             grad_query.add_to_queries(tile, by_offset, table.transpose(-1, -2))
         else:
-            grad_query[tile.heads] += (
-                _matmul(by_offset, table.transpose(-1, -2)).sum(dim=-2).view(-1, 1, 1, table.shape[-2])
-            )
+            by_row = torch.matmul(by_offset, table.transpose(-1, -2))
+            grad_query[tile.heads] += by_row.sum(dim=-2).view(-1, 1, 1, table.shape[-2])
 
 
 class _Position:
@@ -359,8 +379,8 @@ class _Position:
         self.query, self.layout = query, layout
         tables = enumerate((table_y, table_x))
         self.axes = [_Axis(query, t, axis, layout) for axis, t in tables if query is not None and t is not None]
-        self.present = (table_y is not None, table_x is not None)
         self.grad_query: Tensor | None = None
+        self.grad_parts: Tensor | _Grid | None = None  # the same memory, as the axes write to it
         self.grad_tables: list[Tensor] = []
 
     def energies(self, tile: Tile, buffers: _Buffers) -> list[Tensor]:
@@ -369,22 +389,23 @@ class _Position:
 
     def start_backward(self) -> None:
         """Makes the gradients that `backward` adds to."""
-        self.grad_query = None if self.query is None else torch.zeros_like(self.query)
+        if self.query is not None:
+            self.grad_query = torch.zeros_like(self.query)
+            shared = is_shared(self.query)
+            self.grad_parts = self.grad_query if shared else _Grid(self.grad_query, self.layout.query_sizes)
         self.grad_tables = [torch.zeros_like(axis.table, memory_format=torch.contiguous_format) for axis in self.axes]
 
     def backward(self, tile: Tile, grads: list[Tensor], buffers: _Buffers) -> None:
         """Adds what one tile gives: for each axis the gradient of its energy, `[m, b, t_y, t_x, keys along it]`."""
-        if self.grad_query is None:
+        if self.grad_parts is None:
             return
         for axis, grad_table, grad in zip(self.axes, self.grad_tables, grads, strict=True):
-            grad_query = self.grad_query if axis.shared else _Grid(self.grad_query, self.layout.query_sizes)
-            axis.backward(tile, grad, grad_query, grad_table, buffers)
+            axis.backward(tile, grad, self.grad_parts, grad_table, buffers)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of `(position_query, table_y, table_x)`."""
-        tables = iter(self.grad_tables)
-        grad_y, grad_x = (next(tables) if present else None for present in self.present)
-        return self.grad_query, grad_y, grad_x
+        by_axis = {axis.axis: grad for axis, grad in zip(self.axes, self.grad_tables, strict=True)}
+        return self.grad_query, by_axis.get(0), by_axis.get(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -465,7 +486,7 @@ def _prepare(
     seed: Tensor | None,
 ) -> tuple[_Softmax, Tensor]:
     """Everything in the dtype of the computation, and nothing but numbers in the padding."""
-    dtype = _computed(value).dtype
+    dtype = computation_dtype(value)
     hidden = None if padding is None else padding[None, :, :, None]
 
     def cast(tensor: Tensor, hide: bool = False) -> Tensor:
@@ -505,7 +526,6 @@ def tiled_attention(
     query_sizes: Sequence[int],
     key_sizes: Sequence[int],
     stride: int,
-    first: int,
     causal: bool,
     window: int | None,
     dropout: float,
@@ -524,10 +544,9 @@ def tiled_attention(
         table_x: The same along x, or along a sentence.
         value: W' x_k, `[M, B, N_k, d]`.
         padding: True where a key is padding, `[B, N_k]`.
-        query_sizes: Rows and columns, see `Layout`; so are the next five.
+        query_sizes: Rows and columns, see `Layout`; so are the next four.
         key_sizes: See `Layout`.
         stride: See `Layout`.
-        first: See `Layout`.
         causal: See `Layout`.
         window: See `Layout`.
         dropout: Probability of dropping a weight.
@@ -536,12 +555,12 @@ def tiled_attention(
     Returns:
         `[M, B, N_q, d]` in the dtype of `value`; zeros for a query that sees no key.
     """
-    layout = _layout(query_sizes, key_sizes, stride, first, causal, window)
+    layout = _layout(query_sizes, key_sizes, stride, causal, window)
     softmax, values = _prepare(
         content_query, key, key_energy, position_query, table_y, table_x, value, padding, layout, dropout, seed
     )
     grid = _Grid(values, layout.key_sizes)
-    output = _empty_output(values, content_query, layout.num_queries)
+    output = _empty_output(values, content_query, layout.query_sizes)
     output_grid = _Grid(output, layout.query_sizes)
 
     def work(tiles: list[Tile], buffers: _Buffers) -> None:
@@ -573,14 +592,13 @@ def _tiled_attention_backward(
     query_sizes: Sequence[int],
     key_sizes: Sequence[int],
     stride: int,
-    first: int,
     causal: bool,
     window: int | None,
     dropout: float,
     seed: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of those that are tensors among content_query ... value, in that order."""
-    layout = _layout(query_sizes, key_sizes, stride, first, causal, window)
+    layout = _layout(query_sizes, key_sizes, stride, causal, window)
     softmax, values = _prepare(
         content_query, key, key_energy, position_query, table_y, table_x, value, padding, layout, dropout, seed
     )
@@ -632,10 +650,6 @@ def _tiled_attention_backward(
     return [g.to(i.dtype) for g, i in zip(gradients, inputs, strict=True) if g is not None and i is not None]
 
 
-def _fake_output(value: Tensor, query: Tensor | None, query_sizes: Sequence[int]) -> Tensor:
-    return _empty_output(value, query, query_sizes[0] * query_sizes[1])
-
-
 @tiled_attention.register_fake
 def _(
     content_query: Tensor | None,
@@ -649,7 +663,7 @@ def _(
     query_sizes: Sequence[int],
     *_: Any,
 ) -> Tensor:
-    return _fake_output(value, content_query, query_sizes)
+    return _empty_output(value, content_query, query_sizes)
 
 
 @_tiled_attention_backward.register_fake
@@ -726,7 +740,7 @@ def factored_sums(
     factors, values = _prepare_factors(position_query, table_y, table_x, value, query_sizes, key_sizes, stride)
     layout = factors.layout
     grid = _Grid(values, layout.key_sizes)
-    output = _empty_output(values, position_query, layout.num_queries)
+    output = _empty_output(values, position_query, layout.query_sizes)
     output_grid = _Grid(output, layout.query_sizes)
 
     def work(tiles: list[Tile], buffers: _Buffers) -> None:
@@ -782,7 +796,7 @@ def _factored_sums_backward(
 def _(
     position_query: Tensor, table_y: Tensor, table_x: Tensor, value: Tensor, query_sizes: Sequence[int], *_: Any
 ) -> Tensor:
-    return _fake_output(_computed(value), position_query, query_sizes)
+    return _empty_output(value.to(computation_dtype(value)), position_query, query_sizes)
 
 
 @_factored_sums_backward.register_fake
@@ -807,29 +821,29 @@ def _prepare_factors(
     key_sizes: Sequence[int],
     stride: int,
 ) -> tuple[_Factors, Tensor]:
-    layout = _layout(query_sizes, key_sizes, stride, 0, False, None)
-    value = _computed(value)
+    layout = _layout(query_sizes, key_sizes, stride)
+    value = value.to(computation_dtype(value))
     query, table_y, table_x = (tensor.to(value.dtype) for tensor in (position_query, table_y, table_x))
     return _Factors(_Position(query, table_y, table_x, layout), layout), value
 
 
-def _computed(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that energies and sums are computed in."""
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-
-
 def _layout(
-    query_sizes: Sequence[int], key_sizes: Sequence[int], stride: int, first: int, causal: bool, window: int | None
+    query_sizes: Sequence[int],
+    key_sizes: Sequence[int],
+    stride: int,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Layout:
     (rows, columns), (key_rows, key_columns) = query_sizes, key_sizes
-    return Layout((rows, columns), (key_rows, key_columns), stride, first, causal, window)
+    return Layout((rows, columns), (key_rows, key_columns), stride, causal, window)
 
 
-def _empty_output(value: Tensor, query: Tensor | None, num_queries: int) -> Tensor:
+def _empty_output(value: Tensor, query: Tensor | None, query_sizes: Sequence[int]) -> Tensor:
     """`[M, B, N_q, d]` in the memory layout of the queries, or of the values where there are none."""
     model = value if query is None else query
     features_inside = model.stride(-1) == 1
     heads, batch, width = value.shape[0], value.shape[1], value.shape[3]
+    num_queries = query_sizes[0] * query_sizes[1]
     if features_inside:  # [B, N, M, d] in memory, as a linear layer wants a sentence
         return value.new_empty(batch, num_queries, heads, width).permute(2, 0, 1, 3)
     return value.new_empty(batch, heads, width, num_queries).permute(1, 0, 3, 2)

@@ -20,7 +20,7 @@ from lightning_attn.attention.algorithms import (
 from lightning_attn.attention.cache import AttentionCache
 from lightning_attn.attention.checks import check_input, check_mask, divisors, require_ndim
 from lightning_attn.attention.linear import Linear
-from lightning_attn.attention.positions import relative_encoding
+from lightning_attn.attention.positions import computation_dtype, relative_encoding
 from lightning_attn.attention.spec import TERM_NAMES, AttentionSpec, parse_terms
 from lightning_attn.attention.tiled import Layout
 
@@ -245,7 +245,7 @@ class TransformerAttention(nn.Module):
         stride = self.kv_stride
         rows, columns = self._sizes(key)
         key_sizes = (-(-rows // stride) if self.ndim == 2 else 1, -(-columns // stride))
-        return Layout(self._sizes(query), key_sizes, stride, 0, causal, self.window)
+        return Layout(self._sizes(query), key_sizes, stride, causal, self.window)
 
     def _choose(self, layout: Layout, padded: bool, dropout: float, device: torch.device) -> Algorithm:
         if self.algorithm == "auto":
@@ -260,20 +260,10 @@ class TransformerAttention(nn.Module):
 
     def _define(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, causal: bool) -> Tensor:
         """By the equations as written."""
-        parameters = definition.AttentionParameters(
-            value_weight=self.value_proj.weight,
-            out_weight=self.out_proj.weight,
-            out_bias=self.out_proj.bias,
-            query_weight=self.query_proj.weight if hasattr(self, "query_proj") else None,
-            key_weight=self.key_proj.weight if hasattr(self, "key_proj") else None,
-            position_weight=self.position_proj.weight if hasattr(self, "position_proj") else None,
-            key_bias=getattr(self, "key_bias", None),
-            position_bias=getattr(self, "position_bias", None),
-        )
         return definition.transformer_attention(
             query,
             key,
-            parameters,
+            definition.parameters_of(self),
             num_heads=self.num_heads,
             terms=self.terms,
             scale=self.scale,
@@ -373,7 +363,7 @@ class TransformerAttention(nn.Module):
 
     def _key_energy(self, content: Tensor) -> Tensor:
         """E3 of every key, `[M, B, N_k]`: u^T V^C first, so that the keys are not projected; float32 or better."""
-        dtype = torch.float64 if self.key_bias.dtype == torch.float64 else torch.float32
+        dtype = computation_dtype(self.key_bias)
         with torch.autocast(content.device.type, enabled=False):
             weight = torch.unflatten(self.key_proj.weight.to(dtype), 0, (self.num_heads, self.head_dim))
             saliency = torch.einsum("md,mdc->mc", self._scaled(self.key_bias).to(dtype), weight)
@@ -401,7 +391,7 @@ class TransformerAttention(nn.Module):
 
     def _table(self, weight: Tensor, lowest: int, count: int, device: torch.device) -> Tensor:
         """V^R R for `count` offsets from `lowest` upwards, `[M, d, count]`."""
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = computation_dtype(weight)
         with torch.autocast(device.type, enabled=False):
             encoding = relative_encoding(
                 torch.arange(lowest, lowest + count, device=device, dtype=dtype), weight.shape[1]

@@ -19,7 +19,6 @@ Only tensors and their names are read; mmcv need not be installed. How the parts
 mmcv encodes query minus key and we key minus query, so the columns that meet a sine change their sign.
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +27,9 @@ from torch import Tensor, nn
 
 from lightning_attn.attention import GatedResidual, TransformerAttention
 from lightning_attn.attention.checks import divisors
-from lightning_attn.attention.spec import TERM_NAMES, parse_terms
+from lightning_attn.attention.spec import TERM_SETS, parse_terms
 
 LOCAL_RANGE = "local_constraint_map"
-TERM_SETS = ["".join(bits) for bits in itertools.product("01", repeat=len(TERM_NAMES)) if "1" in bits]
 
 _PROJECTIONS = {"query_conv": "query_proj", "key_conv": "key_proj", "value_conv": "value_proj", "proj_conv": "out_proj"}
 _BIASES = {"appr_bias": "key_bias", "geom_bias": "position_bias"}

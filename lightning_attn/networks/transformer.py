@@ -37,6 +37,7 @@ class Residual(nn.Module):
 
     def after(self, x: Tensor, output: Tensor) -> Tensor:
         """Joins the sublayer's output with the stream `x`."""
+        # Without dropout there is nothing to call: decoding comes here for every sublayer at every token.
         x = x + (self.dropout(output) if self.training else output)
         normed: Tensor = x if self.norm_first else self.norm(x)
         return normed

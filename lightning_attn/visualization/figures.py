@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
+from lightning_attn.files import write_file
 from lightning_attn.visualization.maps import TermMaps
 
 Heads = Literal["mean", "each", "both"]
@@ -199,19 +199,14 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise ValueError(f"path={str(path)!r} must end with the format of the figure, one of {sorted(known)}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        # No date and no random names in the file, so that the same figure gives the same bytes.
-        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}.get(kind)
-        with os.fdopen(descriptor, "wb") as file, rc_context({"svg.hashsalt": "lightning_attn"}):
-            figure.savefig(file, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.08)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    # No date and no random names in the file, so that the same figure gives the same bytes.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}.get(kind)
+    with rc_context({"svg.hashsalt": "lightning_attn"}):
+        return write_file(
+            path,
+            lambda file: figure.savefig(file, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.08),
+            replace=True,
+        )
 
 
 def _rows(maps: TermMaps, heads: Heads) -> list[tuple[str, TermMaps]]:

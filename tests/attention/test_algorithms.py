@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_attn.attention import TransformerAttention, algorithms, threads, tiled
 from lightning_attn.attention.algorithms import choose, unfit
+from lightning_attn.attention.spec import TERM_SETS
 from lightning_attn.attention.tiled import Layout, factored_sums, tiled_attention
 
-TERMS = ["".join(bits) for bits in itertools.product("01", repeat=4) if "1" in bits]
 # Queries, keys, stride of the keys, and how the features lie in memory.
 GRIDS = [
     ((5, 7), (5, 7), 1, "features outside"),
@@ -57,9 +57,9 @@ def dense(content_query, key, key_energy, position_query, table_y, table_x, valu
     if padding is not None:
         hidden = hidden | padding[:, None]
     if layout.causal:
-        hidden = hidden | (dy > 0) | ((dy == 0) & (dx - layout.first > 0))
+        hidden = hidden | (dy > 0) | ((dy == 0) & (dx > 0))
     if layout.window is not None:
-        hidden = hidden | (torch.maximum(dy.abs(), (dx - layout.first).abs()) > layout.window // 2)
+        hidden = hidden | (torch.maximum(dy.abs(), dx.abs()) > layout.window // 2)
     weights = torch.softmax(energy.masked_fill(hidden, -1e300), dim=-1).masked_fill(hidden, 0.0)
     return weights @ value
 
@@ -114,7 +114,7 @@ def test_tiles_give_the_dense_sums_and_gradients(tiles, query_sizes, key_sizes, 
                 padding = torch.zeros(3, layout.num_keys, dtype=torch.bool)
                 padding[1, layout.num_keys // 2 :] = True
                 padding[2] = True  # a sample without any key
-            out = tiled_attention(*tensors, padding, query_sizes, key_sizes, stride, 0, causal, window, 0.0, None)
+            out = tiled_attention(*tensors, padding, query_sizes, key_sizes, stride, causal, window, 0.0, None)
             expected = dense(*tensors, padding, layout)
             assert torch.allclose(out, expected, atol=1e-11)
             grad = torch.randn_like(expected)
@@ -142,7 +142,7 @@ def test_the_operators_are_well_formed_for_compilers():
     layout = Layout((3, 4), (2, 2), 2)
     for memory in ("features outside", "features inside"):
         _, tensors = leaves(layout, True, True, "query", memory)
-        arguments = (*tensors, None, (3, 4), (2, 2), 2, 0, False, None, 0.0, None)
+        arguments = (*tensors, None, (3, 4), (2, 2), 2, False, None, 0.0, None)
         torch.library.opcheck(tiled_attention, arguments)
         torch.library.opcheck(factored_sums, (*tensors[3:], (3, 4), (2, 2), 2))
 
@@ -155,7 +155,7 @@ def make(terms: str, ndim: int, algorithm: str = "auto", **settings) -> Transfor
     return attention
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 @pytest.mark.parametrize("ndim", [1, 2])
 def test_each_algorithm_that_fits_gives_the_definition(terms, ndim):
     x = torch.randn(2, 6, 8) if ndim == 1 else torch.randn(2, 8, 3, 4)

@@ -9,8 +9,8 @@ import torch
 from lightning_attn.attention import TransformerAttention
 from lightning_attn.attention import cache as cache_module
 from lightning_attn.attention.cache import AttentionCache
+from lightning_attn.attention.spec import TERM_SETS
 
-TERMS = [f"{i:04b}" for i in range(1, 16)]
 DIM = 8
 
 
@@ -80,14 +80,14 @@ def run_beams(rows):
     rows.step()
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 def test_rows_of_a_beam_search_see_their_own_prefix(terms, monkeypatch):
     for room, stride, window in itertools.product([2, 32], [1, 2], [None, 5]):
         monkeypatch.setattr(cache_module, "FIRST_ROOM", room)
         run_beams(search(make(terms, causal=True, kv_stride=stride, window=window)))
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 def test_rows_of_a_beam_search_see_the_memory_of_their_sentence(terms):
     memory = torch.randn(3, 7, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(3, 7, dtype=torch.bool)

@@ -6,14 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_attn.attention import TransformerAttention
 from lightning_attn.attention.definition import (
     AttentionParameters,
     normalised_weights,
+    parameters_of,
     relative_encoding,
     supporting_keys,
     term_energies,
     transformer_attention,
 )
+from lightning_attn.attention.spec import TERM_SETS
 
 
 def random_parameters(dim: int, num_heads: int, seed: int = 0) -> AttentionParameters:
@@ -32,6 +35,24 @@ def random_parameters(dim: int, num_heads: int, seed: int = 0) -> AttentionParam
         key_bias=draw(num_heads, dim // num_heads),
         position_bias=draw(num_heads, dim // num_heads),
     )
+
+
+@pytest.mark.parametrize("terms", TERM_SETS)
+def test_parameters_of_a_module_are_its_own(terms):
+    attention = TransformerAttention(8, 2, terms)
+    own = dict(attention.named_parameters())
+    for field, name in {
+        "query_weight": "query_proj.weight",
+        "key_weight": "key_proj.weight",
+        "value_weight": "value_proj.weight",
+        "position_weight": "position_proj.weight",
+        "key_bias": "key_bias",
+        "position_bias": "position_bias",
+        "out_weight": "out_proj.weight",
+        "out_bias": "out_proj.bias",
+    }.items():
+        assert getattr(parameters_of(attention), field) is own.pop(name, None)
+    assert not own
 
 
 def test_two_tokens_computed_by_hand():

@@ -1,6 +1,8 @@
 """Linear layers by oneDNN against torch's own."""
 
 import copy
+import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_attn.attention import linear as linear_module
 from lightning_attn.attention.linear import _AVAILABLE, Linear, PackedLinear, linear
 
 one_dnn = pytest.mark.skipif(not _AVAILABLE, reason="this torch has no oneDNN: linear is F.linear")
@@ -116,6 +119,22 @@ def test_packed(dtype, bias):
         y = packed(x)
         assert not y.requires_grad
         torch.testing.assert_close(y, module(x).detach())
+
+
+@one_dnn
+@pytest.mark.parametrize("absent", ["_linear_pointwise", "_reorder_linear_weight"])
+def test_a_torch_without_one_of_the_operators_takes_its_own(monkeypatch, absent):
+    operators = {"_linear_pointwise", "_reorder_linear_weight"}
+    there = {name: getattr(torch.ops.mkldnn, name) for name in operators - {absent}}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**there))
+    source = importlib.util.spec_from_file_location("linear_without_an_operator", linear_module.__file__)
+    without = importlib.util.module_from_spec(source)
+    source.loader.exec_module(without)  # a second copy: other tests keep the first
+    x, module = torch.randn(5, 8), without.Linear(8, 6)
+    packed = without.PackedLinear(module.weight, module.bias)
+    assert not packed.packed
+    for y in (module(x), packed(x)):
+        assert torch.equal(y, F.linear(x, module.weight, module.bias))
 
 
 def test_packed_under_autocast():

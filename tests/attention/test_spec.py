@@ -8,6 +8,7 @@ import math
 import pytest
 
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.attention.spec import TERM_SETS
 
 
 def test_the_defaults_are_the_paper_s():
@@ -35,7 +36,11 @@ def test_an_algorithm_for_a_dynamic_convolution_is_refused():
         AttentionSpec(mechanism="dynamic", algorithm="tiled")
 
 
-@pytest.mark.parametrize("terms", ["".join(bits) for bits in itertools.product("01", repeat=4) if "1" in bits])
+def test_the_term_sets_are_all_but_none():
+    assert list(TERM_SETS) == ["".join(bits) for bits in itertools.product("01", repeat=4) if "1" in bits]
+
+
+@pytest.mark.parametrize("terms", TERM_SETS)
 def test_every_term_set_is_accepted(terms):
     assert AttentionSpec(terms=terms).terms == terms
 

@@ -1,6 +1,5 @@
 """Weights of mmcv's module in ours: against a re-statement of its sums, against Eq. 2, and against mmcv itself."""
 
-import itertools
 import math
 
 import pytest
@@ -8,11 +7,11 @@ import torch
 from torch import nn
 
 from lightning_attn.attention import GatedResidual, TransformerAttention, definition
+from lightning_attn.attention.spec import TERM_SETS
 from lightning_attn.interop.mmcv import attention_prefixes, convert_state, from_mmcv, to_mmcv
 
-TERMS = ["".join(bits) for bits in itertools.product("01", repeat=4) if "1" in bits]
 WRONG_IN_MMCV = ["0100", "0110", "1100", "1110"]
-RIGHT_IN_MMCV = [terms for terms in TERMS if terms not in WRONG_IN_MMCV]
+RIGHT_IN_MMCV = [terms for terms in TERM_SETS if terms not in WRONG_IN_MMCV]
 AMBIGUOUS = {"0110", "1110", "1001", "1101", "0111", "1011", "1111"}
 DIM, HEADS = 16, 4
 SIZES = [(5, 5), (4, 7)]
@@ -87,24 +86,18 @@ def generalized_attention(state, x, terms, num_heads, kv_stride):
 
 def definition_of(module: GatedResidual, x):
     attention = module.attention
-    names = {
-        "query_proj.weight": "query_weight",
-        "key_proj.weight": "key_weight",
-        "value_proj.weight": "value_weight",
-        "position_proj.weight": "position_weight",
-        "key_bias": "key_bias",
-        "position_bias": "position_bias",
-        "out_proj.weight": "out_weight",
-        "out_proj.bias": "out_bias",
-    }
-    parameters = definition.AttentionParameters(**{names[n]: p for n, p in attention.named_parameters()})
     attended = definition.transformer_attention(
-        x, x, parameters, num_heads=attention.num_heads, terms=attention.terms, kv_stride=attention.kv_stride
+        x,
+        x,
+        definition.parameters_of(attention),
+        num_heads=attention.num_heads,
+        terms=attention.terms,
+        kv_stride=attention.kv_stride,
     )
     return x + module.gamma * attended
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 @pytest.mark.parametrize("kv_stride", [1, 2, 3])
 def test_outputs_are_those_of_the_state(terms, kv_stride):
     state = make_state(terms, dtype=torch.float64)
@@ -124,7 +117,7 @@ def test_outputs_are_those_of_the_definition(terms):
     torch.testing.assert_close(module(x), definition_of(module, x))
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 @pytest.mark.parametrize("kv_stride", [1, 2, 3])
 def test_outputs_are_those_of_mmcv(terms, kv_stride):
     bricks = pytest.importorskip("mmcv.cnn.bricks", exc_type=ImportError)
@@ -159,7 +152,7 @@ def test_the_widths_of_a_resnet_agree_within_1e_5(dim):
         torch.testing.assert_close(from_mmcv(theirs)(x), theirs(x), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 def test_terms_are_read_from_the_names_where_these_tell(terms):
     state = make_state(terms)
     if terms in AMBIGUOUS:
@@ -169,7 +162,7 @@ def test_terms_are_read_from_the_names_where_these_tell(terms):
         assert from_mmcv(state, HEADS, 1).attention.terms == terms
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 def test_there_and_back_gives_the_same_numbers(terms):
     state = make_state(terms)
     back = to_mmcv(from_mmcv(state, HEADS, 2, terms=terms))
@@ -178,7 +171,7 @@ def test_there_and_back_gives_the_same_numbers(terms):
         torch.testing.assert_close(back[name], value, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("terms", TERM_SETS)
 def test_a_scale_goes_into_the_weights_on_the_way_out(terms):
     module = GatedResidual(TransformerAttention(DIM, HEADS, terms, ndim=2, kv_stride=2, scale=0.5)).double()
     for parameter in module.parameters():
