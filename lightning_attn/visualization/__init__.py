@@ -1,4 +1,4 @@
-"""Figures and arrays of what attention looks at."""
+"""Figures and arrays of what attention looks at, and pictures of what a network finds."""
 
 from lightning_attn.visualization.convolution import (
     SamplingPoints,
@@ -7,6 +7,7 @@ from lightning_attn.visualization.convolution import (
     dynamic_kernel,
     sampling_points,
 )
+from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth, save_picture
 from lightning_attn.visualization.figures import draw_term_maps, draw_token_matrix, save_figure
 from lightning_attn.visualization.maps import TermMaps, recorded_inputs, term_maps
 from lightning_attn.visualization.translation import cross_attention_maps, draw_translation_attention
@@ -15,6 +16,8 @@ __all__ = [
     "SamplingPoints",
     "TermMaps",
     "cross_attention_maps",
+    "draw_detections",
+    "draw_detections_beside_truth",
     "draw_dynamic_kernels",
     "draw_sampling_points",
     "draw_term_maps",
@@ -24,5 +27,6 @@ __all__ = [
     "recorded_inputs",
     "sampling_points",
     "save_figure",
+    "save_picture",
     "term_maps",
 ]

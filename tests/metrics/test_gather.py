@@ -1,10 +1,4 @@
-import json
-import sys
-from pathlib import Path
-
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lightning_attn.metrics import gather_by_id
 from lightning_attn.metrics.gather import add_record
@@ -36,24 +30,19 @@ def test_an_id_of_two_samples_is_refused():
 RECORDS_OF_RANK = [({7: "r0", 1: "r0", 4: "r0"}, {}), ({4: "r1", 0: "r1"}, {2: "r1"})]
 
 
-def _gather(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _gather(rank: int) -> list[object]:
     results: list[object] = [list(gather_by_id(records).items()) for records in RECORDS_OF_RANK[rank]]
     try:
         gather_by_id(RECORDS_OF_RANK[rank][0], same=lambda record: record)
     except ValueError as error:
         results += [str(error)]
-    (folder / f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.ddp
 @pytest.mark.timeout(120)
-def test_every_rank_gets_the_union_and_the_lowest_rank_wins(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    mp.spawn(_gather, args=(tmp_path,), nprocs=2)
-    for rank in range(2):
-        unequal, empty, error = json.loads((tmp_path / f"{rank}.json").read_text())
+def test_every_rank_gets_the_union_and_the_lowest_rank_wins(on_two_ranks):
+    for unequal, empty, error in on_two_ranks(_gather):
         assert unequal == [[0, "r1"], [1, "r0"], [4, "r0"], [7, "r0"]]
         assert empty == [[2, "r1"]]
         assert error.startswith("sample id 4 stands for two different samples, 'r0' and 'r1'")

@@ -37,9 +37,73 @@ def test_cosine_ends_at_zero():
     assert all(a >= b for a, b in itertools.pairwise(seen[10:]))
 
 
-def test_cosine_needs_an_end():
-    with pytest.raises(ValueError, match=r"set trainer\.max_steps or trainer\.max_epochs"):
-        rates(ScheduleSpec("cosine", warmup_steps=0), 1.0, 1)
+def test_paper_detection_schedule():
+    """0.02, a tenth of it from epoch 8 and a hundredth from epoch 11 of 12 (the paper), after a warm-up."""
+    per_epoch = 30
+    seen = rates(ScheduleSpec("multistep", warmup_steps=10, warmup_start=0.1), 0.02, 12 * per_epoch, 12 * per_epoch)
+    assert seen[:11] == pytest.approx([0.002 + 0.0018 * step for step in range(11)])
+    assert seen[10 : 8 * per_epoch] == pytest.approx([0.02] * (8 * per_epoch - 10))
+    assert seen[8 * per_epoch : 11 * per_epoch] == pytest.approx([0.002] * 3 * per_epoch)
+    assert seen[11 * per_epoch :] == pytest.approx([0.0002] * per_epoch)
+    # As torch has it, with milestones in steps.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [8 * per_epoch, 11 * per_epoch])
+    for step in range(12 * per_epoch):
+        if step >= 10:
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(seen[step])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_milestones_are_shares_of_any_run():
+    spec = ScheduleSpec("multistep", warmup_steps=0, milestones=(0.25, 0.5, 0.75), gamma=0.5)
+    for total in (4, 400):
+        assert [spec.factor(quarter * total // 4, total) for quarter in range(5)] == [1, 0.5, 0.25, 0.125, 0.125]
+        assert spec.factor(total // 4 - 1, total) == 1
+    assert ScheduleSpec("multistep", warmup_steps=0, milestones=()).factor(9, 10) == 1
+
+
+def test_paper_segmentation_schedule():
+    """0.005 x (1 - iter / max) ** 0.9 (the paper), which is also torch's."""
+    seen = rates(ScheduleSpec("poly", warmup_steps=0), 0.005, 61, total=60)
+    assert seen == pytest.approx([0.005 * (1 - step / 60) ** 0.9 for step in range(61)])
+    assert seen[60] == 0
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.005)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=60, power=0.9)
+    for rate in seen:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_poly_starts_after_the_warm_up():
+    seen = rates(ScheduleSpec("poly", warmup_steps=4, warmup_start=0.0, power=2), 1.0, 15, total=14)
+    assert seen[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert seen[4:] == pytest.approx([(1 - step / 10) ** 2 for step in range(11)])
+
+
+@pytest.mark.parametrize("name", ["cosine", "multistep", "poly"])
+def test_courses_that_need_an_end(name):
+    with pytest.raises(ValueError, match=rf"'{name}' needs .*: set trainer\.max_steps or trainer\.max_epochs"):
+        rates(ScheduleSpec(name, warmup_steps=0), 1.0, 1)
+    assert ScheduleSpec(name, warmup_steps=0).factor(20, 10) == pytest.approx(0.01 if name == "multistep" else 0)
+
+
+def test_learning_rate_scales_with_the_global_batch():
+    """The paper's 0.02 is for 8 GPUs x 2 images; offsets keep their tenth."""
+    spec = OptimizerSpec("sgd", learning_rate=0.02, momentum=0.8, base_batch_size=16)
+    small = spec.scaled(2)
+    assert small == OptimizerSpec("sgd", learning_rate=0.0025, momentum=0.8, base_batch_size=2)
+    assert small.scaled(2) == small
+    assert small.scaled(16) == spec
+    _, offsets = small.parameter_groups(with_offsets())
+    assert offsets["lr"] == pytest.approx(0.00025)
+    assert spec.scaling_note(2) == "Learning rate 0.0025 for a global batch of 2: 0.02 for 16, scaled in proportion."
+    as_it_is = OptimizerSpec(learning_rate=0.3)
+    assert as_it_is.scaled(7) is as_it_is
+    assert as_it_is.scaling_note(7) == (
+        "Learning rate 0.3 as configured, for a global batch of 7 (optimizer.base_batch_size is 0: no scaling)."
+    )
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
@@ -126,7 +190,18 @@ def test_offsets_keep_their_factor_all_along_the_schedule_and_all_other_settings
             lambda: OptimizerSpec(offset_lr_factor=math.inf),
             "offset_lr_factor must be a positive finite number, got inf",
         ),
-        (lambda: ScheduleSpec("poly"), "schedule name must be one of"),
+        (lambda: OptimizerSpec(base_batch_size=-1), "base_batch_size must be at least 0, got -1: the global batch"),
+        (lambda: OptimizerSpec().scaled(0), "global_batch_size must be at least 1, got 0"),
+        (lambda: ScheduleSpec("step"), "schedule name must be one of .*'multistep', 'poly'"),
+        (
+            lambda: ScheduleSpec(milestones=(8, 11)),
+            r"milestones must .* got \[8, 11\]: they are shares of the run, not",
+        ),
+        (lambda: ScheduleSpec(milestones=(0.9, 0.7)), "milestones must rise"),
+        (lambda: ScheduleSpec(milestones=(0.0, 0.7)), "milestones must rise and lie between 0 and 1"),
+        (lambda: ScheduleSpec(milestones=(math.nan,)), "milestones must rise"),
+        (lambda: ScheduleSpec(gamma=0.0), "gamma must be a factor above 0 and at most 1, got 0.0"),
+        (lambda: ScheduleSpec(power=math.inf), "power must be a positive finite number, got inf"),
         (lambda: ScheduleSpec(warmup_steps=0), "at least 1 for inverse_sqrt, got 0"),
         (lambda: ScheduleSpec(warmup_start=2), "warmup_start must be a factor between 0 and 1"),
     ],
