@@ -1,0 +1,162 @@
+"""Pretrained weights from torchvision or from a file: read safely, matched strictly, and reported."""
+
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights, list_models
+
+from lightning_attn.attention import DeformableConv, GatedResidual
+
+_logger = logging.getLogger(__name__)
+
+_CLASSIFIER = "fc."
+_COUNTER = ".num_batches_tracked"  # counts batches, is no weight, and is absent from files older than it
+
+
+def weight_names(architecture: str) -> list[str]:
+    """The names of torchvision's weights for an architecture such as `"resnet50"`; none if it publishes none."""
+    if architecture not in list_models():
+        return []
+    return [entry.name for entry in get_model_weights(architecture)]
+
+
+def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
+    """Reads the state of a classifier or a backbone. Nothing but tensors is ever unpickled.
+
+    Args:
+        weights: A name of torchvision's, such as `"IMAGENET1K_V1"`, which is downloaded once into torch's hub folder
+            and checked against its hash; or the path of a file written by `torch.save(module.state_dict(), path)`.
+        architecture: Name of the architecture, which decides what a name of torchvision's means.
+
+    Returns:
+        The tensors by name, on the CPU.
+
+    Raises:
+        FileNotFoundError: If `weights` is neither a name nor a file.
+        OSError: If a download fails or does not have the right hash, or a file cannot be read.
+        ValueError: If a file does not hold tensors by name.
+    """
+    names = weight_names(architecture)
+    if weights in names:
+        return _download(weights, architecture)
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        published = (
+            f"one of torchvision's for {architecture} ({', '.join(names)})" if names else "a name of torchvision's"
+        )
+        raise FileNotFoundError(
+            f"weights={weights!r} is neither {published} nor a file"
+            f"{' but a folder' if path.is_dir() else ''}. Give the path of a file from "
+            "torch.save(module.state_dict(), path), or 'none' to start at random."
+        )
+    return _read_file(path)
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copies a state into a module, whole or not at all, and logs what was taken.
+
+    Every name must be there with its shape, and no other. Exceptions: what attention adds to a network (see
+    `names_added_by_attention`) starts as it is where the state lacks it, and a classifier `fc` of the state is left
+    out.
+
+    Args:
+        module: A backbone with torchvision's names.
+        state: Tensors by name.
+        source: Where they come from, for messages.
+
+    Raises:
+        ValueError: If names are missing or unexpected or shapes differ; the message lists them.
+    """
+    own = module.state_dict()
+    new = names_added_by_attention(module)
+    offered = {name: value for name, value in state.items() if name in own or not name.startswith(_CLASSIFIER)}
+    missing = [name for name in own if name not in offered and name not in new and not name.endswith(_COUNTER)]
+    unexpected = [name for name in offered if name not in own and not name.endswith(_COUNTER)]
+    wrong = [
+        f"{name} {tuple(value.shape)}, not {tuple(own[name].shape)}"
+        for name, value in offered.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"The weights of {source} do not fit the network. {'; '.join(problems)}. "
+            "Choose the architecture, width and norm that they were trained with, or weights: none."
+        )
+    kept = {name: value for name, value in offered.items() if name in own}
+    module.load_state_dict(kept, strict=False)
+    started = [name for name in own if name in new and name not in kept]
+    _logger.info(
+        "%d of %d tensors read from %s%s",
+        len(kept),
+        len(own),
+        source,
+        f"; {len(started)} of the attention start anew" if started else "",
+    )
+
+
+def names_added_by_attention(module: nn.Module) -> set[str]:
+    """Names in a network's state that pretrained weights do not have: gated attention, and offsets of convolutions."""
+    parts = {
+        **{f"{name}.": part for name, part in module.named_modules() if isinstance(part, GatedResidual)},
+        **{f"{name}.offset.": part.offset for name, part in module.named_modules() if isinstance(part, DeformableConv)},
+    }
+    return {prefix + name for prefix, part in parts.items() for name in part.state_dict()}
+
+
+def _download(name: str, architecture: str) -> dict[str, Tensor]:
+    entry = get_model_weights(architecture)[name]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    way_out = (
+        f"Download it elsewhere, put it into {folder} (TORCH_HOME moves that folder) or anywhere else, "
+        "and in the latter case set weights to its path."
+    )
+    try:
+        state: dict[str, Tensor] = entry.get_state_dict(
+            progress=False, check_hash=True, map_location="cpu", weights_only=True
+        )
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        cached = folder / Path(entry.url).name
+        if cached.is_file():
+            raise OSError(
+                f"weights={name!r}: {cached} is damaged ({_first_line(error)}). Delete it, and it is downloaded again."
+            ) from error
+        raise OSError(
+            f"weights={name!r}: {entry.url} could not be fetched ({_first_line(error)}). {way_out}"
+        ) from error
+    return state
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    way_out = "Write the file by torch.save(module.state_dict(), path)."
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise  # says what is wrong with the file by itself
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"weights={str(path)!r} is damaged, or holds more than tensors ({_first_line(error)}). {way_out}"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"weights={str(path)!r} holds a {type(state).__name__}, not tensors by name. {way_out}")
+    if not state:
+        raise ValueError(f"weights={str(path)!r} is an empty mapping. {way_out}")
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"weights={str(path)!r} must hold tensors by name, but these are none: {', '.join(others[:5])}. {way_out}"
+        )
+    return dict(state)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
