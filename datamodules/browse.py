@@ -1,0 +1,233 @@
+"""Contact sheets of what a model really sees: `python -m datamodules.browse -c CONFIG --split train`.
+
+The DataModule is made from the `data` section of a configuration, as in training, and its own loader gives the batches,
+so the sheet shows resizing, random changes, cutting into tokens and padding. A DataModule of your own takes part if it
+has a method `browse_figure(split, num)` that returns a figure.
+"""
+
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pytorch_lightning as pl
+from jsonargparse import SUPPRESS, ArgumentParser
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.coco import DetectionBatch
+from datamodules.vocabulary import PAD_ID, Vocabulary
+from datamodules.wmt14 import TranslationBatch, WMT14DataModule
+from lightning_attn.files import unused_path
+
+SPLITS = {
+    "train": ("fit", "train_dataloader"),
+    "val": ("validate", "val_dataloader"),
+    "test": ("test", "test_dataloader"),
+    "predict": ("predict", "predict_dataloader"),
+}
+"""The stage and the loader of each split."""
+
+# Sections of a configuration that say nothing about the data.
+_OTHER_SECTIONS = ("seed_everything", "trainer", "model", "run")
+
+_COLUMNS = 4
+_PANEL_INCHES = 3.2
+_PADDING_COLOUR = "0.85"
+
+
+@runtime_checkable
+class Browsable(Protocol):
+    """What a DataModule needs for a sheet."""
+
+    def browse_figure(self, split: str, num: int) -> Figure:
+        """A sheet of at most `num` samples of a split."""
+
+
+def browse_figure(module: pl.LightningDataModule, split: str, num: int) -> Figure:
+    """The contact sheet of a DataModule.
+
+    Args:
+        module: The DataModule; its `setup` is called.
+        split: "train", "val", "test" or "predict".
+        num: Most samples to show.
+
+    Raises:
+        ValueError: If there is no such split, `num` is below 1, or the DataModule has no sheet.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: {split!r} is unknown; give {', '.join(SPLITS)} (--split NAME).")
+    if num < 1:
+        raise ValueError(f"num: {num} is too small; give 1 or more (--num 1).")
+    if isinstance(module, Browsable):
+        return module.browse_figure(split, num)
+    if isinstance(module, WMT14DataModule):
+        batches = split_loader(module, split)
+        return draw_token_sheet(batches, num, module.vocabulary, f"{split} sentences of {module.root}")
+    raise ValueError(
+        f"{type(module).__name__} has no contact sheet; give it a method browse_figure(split, num) that returns a "
+        "figure."
+    )
+
+
+def split_loader(module: pl.LightningDataModule, split: str) -> DataLoader[Any]:
+    """The loader that training, validation, test or prediction would get its batches from."""
+    stage, name = SPLITS[split]
+    module.prepare_data()
+    module.setup(stage)
+    loader: DataLoader[Any] = getattr(module, name)()
+    return loader
+
+
+def draw_detection_sheet(batches: Iterable[DetectionBatch], num: int, names: Sequence[str], title: str) -> Figure:
+    """Images as the network gets them, before it normalises and pads them, with their boxes.
+
+    Args:
+        batches: Where they are from.
+        num: Most images to draw.
+        names: Names of the categories, from label 1.
+        title: Above the sheet.
+    """
+    samples = (
+        sample
+        for batch in batches
+        for sample in zip(
+            batch.ids.tolist(), batch.names, batch.images, batch.targets or [{}] * len(batch), strict=True
+        )
+    )
+    shown = list(itertools.islice(samples, num))
+    figure, panels = _grid(len(shown), title)
+    colours = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    for axes, (image_id, name, image, target) in zip(panels, shown, strict=True):
+        height, width = image.shape[1:]
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        boxes = zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True) if target else ()
+        for box, label in boxes:
+            _draw_box(axes, box, names[label - 1], colours((label - 1) % colours.N))
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
+        count = f"{len(target['labels'])} boxes" if target else "no targets"
+        axes.set_title(f"{name} (id {image_id})\n{width} x {height}, {count}", fontsize=7)
+    return figure
+
+
+def draw_token_sheet(batches: Iterable[TranslationBatch], num: int, vocabulary: Vocabulary, title: str) -> Figure:
+    """Sentences as token batches: a cell for each piece, grey where a batch is padded.
+
+    Args:
+        batches: Where they are from.
+        num: Most sentences to draw.
+        vocabulary: Names the tokens.
+        title: Above the sheet.
+    """
+    rows: list[tuple[str, Tensor]] = []
+    sentences = (
+        (f"batch {number}, {index}", *pair)
+        for number, batch in enumerate(batches)
+        for index, *pair in zip(batch.ids.tolist(), batch.source, batch.target, strict=True)
+    )
+    for label, source, target in itertools.islice(sentences, num):
+        rows.append((f"{label}: source", source))
+        if len(target):
+            rows.append(("target", target))
+    # sentencepiece marks the beginning of a word by U+2581, drawn here as a thin underscore.
+    texts = [[piece.replace("\u2581", "_") for piece in vocabulary.pieces(row.tolist())] for _, row in rows]
+    longest = max(map(len, texts), default=1)
+    widest = max((len(text) for line in texts for text in line), default=1)
+    width = 0.2 + min(0.8, 0.06 * widest)
+    figure = Figure(figsize=(2.0 + width * longest, 1.0 + 0.28 * len(rows)), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots()
+    for y, ((_, row), line) in enumerate(zip(rows, texts, strict=True)):
+        for x, (token, text) in enumerate(zip(row.tolist(), line, strict=True)):
+            colour = _PADDING_COLOUR if token == PAD_ID else "white"
+            axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="0.6"))
+            size = min(7.0, 90 * width / max(1, len(text)))
+            axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=size, parse_math=False)
+    axes.set(xlim=(0, longest), ylim=(len(rows), 0), xticks=[])
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], [label for label, _ in rows], fontsize=7)
+    axes.tick_params(length=0)
+    return figure
+
+
+def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each of `count` samples."""
+    columns = max(1, min(_COLUMNS, count))
+    rows = max(1, -(-count // columns))
+    figure = Figure(figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * rows + 0.4), dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
+def _draw_box(axes: Axes, box: Sequence[float], name: str, colour: Any) -> None:
+    x1, y1, x2, y2 = np.asarray(box) - 0.5  # a pixel's centre is a whole number in the picture
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.2))
+    axes.text(
+        x1,
+        y1,
+        name,
+        parse_math=False,
+        fontsize=5,
+        va="bottom",
+        clip_on=True,
+        bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+    )
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure whole or not at all; returns its path, which is another if `path` is taken.
+
+    Raises:
+        ValueError: If the suffix is no format of figures.
+        OSError: If the folder cannot be written to or is full; nothing is left behind.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ValueError(f"output: {path} ends in no format of figures; give one of .{', .'.join(sorted(known))}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        temporary = Path(folder) / path.name
+        figure.savefig(temporary)
+        return temporary.rename(unused_path(path))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        args: Command-line arguments; None for those of the process.
+
+    Raises:
+        SystemExit: With status 2 and a message on the standard error if an option or the data is wrong.
+    """
+    parser = ArgumentParser(prog="python -m datamodules.browse", description="Draws what a model really sees.")
+    parser.add_argument("-c", "--config", action="config", help="configuration file; its data section is used")
+    parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True)
+    parser.add_argument("--split", type=str, default="train", help=f"one of {', '.join(SPLITS)}")
+    parser.add_argument("--num", type=int, default=16, help="most samples to show")
+    parser.add_argument("--output", type=str, default="sheet.png", help="figure to write; a file of that name is kept")
+    for section in _OTHER_SECTIONS:
+        parser.add_argument(f"--{section}", type=Any, help=SUPPRESS)
+    options = parser.parse_args(args)
+    for section in _OTHER_SECTIONS:
+        options.pop(section)  # or a class named in it would be made
+    try:
+        module = parser.instantiate(options).data
+        path = save(browse_figure(module, options.split, options.num), Path(options.output))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(f"Contact sheet written to {path}")
+
+
+if __name__ == "__main__":
+    main()

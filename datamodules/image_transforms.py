@@ -1,0 +1,192 @@
+"""What happens to an image and its boxes between the file and the network.
+
+An image is resized so that its short side gets a given length unless the long side would become too long, both rounded
+to whole pixels. What a `W x H` image shows then covers the new `W' x H'` pixels from edge to edge (their centres lie at
+halves), so x becomes `x * W' / W` with the rounded W', and `x' * W / W'` leads back. This is exact whatever rounding
+did to the aspect ratio; only the scale before rounding would be inexact, and it is used for nothing else.
+"""
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.images import ImageArray
+
+Boxes = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+# A box that is smaller than this on either side, after resizing, is no target.
+_MIN_BOX_SIDE = 1.0
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is changed at random in training images.
+
+    Args:
+        horizontal_flip: Probability that left and right are exchanged.
+        vertical_flip: Probability that top and bottom are exchanged.
+        min_sizes: Lengths of the short side, one of which is drawn for each image; empty for the DataModule's
+            `min_size` alone.
+        brightness: A factor is drawn between 1 - this and 1 + this.
+        contrast: As brightness.
+        saturation: As brightness.
+        hue: A shift is drawn between -this and +this, in turns of the colour circle.
+        colour_probability: Probability that brightness, contrast, saturation and hue are changed at all.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    horizontal_flip: float = 0.5
+    vertical_flip: float = 0.0
+    min_sizes: tuple[int, ...] = ()
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    colour_probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "min_sizes":
+                if any(size < 1 for size in value):
+                    raise ValueError(f"augmentation.min_sizes: {list(value)} has a length below 1; give pixels.")
+                continue
+            most = 0.5 if field.name == "hue" else 1.0
+            if not 0 <= value <= most:
+                raise ValueError(f"augmentation.{field.name}: {value} is not between 0 and {most:g}.")
+
+    @property
+    def changes_colour(self) -> bool:
+        """Whether any colour is ever changed."""
+        return bool(self.colour_probability and (self.brightness or self.contrast or self.saturation or self.hue))
+
+
+def resized_size(size: tuple[int, int], min_size: int, max_size: int) -> tuple[int, int]:
+    """Height and width after resizing.
+
+    Args:
+        size: Height and width of the image.
+        min_size: Length of the short side; 0 resizes only what is longer than `max_size`.
+        max_size: Bound of the long side, which goes before; 0 for none.
+    """
+    short, long = min(size), max(size)
+    scale = min_size / short if min_size else 1.0
+    if max_size:
+        scale = min(scale, max_size / long)
+    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+    return height, width
+
+
+def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
+    """Resizes `[H, W, 3]` to a height and width: bilinear, or by the mean of the covered area where it shrinks."""
+    height, width = image.shape[:2]
+    if (height, width) == size:
+        return image
+    shrinks = size[0] < height or size[1] < width
+    resized = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def resize_boxes(boxes: npt.NDArray[Any], size: tuple[int, int], new_size: tuple[int, int]) -> Boxes:
+    """Boxes (x1, y1, x2, y2) `[n, 4]` of an image of `size`, after it was resized to `new_size`; and back, the same.
+
+    Args:
+        boxes: In pixels of the image.
+        size: Height and width of the image that the boxes are of.
+        new_size: Height and width of the other.
+    """
+    scale = np.array([new_size[1] / size[1], new_size[0] / size[0]] * 2)
+    return np.asarray(boxes * scale, dtype=np.float32)
+
+
+class EvaluationTransform:
+    """Resizes, and does nothing else.
+
+    Args:
+        min_size: As in `resized_size`.
+        max_size: As in `resized_size`.
+    """
+
+    def __init__(self, min_size: int, max_size: int) -> None:
+        self.min_size = min_size
+        self.max_size = max_size
+
+    def __call__(
+        self, image: ImageArray, boxes: Boxes, labels: Labels, draw: Sequence[int]
+    ) -> tuple[ImageArray, Boxes, Labels]:
+        """The resized image `[H', W', 3]`, its boxes `[n, 4]` and their labels `[n]`; `draw` has no influence."""
+        size = image.shape[0], image.shape[1]
+        new_size = resized_size(size, self.min_size, self.max_size)
+        return resize_image(image, new_size), resize_boxes(boxes, size, new_size), labels
+
+
+class TrainingTransform:
+    """Resizes, flips and changes colours at random, by albumentations.
+
+    What is drawn depends on the numbers that are given with each image and on nothing else, so it is the same in
+    whatever process and order the images are made.
+
+    Args:
+        augmentation: What is drawn.
+        min_size: As in `resized_size`; `augmentation.min_sizes` goes before it.
+        max_size: As in `resized_size`.
+    """
+
+    def __init__(self, augmentation: Augmentation, min_size: int, max_size: int) -> None:
+        # It would ask a server for a newer version. Imported here because it takes a second.
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+        import albumentations as A  # type: ignore[import-untyped]
+
+        self.min_sizes = augmentation.min_sizes or (min_size,)
+        self.max_size = max_size
+        jitter = A.ColorJitter(
+            *(
+                (1 - strength, 1 + strength)
+                for strength in (augmentation.brightness, augmentation.contrast, augmentation.saturation)
+            ),
+            hue=(-augmentation.hue, augmentation.hue),
+            p=augmentation.colour_probability,
+        )
+        self.colours = A.Compose([jitter] if augmentation.changes_colour else [])
+        flips = [A.HorizontalFlip(p=augmentation.horizontal_flip), A.VerticalFlip(p=augmentation.vertical_flip)]
+        boxes = A.BboxParams(
+            format="pascal_voc", label_fields=["labels"], clip=True, min_width=_MIN_BOX_SIDE, min_height=_MIN_BOX_SIDE
+        )
+        self.flips = A.Compose(flips, bbox_params=boxes)
+
+    def __call__(
+        self, image: ImageArray, boxes: Boxes, labels: Labels, draw: Sequence[int]
+    ) -> tuple[ImageArray, Boxes, Labels]:
+        """The changed image `[H', W', 3]`, the boxes that are left `[n, 4]` and their labels `[n]`.
+
+        Args:
+            image: `[H, W, 3]`.
+            boxes: (x1, y1, x2, y2) in pixels, within the image, `[n, 4]`.
+            labels: `[n]`.
+            draw: What the drawing starts from: seed, epoch, number of the image.
+        """
+        generator = np.random.default_rng(draw)
+        # One stream for all steps. Compose.set_random_seed would give each step the same one, so that an image would be
+        # flipped whenever its colours are changed.
+        streams = generator, random.Random(int(generator.integers(1 << 32)))
+        self.colours.set_random_state(*streams)
+        self.flips.set_random_state(*streams)
+        size = image.shape[0], image.shape[1]
+        new_size = resized_size(size, self.min_sizes[generator.integers(len(self.min_sizes))], self.max_size)
+        # Colours first: images usually grow.
+        image = resize_image(self.colours(image=image)["image"], new_size)
+        made = self.flips(image=image, bboxes=resize_boxes(boxes, size, new_size), labels=labels)
+        return (
+            made["image"],
+            np.asarray(made["bboxes"], dtype=np.float32).reshape(-1, 4),
+            np.asarray(made["labels"], dtype=np.int64).reshape(-1),
+        )

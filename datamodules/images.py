@@ -1,0 +1,145 @@
+"""Image files as RGB arrays, whatever they hold, or an error that names the file."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+__all__ = ["IMAGE_SUFFIXES", "ImageArray", "ImageError", "image_size", "read_image"]
+
+ImageArray = npt.NDArray[np.uint8]
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Endings of the files that count as images in a folder, in lower case."""
+
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+class ImageError(ValueError):
+    """An image file cannot be used; the message names it and a way out."""
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> ImageArray:
+    """Reads an image file.
+
+    Grey, palette and CMYK images become RGB, 16 bits become 8, transparency is dropped. An EXIF orientation is applied,
+    so that the image is upright, unless `size` says that the stored pixels are meant.
+
+    Args:
+        path: The file.
+        size: Height and width that the annotations were made for. Stored pixels of this size are taken as they are; if
+            only the upright image has it, that is taken.
+
+    Returns:
+        RGB, `[H, W, 3]`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImageError: If it is damaged, no image, too large (more than 178 million pixels), has 32-bit pixels, or has
+            neither stored nor upright the size that was asked for.
+        OSError: If the file cannot be read.
+    """
+    with _decoding(path) as image:
+        image.load()
+        orientation = _orientation(image)
+        converted = _rgb(image, path)
+    stored, upright = _sizes(converted, orientation)
+    if size is not None:
+        _check_size(path, size, stored, upright)
+    if orientation in _UPRIGHT and size != stored:
+        converted = converted.transpose(_UPRIGHT[orientation])
+    return np.array(converted)
+
+
+def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Height and width that `read_image` would give, from the header of the file.
+
+    Args:
+        path: As in `read_image`.
+        size: As in `read_image`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImageError: If it is no image, too large, or has not the size that was asked for.
+        OSError: If the file cannot be read.
+    """
+    with _decoding(path) as image:
+        stored, upright = _sizes(image, _orientation(image))
+    if size is not None:
+        _check_size(path, size, stored, upright)
+        return size
+    return upright
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow turns the pixels of a TIFF file itself, and shows the turned size before it does. Of a PNG file it would
+    # decode all pixels to see whether EXIF data come after them, where hardly anyone writes them.
+    tagged = image.format != "PNG" or any("exif" in str(key).lower() for key in image.info)
+    return int(image.getexif().get(_ORIENTATION, 1)) if tagged and image.format != "TIFF" else 1
+
+
+def _sizes(image: Image.Image, orientation: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width as stored, and upright."""
+    stored = image.height, image.width
+    return stored, stored[::-1] if orientation in _SIDEWAYS else stored
+
+
+def _check_size(path: Path, size: tuple[int, int], stored: tuple[int, int], upright: tuple[int, int]) -> None:
+    if size in (stored, upright):
+        return
+    found, turned, wanted = (f"{width}x{height}" for height, width in (stored, upright, size))
+    turned = f" ({turned} upright, by its EXIF orientation)" if upright != stored else ""
+    raise ImageError(
+        f"{path} is {found} pixels{turned}, but its annotation says {wanted} (width x height). Use the images that the "
+        "annotations were made for, or correct width and height, and the boxes with them."
+    )
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[Image.Image]:
+    """Opens an image, and makes one kind of error of all that a decoder may raise on a damaged file."""
+    try:
+        with warnings.catch_warnings():
+            # What is wrong is raised as an error; Pillow's warning begins at half the size that it refuses.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                yield image
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is not there.") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path} is too large ({error}). Scale it down or cut it into pieces.") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system could not read it
+        raise ImageError(
+            f"{path} is damaged, cut short, or no image ({error}). Copy or download it again, or take it out of the "
+            "data."
+        ) from error
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(f"{path} has 32-bit pixels, whose range is not known. Convert it to 8 or 16 bits.")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # a palette may hold transparency
+    return image.convert("RGB")

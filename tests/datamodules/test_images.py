@@ -1,0 +1,177 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from datamodules.images import ImageError, image_size, read_image
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@pytest.fixture
+def picture():
+    """Smooth, so that JPEG changes it little; 4 rows of 6 would be too small for that."""
+    y, x = np.mgrid[0:40, 0:60]
+    return Image.fromarray(np.stack([x * 4, y * 6, 255 - x * 4], axis=2).astype(np.uint8))
+
+
+def distance(a, b):
+    return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "tolerance"),
+    [
+        ("RGB", "a.png", 0),
+        ("RGB", "a.bmp", 0),
+        ("RGB", "a.tiff", 0),
+        ("RGB", "a.jpg", 12),
+        ("RGB", "a.webp", 40),
+        ("RGBA", "a.png", 0),
+        ("CMYK", "a.jpg", 12),
+        ("CMYK", "a.tif", 0),
+        ("P", "a.png", 60),
+        ("YCbCr", "a.jpg", 12),
+    ],
+)
+def test_colour_images_keep_their_colours(tmp_path, picture, mode, name, tolerance):
+    converted = picture.convert("P", palette=Image.Palette.ADAPTIVE) if mode == "P" else picture.convert(mode)
+    if mode == "RGBA":
+        converted.putalpha(Image.new("L", converted.size, 7))
+    converted.save(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert image.shape == (40, 60, 3)
+    assert image.dtype == np.uint8
+    assert image.flags.writeable
+    assert distance(image, picture) <= tolerance
+
+
+@pytest.mark.parametrize(("mode", "name"), [("L", "a.png"), ("L", "a.jpg"), ("LA", "a.png"), ("1", "a.png")])
+def test_grey_images_get_three_equal_channels(tmp_path, picture, mode, name):
+    picture.convert(mode).save(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert image.shape == (40, 60, 3)
+    assert (image == image[:, :, :1]).all()
+    assert distance(image[:, :, 0], picture.convert(mode).convert("L")) <= 12
+
+
+def test_a_palette_with_transparency(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(tmp_path / "a.png", transparency=b"\x00\x80\xff")
+    assert read_image(tmp_path / "a.png").tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bits_become_eight(tmp_path, name):
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    assert read_image(tmp_path / name)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_thirty_two_bits_are_refused(tmp_path, dtype):
+    Image.fromarray(np.ones((3, 3), dtype=dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match=r"a\.tif has 32-bit pixels.*Convert it to 8 or 16 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.webp"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientation(tmp_path, picture, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / name
+    picture.save(path, exif=exif)
+    with Image.open(path) as opened:
+        expected = ImageOps.exif_transpose(opened).convert("RGB")
+    image = read_image(path)
+    assert distance(image, expected) == 0
+    assert image_size(path) == image.shape[:2]
+    assert image_size(path) == ((60, 40) if 5 <= orientation <= 8 else (40, 60))
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_annotations_of_the_stored_pixels_are_not_turned(tmp_path, picture, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert distance(read_image(tmp_path / "a.png", (40, 60)), picture) == 0
+    assert image_size(tmp_path / "a.png", (40, 60)) == (40, 60)
+
+
+def test_annotations_of_the_upright_image_are_met(tmp_path, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "a.png", exif=exif)
+    assert distance(read_image(tmp_path / "a.png", (60, 40)), picture.transpose(Image.Transpose.ROTATE_270)) == 0
+    assert image_size(tmp_path / "a.png", (60, 40)) == (60, 40)
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_annotations_of_another_size_are_refused(tmp_path, picture, read):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    picture.save(tmp_path / "plain.png")
+    text = r"turned\.png is 60x40 pixels \(40x60 upright, by its EXIF orientation\), but its annotation says 61x40"
+    with pytest.raises(ImageError, match=text):
+        read(tmp_path / "turned.png", (40, 61))
+    with pytest.raises(ImageError, match=r"plain\.png is 60x40 pixels, but its annotation says 40x60"):
+        read(tmp_path / "plain.png", (60, 40))
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp", "a.bmp"])
+@pytest.mark.parametrize("part", [0.5, 0.75, 0.0])
+def test_files_that_are_cut_off(tmp_path, picture, name, part):
+    picture.save(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(ImageError, match=rf"{name} is damaged, cut short, or no image .* take it out of the data"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_what_is_no_image(tmp_path, read):
+    (tmp_path / "a.jpg").write_text("<html>404</html>")
+    with pytest.raises(ImageError, match=r"a\.jpg is damaged, cut short, or no image"):
+        read(tmp_path / "a.jpg")
+    with pytest.raises(FileNotFoundError, match=r"b\.jpg is not there"):
+        read(tmp_path / "b.jpg")
+    with pytest.raises(IsADirectoryError):
+        read(tmp_path)
+
+
+# Sizes
+
+
+def test_one_pixel(tmp_path):
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").tolist() == [[[1, 2, 3]]]
+
+
+def test_a_very_large_image_is_read(tmp_path):
+    Image.new("1", (12_000, 9_000), 1).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert image.shape == (9_000, 12_000, 3)
+    assert image[-1, -1].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_a_header_that_promises_too_much_is_refused(tmp_path, read):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(data)
+    with pytest.raises(ImageError, match=r"bomb\.png is too large \(.*400000000 pixels.*Scale it down"):
+        read(tmp_path / "bomb.png")
