@@ -74,6 +74,9 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer whose files all lie in the run directory."""
         assert self.subcommand is not None
+        checkpoint = self._option("ckpt_path")
+        if checkpoint and checkpoint not in _CHECKPOINT_WORDS:
+            self.model.checkpoint_path = str(checkpoint)
         options = self.config_init[self.subcommand]["trainer"]
         run = RunOptions(**self._option("run").as_dict())
         self.run_path = self._run_directory(run)
@@ -284,7 +287,7 @@ def _configure_messages() -> None:
     """Shows what our packages report, and silences messages that a user can do nothing about, each with its reason."""
     for name in ("datamodules", "lightning_attn"):
         logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if run_directory.is_rank_zero() else logging.WARNING)
         if not logger.hasHandlers():
             logger.addHandler(logging.StreamHandler())
     # jsonargparse renamed methods that Lightning calls (Lightning issue 21900).

@@ -8,8 +8,11 @@ import typing
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
@@ -40,11 +43,14 @@ class BaseTask(pl.LightningModule):
         task_name: Folder of the runs, `checkpoints/<task_name>/<name>/`.
         monitor: The logged value that `best.ckpt` is chosen by.
         monitor_mode: Whether the `"max"` or the `"min"` of `monitor` is best.
+        checkpoint_path: The checkpoint that the command was given, if any: what the data does not say is found there
+            before Lightning loads the weights.
     """
 
     task_name: ClassVar[str] = "task"
     monitor: ClassVar[str] = "val/loss"
     monitor_mode: ClassVar[str] = "min"
+    checkpoint_path: str = ""
 
     def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
         super().__init__()
@@ -57,14 +63,29 @@ class BaseTask(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and its schedule, which Lightning steps per optimizer step, not per epoch."""
-        groups = self.optimizer.parameter_groups(self)
+        spec = self.optimizer
+        if spec.base_batch_size:
+            global_batch_size = self._global_batch_size()
+            rank_zero_info(spec.scaling_note(global_batch_size))
+            spec = spec.scaled(global_batch_size)
+        groups = spec.parameter_groups(self)
         # The scaler of fp16 unscales gradients itself, which a fused optimizer and clipping cannot both do.
         fused = self._gradient_scaler is None and all(
             parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"]
         )
-        optimizer = self.optimizer.build(groups, fused=fused)
+        optimizer = spec.build(groups, fused=fused)
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _global_batch_size(self) -> int:
+        """Samples of one optimizer step, over all ranks and accumulated batches."""
+        batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        if not isinstance(batch_size, int):
+            raise ValueError(
+                f"optimizer.base_batch_size={self.optimizer.base_batch_size} scales the learning rate with the batch, "
+                "but the data module has no batch_size (token batches have none). Set optimizer.base_batch_size to 0."
+            )
+        return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def on_fit_start(self) -> None:
         """Logs the constructor's arguments."""
@@ -159,6 +180,12 @@ class BaseTask(pl.LightningModule):
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from what the checkpoint holds, without a DataModule; before the weights are loaded."""
         raise NotImplementedError(f"{type(self).__name__} must define on_load_checkpoint_alone for `load` to work.")
+
+    def log_picture(self, name: str, picture: npt.NDArray[np.uint8]) -> None:
+        """Shows a picture `[H, W, 3]` under the current step in the loggers that can: TensorBoard."""
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, picture, self.global_step, dataformats="HWC")
 
     @property
     def output_directory(self) -> Path:

@@ -1,0 +1,231 @@
+import csv
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from coco_data import CATEGORIES, COUNTS, annotation_path, change_coco, write_coco
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from lightning_attn.attention import AttentionSpec
+from lightning_attn.cli import main
+from lightning_attn.networks.detection import DetectorSpec
+from lightning_attn.networks.resnet import ResNetSpec
+from lightning_attn.tasks import CheckpointError, DetectionTask, OptimizerSpec, ScheduleSpec
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("coco") / "data", {**COUNTS, "test2017": 5})
+
+
+@pytest.fixture(scope="module")
+def detection_config(tmp_path_factory, coco) -> Path:
+    """A complete configuration that trains in seconds."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+model:
+  class_path: DetectionTask
+  init_args:
+    attention: {{terms: "0010", convolution: deformable, num_heads: 2}}
+    backbone: {{name: bottleneck14, width: 8, norm: group}}
+    detector:
+      fpn_channels: 8
+      anchor_sizes: [8, 10, 12, 14, 16]
+      nms_threshold: 0.7
+      roi_canonical_size: 32
+      fc_dim: 16
+      proposals_train: 50
+      proposals_eval: 300
+      roi_batch_size: 16
+      score_threshold: 0.0
+    optimizer: {{name: sgd, learning_rate: 0.05, weight_decay: 1.0e-4, base_batch_size: 8}}
+    schedule: {{name: multistep, warmup_steps: 1, warmup_start: 0.5, milestones: [0.75]}}
+    num_pictures: 2
+    picture_score: 0.0
+data:
+  class_path: COCODataModule
+  init_args: {{root: {coco}, batch_size: 2, test_split: test2017, min_size: 48, max_size: 80}}
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 4
+  val_check_interval: 2
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 1
+  log_every_n_steps: 1
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory, detection_config) -> Path:
+    """A run directory."""
+    root = tmp_path_factory.mktemp("runs")
+    arguments = ["fit", "-c", detection_config, "--run.root", root, "--trainer.max_steps", 60]
+    arguments += ["--trainer.val_check_interval", 60, "--trainer.accumulate_grad_batches", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py"])
+        main([str(argument) for argument in arguments])
+    return root / "detection" / "tiny"
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path) -> Path:
+    """A copy of the run directory for one test."""
+    return shutil.copytree(trained_once, tmp_path / "tiny")
+
+
+def peer(truth: Path, detections: Path) -> list[float]:
+    """The twelve numbers of pycocotools on the written file."""
+    ground_truth = COCO(truth)
+    scorer = COCOeval(ground_truth, ground_truth.loadRes(str(detections)), "bbox")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    return scorer.stats.tolist()
+
+
+def test_training_scales_the_rate_and_learns(trained_once):
+    for name in ("best.ckpt", "last.ckpt", "metrics.csv", "config_fit.yaml"):
+        assert (trained_once / name).is_file(), name
+    with (trained_once / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    parts = [
+        [float(v) for name, v in row.items() if name.startswith("train/loss_")] for row in rows if row["train/loss"]
+    ]
+    assert [sum(part) for part in parts] == pytest.approx(losses, rel=1e-5)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    rates = [float(row["lr-SGD/network"]) for row in rows if row["lr-SGD/network"]]
+    # 2 images, 1 rank, 2 batches accumulated: half of the 8 that the rate is meant for, and half of it at the start.
+    assert rates[0] == pytest.approx(0.05 * 4 / 8 / 2)
+    assert rates[-1] == pytest.approx(0.0025)
+
+
+def test_validate_test_predict(run, coco, trained):
+    stored = ["-c", trained / "config_fit.yaml", "--ckpt_path", trained / "last.ckpt"]
+    run("validate", *stored)
+    run("test", *stored)
+    results = json.loads((trained / "test_metrics.json").read_text())
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
+    names += ("ar_small", "ar_medium", "ar_large")
+    expected = peer(annotation_path(coco, "test2017"), trained / "predictions" / "test_detections.json")
+    ours = [-1.0 if math.isnan(results[f"test/{name}"]) else results[f"test/{name}"] for name in names]
+    assert ours == pytest.approx(expected, abs=1e-6)
+    assert max(expected) > 0, "a comparison of zeros would say nothing"
+    assert results["test/num_images"] == 5
+    assert len(list((trained / "predictions" / "test_pictures").glob("*.png"))) == 2
+
+    run("predict", *stored)
+    written = json.loads((trained / "predictions" / "detections.json").read_text())
+    assert written == json.loads((trained / "predictions" / "test_detections.json").read_text())
+
+
+def test_a_folder_of_images(run, coco, trained, tmp_path):
+    """Without annotations beside them; of sizes and modes that the training data has not."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("L", (200, 30)).save(folder / "grey.png")
+    Image.fromarray(np.full((50, 70, 3), 200, np.uint8)).save(folder / "colour.jpg")
+    stored = ["-c", trained / "config_fit.yaml", "--ckpt_path", trained / "last.ckpt"]
+    run("predict", *stored, "--data.predict_folder", folder, "--data.root", tmp_path / "nothing")
+    images = json.loads((trained / "predictions" / "images.json").read_text())
+    assert sorted(image["file_name"] for image in images) == ["colour.jpg", "grey.png"]
+    found = json.loads((trained / "predictions" / "detections.json").read_text())
+    assert {one["category_id"] for one in found} <= set(CATEGORIES)
+    grey = next(image["id"] for image in images if image["file_name"] == "grey.png")
+    boxes = np.array([one["bbox"] for one in found if one["image_id"] == grey])
+    assert (boxes[:, 0] + boxes[:, 2]).max() > 80, "boxes are in pixels of the file, not of the resized image"
+    assert (boxes[:, 0] + boxes[:, 2]).max() <= 200 + 1e-3
+    assert (boxes[:, 1] + boxes[:, 3]).max() <= 30 + 1e-3
+
+
+def test_the_number_of_workers_changes_nothing(run, detection_config):
+    states = []
+    for workers in (0, 2):
+        quick = ["--run.name", f"w{workers}", "--trainer.limit_val_batches", 0, "--trainer.logger", "false"]
+        printed = run("fit", "-c", detection_config, "--data.num_workers", workers, *quick)
+        assert "Learning rate 0.0125 for a global batch of 2: 0.05 for 8" in printed
+        path = Path(f"checkpoints/detection/w{workers}/last.ckpt")
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_other_categories_are_refused(run, coco, detection_config, trained, tmp_path):
+    other = write_coco(tmp_path / "other")
+    for split in COUNTS:
+        change_coco(other, split, lambda content: content["categories"][0].update(name="toaster"))
+    printed = run(
+        "validate",
+        "-c",
+        trained / "config_fit.yaml",
+        "--ckpt_path",
+        trained / "last.ckpt",
+        "--data.root",
+        other,
+        status=2,
+    )
+    assert "The checkpoint was trained for 3 categories: " in printed
+    assert "toothbrush (90)" in printed
+    assert "toaster (90)" in printed
+
+
+def test_a_checkpoint_alone_is_enough(trained):
+    task = DetectionTask.load(trained / "last.ckpt")
+    assert task.known_categories.ids == tuple(sorted(CATEGORIES)) or set(task.known_categories.ids) == set(CATEGORIES)
+    stored = torch.load(trained / "last.ckpt", weights_only=True)
+    assert all(torch.equal(value, stored["state_dict"][name]) for name, value in task.state_dict().items())
+    with torch.inference_mode():
+        (found,) = task.built_network([torch.zeros(3, 40, 40, dtype=torch.uint8)])
+    assert set(found) == {"boxes", "labels", "scores"}
+    stored.pop("categories")
+    torch.save(stored, trained / "without.ckpt")
+    with pytest.raises(CheckpointError, match="holds no categories"):
+        DetectionTask.load(trained / "without.ckpt")
+
+
+def test_offsets_are_a_group_of_their_own_with_a_tenth_of_the_rate():
+    task = DetectionTask(
+        attention=AttentionSpec(terms="0010", convolution="deformable"),
+        backbone=ResNetSpec(name="bottleneck14", width=16),
+        detector=DetectorSpec(fpn_channels=16, fc_dim=16),
+        optimizer=OptimizerSpec(name="sgd", learning_rate=0.02),
+        schedule=ScheduleSpec("constant", warmup_steps=0),
+    )
+    with pytest.raises(RuntimeError, match="built when a Trainer starts"):
+        task.built_network  # noqa: B018
+    from datamodules.coco_annotations import Categories
+
+    task._build(Categories(names=("a", "b"), ids=(3, 9)), task.backbone)
+    groups = {group["name"]: group for group in task.optimizer.parameter_groups(task)}
+    assert groups["offsets"]["lr"] == pytest.approx(0.002)
+    names = {id(parameter): name for name, parameter in task.named_parameters()}
+    assert {names[id(parameter)].rsplit(".", 2)[-2] for parameter in groups["offsets"]["params"]} == {"offset"}
+    assert len(groups["offsets"]["params"]) == 4  # weight and bias of conv4's and conv5's only block
+
+
+def test_sizes_are_checked_before_the_data_is_read():
+    with pytest.raises(ValueError, match="cannot be divided among num_heads=7"):
+        DetectionTask(attention=AttentionSpec(num_heads=7))
+    with pytest.raises(ValueError, match="picture_score between 0 and 1, got 8 and 2"):
+        DetectionTask(picture_score=2)
+
+
+def test_scaling_by_the_batch_needs_a_batch(run, tiny_config):
+    printed = run("fit", "-c", tiny_config, "--model.optimizer.base_batch_size", 16, status=2)
+    assert "token batches have none" in printed
+
+
+def test_synchronised_statistics_need_gpus(run, detection_config):
+    printed = run("fit", "-c", detection_config, "--model.backbone.norm", "sync", status=2)
+    assert "this run has none. Use batch, frozen or group" in printed
