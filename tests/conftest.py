@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coco_data import COUNTS, write_coco
 
 from datamodules.miniature_translation import write_miniature_corpus
 from lightning_attn.cli import main
@@ -57,6 +58,54 @@ trainer:
   check_val_every_n_epoch: null
   num_sanity_val_steps: 0
   limit_val_batches: 1
+  log_every_n_steps: 1
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory) -> Path:
+    """Detection data in the official layout, with an odd number of test images."""
+    return write_coco(tmp_path_factory.mktemp("coco") / "data", {**COUNTS, "test2017": 5})
+
+
+@pytest.fixture(scope="session")
+def detection_config(tmp_path_factory, coco) -> Path:
+    """A complete configuration that trains in seconds."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+model:
+  class_path: DetectionTask
+  init_args:
+    attention: {{terms: "0010", convolution: deformable, num_heads: 2}}
+    backbone: {{name: bottleneck14, width: 8, norm: group}}
+    detector:
+      fpn_channels: 8
+      anchor_sizes: [8, 10, 12, 14, 16]
+      nms_threshold: 0.7
+      roi_canonical_size: 32
+      fc_dim: 16
+      proposals_train: 50
+      proposals_eval: 300
+      roi_batch_size: 16
+      score_threshold: 0.0
+    optimizer: {{name: sgd, learning_rate: 0.05, weight_decay: 1.0e-4, base_batch_size: 8}}
+    schedule: {{name: multistep, warmup_steps: 1, warmup_start: 0.5, milestones: [0.75]}}
+    num_pictures: 2
+    picture_score: 0.0
+data:
+  class_path: COCODataModule
+  init_args: {{root: {coco}, batch_size: 2, test_split: test2017, min_size: 48, max_size: 80}}
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 4
+  val_check_interval: 2
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 1
   log_every_n_steps: 1
 """,
         encoding="utf-8",

@@ -94,3 +94,30 @@ def test_mid_epoch_resume_on_two_ranks(run_process, tiny_config, in_folder):
     )
     for name, value in straight.items():
         assert torch.equal(value, second[name]), name
+
+
+def test_detection_on_two_ranks(run_process, detection_config, in_folder):
+    """One image of five on a rank, or none: the same scores and files, and nobody waits for ever."""
+    runs = in_folder / "checkpoints" / "detection"
+    longer = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 2]
+    run_process("fit", "-c", detection_config, "--run.name", "two", *longer, *TWO_RANKS)
+    stored = ["-c", runs / "two" / "config_fit.yaml", "--ckpt_path", runs / "two" / "last.ckpt"]
+    single = ["--data.eval_batch_size", 1]  # the padding of an image does not depend on its neighbours
+    run_process("test", *stored, *single)
+    run_process("test", *stored, *single, *TWO_RANKS)
+    whole = ["--data.eval_batch_size", 5]  # one batch: the other rank has none
+    run_process("test", *stored, *TWO_RANKS, *whole)
+    run_process("predict", *stored, *TWO_RANKS, *single)
+    found = runs / "two" / "predictions"
+    one, two, uneven = (
+        json.loads((runs / "two" / name).read_text())
+        for name in ("test_metrics.json", "test_metrics-2.json", "test_metrics-3.json")
+    )
+    assert one["test/ar100"] > 0, "zeros would say nothing"
+    assert two == one
+    assert uneven["test/num_images"] == 5
+    assert uneven["test/ar100"] == pytest.approx(one["test/ar100"], abs=0.05)
+    texts = [
+        (found / name).read_text() for name in ("test_detections.json", "test_detections-2.json", "detections.json")
+    ]
+    assert texts[0] == texts[1] == texts[2]

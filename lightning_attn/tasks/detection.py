@@ -1,6 +1,7 @@
 """Object detection with an attended ResNet whose attention is chosen by spec (paper, sections 3 and 4)."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -252,7 +253,11 @@ class DetectionTask(BaseTask):
         shown = (f"{stage}/ap", f"{stage}/ap50")
         self.log_dict({name: numbers[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_dict({name: value for name, value in numbers.items() if name not in shown}, batch_size=1)
-        return {f"{stage}/{name}": value for name, value in scores.items()}
+        # Of what there is nothing to find, a score is NaN, which JSON has not.
+        return {
+            f"{stage}/{name}": None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in scores.items()
+        }
 
     def on_test_epoch_end(self) -> None:
         """Logs the scores and writes them, the detections and pictures into the run directory."""
@@ -263,7 +268,7 @@ class DetectionTask(BaseTask):
         write_json(self.output_directory / "predictions" / "test_detections.json", self._metrics.records())
         path = write_json(self.output_directory / "test_metrics.json", results)
         _print_scores(results)
-        rank_zero_info(f"AP {results['test/ap']:.3f}, AP50 {results['test/ap50']:.3f}; written to {path}")
+        rank_zero_info(f"Scores written to {path}")
         self._save_pictures("test")
 
     def _save_pictures(self, stage: str) -> None:
@@ -333,5 +338,6 @@ def _print_scores(results: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.3f}")
     table.add_section()
     for name in COCO_NUMBERS:
-        table.add_row(name, f"{results[f'test/{name}']:.3f}")
+        value = results[f"test/{name}"]
+        table.add_row(name, "-" if value is None else f"{value:.3f}")
     Console().print(table)
