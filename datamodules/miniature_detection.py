@@ -9,7 +9,7 @@ of small things, annotated as one crowd.
 **What only far-away context tells.** Two more categories, `day_flower` and `night_flower`, are drawn by the same code
 with the same random draws. Which one a flower is, a sign in a corner of the picture decides: all flowers of a picture
 with a sun are day flowers, all flowers of one with a moon are night flowers. Every picture has exactly one sign, with
-or without flowers, sun and moon equally often. Along the longer side of the picture, at least half of that side lies
+or without flowers, sun or moon with equal chance. Along the longer side of the picture, at least half of that side lies
 between the sign and any flower. The sign is the last thing to be chosen, by random draws of its own, and replaces the
 pixels of one square that nothing else reaches into. Everything outside that square is the same pixel for pixel under
 either sign, so no surroundings of a flower that leave the square out say anything about its category: whoever sees no

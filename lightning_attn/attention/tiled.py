@@ -79,7 +79,8 @@ class Layout:
         keys = torch.arange(self.num_keys, device=queries.device)
         width, key_width = self.query_sizes[1], max(1, self.key_sizes[1])
         query_y, query_x = (part.unsqueeze(1) for part in (queries // width, queries % width))
-        return self._hidden(query_y, query_x, keys // key_width, keys % key_width)
+        hidden = self._hidden(query_y, query_x, keys // key_width, keys % key_width)
+        return hidden.expand(len(queries), self.num_keys)
 
     def _hidden(self, query_y: Tensor, query_x: Tensor, key_y: Tensor, key_x: Tensor) -> Tensor:
         key_y, key_x = key_y * self.stride, key_x * self.stride

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attn.attention import GatedResidual, TransformerAttention
+from lightning_attn.attention.algorithms import masked_softmax
+from lightning_attn.attention.tiled import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,23 +209,12 @@ def _seen(
     causal: bool,
 ) -> Tensor:
     """True where a key is within the window and, if causal, not later; `[queries, H_k, W_k]` or `[queries, L_k]`."""
-    queries = torch.unravel_index(torch.arange(*rows), query_size)
-    keys = torch.meshgrid(*(torch.arange(0, size, module.kv_stride) for size in key_size), indexing="ij")
-    offsets = [k - q.reshape(-1, *(1,) * len(key_size)) for q, k in zip(queries, keys, strict=True)]
-    seen = torch.ones_like(offsets[0], dtype=torch.bool)
-    if module.window is not None:
-        for offset in offsets:
-            seen &= offset.abs() <= module.window // 2
-    if causal:
-        later = torch.zeros_like(seen)
-        for offset in reversed(offsets):  # reading order: the row decides, then the column
-            later = (offset > 0) | ((offset == 0) & later)
-        seen &= ~later
-    return seen
+    strided = tuple(-(-size // module.kv_stride) for size in key_size)
+    (height, width), (key_height, key_width) = ((1, *size)[-2:] for size in (query_size, strided))
+    layout = Layout((height, width), (key_height, key_width), module.kv_stride, causal, module.window)
+    return ~layout.hidden_from(torch.arange(*rows)).reshape(rows[1] - rows[0], *strided)
 
 
 def _softmax(energy: Tensor, seen: Tensor, num_axes: int) -> Tensor:
     """Softmax over the keys that are seen, the last `num_axes` axes; zeros where none is."""
-    hidden = ~seen.flatten(-num_axes)
-    weights = energy.flatten(-num_axes).masked_fill(hidden, -torch.inf).softmax(dim=-1)
-    return weights.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0).reshape(energy.shape)
+    return masked_softmax(energy.flatten(-num_axes), ~seen.flatten(-num_axes)).reshape(energy.shape)

@@ -729,7 +729,8 @@ def test_the_trainer_has_nothing_to_warn_about(shared_root, recwarn):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+here = Path(sys.argv[1])
+sys.path[:0] = [str(folder) for folder in (here, here.parent, here.parent.parent)]
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from test_coco import Recorder, fit, module_of, trainer_of
