@@ -1,15 +1,12 @@
-"""Batches of about equally long sentences, bounded by tokens and planned for a whole epoch at once.
+"""Batches of about equally long sentences, bounded by tokens."""
 
-The plan is a function of the lengths, the seed, the epoch and nothing else. It is the same on every rank; rank r takes
-batches r, r + world size, and so on.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+
+from datamodules.planned_batches import PlannedBatchSampler
 
 Lengths = npt.NDArray[np.int32]
 
@@ -18,7 +15,7 @@ Lengths = npt.NDArray[np.int32]
 _LENGTH_STEP = 2
 
 
-class TokenBatchSampler(Sampler[list[int]]):
+class TokenBatchSampler(PlannedBatchSampler[int]):
     """Yields lists of sentence indices, for use as a DataLoader's ``batch_sampler``.
 
     A batch of n pairs takes ``n * longest source`` and ``n * longest target`` tokens, padding included; each of the two
@@ -61,8 +58,7 @@ class TokenBatchSampler(Sampler[list[int]]):
     ) -> None:
         if len(source_lengths) != len(target_lengths):
             raise ValueError(f"source_lengths has {len(source_lengths)} values, target_lengths {len(target_lengths)}.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank: {rank} is not in 0..{world_size - 1}.")
+        super().__init__(shuffle=shuffle, seed=seed, reshuffle=reshuffle, rank=rank, world_size=world_size)
         longest = np.maximum(source_lengths, target_lengths)
         if len(longest) and int(longest.max()) > max_tokens:
             index = int(longest.argmax())
@@ -71,14 +67,6 @@ class TokenBatchSampler(Sampler[list[int]]):
                 f"the {max_tokens} of a batch. Raise max_tokens or leave the pair out."
             )
         self.max_tokens = max_tokens
-        self.shuffle = shuffle
-        self.seed = seed
-        self.reshuffle = reshuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self._running_epoch = 0
-        self._skip = 0
         if shuffle:
             source_lengths, target_lengths = (
                 np.minimum(-(-lengths // _LENGTH_STEP) * _LENGTH_STEP, max_tokens)
@@ -86,75 +74,23 @@ class TokenBatchSampler(Sampler[list[int]]):
             )
         self._key = _sorting_key(source_lengths, target_lengths)
         order = self._order(None)
-        self._bounds = _cut(source_lengths[order], target_lengths[order], max_tokens)
+        self.bounds = _cut(source_lengths[order], target_lengths[order], max_tokens)
         while self.num_batches % world_size if shuffle else self.num_batches < world_size:
-            self._bounds = _halve_largest(self._bounds, world_size)
+            self.bounds = _halve_largest(self.bounds, world_size)
 
     @property
-    def sampler(self) -> Sampler[Any]:
-        """What Lightning hands the epoch to (itself), or takes as a sign that nothing is shuffled."""
-        return self if self.shuffle else SequentialSampler(range(len(self._key)))
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of an epoch on all ranks together."""
-        return len(self._bounds) - 1
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration yield this epoch, from its start unless a place in it was loaded."""
-        if epoch != self.epoch:
-            self.epoch, self._skip = epoch, 0
-
-    def __len__(self) -> int:
-        """Batches of a whole epoch on this rank, also when an iteration resumes in the middle."""
-        return len(range(self.rank, self.num_batches, self.world_size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        # Not a generator itself: the epoch must be fixed now, not when the first batch is asked for, because
-        # Lightning calls set_epoch in between and DataLoader workers fetch ahead.
-        self._running_epoch = self.epoch
-        share = range(self.rank, self.num_batches, self.world_size)[self._skip :]
-        return (batch.tolist() for batch in self._batches(self.epoch, share))
-
-    def state_dict(self, consumed: int, finished: bool = False) -> dict[str, int]:
-        """The place to go on from, the same on every rank.
-
-        Args:
-            consumed: batches of the running epoch that this rank has trained on.
-            finished: whether the epoch ends there.
-        """
-        finished = finished or consumed >= len(self)
+    def settings(self) -> dict[str, int]:
+        """What the plan depends on."""
         return {
-            "epoch": self._running_epoch + int(finished),
-            "consumed": 0 if finished else consumed,
-            "seed": self.seed,
             "max_tokens": self.max_tokens,
+            "seed": self.seed,
             "pairs": len(self._key),
             "batches": self.num_batches,
-            "world_size": self.world_size,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration yield what is left of an epoch.
-
-        Raises:
-            ValueError: if the place is in the middle of an epoch and the plan is no longer the same.
-        """
-        if state["consumed"]:
-            here = self.state_dict(0)
-            changed = [
-                f"{name} {state[name]} became {here[name]}"
-                for name in ("world_size", "max_tokens", "seed", "pairs", "batches")
-                if state[name] != here[name]
-            ]
-            if changed:
-                raise ValueError(
-                    f"the checkpoint stopped after batch {state['consumed']} of epoch {state['epoch']}, but since then "
-                    f"{', '.join(changed)}, so the rest of that epoch cannot be told. Resume with the same data, "
-                    "settings and number of ranks, resume from a checkpoint of an epoch's end, or start anew from the "
-                    "weights alone."
-                )
-        self.epoch, self._skip = state["epoch"], state["consumed"]
+    def plan(self, epoch: int, share: range) -> Iterator[list[int]]:
+        """The batches of an epoch whose numbers are in `share`."""
+        return (batch.tolist() for batch in self._batches(epoch, share))
 
     def _order(self, generator: np.random.Generator | None) -> npt.NDArray[np.integer[Any]]:
         if generator is None:
@@ -165,45 +101,11 @@ class TokenBatchSampler(Sampler[list[int]]):
         return shuffled[np.argsort(self._key[shuffled], kind="stable")]
 
     def _batches(self, epoch: int, share: range) -> Iterator[npt.NDArray[np.integer[Any]]]:
-        generator = np.random.default_rng((self.seed, epoch * self.reshuffle)) if self.shuffle else None
+        generator = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
         order = self._order(generator)
         turn = np.arange(self.num_batches) if generator is None else generator.permutation(self.num_batches)
         for index in turn[share.start : share.stop : share.step]:
-            yield order[self._bounds[index] : self._bounds[index + 1]]
-
-
-class ResumableTokenLoader(DataLoader[Any]):
-    """A training DataLoader that Lightning saves and restores in the middle of an epoch.
-
-    Lightning stores ``state_dict()`` in the checkpoint's fit loop and calls ``load_state_dict`` before it iterates.
-    What the sampler has yielded says nothing about what was trained on, since workers fetch ahead and a step may be
-    broken off; so the count comes from outside.
-
-    Args:
-        dataset: a map-style dataset whose ``__getitems__`` returns a batch.
-        batch_sampler: the plan.
-        consumed: tells how many batches of the running epoch have been trained on, and whether the epoch ends there.
-        options: further arguments of the DataLoader.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        batch_sampler: TokenBatchSampler,
-        consumed: Callable[[], tuple[int, bool]],
-        **options: Any,
-    ) -> None:
-        super().__init__(dataset, batch_sampler=batch_sampler, **options)
-        self.batches = batch_sampler
-        self._consumed = consumed
-
-    def state_dict(self) -> dict[str, int]:
-        """The place in the data; see `TokenBatchSampler.state_dict`."""
-        return self.batches.state_dict(*self._consumed())
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from a place in the data; see `TokenBatchSampler.load_state_dict`."""
-        self.batches.load_state_dict(state)
+            yield order[self.bounds[index] : self.bounds[index + 1]]
 
 
 def _sorting_key(source_lengths: Lengths, target_lengths: Lengths) -> npt.NDArray[np.integer[Any]]:

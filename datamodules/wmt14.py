@@ -1,6 +1,5 @@
 """English-German translation data in the layout ``root/{train,valid,test}.{en,de}``."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,10 @@ from torch import LongTensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.parallel_text import Cleaning, find_pairs, read_evaluation, read_lines
-from datamodules.token_batches import Lengths, ResumableTokenLoader, TokenBatchSampler
+from datamodules.planned_batches import ResumableLoader, loader_options, reshuffles, resumable, share_of
+from datamodules.token_batches import Lengths, TokenBatchSampler
 from datamodules.token_cache import Preparation, TokenArray, TokenCache, default_cache_folder, user_cache_folder
 from datamodules.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary
-
-# Lightning cannot tell that this sampler leaves nothing out of a prediction and says so each time.
-warnings.filterwarnings("ignore", message=".*custom batch sampler `TokenBatchSampler` for prediction.*")
 
 # The splits that a stage reads.
 _SPLITS = {"fit": ("valid",), "validate": ("valid",), "test": ("test",), "predict": ("predict",)}
@@ -288,24 +285,20 @@ class WMT14DataModule(pl.LightningDataModule):
         _check_lengths(
             "training pair", lengths, self.max_tokens, "raise --data.max_tokens or lower --data.cleaning.max_tokens"
         )
-        # With overfit_batches the same few batches are to come again in every epoch.
-        reshuffle = not getattr(self.trainer, "overfit_batches", 0)
-        rank, world_size = self._share()
+        rank, world_size = share_of(self)
         sampler = TokenBatchSampler(
             *lengths,
             self.max_tokens,
             shuffle=True,
             seed=self.seed,
-            reshuffle=reshuffle,
+            reshuffle=reshuffles(self),
             rank=rank,
             world_size=world_size,
         )
+        options = loader_options(self, self.num_workers)
         if self.trainer is None:
-            return DataLoader(dataset, batch_sampler=sampler, **self._loader_options())
-        # Lightning iterates the loader once before its first set_epoch. Not `trainer.current_epoch`: when a run resumes
-        # from the end of an epoch, that one still lags behind.
-        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return ResumableTokenLoader(dataset, sampler, self._consumed, **self._loader_options())
+            return DataLoader(dataset, batch_sampler=sampler, **options)
+        return resumable(ResumableLoader, self.trainer, dataset, sampler, **options)
 
     def val_dataloader(self) -> DataLoader[TranslationBatch]:
         """Batches of the validation set, longest first."""
@@ -353,46 +346,14 @@ class WMT14DataModule(pl.LightningDataModule):
             raise ValueError(f"predict_file: {path} is empty. Give a text file with one sentence a line.")
         return lines, None
 
-    def _share(self) -> tuple[int, int]:
-        """This rank and the number of ranks.
-
-        Raises:
-            ValueError: if the trainer would deal the batches out a second time.
-        """
-        trainer = self.trainer
-        if trainer is None:
-            return 0, 1
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                f"use_distributed_sampler: with {trainer.world_size} ranks the Trainer would replace the token batches "
-                f"of {type(self).__name__}, which are dealt out to the ranks already. Set use_distributed_sampler to "
-                "false (--trainer.use_distributed_sampler false)."
-            )
-        return trainer.global_rank, trainer.world_size
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": _whole,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        }
-
     def _evaluation_loader(self, split: str) -> DataLoader[TranslationBatch]:
         dataset = self._splits[split]
         lengths = dataset.lengths()
         name = self.predict_file if split == "predict" and self.predict_file else split
         _check_lengths(f"{name}, line", lengths, self.eval_max_tokens, "raise --data.eval_max_tokens")
-        rank, world_size = self._share()
+        rank, world_size = share_of(self)
         sampler = TokenBatchSampler(*lengths, self.eval_max_tokens, shuffle=False, rank=rank, world_size=world_size)
-        return DataLoader(dataset, batch_sampler=sampler, **self._loader_options())
-
-    def _consumed(self) -> tuple[int, bool]:
-        """Batches of the running epoch that went through a training step on this rank, and whether it was the last."""
-        assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        done: int = progress.current.processed  # type: ignore[attr-defined]
-        return done, progress.is_last_batch and done == progress.current.ready
+        return DataLoader(dataset, batch_sampler=sampler, **loader_options(self, self.num_workers))
 
 
 class MiniatureTranslationDataModule(WMT14DataModule):
@@ -433,10 +394,6 @@ class MiniatureTranslationDataModule(WMT14DataModule):
         from datamodules.miniature_translation import write_miniature_corpus
 
         write_miniature_corpus(self.root)
-
-
-def _whole(batch: TranslationBatch) -> TranslationBatch:
-    return batch
 
 
 def _pad(sentences: list[Any], begin: bool) -> Any:

@@ -301,7 +301,6 @@ def _configure_messages() -> None:
         ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
         ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
         ".*is not supported by the model summary.*",  # only the estimated size in the summary is meant
-        ".*custom batch sampler .* for prediction.*",  # ours returns every sample
         ".*WeightAveraging state cannot be restored.*",  # a checkpoint's weights are the averaged ones
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.token_batches import ResumableTokenLoader, TokenBatchSampler
+from datamodules.planned_batches import ResumableLoader
+from datamodules.token_batches import TokenBatchSampler
 
 
 def natural_lengths(pairs, seed=0):
@@ -201,13 +202,13 @@ def test_loader_state_counts_what_was_trained_not_what_was_fetched():
     source, target = natural_lengths(300)
     trained = 0
     sampler = TokenBatchSampler(source, target, 300, shuffle=True)
-    loader = ResumableTokenLoader(Indices(), sampler, lambda: (trained, False), collate_fn=list)
+    loader = ResumableLoader(Indices(), sampler, lambda: (trained, False), collate_fn=list)
     batches = iter(loader)
     seen = [next(batches) for _ in range(4)]
     trained = 3
     state = loader.state_dict()
     resumed = TokenBatchSampler(source, target, 300, shuffle=True)
-    again = ResumableTokenLoader(Indices(), resumed, lambda: (0, False), collate_fn=list)
+    again = ResumableLoader(Indices(), resumed, lambda: (0, False), collate_fn=list)
     again.load_state_dict(state)
     rest = list(again)
     assert rest[0] == seen[3]
