@@ -4,14 +4,14 @@ An archive is checked by its size and SHA-256 when it has been fetched, each fil
 is unpacked, and their number by what is known of COCO.
 """
 
-import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.downloads import RemoteFile, extract_members, fetch
+from datamodules.manifests import read_manifest, replace_manifest
 
 __all__ = ["COCO_PARTS", "OFFICIAL_URL", "CocoPart", "download_coco"]
 
@@ -114,7 +114,7 @@ def download_coco(
             )
     needed = [part for part in parts if set(part.splits) & set(splits)]
     manifest = root / MANIFEST_NAME
-    done = _read_manifest(manifest)
+    done = read_manifest(manifest)
     if done is None:
         present = [name for name in ("annotations", *offered) if (root / name).exists()]
         if present:
@@ -124,7 +124,7 @@ def download_coco(
             )
         root.mkdir(parents=True, exist_ok=True)
         done = {}
-        _write_manifest(manifest, done)
+        replace_manifest(manifest, done)
     for part in needed:
         if done.get(part.path) == part.count == _present(root, part):
             continue
@@ -132,7 +132,7 @@ def download_coco(
         archive = fetch(part.archive(base_url), root / ARCHIVE_FOLDER, verify=True, show_progress=show_progress)
         _unpack(part, archive, root, show_progress)
         done[part.path] = part.count
-        _write_manifest(manifest, done)
+        replace_manifest(manifest, done)
 
 
 def _unpack(part: CocoPart, archive: Path, root: Path, show_progress: bool) -> None:
@@ -169,20 +169,3 @@ def _present(root: Path, part: CocoPart) -> int:
     if not folder.is_dir():
         return 0
     return sum(_matches(part, f"{folder.name}/{path.name}") for path in folder.iterdir())
-
-
-def _read_manifest(path: Path) -> dict[str, int] | None:
-    """Number of files of the archives that are finished; None where nothing was begun."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:  # damaged: the folder is ours, and everything is looked at again
-        return {}
-    return {str(name): int(count) for name, count in content.items()}
-
-
-def _write_manifest(path: Path, done: Mapping[str, int]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -44,6 +44,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from datamodules.backgrounds import background
+from datamodules.manifests import read_manifest, replace_manifest
 
 __all__ = ["MINIATURE_CATEGORIES", "MINIATURE_PICTURES", "write_miniature_detection"]
 
@@ -562,7 +563,7 @@ def write_miniature_detection(root: Path, counts: Mapping[str, int] | None = Non
         "counts": {part: counts[part] for part in MINIATURE_PICTURES},
         **{library: version(library) for library in ("numpy", "pillow", "scikit-image")},
     }
-    manifest = _read_manifest(root)
+    manifest = read_manifest(root / MANIFEST_NAME)
     if manifest is not None and manifest.get("settings") == settings and _is_whole(root, manifest):
         return
     official = [f"{part}2017" for part in counts] + [f"annotations/instances_{part}2017.json" for part in counts]
@@ -580,7 +581,7 @@ def write_miniature_detection(root: Path, counts: Mapping[str, int] | None = Non
             path.relative_to(scratch).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(scratch.rglob("*.*"))
         }
-        _replace_manifest(root, scratch, {"settings": settings})
+        replace_manifest(root / MANIFEST_NAME, {"settings": settings}, scratch)
         for name in hashes:
             (root / name).parent.mkdir(exist_ok=True)
             (scratch / name).replace(root / name)
@@ -588,7 +589,7 @@ def write_miniature_detection(root: Path, counts: Mapping[str, int] | None = Non
             for path in (root / f"{part}2017").glob("[0-9]" * 12 + ".png"):
                 if f"{part}2017/{path.name}" not in hashes:
                     path.unlink(missing_ok=True)
-        _replace_manifest(root, scratch, {"settings": settings, "sha256": hashes})
+        replace_manifest(root / MANIFEST_NAME, {"settings": settings, "sha256": hashes}, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -618,16 +619,6 @@ def _write_part(folder: Path, part: str, count: int) -> None:
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8", newline="\n")
 
 
-def _read_manifest(root: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:  # cut short or edited by hand: still the mark that the folder is ours
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _is_whole(root: Path, manifest: Mapping[str, Any]) -> bool:
     hashes = manifest.get("sha256")
     if not isinstance(hashes, dict):
@@ -636,9 +627,3 @@ def _is_whole(root: Path, manifest: Mapping[str, Any]) -> bool:
         (root / name).is_file() and hashlib.sha256((root / name).read_bytes()).hexdigest() == expected
         for name, expected in hashes.items()
     )
-
-
-def _replace_manifest(root: Path, scratch: Path, content: Mapping[str, Any]) -> None:
-    temporary = scratch / MANIFEST_NAME
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
-    temporary.replace(root / MANIFEST_NAME)

@@ -13,7 +13,6 @@ Scores on this corpus say that a model works, and nothing about its quality on r
 
 import datetime
 import hashlib
-import json
 import random
 import shutil
 import tempfile
@@ -30,6 +29,8 @@ from babel.dates import format_date, format_time
 from babel.numbers import format_currency
 from babel.units import format_unit
 from num2words import num2words
+
+from datamodules.manifests import read_manifest, replace_manifest
 
 __all__ = ["MINIATURE_PAIRS", "miniature_pairs", "write_miniature_corpus"]
 
@@ -819,7 +820,7 @@ def write_miniature_corpus(root: Path, pairs: Mapping[str, int] = MINIATURE_PAIR
     names = [f"{part}.{language}" for part in MINIATURE_PAIRS for language in ("en", "de")]
     # In this order: another process that writes the same corpus puts its manifest there before its files.
     present = [name for name in names if (root / name).exists()]
-    manifest = _read_manifest(root)
+    manifest = read_manifest(root / MANIFEST_NAME)
     if manifest is not None and manifest.get("settings") == settings and manifest.get("sha256") == _hashes(root, names):
         return
     if manifest is None and present:
@@ -837,28 +838,12 @@ def write_miniature_corpus(root: Path, pairs: Mapping[str, int] = MINIATURE_PAIR
             for language, sentences in zip(("en", "de"), zip(*drawn, strict=True), strict=True):
                 (scratch / f"{part}.{language}").write_bytes("".join(f"{line}\n" for line in sentences).encode())
         hashes = _hashes(scratch, names)
-        _replace_manifest(root, scratch, {"settings": settings})
+        replace_manifest(root / MANIFEST_NAME, {"settings": settings}, scratch)
         for name in names:
             (scratch / name).replace(root / name)
-        _replace_manifest(root, scratch, {"settings": settings, "sha256": hashes})
+        replace_manifest(root / MANIFEST_NAME, {"settings": settings, "sha256": hashes}, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _read_manifest(root: Path) -> dict[str, object] | None:
-    try:
-        content = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:  # cut short or edited by hand: still the mark that the folder is ours
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _replace_manifest(root: Path, scratch: Path, content: Mapping[str, object]) -> None:
-    temporary = scratch / MANIFEST_NAME
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(root / MANIFEST_NAME)
 
 
 def _hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ so on: read them with `train_files: "train*"`). newstest2013 is the validation s
 """
 
 import html
-import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.downloads import RemoteFile, extract_members, fetch
+from datamodules.manifests import read_manifest, replace_manifest
 
 __all__ = ["OFFICIAL_URL", "WMT14_PARTS", "CorpusPart", "download_wmt14", "read_sgm"]
 
@@ -127,7 +127,7 @@ def download_wmt14(
     manifest = root / MANIFEST_NAME
     names = [f"{part.name}.{language}" for part in parts for language in part.members]
     present = [name for name in names if (root / name).exists()]
-    done = _read_manifest(manifest)
+    done = read_manifest(manifest)
     if done is None:
         if present:
             raise FileExistsError(
@@ -136,7 +136,7 @@ def download_wmt14(
             )
         root.mkdir(parents=True, exist_ok=True)
         done = {}
-        _write_manifest(manifest, done)
+        replace_manifest(manifest, done)
     for part in parts:
         files = {language: root / f"{part.name}.{language}" for language in part.members}
         sizes = {path.name: path.stat().st_size for path in files.values() if path.exists()}
@@ -145,7 +145,7 @@ def download_wmt14(
         # `verify`, because an archive that was put there by hand has not been checked yet.
         archive = fetch(part.archive(base_url), root / ARCHIVE_FOLDER, verify=True, show_progress=show_progress)
         done |= _convert(part, archive, files, show_progress)
-        _write_manifest(manifest, done)
+        replace_manifest(manifest, done)
 
 
 def read_sgm(path: Path) -> list[str]:
@@ -207,20 +207,3 @@ def _count_lines(path: Path) -> int:
         while block := file.read(1 << 22):
             lines, last = lines + block.count(b"\n"), block
     return lines + (not last.endswith(b"\n"))
-
-
-def _read_manifest(path: Path) -> dict[str, int] | None:
-    """Sizes of the files that are finished, by name; None where nothing was begun."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:  # damaged: the folder is ours, and everything is converted again
-        return {}
-    return {str(name): int(size) for name, size in content.items()}
-
-
-def _write_manifest(path: Path, sizes: Mapping[str, int]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
