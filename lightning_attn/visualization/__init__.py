@@ -7,19 +7,28 @@ from lightning_attn.visualization.convolution import (
     dynamic_kernel,
     sampling_points,
 )
-from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth, save_picture
+from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
 from lightning_attn.visualization.figures import draw_term_maps, draw_token_matrix, save_figure
 from lightning_attn.visualization.maps import TermMaps, recorded_inputs, term_maps
+from lightning_attn.visualization.pictures import save_picture
+from lightning_attn.visualization.segmentation import (
+    colour_labels,
+    draw_segmentation,
+    draw_segmentation_beside_truth,
+)
 from lightning_attn.visualization.translation import cross_attention_maps, draw_translation_attention
 
 __all__ = [
     "SamplingPoints",
     "TermMaps",
+    "colour_labels",
     "cross_attention_maps",
     "draw_detections",
     "draw_detections_beside_truth",
     "draw_dynamic_kernels",
     "draw_sampling_points",
+    "draw_segmentation",
+    "draw_segmentation_beside_truth",
     "draw_term_maps",
     "draw_token_matrix",
     "draw_translation_attention",

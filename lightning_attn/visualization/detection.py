@@ -2,25 +2,18 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lightning_attn.files import write_file
+from lightning_attn.visualization.pictures import Picture, beside_each_other, fitted, font, letter_size, save_picture
 
-Picture = npt.NDArray[np.uint8]
 Rectangle = tuple[float, float, float, float]
 
 # Okabe and Ito's, which the colour-blind can tell apart, without black; blue a little lighter, for black letters on it.
 CATEGORY_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#2a86c8", "#d55e00", "#cc79a7")
-SMALLEST_SIDE, LARGEST_SIDE = 640, 1600  # of a picture's longer side, in pixels
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-GAP = 10  # pixels between the panels of a figure
 LABEL_MARGIN = 2
 
 
@@ -61,7 +54,7 @@ def draw_detections(
     """
     found = _kept(boxes, names, scores, min_score)
     colours = category_colours((name for _, name, _ in found), categories)
-    background, factor = _fitted(image, longest_side)
+    background, factor = fitted(image, longest_side)
     _draw(background, factor, found, colours)
     picture = np.array(background)
     if path is not None:
@@ -106,34 +99,15 @@ def draw_detections_beside_truth(
     found = _kept(boxes, names, scores, min_score)
     truth = _kept(true_boxes, true_names, None, 0.0)
     colours = category_colours((name for _, name, _ in [*truth, *found]), categories)
-    background, factor = _fitted(image, longest_side)
+    background, factor = fitted(image, longest_side)
     headings = (f"detected: {len(found)} with a score of at least {min_score:g}", f"truth: {len(truth)}")
-    (width, height), size = background.size, _letter_size(background)
-    above = round(1.8 * size)
-    sheet = Image.new("RGB", (2 * width + GAP, height + above), "white")
-    for left, heading, objects in zip((0, width + GAP), headings, (found, truth), strict=True):
-        panel = background.copy()
+    panels = [(heading, background.copy()) for heading in headings]
+    for (_, panel), objects in zip(panels, (found, truth), strict=True):
         _draw(panel, factor, objects, colours)
-        sheet.paste(panel, (left, above))
-        ImageDraw.Draw(sheet).text((left + size // 3, above // 2), heading, fill="black", font=_font(size), anchor="lm")
-    figure = np.array(sheet)
+    figure = np.array(beside_each_other(panels))
     if path is not None:
         save_picture(figure, path)
     return figure
-
-
-def save_picture(picture: Picture, path: str | os.PathLike[str]) -> Path:
-    """Writes a picture `[H, W, 3]` whole or not at all, in the format of the suffix; a file of that name is replaced.
-
-    Raises:
-        ValueError: If the suffix is none of .png, .jpg, .jpeg and .webp.
-        OSError: If the folder cannot be written to or is full; nothing is left behind.
-    """
-    path = Path(path)
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise ValueError(f"path={str(path)!r} must end with the format of the picture, one of {list(FORMATS)}.")
-    return write_file(path, lambda file: Image.fromarray(picture).save(file, format=kind, quality=90), replace=True)
 
 
 def category_colours(names: Iterable[str], categories: Sequence[str] = ()) -> dict[str, str]:
@@ -178,24 +152,6 @@ def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[np.float64]:
     return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
 
 
-def _fitted(image: npt.NDArray[np.uint8] | Tensor, longest_side: int | None) -> tuple[Image.Image, float]:
-    """The image in the size that it is drawn in, and how many of its pixels one of the image is."""
-    pixels = image.detach().cpu().movedim(0, -1).numpy() if isinstance(image, Tensor) and image.dim() == 3 else image
-    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3):
-        raise ValueError(
-            f"image must be RGB of uint8, an array [H, W, 3] or a tensor [3, H, W], got {image.dtype} of the shape "
-            f"{list(image.shape)}: undo a normalisation first."
-        )
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    longer = max(picture.size)
-    aim = min(max(longer, SMALLEST_SIDE), LARGEST_SIDE) if longest_side is None else longest_side
-    if aim == longer:
-        return picture, 1.0
-    factor = aim / longer
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    return picture.resize(size, Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.BICUBIC), factor
-
-
 def _draw(
     picture: Image.Image, factor: float, found: list[tuple[Rectangle, str, float | None]], colours: Mapping[str, str]
 ) -> None:
@@ -208,15 +164,15 @@ def _draw(
         # A dark edge on both sides, so that the colour stands out from a background of the same colour.
         canvas.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)
         canvas.rectangle(box, outline=colours[name], width=line)
-    font = _font(_letter_size(picture))
+    letters = font(letter_size(picture))
     places: list[Rectangle] = []
     texts = [name if score is None else f"{name} {score:.2f}" for _, name, score in found]
     for box, text in zip(corners, texts, strict=True):
-        size = font.getlength(text) + 2 * LABEL_MARGIN, sum(font.getmetrics())
+        size = letters.getlength(text) + 2 * LABEL_MARGIN, sum(letters.getmetrics())
         places.append(_label_place(box, size, picture.size, places))
     for place, text, (_, name, _) in reversed(list(zip(places, texts, found, strict=True))):
         canvas.rectangle(place, fill=colours[name], outline="black")
-        canvas.text((place[0] + LABEL_MARGIN, place[1]), text, fill="black", font=font, anchor="la")
+        canvas.text((place[0] + LABEL_MARGIN, place[1]), text, fill="black", font=letters, anchor="la")
 
 
 def _inside(box: Rectangle, factor: float, picture: Image.Image) -> Rectangle:
@@ -244,13 +200,3 @@ def _common_area(one: Rectangle, other: Rectangle) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, width) * max(0.0, height)
-
-
-def _letter_size(picture: Image.Image) -> int:
-    return max(12, round(max(picture.size) / 48))
-
-
-@lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own font, which has Latin, Greek and Cyrillic letters and is there on every system."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf", size)

@@ -1,0 +1,224 @@
+"""What the tasks on images share: a network for the data's classes, stored in checkpoints, and pictures of results."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import nn
+
+from lightning_attn.attention import AttentionSpec
+from lightning_attn.files import unused_path
+from lightning_attn.networks.resnet import ResNetSpec
+from lightning_attn.tasks.base import BaseTask, require_network
+from lightning_attn.tasks.checkpoints import CheckpointError, read_checkpoint
+from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.visualization.pictures import Picture, save_picture
+
+
+class Classes(Protocol):
+    """What is told apart: a frozen dataclass of tuples of plain values."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names, in the order of the network's outputs."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What the data calls them."""
+
+
+ClassesType = TypeVar("ClassesType", bound=Classes)
+NetworkType = TypeVar("NetworkType", bound=nn.Module)
+
+
+class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
+    """Base of tasks that look at images with an attended ResNet and tell classes apart.
+
+    The classes come from the DataModule's attribute `classes_word`, or from the checkpoint when the data has none, and
+    are stored in checkpoints under the same word. A subclass sets `classes_word` and `classes_type`, and defines
+    `build_network`.
+
+    Args:
+        attention: Attention of the network; `mechanism: none` leaves it out ("w/o").
+        backbone: Which ResNet, its weights, and where the attention stands.
+        optimizer: The optimizer.
+        schedule: The learning rate's course.
+        num_pictures: How many images of a validation, test or prediction are drawn with what was found.
+
+    Attributes:
+        classes_word: What the task calls its classes.
+        classes_type: The dataclass that holds them.
+        classes: They themselves, as soon as there is a network.
+        network: The network, as soon as it is built.
+    """
+
+    classes_word: ClassVar[str] = "classes"
+    classes_type: ClassVar[type]
+
+    def __init__(
+        self,
+        attention: AttentionSpec,
+        backbone: ResNetSpec,
+        optimizer: OptimizerSpec,
+        schedule: ScheduleSpec,
+        num_pictures: int,
+    ) -> None:
+        super().__init__(optimizer, schedule)
+        if num_pictures < 0:
+            raise ValueError(f"num_pictures must be at least 0, got {num_pictures}.")
+        self.attention, self.backbone = attention, backbone
+        self.num_pictures = num_pictures
+        self.classes: ClassesType | None = None
+        self.network: NetworkType | None = None
+        self._pictures: dict[str, Callable[[], Picture]] = {}
+
+    def build_network(self, num_classes: int, backbone: ResNetSpec) -> NetworkType:
+        """The network for a number of classes; `backbone` is the task's own, or the same without pretrained weights."""
+        raise NotImplementedError(f"{type(self).__name__} must define build_network.")
+
+    def check_sizes(self) -> None:
+        """Builds the network without numbers, for a subclass to call as soon as it knows its parts.
+
+        The real network waits for the number of classes; a size that does not fit should not wait for the data.
+
+        Raises:
+            ValueError: If the parts do not fit one another.
+        """
+        with torch.device("meta"):
+            self.build_network(1, _without_weights(self.backbone))
+
+    # Network and classes
+
+    def configure_model(self) -> None:
+        """Builds the network for the DataModule's classes, or the checkpoint's for a folder of images."""
+        if self.network is not None:
+            return
+        self._refuse_synchronised_statistics_on_cpus()
+        classes = getattr(self.trainer.datamodule, self.classes_word)  # type: ignore[attr-defined]
+        if classes is None:
+            if not self.checkpoint_path:
+                raise ValueError(
+                    f"The data has no annotations, which name {self.classes_word}. Give a checkpoint, which has them "
+                    "(--ckpt_path FILE)."
+                )
+            classes = self._stored_classes(read_checkpoint(self.checkpoint_path))
+        self._build(classes, self.backbone)
+
+    def _refuse_synchronised_statistics_on_cpus(self) -> None:
+        if not self.trainer.training or self.trainer.strategy.root_device.type != "cpu":
+            return
+        for part in self._arguments:
+            if getattr(getattr(self, part, None), "norm", None) == "sync":
+                raise ValueError(
+                    f"{part}.norm='sync' shares statistics between GPUs, and this run has none. "
+                    f"Use batch or group (--model.{part}.norm batch)."
+                )
+
+    def _build(self, classes: ClassesType, backbone: ResNetSpec) -> None:
+        self.classes = classes
+        self.network = self.build_network(len(classes.names), backbone)
+
+    @property
+    def built_network(self) -> NetworkType:
+        """The network.
+
+        Raises:
+            RuntimeError: If `configure_model` or `load` has not built it yet.
+        """
+        return require_network(self.network)
+
+    @property
+    def known_classes(self) -> ClassesType:
+        """What is told apart.
+
+        Raises:
+            RuntimeError: As for `built_network`.
+        """
+        require_network(self.network)
+        assert self.classes is not None
+        return self.classes
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the classes, without which the network's outputs mean nothing."""
+        super().on_save_checkpoint(checkpoint)
+        stored = dataclasses.asdict(self.known_classes)  # type: ignore[call-overload]  # no protocol says "dataclass"
+        checkpoint[self.classes_word] = {name: list(values) for name, values in stored.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also refuses a checkpoint whose outputs mean other classes than the data's."""
+        if self.classes_word in checkpoint:  # otherwise it is another task's, as the base class says
+            stored, current = self._stored_classes(checkpoint), self.known_classes
+            if (stored.names, stored.ids) != (current.names, current.ids):
+                raise CheckpointError(
+                    f"The checkpoint was trained for {self._described(stored)}, but the data has "
+                    f"{self._described(current)}. Use the data it was trained with."
+                )
+        super().on_load_checkpoint(checkpoint)
+
+    def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
+        """Builds the network for the classes in the checkpoint, which also holds all weights."""
+        self._build(self._stored_classes(checkpoint), _without_weights(self.backbone))
+
+    def _stored_classes(self, checkpoint: dict[str, Any]) -> ClassesType:
+        stored = checkpoint.get(self.classes_word)
+        if stored is None:
+            raise CheckpointError(
+                f"The checkpoint holds no {self.classes_word}: it was not written by a {type(self).__name__}."
+            )
+        classes: ClassesType = self.classes_type(**{name: _tuples(values) for name, values in stored.items()})
+        return classes
+
+    def _described(self, classes: ClassesType) -> str:
+        """The classes, shortened."""
+        pairs = [f"{name} ({number})" for name, number in zip(classes.names, classes.ids, strict=True)]
+        return f"{len(pairs)} {self.classes_word}: {', '.join(pairs[:6])}{', ...' if len(pairs) > 6 else ''}"
+
+    # Pictures
+
+    @property
+    def wants_pictures(self) -> bool:
+        """Whether more pictures are to be kept: the first `num_pictures` of rank 0 are."""
+        return self.trainer.is_global_zero and len(self._pictures) < self.num_pictures
+
+    def keep_picture(self, name: str, draw: Callable[[], Picture]) -> None:
+        """Keeps a picture, if more are wanted, to be drawn at the end of the pass.
+
+        Args:
+            name: Name of the image.
+            draw: Draws it; what it needs should be on the CPU.
+        """
+        if self.wants_pictures:
+            self._pictures[name] = draw
+
+    def forget_pictures(self) -> None:
+        """Forgets those of an earlier pass, which may have been broken off."""
+        self._pictures = {}
+
+    def log_pictures(self, stage: str) -> None:
+        """Shows the kept pictures in TensorBoard, unless this is Lightning's check before training."""
+        if not self.trainer.sanity_checking:
+            for name, draw in self._pictures.items():
+                self.log_picture(f"{stage}/{name}", draw())
+        self.forget_pictures()
+
+    def save_pictures(self, stage: str) -> None:
+        """Writes the kept pictures into the run directory."""
+        if not self._pictures:
+            return
+        folder = unused_path(self.output_directory / "predictions" / f"{stage}_pictures")
+        for name, draw in self._pictures.items():
+            save_picture(draw(), folder / f"{Path(name).stem}.png")
+        rank_zero_info(f"{len(self._pictures)} pictures drawn into {folder}")
+        self.forget_pictures()
+
+
+def _without_weights(backbone: ResNetSpec) -> ResNetSpec:
+    """The backbone for weights that come from elsewhere."""
+    return dataclasses.replace(backbone, weights="none")
+
+
+def _tuples(values: Any) -> Any:
+    return tuple(_tuples(value) for value in values) if isinstance(values, list | tuple) else values
