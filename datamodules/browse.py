@@ -18,14 +18,17 @@ from jsonargparse import SUPPRESS, ArgumentParser
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules.cityscapes import SegmentationBatch
+from datamodules.cityscapes_labels import IGNORED, SegmentationClasses
 from datamodules.coco import DetectionBatch
 from datamodules.vocabulary import PAD_ID, Vocabulary
 from datamodules.wmt14 import TranslationBatch, WMT14DataModule
 from lightning_attn.files import unused_path
+from lightning_attn.visualization.segmentation import colour_labels
 
 SPLITS = {
     "train": ("fit", "train_dataloader"),
@@ -41,6 +44,7 @@ _OTHER_SECTIONS = ("seed_everything", "trainer", "model", "run")
 _COLUMNS = 4
 _PANEL_INCHES = 3.2
 _PADDING_COLOUR = "0.85"
+_IGNORED_COLOUR = (255, 255, 255)
 
 
 @runtime_checkable
@@ -114,6 +118,51 @@ def draw_detection_sheet(batches: Iterable[DetectionBatch], num: int, names: Seq
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
         count = f"{len(target['labels'])} boxes" if target else "no targets"
         axes.set_title(f"{name} (id {image_id})\n{width} x {height}, {count}", fontsize=7)
+    return figure
+
+
+def draw_segmentation_sheet(
+    batches: Iterable[SegmentationBatch], num: int, classes: SegmentationClasses, title: str
+) -> Figure:
+    """Images as the network gets them, before it normalises and pads them, each with its labels below or beside it.
+
+    Ignored pixels are white. The classes that occur are named below the sheet.
+
+    Args:
+        batches: Where they are from.
+        num: Most images to draw.
+        classes: What the labels mean.
+        title: Above the sheet.
+    """
+    none: list[Tensor | None] = [None]
+    samples = (
+        sample
+        for batch in batches
+        for sample in zip(batch.ids.tolist(), batch.names, batch.images, batch.labels or none * len(batch), strict=True)
+    )
+    shown = list(itertools.islice(samples, num))
+    figure, panels = _grid(len(shown), title)
+    occurring = np.zeros(IGNORED + 1, dtype=np.bool_)
+    for axes, (number, name, image, labels) in zip(panels, shown, strict=True):
+        height, width = image.shape[1:]
+        pixels = image.permute(1, 2, 0).numpy()
+        if labels is not None:
+            coloured = colour_labels(labels, classes.colours, _IGNORED_COLOUR)
+            pixels = np.concatenate((pixels, coloured), axis=0 if width > height else 1)
+            occurring[labels.numpy()] = True
+        axes.imshow(pixels)
+        axes.set(xticks=[], yticks=[])
+        labelled = "no labels" if labels is None else f"{100 * (labels != IGNORED).float().mean():.0f} % labelled"
+        axes.set_title(f"{name} (id {number})\n{width} x {height}, {labelled}", fontsize=7)
+    meanings = [*enumerate(zip(classes.names, classes.colours, strict=True)), (IGNORED, ("ignored", _IGNORED_COLOUR))]
+    keys = [
+        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="0.6", label=name)
+        for label, (name, (red, green, blue)) in meanings
+        if occurring[label]
+    ]
+    if keys:
+        columns = min(len(keys), 2 * max(1, min(_COLUMNS, len(shown))))
+        figure.legend(handles=keys, loc="outside lower center", ncols=columns, fontsize=7)
     return figure
 
 

@@ -1,18 +1,15 @@
 """Object detection data in the layout of COCO: `root/annotations/instances_{split}.json` and `root/{split}/`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_info
 from torch import LongTensor, Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from datamodules.coco_annotations import (
     Categories,
@@ -20,26 +17,21 @@ from datamodules.coco_annotations import (
     Integers,
     check_categories,
     check_images,
-    contents,
-    listed,
     of_image,
 )
-from datamodules.image_sampling import Draw, evaluation_loader, training_loader
+from datamodules.image_datamodule import STAGE_SPLITS, ImageDataModule, check_least
+from datamodules.image_folders import contents, listed
+from datamodules.image_sampling import Draw, ImageBatch, ImageDataset
 from datamodules.image_transforms import Augmentation, EvaluationTransform, TrainingTransform
-from datamodules.images import ImageArray, ImageError, read_image
+from datamodules.images import channels_first, read_image
 from datamodules.token_cache import user_cache_folder
 
 __all__ = ["COCODataModule", "Categories", "DetectionBatch", "DetectionDataset", "MiniatureDetectionDataModule"]
 
-# The splits that a stage reads.
-_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-
 
 @dataclass
-class DetectionBatch:
+class DetectionBatch(ImageBatch):
     """Images, each of its own size, and what is to be found in them. It may hold no image.
-
-    Not frozen only because Lightning refuses frozen dataclasses when it converts the precision of inputs.
 
     Args:
         ids: Image ids, `[B]`.
@@ -50,35 +42,12 @@ class DetectionBatch:
         names: File names, below the folder of the split.
     """
 
-    ids: LongTensor
-    images: list[Tensor]
     targets: list[dict[str, Tensor]]
     sizes: LongTensor
     names: list[str] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def to(self, device: torch.device | str) -> "DetectionBatch":
-        """A copy on another device."""
-        asynchronous = torch.device(device).type == "cuda"
-        return self._each(lambda tensor: tensor.to(device, non_blocking=asynchronous))
-
-    def pin_memory(self) -> "DetectionBatch":
-        """A copy in page-locked memory."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "DetectionBatch":
-        return DetectionBatch(
-            change(self.ids),  # type: ignore[arg-type]
-            [change(image) for image in self.images],
-            [{name: change(tensor) for name, tensor in target.items()} for target in self.targets],
-            change(self.sizes),  # type: ignore[arg-type]
-            self.names,
-        )
-
-
-class DetectionDataset(Dataset[DetectionBatch]):
+class DetectionDataset(ImageDataset[DetectionBatch]):
     """Images and their boxes, read and transformed a batch at a time.
 
     Args:
@@ -115,16 +84,6 @@ class DetectionDataset(Dataset[DetectionBatch]):
         sizes = self.annotations.sizes[self.chosen]
         return np.asarray(sizes[:, 1] >= sizes[:, 0], dtype=np.int64)
 
-    def __getitem__(self, image: int) -> DetectionBatch:
-        return self.batch([Draw(image, 0)])
-
-    def __getitems__(self, draws: list[Draw]) -> DetectionBatch | Exception:
-        """One batch, or what went wrong; the DataLoader's fetcher calls this for the whole list at once."""
-        try:
-            return self.batch(draws)
-        except (ImageError, OSError) as error:
-            return error
-
     def batch(self, draws: Sequence[Draw]) -> DetectionBatch:
         """One batch.
 
@@ -139,7 +98,7 @@ class DetectionDataset(Dataset[DetectionBatch]):
             pixels = of_image(annotations, index, read_image, self.folder)
             boxes, labels = annotations.targets(index)
             pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, draw.epoch, index))
-            images.append(_channels_first(pixels))
+            images.append(channels_first(pixels))
             targets.append({"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)})
         return DetectionBatch(
             torch.from_numpy(annotations.image_ids[chosen]),  # type: ignore[arg-type]
@@ -150,15 +109,7 @@ class DetectionDataset(Dataset[DetectionBatch]):
         )
 
 
-def _channels_first(image: ImageArray) -> Tensor:
-    """`[H, W, 3]` as `[3, H, W]`; OpenCV is eight times as fast at it as NumPy."""
-    height, width = image.shape[:2]
-    planes = np.empty((3, height, width), dtype=np.uint8)
-    cv2.split(image, list(planes))
-    return torch.from_numpy(planes)
-
-
-class COCODataModule(pl.LightningDataModule):
+class COCODataModule(ImageDataModule):
     """COCO, or any other detection data in the same layout.
 
     `root` holds `annotations/instances_{split}.json` and, for each split, a folder of images. Training targets are the
@@ -205,35 +156,22 @@ class COCODataModule(pl.LightningDataModule):
         download: bool = False,
         predict_folder: str = "",
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("min_size", min_size, 0),
-            ("max_size", max_size, 0),
-            ("seed", seed, 0),
-            ("eval_batch_size", eval_batch_size, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}: {value} is too small; give {least} or more (--data.{name} {least}).")
-        for name, split in (("train_split", train_split), ("val_split", val_split), ("test_split", test_split)):
-            if (not split and name != "test_split") or "/" in split or "\\" in split or split in (".", ".."):
-                raise ValueError(
-                    f"{name}: {split!r} is not the name of a split; give that of a folder in root, such as train2017 "
-                    f"(--data.{name} NAME)."
-                )
-        self.root = Path(root)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.split_names = {"train": train_split, "val": val_split, "test": test_split or val_split}
+        super().__init__(
+            root,
+            {"train": train_split, "val": val_split, "test": test_split},
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            predict_folder=predict_folder,
+        )
+        check_least("min_size", min_size, 0)
+        check_least("max_size", max_size, 0)
         self.min_size = min_size
         self.max_size = max_size
         self.augmentation = augmentation
         self.keep_empty = keep_empty
-        self.seed = seed
-        self.eval_batch_size = eval_batch_size or batch_size
         self.download = download
-        self.predict_folder = predict_folder
         self._annotations: dict[str, CocoAnnotations] = {}
         self._categories: Categories | None = None
 
@@ -262,30 +200,19 @@ class COCODataModule(pl.LightningDataModule):
         return self._annotations[self.split_names[split]].ground_truth()
 
     def prepare_files(self, splits: Sequence[str]) -> None:
-        """Puts files into `root` where they have to be fetched or made; runs on one process a node.
+        """Fetches COCO 2017, if asked to.
 
         Args:
             splits: Names of the splits that are needed.
-        """
-        if self.download:
-            from datamodules.coco_sources import download_coco
-
-            download_coco(self.root, splits)
-
-    def prepare_data(self) -> None:
-        """Fetches what is needed, if asked to.
 
         Raises:
             OSError: If it cannot be fetched or written.
             ValueError: If COCO 2017 has no such split.
         """
-        function = None if self.trainer is None else self.trainer.state.fn
-        stages = _SPLITS if function is None else [function.value]
-        needed = {split for stage in stages for split in _SPLITS[stage]}
-        if "predict" in needed:
-            needed.remove("predict")
-            needed |= set() if self.predict_folder else {"test"}
-        self.prepare_files(sorted({self.split_names[split] for split in needed}))
+        if self.download:
+            from datamodules.coco_sources import download_coco
+
+            download_coco(self.root, splits)
 
     def setup(self, stage: str) -> None:
         """Reads and checks the annotations that a stage needs, and what can be told of the images without decoding.
@@ -297,7 +224,7 @@ class COCODataModule(pl.LightningDataModule):
             FileNotFoundError: If annotations or images are missing.
             ValueError: On bad annotations or images; the message names the file and the entry or image id.
         """
-        for split in _SPLITS[stage]:
+        for split in STAGE_SPLITS[stage]:
             if split == "predict" and self.predict_folder:
                 self._annotations[""] = CocoAnnotations.from_folder(Path(self.predict_folder))
                 path = self._annotation_path("val")
@@ -310,36 +237,29 @@ class COCODataModule(pl.LightningDataModule):
         if stage == "fit":
             self._check_training()
 
-    def train_dataloader(self) -> DataLoader[DetectionBatch]:
-        """Batches of wide or of tall training images, randomly changed."""
+    def training_dataset(self) -> DetectionDataset:
+        """The training images, randomly changed, in groups of wide and of tall ones."""
         annotations = self._annotations[self.split_names["train"]]
-        dataset = DetectionDataset(
+        return DetectionDataset(
             annotations,
             self.root / self.split_names["train"],
             TrainingTransform(self.augmentation, self.min_size, self.max_size),
             np.arange(len(annotations)) if self.keep_empty else annotations.with_targets(),
             seed=self.seed,
         )
-        return training_loader(
-            self,
-            dataset,
-            dataset.groups(),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            seed=self.seed,
+
+    def evaluation_dataset(self, split: str) -> DetectionDataset:
+        """All images of "val", "test" or "predict", resized; without targets in prediction."""
+        of_folder = split == "predict" and self.predict_folder
+        name = "" if of_folder else self.split_names["test" if split == "predict" else split]
+        annotations = self._annotations[name]
+        return DetectionDataset(
+            annotations,
+            Path(self.predict_folder) if of_folder else self.root / name,
+            EvaluationTransform(self.min_size, self.max_size),
+            np.arange(len(annotations)),
+            with_targets=split != "predict",
         )
-
-    def val_dataloader(self) -> DataLoader[DetectionBatch]:
-        """Batches of all validation images, once each."""
-        return self._evaluation_loader(self.split_names["val"])
-
-    def test_dataloader(self) -> DataLoader[DetectionBatch]:
-        """Batches of all test images, once each."""
-        return self._evaluation_loader(self.split_names["test"])
-
-    def predict_dataloader(self) -> DataLoader[DetectionBatch]:
-        """Batches of the images of `predict_folder`, or of the test split, without targets."""
-        return self._evaluation_loader("" if self.predict_folder else self.split_names["test"], with_targets=False)
 
     def browse_figure(self, split: str, num: int) -> Figure:
         """A sheet of the first `num` images of a split as the network gets them, with their boxes.
@@ -410,19 +330,6 @@ class COCODataModule(pl.LightningDataModule):
         empty = len(annotations) - len(annotations.with_targets())
         left_out.append(f"{empty:,} images without a box" + (" (kept)" if self.keep_empty else ""))
         rank_zero_info(f"{self.split_names['train']}: left out of training: {', '.join(left_out)}")
-
-    def _evaluation_loader(self, name: str, with_targets: bool = True) -> DataLoader[DetectionBatch]:
-        annotations = self._annotations[name]
-        dataset = DetectionDataset(
-            annotations,
-            self.root / name if name else Path(self.predict_folder),
-            EvaluationTransform(self.min_size, self.max_size),
-            np.arange(len(annotations)),
-            with_targets=with_targets,
-        )
-        return evaluation_loader(
-            self, dataset, dataset.groups(), batch_size=self.eval_batch_size, num_workers=self.num_workers
-        )
 
 
 class MiniatureDetectionDataModule(COCODataModule):

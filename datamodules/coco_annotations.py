@@ -11,25 +11,20 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from datamodules.image_folders import PackedText, listed, predicted_images, spread
 from datamodules.image_transforms import Boxes, Labels
-from datamodules.images import IMAGE_SUFFIXES, ImageError, image_size
+from datamodules.images import ImageError, image_size
 
 __all__ = [
     "Categories",
     "CocoAnnotations",
-    "PackedText",
     "check_categories",
     "check_images",
-    "contents",
-    "listed",
     "of_image",
 ]
 
 Integers = npt.NDArray[np.int64]
 T = TypeVar("T")
-
-# So many headers, evenly spread, are compared with the annotations before the work starts.
-_HEADERS_CHECKED = 256
 
 
 @dataclass(frozen=True)
@@ -77,21 +72,6 @@ class Categories:
         if not 1 <= label <= len(self):
             raise ValueError(f"label {label} is not in 1..{len(self)}.")
         return self.ids[label - 1]
-
-
-class PackedText:
-    """Many strings in two arrays: worker processes share them, while each string object would be copied to each."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        encoded = [string.encode() for string in strings]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([0, *map(len, encoded)])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return self._bytes[self._ends[index] : self._ends[index + 1]].tobytes().decode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,16 +174,7 @@ class CocoAnnotations:
             FileNotFoundError: If there is no such folder, or it holds no image.
             ImageError: If a file is no image.
         """
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"predict_folder: {folder} is not a folder. Give a folder of images (--data.predict_folder FOLDER), or "
-                '"" for the test split.'
-            )
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not names:
-            raise FileNotFoundError(
-                f"predict_folder: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {contents(folder)}."
-            )
+        names = predicted_images(folder)
         stems = [Path(name).stem for name in names]
         numbers = [int(stem) for stem in stems if stem.isdecimal() and len(stem) <= 18]
         image_ids = numbers if len(set(numbers)) == len(names) else range(1, len(names) + 1)
@@ -470,14 +441,12 @@ def check_images(annotations: CocoAnnotations, folder: Path) -> None:
     }
     missing = [index for index, name in enumerate(names) if name not in present]
     if missing:
-        first = ", ".join(f"{names[index]} (image id {annotations.image_ids[index]})" for index in missing[:5])
-        more = ", ..." if len(missing) > 5 else ""
+        first = listed([f"{names[index]} (image id {annotations.image_ids[index]})" for index in missing], 5)
         raise FileNotFoundError(
-            f"{len(missing):,} of the {len(names):,} images of {annotations.path} are missing in {folder}: "
-            f"{first}{more}. Copy or download them, or take them out of the annotations."
+            f"{len(missing):,} of the {len(names):,} images of {annotations.path} are missing in {folder}: {first}. "
+            "Copy or download them, or take them out of the annotations."
         )
-    step = -(-len(annotations) // _HEADERS_CHECKED)
-    for index in range(0, len(annotations), step):
+    for index in spread(len(annotations)):
         of_image(annotations, index, image_size, folder)
 
 
@@ -492,14 +461,3 @@ def of_image(annotations: CocoAnnotations, index: int, read: Callable[[Path, tup
         return read(folder / annotations.names[index], size)
     except ImageError as error:
         raise ImageError(f"image id {annotations.image_ids[index]}: {error}") from error
-
-
-def contents(folder: Path) -> str:
-    """What is in a folder, for a message."""
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    return listed(names, 8) if names else "nothing"
-
-
-def listed(values: Sequence[Any] | npt.NDArray[Any], most: int) -> str:
-    """The first of some values, for a message."""
-    return ", ".join(str(value) for value in values[:most]) + (", ..." if len(values) > most else "")

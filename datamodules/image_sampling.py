@@ -1,14 +1,19 @@
 """Batches of images of one shape, and the loaders that make them."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self, TypeVar
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
+import torch
+from torch import LongTensor, Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.images import ImageError
 from datamodules.planned_batches import (
     PlannedBatchSampler,
     ResumableLoader,
@@ -29,6 +34,81 @@ class Draw(NamedTuple):
 
     image: int
     epoch: int
+
+
+@dataclass
+class ImageBatch:
+    """Images, each of its own size. It may hold none. A subclass adds what is to be learnt from them.
+
+    Not frozen only because Lightning refuses frozen dataclasses when it converts the precision of inputs.
+
+    Args:
+        ids: One for each image, `[B]`.
+        images: RGB images as the network gets them, uint8 `[3, H, W]` each.
+    """
+
+    ids: LongTensor
+    images: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on another device."""
+        asynchronous = torch.device(device).type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=asynchronous))
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{field.name: _changed(getattr(self, field.name), change) for field in fields(self)})
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of lists and dictionaries in which tensors are changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list):
+        return [_changed(one, change) for one in value]
+    if isinstance(value, dict):
+        return {name: _changed(one, change) for name, one in value.items()}
+    return value
+
+
+BatchType = TypeVar("BatchType", bound=ImageBatch)
+
+
+class ImageDataset(Dataset[BatchType], abc.ABC):
+    """Images that are read and transformed a batch at a time."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abc.abstractmethod
+    def groups(self) -> npt.NDArray[np.int64]:
+        """The group of each image, `[images]`: those of one group make batches."""
+
+    @abc.abstractmethod
+    def batch(self, draws: Sequence[Draw]) -> BatchType:
+        """One batch.
+
+        Raises:
+            ImageError: If an image cannot be used; the message names the file.
+            OSError: If a file cannot be read.
+        """
+
+    def __getitem__(self, image: int) -> BatchType:
+        return self.batch([Draw(image, 0)])
+
+    def __getitems__(self, draws: list[Draw]) -> BatchType | Exception:
+        """One batch, or what went wrong; the DataLoader's fetcher calls this for the whole list at once."""
+        try:
+            return self.batch(draws)
+        except (ImageError, OSError) as error:
+            return error
 
 
 class GroupedBatchSampler(PlannedBatchSampler[Draw]):
@@ -126,8 +206,7 @@ class ResumableImageLoader(ImageLoader, ResumableLoader):
 
 def training_loader(
     module: pl.LightningDataModule,
-    dataset: Dataset[Any],
-    groups: npt.NDArray[np.integer[Any]],
+    dataset: ImageDataset[Any],
     *,
     batch_size: int,
     num_workers: int,
@@ -137,8 +216,7 @@ def training_loader(
 
     Args:
         module: The DataModule.
-        dataset: As in `ResumableLoader`.
-        groups: As in `GroupedBatchSampler`.
+        dataset: The images.
         batch_size: Images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
         seed: Decides, with the epoch, what is in a batch and the order of batches.
@@ -148,7 +226,13 @@ def training_loader(
     """
     rank, world_size = share_of(module)
     sampler = GroupedBatchSampler(
-        groups, batch_size, shuffle=True, seed=seed, reshuffle=reshuffles(module), rank=rank, world_size=world_size
+        dataset.groups(),
+        batch_size,
+        shuffle=True,
+        seed=seed,
+        reshuffle=reshuffles(module),
+        rank=rank,
+        world_size=world_size,
     )
     options = loader_options(module, num_workers) | {"worker_init_fn": _one_thread}
     if module.trainer is None:
@@ -158,15 +242,14 @@ def training_loader(
 
 def evaluation_loader(
     module: pl.LightningDataModule,
-    dataset: Dataset[Any],
-    groups: npt.NDArray[np.integer[Any]],
+    dataset: ImageDataset[Any],
     *,
     batch_size: int,
     num_workers: int,
 ) -> ImageLoader:
     """A loader for validation, test or prediction, for this rank; arguments and errors as in `training_loader`."""
     rank, world_size = share_of(module)
-    sampler = GroupedBatchSampler(groups, batch_size, shuffle=False, rank=rank, world_size=world_size)
+    sampler = GroupedBatchSampler(dataset.groups(), batch_size, shuffle=False, rank=rank, world_size=world_size)
     options = loader_options(module, num_workers) | {"worker_init_fn": _one_thread}
     return ImageLoader(dataset, batch_sampler=sampler, **options)
 

@@ -26,14 +26,11 @@ _MIN_BOX_SIDE = 1.0
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """What is changed at random in training images.
+class ImageAugmentation:
+    """What is changed at random in training images, whatever is to be learnt from them.
 
     Args:
         horizontal_flip: Probability that left and right are exchanged.
-        vertical_flip: Probability that top and bottom are exchanged.
-        min_sizes: Lengths of the short side, one of which is drawn for each image; empty for the DataModule's
-            `min_size` alone.
         brightness: A factor is drawn between 1 - this and 1 + this.
         contrast: As brightness.
         saturation: As brightness.
@@ -45,8 +42,6 @@ class Augmentation:
     """
 
     horizontal_flip: float = 0.5
-    vertical_flip: float = 0.0
-    min_sizes: tuple[int, ...] = ()
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
@@ -54,20 +49,79 @@ class Augmentation:
     colour_probability: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "min_sizes":
-                if any(size < 1 for size in value):
-                    raise ValueError(f"augmentation.min_sizes: {list(value)} has a length below 1; give pixels.")
-                continue
-            most = 0.5 if field.name == "hue" else 1.0
-            if not 0 <= value <= most:
-                raise ValueError(f"augmentation.{field.name}: {value} is not between 0 and {most:g}.")
+        for field in fields(ImageAugmentation):
+            _check_range(field.name, getattr(self, field.name), 0.5 if field.name == "hue" else 1.0)
 
     @property
     def changes_colour(self) -> bool:
         """Whether any colour is ever changed."""
         return bool(self.colour_probability and (self.brightness or self.contrast or self.saturation or self.hue))
+
+
+@dataclass(frozen=True)
+class Augmentation(ImageAugmentation):
+    """What is changed at random in training images with boxes; more is in `ImageAugmentation`.
+
+    Args:
+        vertical_flip: Probability that top and bottom are exchanged.
+        min_sizes: Lengths of the short side, one of which is drawn for each image; empty for the DataModule's
+            `min_size` alone.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    vertical_flip: float = 0.0
+    min_sizes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range("vertical_flip", self.vertical_flip, 1.0)
+        if any(size < 1 for size in self.min_sizes):
+            raise ValueError(f"augmentation.min_sizes: {list(self.min_sizes)} has a length below 1; give pixels.")
+
+
+def _check_range(name: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:
+        raise ValueError(f"augmentation.{name}: {value} is not between 0 and {most:g}.")
+
+
+def albumentations() -> Any:
+    """The package, imported as late as this because it takes a second."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask a server for a newer version
+    import albumentations as package  # type: ignore[import-untyped]
+
+    return package
+
+
+def colour_changes(augmentation: ImageAugmentation) -> Any:
+    """What changes the colours of an image: an albumentations `Compose`."""
+    library = albumentations()
+    jitter = library.ColorJitter(
+        *(
+            (1 - strength, 1 + strength)
+            for strength in (augmentation.brightness, augmentation.contrast, augmentation.saturation)
+        ),
+        hue=(-augmentation.hue, augmentation.hue),
+        p=augmentation.colour_probability,
+    )
+    return library.Compose([jitter] if augmentation.changes_colour else [])
+
+
+def drawn_by(draw: Sequence[int], *steps: Any) -> np.random.Generator:
+    """Makes what albumentations' steps draw, and the generator that is returned, depend on some numbers alone.
+
+    Args:
+        draw: The numbers, such as seed, epoch, number of the image.
+        steps: Each an albumentations `Compose`.
+    """
+    generator = np.random.default_rng(draw)
+    # One stream for all steps. Compose.set_random_seed would give each step the same one, so that an image would be
+    # flipped whenever its colours are changed.
+    streams = generator, random.Random(int(generator.integers(1 << 32)))
+    for step in steps:
+        step.set_random_state(*streams)
+    return generator
 
 
 def resized_size(size: tuple[int, int], min_size: int, max_size: int) -> tuple[int, int]:
@@ -142,26 +196,18 @@ class TrainingTransform:
     """
 
     def __init__(self, augmentation: Augmentation, min_size: int, max_size: int) -> None:
-        # It would ask a server for a newer version. Imported here because it takes a second.
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-        import albumentations as A  # type: ignore[import-untyped]
-
+        library = albumentations()
         self.min_sizes = augmentation.min_sizes or (min_size,)
         self.max_size = max_size
-        jitter = A.ColorJitter(
-            *(
-                (1 - strength, 1 + strength)
-                for strength in (augmentation.brightness, augmentation.contrast, augmentation.saturation)
-            ),
-            hue=(-augmentation.hue, augmentation.hue),
-            p=augmentation.colour_probability,
-        )
-        self.colours = A.Compose([jitter] if augmentation.changes_colour else [])
-        flips = [A.HorizontalFlip(p=augmentation.horizontal_flip), A.VerticalFlip(p=augmentation.vertical_flip)]
-        boxes = A.BboxParams(
+        self.colours = colour_changes(augmentation)
+        flips = [
+            library.HorizontalFlip(p=augmentation.horizontal_flip),
+            library.VerticalFlip(p=augmentation.vertical_flip),
+        ]
+        boxes = library.BboxParams(
             format="pascal_voc", label_fields=["labels"], clip=True, min_width=_MIN_BOX_SIDE, min_height=_MIN_BOX_SIDE
         )
-        self.flips = A.Compose(flips, bbox_params=boxes)
+        self.flips = library.Compose(flips, bbox_params=boxes)
 
     def __call__(
         self, image: ImageArray, boxes: Boxes, labels: Labels, draw: Sequence[int]
@@ -174,12 +220,7 @@ class TrainingTransform:
             labels: `[n]`.
             draw: What the drawing starts from: seed, epoch, number of the image.
         """
-        generator = np.random.default_rng(draw)
-        # One stream for all steps. Compose.set_random_seed would give each step the same one, so that an image would be
-        # flipped whenever its colours are changed.
-        streams = generator, random.Random(int(generator.integers(1 << 32)))
-        self.colours.set_random_state(*streams)
-        self.flips.set_random_state(*streams)
+        generator = drawn_by(draw, self.colours, self.flips)
         size = image.shape[0], image.shape[1]
         new_size = resized_size(size, self.min_sizes[generator.integers(len(self.min_sizes))], self.max_size)
         # Colours first: images usually grow.

@@ -212,7 +212,7 @@ def test_moving_batches(shared_root):
     moved = batch.to("meta")
     tensors = [moved.ids, moved.sizes, *moved.images, *(one for target in moved.targets for one in target.values())]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert moved.names is batch.names
+    assert moved.names == batch.names
     assert len(moved) == len(batch)
 
 

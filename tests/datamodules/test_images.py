@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from datamodules.images import ImageError, image_size, read_image
+from datamodules.images import ImageError, channels_first, image_size, label_size, read_image, read_labels
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -175,3 +175,60 @@ def test_a_header_that_promises_too_much_is_refused(tmp_path, read):
     (tmp_path / "bomb.png").write_bytes(data)
     with pytest.raises(ImageError, match=r"bomb\.png is too large \(.*400000000 pixels.*Scale it down"):
         read(tmp_path / "bomb.png")
+
+
+# Parts, labels, channels
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_part_of_an_image(tmp_path, picture, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.convert(mode).save(tmp_path / "a.png", exif=exif)
+    whole = read_image(tmp_path / "a.png")
+    part = read_image(tmp_path / "a.png", window=(3, 7, 11, 20))
+    assert part.shape == (11, 20, 3)
+    assert part.flags.writeable
+    assert (part == whole[3:14, 7:27]).all()
+    stored = read_image(tmp_path / "a.png", (40, 60), (3, 7, 11, 20))
+    assert (stored == read_image(tmp_path / "a.png", (40, 60))[3:14, 7:27]).all()
+
+
+def test_labels(tmp_path):
+    values = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    labels = read_labels(tmp_path / "a.png")
+    assert (labels == values).all()
+    assert labels.dtype == np.uint8
+    assert label_size(tmp_path / "a.png") == (8, 32)
+
+
+@pytest.mark.parametrize("read", [read_labels, label_size])
+@pytest.mark.parametrize(
+    ("mode", "found"), [("RGB", "pixels of RGB"), ("P", "a palette"), ("I;16", "16 bits"), ("LA", "pixels of LA")]
+)
+def test_colours_are_no_labels(tmp_path, picture, read, mode, found):
+    image = Image.new("I;16", (3, 3)) if mode == "I;16" else picture.convert(mode)
+    image.save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=rf"a\.png has {found}, but a label file holds .* Give such a file"):
+        read(tmp_path / "a.png")
+
+
+def test_damaged_labels(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 33, (40, 60), dtype=np.uint8)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageError, match=r"a\.png is damaged, cut short, or no image"):
+        read_labels(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match=r"b\.png is not there"):
+        label_size(tmp_path / "b.png")
+
+
+def test_channels_first(picture):
+    pixels = np.asarray(picture)
+    for image in (pixels, pixels[5:20, 7:30]):
+        made = channels_first(image)
+        assert made.shape == (3, *image.shape[:2])
+        assert made.is_contiguous()
+        assert (made.numpy() == image.transpose(2, 0, 1)).all()

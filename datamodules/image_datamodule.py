@@ -1,0 +1,131 @@
+"""What the DataModules of images share: splits, what a stage needs of them, and loaders."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from datamodules.image_sampling import ImageDataset, evaluation_loader, training_loader
+
+STAGE_SPLITS: Mapping[str, tuple[str, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+"""The splits that a stage reads."""
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Refuses an argument of a DataModule that is too small.
+
+    Raises:
+        ValueError: If it is less than `least`.
+    """
+    if value < least:
+        raise ValueError(f"{name}: {value} is too small; give {least} or more (--data.{name} {least}).")
+
+
+class ImageDataModule(pl.LightningDataModule, abc.ABC):
+    """Base of the DataModules of images.
+
+    A subclass reads the files of a stage in `setup`, and then gives the data sets of its splits.
+
+    Args:
+        root: Folder of the data.
+        split_names: Names of the splits "train", "val" and "test"; that of "test" may be "", which means "val".
+        batch_size: Training images in a batch on one rank.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
+        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
+        predict_folder: Folder of images for prediction; "" means the test split.
+
+    Raises:
+        ValueError: If a number is out of range, or no split is named.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split_names: Mapping[str, str],
+        *,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        eval_batch_size: int,
+        predict_folder: str,
+    ) -> None:
+        super().__init__()
+        check_least("batch_size", batch_size, 1)
+        check_least("num_workers", num_workers, 0)
+        check_least("seed", seed, 0)
+        check_least("eval_batch_size", eval_batch_size, 0)
+        for split, name in split_names.items():
+            if (not name and split != "test") or "/" in name or "\\" in name or name in (".", ".."):
+                raise ValueError(
+                    f"{split}_split: {name!r} is not the name of a split; give that of a folder of images, such as "
+                    f"those in root (--data.{split}_split NAME)."
+                )
+        self.root = Path(root)
+        self.split_names = {split: name or split_names["val"] for split, name in split_names.items()}
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.predict_folder = predict_folder
+
+    @abc.abstractmethod
+    def training_dataset(self) -> ImageDataset[Any]:
+        """The training images, randomly changed; there after `setup`."""
+
+    @abc.abstractmethod
+    def evaluation_dataset(self, split: str) -> ImageDataset[Any]:
+        """All images of "val", "test" or "predict" (which has nothing but images); there after `setup`."""
+
+    def prepare_files(self, splits: Sequence[str]) -> None:
+        """Puts files into `root` where they have to be fetched or made; runs on one process a node.
+
+        Args:
+            splits: Names of the splits that are needed.
+        """
+
+    def prepare_data(self) -> None:
+        """Fetches or makes what the trainer's stage needs, where a subclass does so.
+
+        Raises:
+            OSError: If it cannot be fetched or written.
+            ValueError: If there is no such split.
+        """
+        function = None if self.trainer is None else self.trainer.state.fn
+        stages = STAGE_SPLITS if function is None else [function.value]
+        needed = {split for stage in stages for split in STAGE_SPLITS[stage]}
+        if "predict" in needed:
+            needed.remove("predict")
+            needed |= set() if self.predict_folder else {"test"}
+        self.prepare_files(sorted({self.split_names[split] for split in needed}))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of training images of one group each, randomly changed."""
+        return training_loader(
+            self, self.training_dataset(), batch_size=self.batch_size, num_workers=self.num_workers, seed=self.seed
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Batches of all validation images, once each."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of all test images, once each."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of the images of `predict_folder`, or of the test split, and nothing but images."""
+        return self._evaluation_loader("predict")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any]:
+        return evaluation_loader(
+            self, self.evaluation_dataset(split), batch_size=self.eval_batch_size, num_workers=self.num_workers
+        )
