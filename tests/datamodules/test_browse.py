@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+from cityscapes_data import name_of, write_cityscapes
 from coco_data import CATEGORIES, FIRST_IDS, write_coco
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from parallel_corpus import write_corpus
 from PIL import Image
 
-from datamodules import COCODataModule, WMT14DataModule
+from datamodules import CityscapesDataModule, COCODataModule, WMT14DataModule
 from datamodules.browse import browse_figure, main, save
 from datamodules.vocabulary import PAD_ID
 
@@ -66,6 +67,45 @@ def test_a_sheet_is_not_larger_than_asked(coco_root):
     assert len(titles) == 3
     assert f"(id {FIRST_IDS['val2017']})" in "".join(titles)
     assert not any(axes.axison for axes in figure.axes if not axes.images)
+
+
+@pytest.fixture(scope="module")
+def cityscapes_root(tmp_path_factory):
+    return write_cityscapes(tmp_path_factory.mktemp("cityscapes") / "data", {"train": 3, "val": 2})
+
+
+@pytest.mark.parametrize("crop_size", [(20, 30), (30, 20)])
+def test_a_sheet_shows_labels_in_their_colours(cityscapes_root, crop_size):
+    def module():
+        return CityscapesDataModule(str(cityscapes_root), crop_size=crop_size)
+
+    figure = browse_figure(module(), "train", 9)
+    expected = module()
+    expected.setup("fit")
+    batches = list(expected.train_dataloader())
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == len(batches) == 3
+    occurring = set()
+    for axes, batch in zip(shown, batches, strict=True):
+        image, labels = batch.images[0].permute(1, 2, 0).numpy(), batch.labels[0].numpy()
+        colours = np.array([*expected.classes.colours] + [(255, 255, 255)] * (256 - 19), dtype=np.uint8)
+        axis = 0 if crop_size == (20, 30) else 1
+        assert (axes.images[0].get_array() == np.concatenate((image, colours[labels]), axis=axis)).all()
+        assert axes.get_title().startswith(f"{batch.names[0]} (id {batch.ids[0]})\n{crop_size[1]} x {crop_size[0]}, ")
+        occurring |= set(labels.ravel().tolist())
+    keys = {text.get_text(): key for text, key in zip(figure.legends[0].texts, figure.legends[0].get_patches())}  # noqa: B905
+    assert set(keys) == {(*expected.classes.names, *["ignored"] * 237)[label] for label in occurring}
+    for name, colour in zip(expected.classes.names, expected.classes.colours, strict=True):
+        assert name not in keys or np.array(keys[name].get_facecolor()[:3]) * 255 == pytest.approx(colour)
+
+
+def test_a_sheet_of_images_without_labels(cityscapes_root):
+    module = CityscapesDataModule(str(cityscapes_root))
+    figure = browse_figure(module, "predict", 1)
+    (axes,) = [axes for axes in figure.axes if axes.images]
+    assert axes.images[0].get_array().shape == (40, 64, 3)
+    assert axes.get_title() == f"{name_of('val', 0)} (id 0)\n64 x 40, no labels"
+    assert not figure.legends
 
 
 def test_a_sheet_of_sentences_shows_pieces_and_padding(tmp_path):
