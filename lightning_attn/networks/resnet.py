@@ -234,7 +234,7 @@ class ResNet(nn.Module):
     def __init__(self, name: Architecture, width: int, norm: Norm, output_stride: Literal[8, 16, 32] = 32) -> None:
         super().__init__()
         block, counts = _LAYOUTS[name]
-        make_norm = _norm_factory(norm)
+        make_norm = norm_factory(norm)
         self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(width)
         self.relu = nn.ReLU(inplace=True)
@@ -385,16 +385,19 @@ class NormalizedBatch(nn.Module):
     """Puts images of different sizes into one batch, normalised as ImageNet's networks were trained.
 
     Args:
-        multiple: Height and width of the batch become multiples of this. The width is at least twice as much, so that
-            the smallest map of a single image still has the two values that batch normalisation needs.
+        multiple: Height and width of the batch leave, divided by this, the `remainder`. The width is so large that the
+            smallest map, of stride `multiple`, still has the two values of a single image that batch normalisation
+            needs.
+        remainder: 0; or 1 for batches whose first and last pixels both lie under a pixel of the smallest map, so that
+            resizing that map with `align_corners=True` puts all of its pixels where they were computed.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, multiple: int = 32) -> None:
+    def __init__(self, multiple: int = 32, remainder: Literal[0, 1] = 0) -> None:
         super().__init__()
-        self.multiple = multiple
+        self.multiple, self.remainder = multiple, remainder
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -410,16 +413,9 @@ class NormalizedBatch(nn.Module):
         Raises:
             ValueError: If there are no images, or one is not as it should be; the message says which.
         """
-        if not images:
-            raise ValueError("images is empty; give at least one.")
-        for index, image in enumerate(images):
-            if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-                raise ValueError(
-                    f"images[{index}] must be RGB as uint8 [3, H, W], neither H nor W zero; "
-                    f"got {image.dtype} {tuple(image.shape)}."
-                )
-        height, width = (math.ceil(max(image.shape[axis] for image in images) / self.multiple) for axis in (1, 2))
-        height, width = height * self.multiple, max(width, 2) * self.multiple
+        check_images(images)
+        height, width = (self._padded(max(image.shape[axis] for image in images)) for axis in (1, 2))
+        width = max(width, self._padded(self.multiple + 1))
         # On a CPU the whole network takes over this layout, and a training step of a detector is a sixth faster.
         layout = torch.channels_last if self.mean.device.type == "cpu" else torch.contiguous_format
         batch = torch.empty(
@@ -431,8 +427,28 @@ class NormalizedBatch(nn.Module):
             inside.sub_(self.mean).div_(self.std)
         return batch
 
+    def _padded(self, size: int) -> int:
+        return math.ceil((size - self.remainder) / self.multiple) * self.multiple + self.remainder
 
-def _norm_factory(norm: Norm) -> Callable[[int], nn.Module]:
+
+def check_images(images: Sequence[Tensor]) -> None:
+    """Refuses what is not at least one RGB image as uint8 `[3, H, W]`.
+
+    Raises:
+        ValueError: With the index and what is there instead.
+    """
+    if not images:
+        raise ValueError("images is empty; give at least one.")
+    for index, image in enumerate(images):
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+            raise ValueError(
+                f"images[{index}] must be RGB as uint8 [3, H, W], neither H nor W zero; "
+                f"got {image.dtype} {tuple(image.shape)}."
+            )
+
+
+def norm_factory(norm: Norm) -> Callable[[int], nn.Module]:
+    """What makes a layer of a kind of normalisation from a number of channels."""
     if norm == "group":
         return lambda channels: nn.GroupNorm(math.gcd(_GROUPS, channels), channels)
     kinds = {"frozen": FrozenBatchNorm, "batch": nn.BatchNorm2d, "sync": nn.SyncBatchNorm}

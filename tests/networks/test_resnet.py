@@ -354,6 +354,20 @@ def test_smallest_batch_can_be_normalised():
     assert build_resnet(small(), NONE).train()(batch)["c5"].shape == (1, 256, 1, 2)
 
 
+@pytest.mark.parametrize("multiple", [8, 16, 32])
+def test_batch_may_end_under_a_pixel_of_the_map(multiple):
+    """With a remainder of 1, both ends of an axis lie under a pixel of a map of that stride."""
+    batch = NormalizedBatch(multiple, remainder=1)
+    for height, width in [(1, 1), (5, 3), (8, 9), (9, 8), (33, 65), (32, 64), (34, 66), (769, 1024)]:
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+        found = batch([image])
+        for size, padded, least in ((height, found.shape[2], 1), (width, found.shape[3], multiple + 1)):
+            assert padded % multiple == 1
+            assert max(size, least) <= padded < max(size, least) + multiple
+        assert torch.equal(found[0, :, :height, :width], NormalizedBatch()([image])[0, :, :height, :width])
+        assert found[:, :, height:].count_nonzero() == found[..., width:].count_nonzero() == 0
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
