@@ -53,7 +53,7 @@ from torchvision.models import get_model_weights
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
@@ -84,7 +84,7 @@ from lightning_attn.cli import Parser, RunOptions
 from lightning_attn.files import unused_path, write_json, write_text
 from lightning_attn.metrics.detection import CocoDetectionMetrics
 from lightning_attn.networks.detection import Detector, DetectorSpec
-from lightning_attn.networks.resnet import NormalizedBatch, ResNetSpec, build_resnet
+from lightning_attn.networks.resnet import NormalizedBatch, ResNetSpec, build_resnet, norm_factory
 from lightning_attn.tasks import BaseTask, DetectionTask, OptimizerSpec, ScheduleSpec
 
 BARE, TRAINER = "bare loop", "Trainer"
@@ -580,12 +580,19 @@ def torchvision_detector(num_classes: int, backbone: ResNetSpec, spec: DetectorS
     expansion = _LAYOUTS[backbone.name][0].expansion
     levels = [str(level) for level in range(4)]
     ratios = tuple(spec.aspect_ratios)
+    norm = None if spec.norm == "none" else norm_factory(spec.norm)
+    if spec.roi_convolutions:
+        size = spec.fpn_channels, spec.roi_size, spec.roi_size
+        second_stage = FastRCNNConvFCHead(size, [spec.fpn_channels] * spec.roi_convolutions, [spec.fc_dim], norm)
+    else:
+        second_stage = TwoMLPHead(spec.fpn_channels * spec.roi_size**2, spec.fc_dim)
     network = FasterRCNN(
         BackboneWithFPN(
             body,
             {f"layer{stage + 1}": level for stage, level in enumerate(levels)},
             [backbone.width * 2**stage * expansion for stage in range(4)],
             spec.fpn_channels,
+            norm_layer=norm,
         ),
         rpn_anchor_generator=AnchorGenerator([(size,) for size in spec.anchor_sizes], (ratios,) * 5),
         rpn_pre_nms_top_n_train=spec.rpn_candidates_train,
@@ -600,7 +607,7 @@ def torchvision_detector(num_classes: int, backbone: ResNetSpec, spec: DetectorS
         box_roi_pool=MultiScaleRoIAlign(
             levels, spec.roi_size, 2, canonical_scale=spec.roi_canonical_size, canonical_level=4
         ),
-        box_head=TwoMLPHead(spec.fpn_channels * spec.roi_size**2, spec.fc_dim),
+        box_head=second_stage,
         box_predictor=FastRCNNPredictor(spec.fc_dim, num_classes + 1),
         box_score_thresh=spec.score_threshold,
         box_nms_thresh=spec.nms_threshold,

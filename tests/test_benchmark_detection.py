@@ -290,12 +290,14 @@ def test_the_peer_has_the_shape_of_ours(norm, trained):
         assert settings[0] == settings[1], ending
 
 
-def test_with_our_weights_the_peer_computes_our_losses_and_detections():
+@pytest.mark.parametrize("changes", [{}, {"norm": "batch", "roi_convolutions": 2}], ids=["paper", "scratch"])
+def test_with_our_weights_the_peer_computes_our_losses_and_detections(changes):
     """So nothing but the attention and the speed differs; the backbone's names are torchvision's in both."""
     batch = dataclasses.replace(SMALL, height=64).batch()
+    detector = dataclasses.replace(SMALL.detector, **changes)
     torch.manual_seed(0)
-    ours = Detector(3, SMALL.backbone, SMALL.attention("none"), SMALL.detector)
-    peer = torchvision_detector(3, SMALL.backbone, SMALL.detector)
+    ours = Detector(3, SMALL.backbone, SMALL.attention("none"), detector)
+    peer = torchvision_detector(3, SMALL.backbone, detector)
     peer.load_state_dict(ours.get_submodule("network").state_dict())
     for network in (ours, peer):
         network.train()

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -21,9 +21,10 @@ from torchvision.ops.poolers import LevelMapper
 
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.attention.checks import is_number, require_int
-from lightning_attn.networks.resnet import NormalizedBatch, ResNetSpec, build_resnet
+from lightning_attn.networks.resnet import NormalizedBatch, ResNetSpec, build_resnet, norm_factory
 
 Head = Literal["faster_rcnn", "retinanet"]
+HeadNorm = Literal["none", "batch", "sync", "group"]
 Target: TypeAlias = dict[str, Tensor]
 Detection: TypeAlias = dict[str, Tensor]
 
@@ -40,6 +41,8 @@ class DetectorSpec:
     Attributes:
         head: `"faster_rcnn"` (the paper's) or `"retinanet"`.
         fpn_channels: Channels of every level of the feature pyramid.
+        norm: Normalisation after the convolutions of the pyramid and of Faster R-CNN's second stage: `"none"` (the
+            paper's), or `"batch"`, `"sync"`, `"group"` as in `ResNetSpec`, which training from scratch is better with.
         anchor_sizes: Square roots of the areas of anchors in pixels, one for each of five levels: strides 4 to 64 for
             Faster R-CNN, 8 to 128 for RetinaNet, which adds anchors 2^(1/3) and 2^(2/3) times as large.
         aspect_ratios: Heights over widths of the anchors.
@@ -58,7 +61,9 @@ class DetectorSpec:
         roi_size: Height and width that RoIAlign gives every proposal.
         roi_canonical_size: Square root of the area, in pixels, of proposals that are read from the level of stride 16;
             of half that size, from the next finer one. 224 is FPN's, for images whose short side is about 800.
-        fc_dim: Width of the two fully connected layers of the second stage.
+        fc_dim: Width of the fully connected layers of the second stage.
+        roi_convolutions: 3x3 convolutions of the second stage, before one fully connected layer; 0 (the paper's) for
+            none and two such layers.
         candidates: Best anchors of every level that RetinaNet decodes in evaluation.
         foreground_iou: Anchors that overlap a box by this much are objects to RetinaNet.
         background_iou: Anchors that overlap all boxes by less are background to it.
@@ -72,6 +77,7 @@ class DetectorSpec:
 
     head: Head = "faster_rcnn"
     fpn_channels: int = 256
+    norm: HeadNorm = "none"
     anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0, 512.0)
     aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_candidates_train: int = 2000
@@ -89,6 +95,7 @@ class DetectorSpec:
     roi_size: int = 7
     roi_canonical_size: int = 224
     fc_dim: int = 1024
+    roi_convolutions: int = 0
     candidates: int = 1000
     foreground_iou: float = 0.5
     background_iou: float = 0.4
@@ -99,10 +106,12 @@ class DetectorSpec:
     def __post_init__(self) -> None:
         if self.head not in get_args(Head):
             raise ValueError(f"head must be one of {list(get_args(Head))}, got {self.head!r}.")
+        if self.norm not in get_args(HeadNorm):
+            raise ValueError(f"norm must be one of {list(get_args(HeadNorm))}, got {self.norm!r}.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                require_int(field.name, value)
+                require_int(field.name, value, 0 if field.name == "roi_convolutions" else 1)
             elif field.type is float and not (is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{field.name} must be a number from 0 to 1, got {value!r}.")
         for name in ("anchor_sizes", "aspect_ratios"):
@@ -255,7 +264,8 @@ class Pyramid(nn.Module):
         if detector.head == "retinanet":
             names, top = names[1:], LastLevelP6P7(self.body.channels["c5"], self.out_channels)
         self.names = names
-        self.fpn = FeaturePyramidNetwork([self.body.channels[name] for name in names], self.out_channels, top)
+        inputs = [self.body.channels[name] for name in names]
+        self.fpn = FeaturePyramidNetwork(inputs, self.out_channels, top, _norm_layer(detector))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps a normalised batch `[B, 3, H, W]` to five levels by name, finest first, `[B, fpn_channels, H', W']`."""
@@ -337,7 +347,7 @@ def _faster_rcnn(num_classes: int, pyramid: Pyramid, spec: DetectorSpec) -> nn.M
     pool.map_levels = LevelMapper(_ROI_LEVELS[0], _ROI_LEVELS[-1], canonical_scale=spec.roi_canonical_size)
     roi_heads = RoIHeads(
         pool,
-        TwoMLPHead(pyramid.out_channels * spec.roi_size**2, spec.fc_dim),
+        _second_stage(spec),
         _Predictor(spec.fc_dim, num_classes + 1),
         fg_iou_thresh=spec.roi_foreground_iou,
         bg_iou_thresh=spec.roi_foreground_iou,
@@ -350,6 +360,22 @@ def _faster_rcnn(num_classes: int, pyramid: Pyramid, spec: DetectorSpec) -> nn.M
     )
     network: nn.Module = GeneralizedRCNN(pyramid, rpn, roi_heads, _Images())
     return network
+
+
+def _second_stage(spec: DetectorSpec) -> nn.Module:
+    """From a proposal's features to the vector that its class and box are read from."""
+    if not spec.roi_convolutions:
+        two_layers: nn.Module = TwoMLPHead(spec.fpn_channels * spec.roi_size**2, spec.fc_dim)
+        return two_layers
+    size = spec.fpn_channels, spec.roi_size, spec.roi_size
+    layers: nn.Module = FastRCNNConvFCHead(
+        size, [spec.fpn_channels] * spec.roi_convolutions, [spec.fc_dim], _norm_layer(spec)
+    )
+    return layers
+
+
+def _norm_layer(spec: DetectorSpec) -> Callable[[int], nn.Module] | None:
+    return None if spec.norm == "none" else norm_factory(spec.norm)
 
 
 def _retinanet(num_classes: int, pyramid: Pyramid, spec: DetectorSpec) -> nn.Module:
