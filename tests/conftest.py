@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cityscapes_data import write_cityscapes
 from coco_data import COUNTS, write_coco
 
 from datamodules.miniature_translation import write_miniature_corpus
@@ -99,6 +100,44 @@ model:
 data:
   class_path: COCODataModule
   init_args: {{root: {coco}, batch_size: 2, test_split: test2017, min_size: 48, max_size: 80}}
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 4
+  val_check_interval: 2
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 1
+  log_every_n_steps: 1
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def cityscapes(tmp_path_factory) -> Path:
+    """Segmentation data in the official layout, with an odd number of test images."""
+    return write_cityscapes(tmp_path_factory.mktemp("cityscapes") / "data", {"train": 7, "val": 3, "test": 5})
+
+
+@pytest.fixture(scope="session")
+def segmentation_config(tmp_path_factory, cityscapes) -> Path:
+    """A complete configuration that trains in seconds."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+model:
+  class_path: SegmentationTask
+  init_args:
+    attention: {{terms: "0010", convolution: deformable, num_heads: 2}}
+    backbone: {{name: bottleneck14, width: 8, norm: group}}
+    segmenter: {{head_channels: 16, norm: group}}
+    optimizer: {{name: adamw, learning_rate: 0.02, base_batch_size: 8}}
+    schedule: {{name: poly, warmup_steps: 1, warmup_start: 0.5}}
+    num_pictures: 2
+data:
+  class_path: CityscapesDataModule
+  init_args: {{root: {cityscapes}, batch_size: 2, test_split: test, crop_size: [32, 48]}}
 trainer:
   accelerator: cpu
   devices: 1

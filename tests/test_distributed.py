@@ -121,3 +121,33 @@ def test_detection_on_two_ranks(run_process, detection_config, in_folder):
         (found / name).read_text() for name in ("test_detections.json", "test_detections-2.json", "detections.json")
     ]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_segmentation_on_two_ranks(run_process, segmentation_config, in_folder):
+    """The same confusion matrix and the same files, also where a rank has no image."""
+    run_directory = in_folder / "checkpoints" / "segmentation" / "two"
+    longer = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 2]
+    run_process("fit", "-c", segmentation_config, "--run.name", "two", *longer, *TWO_RANKS)
+    stored = ["-c", run_directory / "config_fit.yaml", "--ckpt_path", run_directory / "last.ckpt"]
+    run_process("test", *stored)
+    run_process("test", *stored, *TWO_RANKS)
+    run_process("test", *stored, *TWO_RANKS, "--data.eval_batch_size", 5)  # one batch: the other rank has none
+    one, two, uneven = (
+        json.loads((run_directory / name).read_text())
+        for name in ("test_metrics.json", "test_metrics-2.json", "test_metrics-3.json")
+    )
+    assert len(one["test/confusion"]) == 19
+    assert one["test/miou"] > 0, "zeros would say nothing"
+    assert one["test/num_images"] == 5
+    assert two == one
+    assert sum(map(sum, uneven["test/confusion"])) == sum(map(sum, one["test/confusion"]))
+    assert uneven["test/miou"] == pytest.approx(one["test/miou"], abs=0.02), "batches of five may round otherwise"
+
+    run_process("predict", *stored)
+    run_process("predict", *stored, *TWO_RANKS)
+    predictions = run_directory / "predictions"
+    written = [
+        {path.name: path.read_bytes() for path in (predictions / name).iterdir()} for name in ("labels", "labels-2")
+    ]
+    assert len(written[0]) == 5
+    assert written[0] == written[1]

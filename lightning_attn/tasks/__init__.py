@@ -4,6 +4,15 @@ from lightning_attn.tasks.base import BaseTask
 from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.detection import DetectionTask
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.tasks.segmentation import SegmentationTask
 from lightning_attn.tasks.translation import TranslationTask
 
-__all__ = ["BaseTask", "CheckpointError", "DetectionTask", "OptimizerSpec", "ScheduleSpec", "TranslationTask"]
+__all__ = [
+    "BaseTask",
+    "CheckpointError",
+    "DetectionTask",
+    "OptimizerSpec",
+    "ScheduleSpec",
+    "SegmentationTask",
+    "TranslationTask",
+]

@@ -1,0 +1,204 @@
+"""Semantic segmentation with an attended ResNet whose attention is chosen by spec (paper, sections 3 and 4)."""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from pytorch_lightning.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from datamodules.cityscapes import SegmentationBatch
+from datamodules.cityscapes_labels import SegmentationClasses
+from lightning_attn.attention import AttentionSpec
+from lightning_attn.files import unused_path, write_file, write_json
+from lightning_attn.metrics.segmentation import SegmentationMetrics
+from lightning_attn.networks.resnet import ResNetSpec
+from lightning_attn.networks.segmentation import Segmenter, SegmenterSpec
+from lightning_attn.networks.segmentation_inference import InferenceSpec, segment
+from lightning_attn.tasks.images import ImageTask
+from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.visualization.pictures import Picture
+from lightning_attn.visualization.segmentation import draw_segmentation, draw_segmentation_beside_truth
+
+
+class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
+    """Trains, scores and runs a segmentation network; the defaults are the paper's, but for pretrained weights.
+
+    The classes come from the DataModule, or from the checkpoint when there is none, and are stored in checkpoints.
+
+    Args:
+        attention: Attention of the backbone's residual blocks and of the head; `mechanism: none` leaves it out ("w/o").
+        backbone: Which ResNet, its weights, and where the attention stands.
+        segmenter: What stands on the backbone.
+        inference: How whole images are segmented in validation, test and prediction.
+        optimizer: The optimizer.
+        schedule: The learning rate's course.
+        num_pictures: How many images of a validation, test or prediction are drawn in the classes' colours.
+    """
+
+    task_name: ClassVar[str] = "segmentation"
+    monitor: ClassVar[str] = "val/miou"
+    monitor_mode: ClassVar[str] = "max"
+    classes_type: ClassVar[type] = SegmentationClasses
+
+    def __init__(
+        self,
+        attention: AttentionSpec = AttentionSpec(),  # noqa: B008 - a frozen value
+        backbone: ResNetSpec = ResNetSpec(),  # noqa: B008 - a frozen value
+        segmenter: SegmenterSpec = SegmenterSpec(),  # noqa: B008 - a frozen value
+        inference: InferenceSpec = InferenceSpec(),  # noqa: B008 - a frozen value
+        optimizer: OptimizerSpec = OptimizerSpec(  # noqa: B008 - a frozen value
+            name="sgd", learning_rate=0.005, weight_decay=1e-4, base_batch_size=8
+        ),
+        schedule: ScheduleSpec = ScheduleSpec(name="poly", warmup_steps=0),  # noqa: B008 - a frozen value
+        num_pictures: int = 8,
+    ) -> None:
+        super().__init__(attention, backbone, optimizer, schedule, num_pictures)
+        self.segmenter, self.inference = segmenter, inference
+        self.check_sizes()
+        self._metrics: SegmentationMetrics | None = None
+        self._label_folder: Path | None = None
+
+    def build_network(self, num_classes: int, backbone: ResNetSpec) -> Segmenter:
+        """The segmentation network."""
+        return Segmenter(num_classes, backbone, self.attention, self.segmenter)
+
+    # Training
+
+    def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:
+        """The sum of the network's losses."""
+        losses = self.built_network(batch.images, batch.labels)
+        total = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
+        if len(losses) > 1:
+            parts = {f"train/{name}": loss.detach() for name, loss in losses.items() if name != "loss"}
+            self.log_dict(parts | {"train/loss_head": losses["loss"].detach()}, batch_size=len(batch))
+        return total
+
+    # Validation and test
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the images of an earlier pass."""
+        self._reset_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets the images of an earlier pass."""
+        self._reset_evaluation()
+
+    def _reset_evaluation(self) -> None:
+        self._metrics = SegmentationMetrics(self.known_classes.names)
+        self.forget_pictures()
+
+    def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
+        """Segments the images of a batch."""
+        self._score(batch)
+
+    def test_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
+        """Segments the images of a batch."""
+        self._score(batch)
+
+    def _score(self, batch: SegmentationBatch) -> None:
+        assert self._metrics is not None
+        predicted = self._segment(batch)
+        self._keep_pictures(batch, predicted)
+        self._metrics.update(batch.ids, predicted, batch.labels)
+
+    def _segment(self, batch: SegmentationBatch) -> list[Tensor]:
+        """A label for every pixel; a rank that has no images gets an empty batch."""
+        return segment(self.built_network, batch.images, self.inference) if len(batch) else []
+
+    def _keep_pictures(self, batch: SegmentationBatch, predicted: list[Tensor]) -> None:
+        truths: list[Tensor | None] = [*batch.labels] or [None] * len(batch)
+        for name, image, labels, truth in zip(batch.names, batch.images, predicted, truths, strict=True):
+            if not self.wants_pictures:
+                return
+            draw = functools.partial(self._drawn, image.cpu(), labels.cpu(), None if truth is None else truth.cpu())
+            self.keep_picture(name, draw)
+
+    def _drawn(self, image: Tensor, labels: Tensor, truth: Tensor | None) -> Picture:
+        classes = self.known_classes
+        if truth is None:
+            return draw_segmentation(image, labels, classes.colours, classes.names)
+        return draw_segmentation_beside_truth(image, labels, truth, classes.colours, classes.names)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the scores of the whole set, the same on every rank, and shows pictures in TensorBoard."""
+        self._log_scores("val")
+        self.log_pictures("val")
+
+    def _log_scores(self, stage: str) -> dict[str, Any]:
+        """Logs the scores; returns them as plain values, with None for a class that does not occur."""
+        assert self._metrics is not None
+        scores = self._metrics.compute()
+        per_class = scores["iou_per_class"]
+        shown = {f"{stage}/miou": scores["miou"], f"{stage}/pixel_accuracy": scores["pixel_accuracy"]}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        there = {f"{stage}/iou/{name}": value for name, value in per_class.items() if not math.isnan(value)}
+        self.log_dict(there, batch_size=1)
+        return {
+            **{name: _or_none(value) for name, value in shown.items()},
+            f"{stage}/iou_per_class": {name: _or_none(value) for name, value in per_class.items()},
+            f"{stage}/confusion": scores["confusion"].tolist(),
+            f"{stage}/num_images": scores["num_images"],
+        }
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the scores and writes them and pictures into the run directory."""
+        results = self._log_scores("test")
+        if not self.trainer.is_global_zero:
+            return
+        path = write_json(self.output_directory / "test_metrics.json", results)
+        _print_scores(results)
+        rank_zero_info(f"Scores written to {path}")
+        self.save_pictures("test")
+
+    # Prediction
+
+    def on_predict_epoch_start(self) -> None:
+        """Chooses the folder for the labels, one for all ranks."""
+        self.forget_pictures()
+        folder = unused_path(self.output_directory / "predictions" / "labels")
+        # The others may look only after rank 0 has begun to write into it.
+        self._label_folder = Path(self.trainer.strategy.broadcast(str(folder)))
+
+    def predict_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
+        """Segments a batch and writes `<name>_pred_labelIds.png` of each image, as Cityscapes' scorer reads them."""
+        assert self._label_folder is not None
+        predicted = self._segment(batch)
+        self._keep_pictures(batch, predicted)
+        for name, labels in zip(batch.names, predicted, strict=True):
+            ids = self.known_classes.to_ids(labels.cpu().numpy())
+            write_file(self._label_folder / f"{name}_pred_labelIds.png", _png(ids), replace=True)
+
+    def on_predict_epoch_end(self) -> None:
+        """Draws pictures."""
+        rank_zero_info(f"Label ids written into {self._label_folder}")
+        self.save_pictures("predict")
+
+
+def _or_none(value: float) -> float | None:
+    """A number as JSON has it: of what is not there, a score is NaN."""
+    return None if math.isnan(value) else value
+
+
+def _png(ids: npt.NDArray[np.uint8]) -> Callable[[BinaryIO], object]:
+    return lambda file: Image.fromarray(ids).save(file, format="PNG")
+
+
+def _print_scores(results: dict[str, Any]) -> None:
+    table = Table("class", "IoU", title=f"Test set, {results['test/num_images']} images")
+    for name, value in results["test/iou_per_class"].items():
+        table.add_row(name, "-" if value is None else f"{value:.3f}")
+    table.add_section()
+    for name in ("miou", "pixel_accuracy"):
+        value = results[f"test/{name}"]
+        table.add_row(name, "-" if value is None else f"{value:.3f}")
+    Console().print(table)
