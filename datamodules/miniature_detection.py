@@ -26,15 +26,10 @@ releases of NumPy, Pillow and scikit-image, the bytes of a PNG also on the zlib 
 Scores on this set say that a model works, and nothing about its quality on real pictures.
 """
 
-import colorsys
-import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,7 +39,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from datamodules.backgrounds import background
-from datamodules.manifests import read_manifest, replace_manifest
+from datamodules.miniature_drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
+from datamodules.miniature_files import write_set
 
 __all__ = ["MINIATURE_CATEGORIES", "MINIATURE_PICTURES", "write_miniature_detection"]
 
@@ -68,11 +64,6 @@ _FINE = 4  # shapes are drawn this much larger and reduced: the edges come out a
 _LEAST_VISIBLE = 0.4
 _SIGN = 22  # pixels; side of the square of the sun or moon
 
-Pixels = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float64]
-Colour = tuple[int, int, int]
-Points = Sequence[tuple[float, float]]
-
 
 # ------------------------------------------------------------------------------------------------ drawing one thing
 
@@ -89,19 +80,6 @@ def _covered(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice]:
     """The smallest rows and columns that hold all of a mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-
-
-def _arc(
-    x: float, y: float, rx: float, ry: float, start: float = 0.0, stop: float = 360.0
-) -> list[tuple[float, float]]:
-    """Points on an ellipse; angles in degrees, clockwise from the right."""
-    angles = np.radians(np.linspace(start, stop, max(4, round(abs(stop - start) / 9)) + 1))
-    return [(x + rx * math.cos(angle), y + ry * math.sin(angle)) for angle in angles]
-
-
-def _scaled(colour: Colour, factor: float) -> Colour:
-    red, green, blue = (min(255, round(value * factor)) for value in colour)
-    return red, green, blue
 
 
 class _Canvas:
@@ -190,8 +168,8 @@ class _Look:
             angle=rng.uniform(-1, 1),
             stretch=rng.uniform(0.88, 1.12),
             flip=bool(rng.random() < 0.5),
-            colour=_hsv(hue, rng.uniform(0.5, 1), rng.uniform(0.6, 1)),
-            second=_hsv((hue + contrast) % 1, rng.uniform(0.1, 0.9), rng.uniform(0.35, 1)),
+            colour=hsv(hue, rng.uniform(0.5, 1), rng.uniform(0.6, 1)),
+            second=hsv((hue + contrast) % 1, rng.uniform(0.1, 0.9), rng.uniform(0.35, 1)),
             count=int(rng.integers(3)),
             light=light,
             texture=rng.random((6, 6)),
@@ -205,20 +183,15 @@ class _Look:
         return canvas.sprite(self.light, round_body=round_body, texture=self.texture)
 
 
-def _hsv(hue: float, saturation: float, value: float) -> Colour:
-    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
-    return red, green, blue
-
-
 def _ball(look: _Look) -> _Sprite:
     canvas = look.canvas(180)
-    canvas.body(_arc(0, 0, 0.95, 0.95), look.colour)
+    canvas.body(arc(0, 0, 0.95, 0.95), look.colour)
     segments = 2 * (look.count + 2)
     for segment in range(0, segments, 2):
         width = 360 / segments
-        edge = _arc(0, 0, 1.05, 1.05, segment * width, (segment + 1) * width)
+        edge = arc(0, 0, 1.05, 1.05, segment * width, (segment + 1) * width)
         canvas.mark([(0.3, 0.2), *edge], look.second)
-    canvas.mark(_arc(0.3, 0.2, 0.17, 0.17), _scaled(look.second, 0.6))
+    canvas.mark(arc(0.3, 0.2, 0.17, 0.17), scaled(look.second, 0.6))
     return look.finish(canvas, round_body=True)
 
 
@@ -232,20 +205,20 @@ def _star(look: _Look) -> _Sprite:
     ]
     canvas.body(points, look.colour)
     for corner in range(10):  # facets, light and dark in turn
-        canvas.mark([(0, 0), points[corner], points[(corner + 1) % 10]], _scaled(look.colour, (1.15, 0.72)[corner % 2]))
+        canvas.mark([(0, 0), points[corner], points[(corner + 1) % 10]], scaled(look.colour, (1.15, 0.72)[corner % 2]))
     return look.finish(canvas)
 
 
 def _mug(look: _Look) -> _Sprite:
     canvas = look.canvas(22)
-    handle = [*_arc(0.45, 0.05, 0.5, 0.5, -90, 90), *_arc(0.45, 0.05, 0.28, 0.28, 90, -90)]
-    canvas.body(handle, _scaled(look.colour, 0.8))
-    canvas.body([(-0.72, -0.7), *_arc(-0.1, 0.72, 0.54, 0.2, 180, 0), (0.52, -0.7)], look.colour)
+    handle = [*arc(0.45, 0.05, 0.5, 0.5, -90, 90), *arc(0.45, 0.05, 0.28, 0.28, 90, -90)]
+    canvas.body(handle, scaled(look.colour, 0.8))
+    canvas.body([(-0.72, -0.7), *arc(-0.1, 0.72, 0.54, 0.2, 180, 0), (0.52, -0.7)], look.colour)
     for stripe in range(look.count):
         top = -0.25 + 0.45 * stripe
         canvas.mark([(-0.8, top), (0.52, top), (0.52, top + 0.2), (-0.8, top + 0.2)], look.second)
-    canvas.body(_arc(-0.1, -0.7, 0.62, 0.22), _scaled(look.colour, 1.25))
-    canvas.mark(_arc(-0.1, -0.68, 0.5, 0.15), _scaled(look.second, 0.35))
+    canvas.body(arc(-0.1, -0.7, 0.62, 0.22), scaled(look.colour, 1.25))
+    canvas.mark(arc(-0.1, -0.68, 0.5, 0.15), scaled(look.second, 0.35))
     return look.finish(canvas)
 
 
@@ -256,7 +229,7 @@ def _kite(look: _Look) -> _Sprite:
     canvas.body(corners, look.colour)
     canvas.mark([(0, cross), corners[0], corners[1]], look.second)
     canvas.mark([(0, cross), corners[2], corners[3]], look.second)
-    spar = _scaled(look.second, 0.4)
+    spar = scaled(look.second, 0.4)
     canvas.mark([(-0.04, -1), (0.04, -1), (0.04, 1), (-0.04, 1)], spar)
     canvas.mark([(-wide, cross - 0.04), (wide, cross - 0.04), (wide, cross + 0.04), (-wide, cross + 0.04)], spar)
     return look.finish(canvas)
@@ -264,16 +237,16 @@ def _kite(look: _Look) -> _Sprite:
 
 def _fish(look: _Look) -> _Sprite:
     canvas = look.canvas(40)
-    fin = _scaled(look.second, 0.85)
+    fin = scaled(look.second, 0.85)
     canvas.body([(0.4, 0), (0.95, -0.5), (0.82, 0), (0.95, 0.5)], fin)
     canvas.body([(-0.35, -0.3), (0.1, -0.68), (0.35, -0.2)], fin)
-    canvas.body(_arc(-0.22, 0, 0.76, 0.46), look.colour)
+    canvas.body(arc(-0.22, 0, 0.76, 0.46), look.colour)
     for stripe in range(look.count + 1):
         left = -0.3 + 0.28 * stripe
         tall = 0.46 * math.sqrt(1 - ((left + 0.3) / 0.76) ** 2) - 0.05
         canvas.mark([(left, -tall), (left + 0.12, -tall), (left + 0.12, tall), (left, tall)], look.second)
-    canvas.mark(_arc(-0.62, -0.1, 0.12, 0.12), (245, 245, 245))
-    canvas.mark(_arc(-0.64, -0.1, 0.06, 0.06), (15, 15, 15))
+    canvas.mark(arc(-0.62, -0.1, 0.12, 0.12), (245, 245, 245))
+    canvas.mark(arc(-0.64, -0.1, 0.06, 0.06), (15, 15, 15))
     return look.finish(canvas)
 
 
@@ -293,12 +266,12 @@ def _flower(look: _Look) -> _Sprite:
     for petal in range(petals):
         angle = 2 * math.pi * petal / petals
         cos, sin = math.cos(angle), math.sin(angle)
-        outline = [(cos * x - sin * y, sin * x + cos * y) for x, y in _arc(0.6, 0, 0.4, 0.3)]
+        outline = [(cos * x - sin * y, sin * x + cos * y) for x, y in arc(0.6, 0, 0.4, 0.3)]
         canvas.body(outline, look.colour)
-        vein = [(cos * x - sin * y, sin * x + cos * y) for x, y in _arc(0.55, 0, 0.3, 0.08)]
-        canvas.mark(vein, _scaled(look.colour, 0.7))
-    canvas.body(_arc(0, 0, 0.4, 0.4), _scaled(look.colour, 0.5))
-    canvas.mark(_arc(0, 0, 0.3, 0.3), look.second)
+        vein = [(cos * x - sin * y, sin * x + cos * y) for x, y in arc(0.55, 0, 0.3, 0.08)]
+        canvas.mark(vein, scaled(look.colour, 0.7))
+    canvas.body(arc(0, 0, 0.4, 0.4), scaled(look.colour, 0.5))
+    canvas.mark(arc(0, 0, 0.3, 0.3), look.second)
     return look.finish(canvas)
 
 
@@ -313,14 +286,8 @@ def _sign(night: bool) -> Pixels:
     base = (28, 36, 92) if night else (150, 205, 245)
     canvas = _Canvas(_SIGN, base)
     canvas.body([(-1.5, -1.5), (1.5, -1.5), (1.5, 1.5), (-1.5, 1.5)], base)
-    if night:
-        canvas.mark([*_arc(0.05, 0, 0.8, 0.8, 55, 305), *_arc(0.38, 0, 0.67, 0.67, 285, 75)], (245, 240, 215))
-    else:
-        for ray in range(8):
-            angle = math.pi * ray / 4
-            ends = [(angle - 0.25, 0.5), (angle, 0.98), (angle + 0.25, 0.5)]
-            canvas.mark([(radius * math.cos(a), radius * math.sin(a)) for a, radius in ends], (255, 165, 0))
-        canvas.mark(_arc(0, 0, 0.55, 0.55), (255, 215, 40))
+    for points, colour in sun_or_moon(night):
+        canvas.mark(points, colour)
     colours = canvas.sprite(0, round_body=False).colours
     margin = (colours.shape[0] - _SIGN) // 2
     return np.rint(colours[margin : margin + _SIGN, margin : margin + _SIGN]).astype(np.uint8)
@@ -554,44 +521,24 @@ def write_miniature_detection(root: Path, counts: Mapping[str, int] | None = Non
         FileExistsError: `root` holds annotations or pictures that this function did not write; they are left alone.
         FileNotFoundError: The installed scikit-image lacks a photograph.
     """
-    counts = MINIATURE_PICTURES if counts is None else counts
-    if set(counts) != set(MINIATURE_PICTURES) or min(counts.values()) < 1:
-        raise ValueError(f"counts={dict(counts)}: give at least 1 for each of {', '.join(MINIATURE_PICTURES)}.")
-    root = Path(root)
-    settings = {
-        "drawing": DRAWING_VERSION,
-        "counts": {part: counts[part] for part in MINIATURE_PICTURES},
-        **{library: version(library) for library in ("numpy", "pillow", "scikit-image")},
-    }
-    manifest = read_manifest(root / MANIFEST_NAME)
-    if manifest is not None and manifest.get("settings") == settings and _is_whole(root, manifest):
-        return
-    official = [f"{part}2017" for part in counts] + [f"annotations/instances_{part}2017.json" for part in counts]
-    if manifest is None and (present := [name for name in official if (root / name).exists()]):
-        raise FileExistsError(
-            f"{root} already holds {', '.join(present)}, and no {MANIFEST_NAME} that marks them as the miniature set. "
-            "They are left as they are: give the miniature set a folder of its own, or remove them."
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".miniature-", dir=root))
-    try:
-        for part, count in counts.items():
-            _write_part(scratch, part, count)
-        hashes = {
-            path.relative_to(scratch).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(scratch.rglob("*.*"))
-        }
-        replace_manifest(root / MANIFEST_NAME, {"settings": settings}, scratch)
-        for name in hashes:
-            (root / name).parent.mkdir(exist_ok=True)
-            (scratch / name).replace(root / name)
-        for part in counts:  # pictures of an earlier, larger set
-            for path in (root / f"{part}2017").glob("[0-9]" * 12 + ".png"):
-                if f"{part}2017/{path.name}" not in hashes:
-                    path.unlink(missing_ok=True)
-        replace_manifest(root / MANIFEST_NAME, {"settings": settings, "sha256": hashes}, scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    write_set(
+        Path(root),
+        MINIATURE_PICTURES if counts is None else counts,
+        _write_parts,
+        parts=tuple(MINIATURE_PICTURES),
+        official=[
+            *(f"{part}2017" for part in MINIATURE_PICTURES),
+            *(f"annotations/instances_{part}2017.json" for part in MINIATURE_PICTURES),
+        ],
+        pictures=[f"{part}2017/{'[0-9]' * 12}.png" for part in MINIATURE_PICTURES],
+        manifest_name=MANIFEST_NAME,
+        drawing_version=DRAWING_VERSION,
+    )
+
+
+def _write_parts(folder: Path, counts: Mapping[str, int]) -> None:
+    for part, count in counts.items():
+        _write_part(folder, part, count)
 
 
 def _write_part(folder: Path, part: str, count: int) -> None:
@@ -617,13 +564,3 @@ def _write_part(folder: Path, part: str, count: int) -> None:
     (folder / "annotations").mkdir(exist_ok=True)
     path = folder / "annotations" / f"instances_{part}2017.json"
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8", newline="\n")
-
-
-def _is_whole(root: Path, manifest: Mapping[str, Any]) -> bool:
-    hashes = manifest.get("sha256")
-    if not isinstance(hashes, dict):
-        return False
-    return all(
-        (root / name).is_file() and hashlib.sha256((root / name).read_bytes()).hexdigest() == expected
-        for name, expected in hashes.items()
-    )

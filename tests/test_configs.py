@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from datamodules.miniature_detection import write_miniature_detection
+from datamodules.miniature_segmentation import write_miniature_segmentation
 from datamodules.miniature_translation import write_miniature_corpus
 from lightning_attn.attention.spec import TERM_SETS
 
@@ -27,6 +28,11 @@ SMALL_DETECTION = [
     *("--model.backbone.name", "bottleneck14", "--model.backbone.width", 8, "--model.backbone.weights", "none"),
     *("--model.detector.fpn_channels", 8, "--model.detector.fc_dim", 16, "--data.num_workers", 0),
     *("--data.batch_size", 2, "--data.min_size", 48, "--data.max_size", 64),
+]
+SMALL_SEGMENTATION = [
+    *("--model.backbone.name", "bottleneck14", "--model.backbone.width", 8, "--model.backbone.weights", "none"),
+    *("--model.backbone.norm", "group", "--model.segmenter.norm", "group", "--model.segmenter.head_channels", 16),
+    *("--data.num_workers", 0, "--data.batch_size", 2, "--data.crop_size", 33),
 ]
 
 
@@ -51,6 +57,15 @@ def test_detection_configurations(run, coco, path):
     assert (checkpoint.parent / "test_metrics.json").is_file()
 
 
+@pytest.mark.parametrize("path", [*paths("segmentation"), CONFIGS / "miniature/segmentation.yaml"], ids=lambda p: p.stem)
+def test_segmentation_configurations(run, cityscapes, path):
+    root = cityscapes if "miniature" not in str(path) else "small"
+    run("fit", "-c", path, *SMALL_SEGMENTATION, *QUICK, *ONE_PROCESS, "--data.root", root)
+    (checkpoint,) = Path("checkpoints/segmentation").glob("*/last.ckpt")
+    run("test", "-c", checkpoint.with_name("config_fit.yaml"), "--ckpt_path", checkpoint)
+    assert (checkpoint.parent / "test_metrics.json").is_file()
+
+
 @pytest.fixture(autouse=True)
 def small_miniature(monkeypatch):
     """The miniature DataModules write small sets."""
@@ -61,8 +76,12 @@ def small_miniature(monkeypatch):
     def draw(root):
         write_miniature_detection(root, {"train": 6, "val": 2, "test": 2})
 
+    def draw_streets(root):
+        write_miniature_segmentation(root, {"train": 6, "val": 2, "test": 2})
+
     monkeypatch.setattr("datamodules.miniature_translation.write_miniature_corpus", write)
     monkeypatch.setattr("datamodules.miniature_detection.write_miniature_detection", draw)
+    monkeypatch.setattr("datamodules.miniature_segmentation.write_miniature_segmentation", draw_streets)
 
 
 def promised(name: str) -> tuple[str, dict[str, object]]:
