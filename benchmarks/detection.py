@@ -605,7 +605,7 @@ def torchvision_detector(num_classes: int, backbone: ResNetSpec, spec: DetectorS
         rpn_batch_size_per_image=spec.rpn_batch_size,
         rpn_positive_fraction=spec.rpn_positive_fraction,
         box_roi_pool=MultiScaleRoIAlign(
-            levels, spec.roi_size, 2, canonical_scale=spec.roi_canonical_size, canonical_level=4
+            levels, spec.roi_size, spec.roi_samples, canonical_scale=spec.roi_canonical_size, canonical_level=4
         ),
         box_head=second_stage,
         box_predictor=FastRCNNPredictor(spec.fc_dim, num_classes + 1),

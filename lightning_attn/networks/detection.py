@@ -31,7 +31,6 @@ Detection: TypeAlias = dict[str, Tensor]
 _LEVELS = 5
 _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # anchor sizes of RetinaNet within a level
 _ROI_LEVELS = (2, 3, 4, 5)
-_ROI_SAMPLES = 2  # points per bin and axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +58,7 @@ class DetectorSpec:
         roi_positive_fraction: At most this share of them are objects.
         roi_foreground_iou: Proposals that overlap a box by this much are objects, the others background.
         roi_size: Height and width that RoIAlign gives every proposal.
+        roi_samples: Points per bin and axis that RoIAlign takes the mean of.
         roi_canonical_size: Square root of the area, in pixels, of proposals that are read from the level of stride 16;
             of half that size, from the next finer one. 224 is FPN's, for images whose short side is about 800.
         fc_dim: Width of the fully connected layers of the second stage.
@@ -93,6 +93,7 @@ class DetectorSpec:
     roi_positive_fraction: float = 0.25
     roi_foreground_iou: float = 0.5
     roi_size: int = 7
+    roi_samples: int = 2
     roi_canonical_size: int = 224
     fc_dim: int = 1024
     roi_convolutions: int = 0
@@ -340,7 +341,7 @@ def _faster_rcnn(num_classes: int, pyramid: Pyramid, spec: DetectorSpec) -> nn.M
         nms_thresh=spec.rpn_nms_threshold,
     )
     pool = MultiScaleRoIAlign(
-        pyramid.names, spec.roi_size, _ROI_SAMPLES, canonical_scale=spec.roi_canonical_size, canonical_level=4
+        pyramid.names, spec.roi_size, spec.roi_samples, canonical_scale=spec.roi_canonical_size, canonical_level=4
     )
     # Left alone it infers the strides from the first batch and keeps them: wrongly, if that is mostly padding.
     pool.scales = [2.0**-level for level in _ROI_LEVELS]
