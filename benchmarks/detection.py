@@ -84,7 +84,7 @@ from lightning_attn.cli import Parser, RunOptions
 from lightning_attn.files import unused_path, write_json, write_text
 from lightning_attn.metrics.detection import CocoDetectionMetrics
 from lightning_attn.networks.detection import Detector, DetectorSpec
-from lightning_attn.networks.resnet import NormalizedBatch, ResNetSpec, build_resnet, norm_factory
+from lightning_attn.networks.resnet import NormalizedBatch, ResNetSpec, build_resnet
 from lightning_attn.tasks import BaseTask, DetectionTask, OptimizerSpec, ScheduleSpec
 
 BARE, TRAINER = "bare loop", "Trainer"
@@ -580,7 +580,7 @@ def torchvision_detector(num_classes: int, backbone: ResNetSpec, spec: DetectorS
     expansion = _LAYOUTS[backbone.name][0].expansion
     levels = [str(level) for level in range(4)]
     ratios = tuple(spec.aspect_ratios)
-    norm = None if spec.norm == "none" else norm_factory(spec.norm)
+    norm = None if spec.norm == "none" else _NORMS[spec.norm]
     if spec.roi_convolutions:
         size = spec.fpn_channels, spec.roi_size, spec.roi_size
         second_stage = FastRCNNConvFCHead(size, [spec.fpn_channels] * spec.roi_convolutions, [spec.fc_dim], norm)

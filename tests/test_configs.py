@@ -57,7 +57,9 @@ def test_detection_configurations(run, coco, path):
     assert (checkpoint.parent / "test_metrics.json").is_file()
 
 
-@pytest.mark.parametrize("path", [*paths("segmentation"), CONFIGS / "miniature/segmentation.yaml"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [*paths("segmentation"), CONFIGS / "miniature/segmentation.yaml"], ids=lambda p: p.stem
+)
 def test_segmentation_configurations(run, cityscapes, path):
     root = cityscapes if "miniature" not in str(path) else "small"
     run("fit", "-c", path, *SMALL_SEGMENTATION, *QUICK, *ONE_PROCESS, "--data.root", root)
