@@ -1,14 +1,11 @@
 """Object detection with an attended ResNet whose attention is chosen by spec (paper, sections 3 and 4)."""
 
 import functools
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from datamodules.coco import DetectionBatch
@@ -19,7 +16,7 @@ from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics,
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.detection import Detection, Detector, DetectorSpec
 from lightning_attn.networks.resnet import ResNetSpec
-from lightning_attn.tasks.images import ImageTask
+from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
 from lightning_attn.visualization.pictures import Picture
@@ -85,27 +82,12 @@ class DetectionTask(ImageTask[Categories, Detector]):
 
     # Validation and test
 
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the images of an earlier pass."""
-        self._reset_evaluation("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Forgets the images of an earlier pass."""
-        self._reset_evaluation("test")
-
-    def _reset_evaluation(self, split: str) -> None:
+    def start_scoring(self, split: str) -> None:
+        """Metrics of a pass."""
         self._metrics = CocoDetectionMetrics(self.trainer.datamodule.ground_truth(split), split)  # type: ignore[attr-defined]
-        self.forget_pictures()
 
-    def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
+    def score(self, batch: DetectionBatch) -> None:
         """Detects the objects of a batch."""
-        self._score(batch)
-
-    def test_step(self, batch: DetectionBatch, batch_idx: int) -> None:
-        """Detects the objects of a batch."""
-        self._score(batch)
-
-    def _score(self, batch: DetectionBatch) -> None:
         assert self._metrics is not None
         found = self._detect(batch)
         self._keep_pictures(batch, found)
@@ -152,35 +134,21 @@ class DetectionTask(ImageTask[Categories, Detector]):
         truth = (target["boxes"], true_names)
         return draw_detections_beside_truth(*detected, *truth, categories=categories, min_score=self.picture_score)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs the AP of the whole set, the same on every rank, and shows pictures in TensorBoard."""
-        self._log_scores("val")
-        self.log_pictures("val")
-
-    def _log_scores(self, stage: str) -> dict[str, Any]:
+    def log_scores(self, stage: str) -> dict[str, Any]:
+        """Logs COCO's twelve numbers."""
         assert self._metrics is not None
         scores = self._metrics.compute()
         numbers = {f"{stage}/{name}": torch.tensor(scores[name]) for name in COCO_NUMBERS}  # type: ignore[literal-required]
         shown = (f"{stage}/ap", f"{stage}/ap50")
         self.log_dict({name: numbers[name] for name in shown}, prog_bar=True, batch_size=1)
         self.log_dict({name: value for name, value in numbers.items() if name not in shown}, batch_size=1)
-        # Of what there is nothing to find, a score is NaN, which JSON has not.
-        return {
-            f"{stage}/{name}": None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in scores.items()
-        }
+        return {f"{stage}/{name}": number_or_none(value) for name, value in scores.items()}
 
-    def on_test_epoch_end(self) -> None:
-        """Logs the scores and writes them, the detections and pictures into the run directory."""
-        results = self._log_scores("test")
-        if not self.trainer.is_global_zero:
-            return
+    def write_scores(self, results: dict[str, Any]) -> None:
+        """Also writes the detections."""
         assert self._metrics is not None
         write_json(self.output_directory / "predictions" / "test_detections.json", self._metrics.records())
-        path = write_json(self.output_directory / "test_metrics.json", results)
-        _print_scores(results)
-        rank_zero_info(f"Scores written to {path}")
-        self.save_pictures("test")
+        self.write_metrics(results, ("category", "AP"), "ap_per_category", COCO_NUMBERS)
 
     # Prediction
 
@@ -214,14 +182,3 @@ class DetectionTask(ImageTask[Categories, Detector]):
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
-
-
-def _print_scores(results: dict[str, Any]) -> None:
-    table = Table("category", "AP", title=f"Test set, {results['test/num_images']} images")
-    for name, value in results["test/ap_per_category"].items():
-        table.add_row(name, f"{value:.3f}")
-    table.add_section()
-    for name in COCO_NUMBERS:
-        value = results[f"test/{name}"]
-        table.add_row(name, "-" if value is None else f"{value:.3f}")
-    Console().print(table)

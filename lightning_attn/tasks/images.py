@@ -1,16 +1,19 @@
 """What the tasks on images share: a network for the data's classes, stored in checkpoints, and pictures of results."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path
+from lightning_attn.files import unused_path, write_json
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.tasks.base import BaseTask, require_network
 from lightning_attn.tasks.checkpoints import CheckpointError, read_checkpoint
@@ -39,7 +42,8 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     The classes come from the DataModule's attribute `classes_word`, or from the checkpoint when the data has none, and
     are stored in checkpoints under the same word. A subclass sets `classes_word` and `classes_type`, and defines
-    `build_network`.
+    `build_network`, `training_step`, and for validation and test `start_scoring`, `score`, `log_scores` and
+    `write_scores`.
 
     Args:
         attention: Attention of the network; `mechanism: none` leaves it out ("w/o").
@@ -176,6 +180,75 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         pairs = [f"{name} ({number})" for name, number in zip(classes.names, classes.ids, strict=True)]
         return f"{len(pairs)} {self.classes_word}: {', '.join(pairs[:6])}{', ...' if len(pairs) > 6 else ''}"
 
+    # Validation and test
+
+    def start_scoring(self, split: str) -> None:
+        """Makes the metrics of a pass over "val" or "test"."""
+        raise NotImplementedError(f"{type(self).__name__} must define start_scoring.")
+
+    def score(self, batch: Any) -> None:
+        """Runs the network on a batch, and hands what it found to the metrics and to `keep_picture`."""
+        raise NotImplementedError(f"{type(self).__name__} must define score.")
+
+    def log_scores(self, stage: str) -> dict[str, Any]:
+        """Logs the scores of the pass under `stage/`, the same on every rank; returns them as JSON can hold them."""
+        raise NotImplementedError(f"{type(self).__name__} must define log_scores.")
+
+    def write_scores(self, results: dict[str, Any]) -> None:
+        """Writes and prints what `log_scores` returned of a test; on rank 0."""
+        raise NotImplementedError(f"{type(self).__name__} must define write_scores.")
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the images of an earlier pass."""
+        self.start_scoring("val")
+        self.forget_pictures()
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets the images of an earlier pass."""
+        self.start_scoring("test")
+        self.forget_pictures()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Scores a batch."""
+        self.score(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Scores a batch."""
+        self.score(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the scores of the whole set, and shows pictures in TensorBoard."""
+        self.log_scores("val")
+        self.log_pictures("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the scores of the whole set, and writes them and pictures into the run directory."""
+        results = self.log_scores("test")
+        if self.trainer.is_global_zero:
+            self.write_scores(results)
+            self.save_pictures("test")
+
+    def write_metrics(
+        self, results: dict[str, Any], header: tuple[str, str], per_class: str, totals: Sequence[str]
+    ) -> None:
+        """Writes `test_metrics.json`, and prints a table.
+
+        Args:
+            results: Everything.
+            header: Headings of the table's columns: what a row is, and its score.
+            per_class: Which of the results, less `test/`, holds a score for each class.
+            totals: Which of them, less `test/`, follow in the table.
+        """
+        path = write_json(self.output_directory / "test_metrics.json", results)
+        table = Table(*header, title=f"Test set, {results['test/num_images']} images")
+        for name, value in results[f"test/{per_class}"].items():
+            table.add_row(name, _shown(value))
+        table.add_section()
+        for name in totals:
+            table.add_row(name, _shown(results[f"test/{name}"]))
+        Console().print(table)
+        rank_zero_info(f"Scores written to {path}")
+
     # Pictures
 
     @property
@@ -213,6 +286,15 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             save_picture(draw(), folder / f"{Path(name).stem}.png")
         rank_zero_info(f"{len(self._pictures)} pictures drawn into {folder}")
         self.forget_pictures()
+
+
+def number_or_none(value: Any) -> Any:
+    """A value as JSON can hold it: of what is not there, a score is NaN, which JSON has not."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _shown(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"
 
 
 def _without_weights(backbone: ResNetSpec) -> ResNetSpec:

@@ -11,19 +11,17 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from datamodules.cityscapes import SegmentationBatch
 from datamodules.cityscapes_labels import SegmentationClasses
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_file, write_json
+from lightning_attn.files import unused_path, write_file
 from lightning_attn.metrics.segmentation import SegmentationMetrics
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.networks.segmentation import Segmenter, SegmenterSpec
 from lightning_attn.networks.segmentation_inference import InferenceSpec, segment
-from lightning_attn.tasks.images import ImageTask
+from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture
 from lightning_attn.visualization.segmentation import draw_segmentation, draw_segmentation_beside_truth
@@ -85,27 +83,12 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
 
     # Validation and test
 
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the images of an earlier pass."""
-        self._reset_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        """Forgets the images of an earlier pass."""
-        self._reset_evaluation()
-
-    def _reset_evaluation(self) -> None:
+    def start_scoring(self, split: str) -> None:
+        """Metrics of a pass."""
         self._metrics = SegmentationMetrics(self.known_classes.names)
-        self.forget_pictures()
 
-    def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
+    def score(self, batch: SegmentationBatch) -> None:
         """Segments the images of a batch."""
-        self._score(batch)
-
-    def test_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
-        """Segments the images of a batch."""
-        self._score(batch)
-
-    def _score(self, batch: SegmentationBatch) -> None:
         assert self._metrics is not None
         predicted = self._segment(batch)
         self._keep_pictures(batch, predicted)
@@ -129,12 +112,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
             return draw_segmentation(image, labels, classes.colours, classes.names)
         return draw_segmentation_beside_truth(image, labels, truth, classes.colours, classes.names)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs the scores of the whole set, the same on every rank, and shows pictures in TensorBoard."""
-        self._log_scores("val")
-        self.log_pictures("val")
-
-    def _log_scores(self, stage: str) -> dict[str, Any]:
+    def log_scores(self, stage: str) -> dict[str, Any]:
         """Logs the scores; returns them as plain values, with None for a class that does not occur."""
         assert self._metrics is not None
         scores = self._metrics.compute()
@@ -144,21 +122,15 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         there = {f"{stage}/iou/{name}": value for name, value in per_class.items() if not math.isnan(value)}
         self.log_dict(there, batch_size=1)
         return {
-            **{name: _or_none(value) for name, value in shown.items()},
-            f"{stage}/iou_per_class": {name: _or_none(value) for name, value in per_class.items()},
+            **{name: number_or_none(value) for name, value in shown.items()},
+            f"{stage}/iou_per_class": {name: number_or_none(value) for name, value in per_class.items()},
             f"{stage}/confusion": scores["confusion"].tolist(),
             f"{stage}/num_images": scores["num_images"],
         }
 
-    def on_test_epoch_end(self) -> None:
-        """Logs the scores and writes them and pictures into the run directory."""
-        results = self._log_scores("test")
-        if not self.trainer.is_global_zero:
-            return
-        path = write_json(self.output_directory / "test_metrics.json", results)
-        _print_scores(results)
-        rank_zero_info(f"Scores written to {path}")
-        self.save_pictures("test")
+    def write_scores(self, results: dict[str, Any]) -> None:
+        """Writes and prints the scores."""
+        self.write_metrics(results, ("class", "IoU"), "iou_per_class", ("miou", "pixel_accuracy"))
 
     # Prediction
 
@@ -166,7 +138,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         """Chooses the folder for the labels, one for all ranks."""
         self.forget_pictures()
         folder = unused_path(self.output_directory / "predictions" / "labels")
-        # The others may look only after rank 0 has begun to write into it.
+        # Rank 0 decides: by the time that another looks, it may have begun to write.
         self._label_folder = Path(self.trainer.strategy.broadcast(str(folder)))
 
     def predict_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
@@ -184,21 +156,5 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         self.save_pictures("predict")
 
 
-def _or_none(value: float) -> float | None:
-    """A number as JSON has it: of what is not there, a score is NaN."""
-    return None if math.isnan(value) else value
-
-
 def _png(ids: npt.NDArray[np.uint8]) -> Callable[[BinaryIO], object]:
     return lambda file: Image.fromarray(ids).save(file, format="PNG")
-
-
-def _print_scores(results: dict[str, Any]) -> None:
-    table = Table("class", "IoU", title=f"Test set, {results['test/num_images']} images")
-    for name, value in results["test/iou_per_class"].items():
-        table.add_row(name, "-" if value is None else f"{value:.3f}")
-    table.add_section()
-    for name in ("miou", "pixel_accuracy"):
-        value = results[f"test/{name}"]
-        table.add_row(name, "-" if value is None else f"{value:.3f}")
-    Console().print(table)
