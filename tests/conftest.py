@@ -15,6 +15,17 @@ from lightning_attn.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
 
+SHORT_TRAINING = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_steps: 4
+  val_check_interval: 2
+  check_val_every_n_epoch: null
+  num_sanity_val_steps: 1
+  log_every_n_steps: 1
+"""
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
@@ -100,15 +111,7 @@ model:
 data:
   class_path: COCODataModule
   init_args: {{root: {coco}, batch_size: 2, test_split: test2017, min_size: 48, max_size: 80}}
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_steps: 4
-  val_check_interval: 2
-  check_val_every_n_epoch: null
-  num_sanity_val_steps: 1
-  log_every_n_steps: 1
-""",
+{SHORT_TRAINING}""",
         encoding="utf-8",
     )
     return path
@@ -138,15 +141,7 @@ model:
 data:
   class_path: CityscapesDataModule
   init_args: {{root: {cityscapes}, batch_size: 2, test_split: test, crop_size: [32, 48]}}
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_steps: 4
-  val_check_interval: 2
-  check_val_every_n_epoch: null
-  num_sanity_val_steps: 1
-  log_every_n_steps: 1
-""",
+{SHORT_TRAINING}""",
         encoding="utf-8",
     )
     return path
