@@ -21,6 +21,9 @@ from datamodules.images import ImageArray
 Boxes = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
+# The mean of ImageNet, which the network sees as nearly 0.
+FILLING = (124, 116, 104)
+
 # A box that is smaller than this on either side, after resizing, is no target.
 _MIN_BOX_SIDE = 1.0
 
@@ -64,19 +67,30 @@ class Augmentation(ImageAugmentation):
 
     Args:
         vertical_flip: Probability that top and bottom are exchanged.
+        transpose: Probability that rows and columns are exchanged; with both flips, all turns by 90 degrees. Give
+            `crop_size` too, or batches hold wide and tall images, and much padding.
         min_sizes: Lengths of the short side, one of which is drawn for each image; empty for the DataModule's
             `min_size` alone.
+        crop_size: Side of the square that is cut at a random place out of the resized image, in pixels; a shorter image
+            is padded in grey. 0 for none.
+        crop_visibility: A box stays a target while this share of its area is inside the crop.
 
     Raises:
         ValueError: If a value is out of range.
     """
 
     vertical_flip: float = 0.0
+    transpose: float = 0.0
     min_sizes: tuple[int, ...] = ()
+    crop_size: int = 0
+    crop_visibility: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range("vertical_flip", self.vertical_flip, 1.0)
+        for name in ("vertical_flip", "transpose", "crop_visibility"):
+            _check_range(name, getattr(self, name), 1.0)
+        if self.crop_size < 0:
+            raise ValueError(f"augmentation.crop_size: {self.crop_size} is below 0; give pixels, or 0 for no crops.")
         if any(size < 1 for size in self.min_sizes):
             raise ValueError(f"augmentation.min_sizes: {list(self.min_sizes)} has a length below 1; give pixels.")
 
@@ -184,7 +198,7 @@ class EvaluationTransform:
 
 
 class TrainingTransform:
-    """Resizes, flips and changes colours at random, by albumentations.
+    """Resizes, crops, flips, transposes and changes colours at random, by albumentations.
 
     What is drawn depends on the numbers that are given with each image and on nothing else, so it is the same in
     whatever process and order the images are made.
@@ -200,14 +214,23 @@ class TrainingTransform:
         self.min_sizes = augmentation.min_sizes or (min_size,)
         self.max_size = max_size
         self.colours = colour_changes(augmentation)
-        flips = [
+        steps = [
             library.HorizontalFlip(p=augmentation.horizontal_flip),
             library.VerticalFlip(p=augmentation.vertical_flip),
+            library.Transpose(p=augmentation.transpose),
         ]
+        if augmentation.crop_size:
+            side = augmentation.crop_size
+            steps.insert(0, library.RandomCrop(side, side, pad_if_needed=True, fill=FILLING))
         boxes = library.BboxParams(
-            format="pascal_voc", label_fields=["labels"], clip=True, min_width=_MIN_BOX_SIDE, min_height=_MIN_BOX_SIDE
+            format="pascal_voc",
+            label_fields=["labels"],
+            clip=True,
+            min_width=_MIN_BOX_SIDE,
+            min_height=_MIN_BOX_SIDE,
+            min_visibility=augmentation.crop_visibility if augmentation.crop_size else 0.0,
         )
-        self.flips = library.Compose(flips, bbox_params=boxes)
+        self.geometry = library.Compose(steps, bbox_params=boxes)
 
     def __call__(
         self, image: ImageArray, boxes: Boxes, labels: Labels, draw: Sequence[int]
@@ -220,12 +243,12 @@ class TrainingTransform:
             labels: `[n]`.
             draw: What the drawing starts from: seed, epoch, number of the image.
         """
-        generator = drawn_by(draw, self.colours, self.flips)
+        generator = drawn_by(draw, self.colours, self.geometry)
         size = image.shape[0], image.shape[1]
         new_size = resized_size(size, self.min_sizes[generator.integers(len(self.min_sizes))], self.max_size)
         # Colours first: images usually grow.
         image = resize_image(self.colours(image=image)["image"], new_size)
-        made = self.flips(image=image, bboxes=resize_boxes(boxes, size, new_size), labels=labels)
+        made = self.geometry(image=image, bboxes=resize_boxes(boxes, size, new_size), labels=labels)
         return (
             made["image"],
             np.asarray(made["bboxes"], dtype=np.float32).reshape(-1, 4),

@@ -16,11 +16,15 @@ import cv2
 import numpy as np
 
 from datamodules.cityscapes_labels import IGNORED, LabelMap
-from datamodules.image_transforms import ImageAugmentation, albumentations, colour_changes, drawn_by, resize_image
+from datamodules.image_transforms import (
+    FILLING,
+    ImageAugmentation,
+    albumentations,
+    colour_changes,
+    drawn_by,
+    resize_image,
+)
 from datamodules.images import ImageArray, Window
-
-# The mean of ImageNet, which the network sees as nearly 0.
-_FILLING = (124, 116, 104)
 
 # So many parts are drawn for one without a dominating class; the last one is taken as it is.
 _MOST_DRAWS = 10
@@ -126,7 +130,7 @@ class SegmentationTransform:
         part = resize_labels(part, (new_rows, new_columns))
         missing = height - new_rows, width - new_columns
         if any(missing):
-            image = np.asarray(_filled(image, missing, _FILLING), dtype=np.uint8)
+            image = np.asarray(_filled(image, missing, FILLING), dtype=np.uint8)
             part = np.asarray(_filled(part, missing, (IGNORED,)), dtype=np.uint8)
         made = self.flip(image=image, mask=part)
         # What is left of the whole would otherwise be kept in memory, and sent by workers.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from datamodules.image_transforms import (
+    FILLING,
     Augmentation,
     EvaluationTransform,
     TrainingTransform,
@@ -117,14 +118,19 @@ def test_without_changes_training_is_evaluation():
     assert made[2].dtype == np.int64
 
 
-@pytest.mark.parametrize(("horizontal", "vertical"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_boxes_follow_the_pixels_of_flips(horizontal, vertical):
+@pytest.mark.parametrize(
+    ("horizontal", "vertical", "transpose"), [(1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (1, 1, 1)]
+)
+def test_boxes_follow_the_pixels_of_flips_and_turns(horizontal, vertical, transpose):
     image, boxes, labels = scene(40, 61, [(0, 0, 10, 5), (20, 21, 33, 40), (50, 2, 61, 9)])
-    transform = TrainingTransform(Augmentation(horizontal_flip=horizontal, vertical_flip=vertical), 0, 0)
-    made, moved, kept = transform(image, boxes, labels, (0, 0, 0))
-    flipped = image[:, ::-1] if horizontal else image
-    assert (made == (flipped[::-1] if vertical else flipped)).all()
-    covered = np.zeros((40, 61), dtype=bool)
+    augmentation = Augmentation(horizontal_flip=horizontal, vertical_flip=vertical, transpose=transpose)
+    made, moved, kept = TrainingTransform(augmentation, 0, 0)(image, boxes, labels, (0, 0, 0))
+    expected = image[:, ::-1] if horizontal else image
+    expected = expected[::-1] if vertical else expected
+    expected = expected.transpose(1, 0, 2) if transpose else expected
+    assert made.shape == expected.shape
+    assert (made == expected).all()
+    covered = np.zeros(made.shape[:2], dtype=bool)
     for x1, y1, x2, y2 in np.rint(moved).astype(int):
         assert (made[y1:y2, x1:x2] == 255).all()
         covered[y1:y2, x1:x2] = True
@@ -133,9 +139,44 @@ def test_boxes_follow_the_pixels_of_flips(horizontal, vertical):
     assert moved == pytest.approx(np.rint(moved), abs=1e-4)
 
 
+def test_crops_keep_the_boxes_that_are_seen_and_cut_them_at_the_border():
+    image = noise(60, 90)
+    generator = np.random.default_rng(1)
+    corners = generator.integers(0, [80, 50], (12, 2))
+    boxes = np.concatenate([corners, corners + generator.integers(2, 10, (12, 2))], 1).astype(np.float32)
+    transform = TrainingTransform(Augmentation(horizontal_flip=0.0, crop_size=32, crop_visibility=0.41), 0, 0)
+    places = set()
+    for index in range(30):
+        made, moved, kept = transform(image, boxes, np.arange(12), (0, 0, index))
+        assert made.shape == (32, 32, 3)
+        windows = np.lib.stride_tricks.sliding_window_view(image, (32, 32, 3))[:, :, 0]
+        (top, left), *others = np.argwhere((windows == made).all((2, 3, 4))).tolist()
+        assert not others
+        places.add((top, left))
+        cut = np.clip(boxes - np.float32([left, top, left, top]), 0, 32)
+        sides, before = cut[:, 2:] - cut[:, :2], boxes[:, 2:] - boxes[:, :2]
+        seen = (sides >= 1).all(1) & (sides.prod(1) >= 0.41 * before.prod(1))  # never equal
+        assert kept.tolist() == np.flatnonzero(seen).tolist()
+        assert moved == pytest.approx(cut[seen], abs=1e-4)
+    assert len(places) > 25
+
+
+def test_images_shorter_than_the_crop_are_padded_in_grey():
+    image, boxes, labels = scene(20, 50, [(0, 0, 50, 20)])
+    transform = TrainingTransform(Augmentation(horizontal_flip=0.0, crop_size=32), 0, 0)
+    made, moved, _ = transform(image, boxes, labels, (0, 0, 0))
+    assert made.shape == (32, 32, 3)
+    x1, y1, x2, y2 = np.rint(moved[0]).astype(int)
+    assert (x1, x2, y2 - y1) == (0, 32, 20)
+    assert (made[y1:y2] == 255).all()
+    assert (np.concatenate([made[:y1], made[y2:]]) == FILLING).all()
+
+
 ALL = Augmentation(
     horizontal_flip=0.5,
     vertical_flip=0.5,
+    transpose=0.5,
+    crop_size=80,
     min_sizes=(48, 72, 96),
     brightness=0.4,
     contrast=0.4,
@@ -217,6 +258,9 @@ def test_images_without_a_box():
     [
         ({"horizontal_flip": 1.5}, r"augmentation\.horizontal_flip: 1\.5 is not between 0 and 1"),
         ({"brightness": -0.1}, r"augmentation\.brightness: -0\.1 is not between 0 and 1"),
+        ({"transpose": 2}, r"augmentation\.transpose: 2 is not between 0 and 1"),
+        ({"crop_visibility": -1}, r"augmentation\.crop_visibility: -1 is not between 0 and 1"),
+        ({"crop_size": -1}, r"augmentation\.crop_size: -1 is below 0; give pixels, or 0"),
         ({"hue": 0.6}, r"augmentation\.hue: 0\.6 is not between 0 and 0\.5"),
         ({"min_sizes": (800, 0)}, r"augmentation\.min_sizes: \[800, 0\] has a length below 1"),
         ({"contrast": float("nan")}, r"augmentation\.contrast: nan is not between"),
