@@ -15,7 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou, clip_boxes_to_image
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
 
@@ -70,6 +70,9 @@ class DetectorSpec:
         score_threshold: Detections need a higher score.
         nms_threshold: Intersection over union from which the worse of two detections of a class is dropped.
         detections: Detections per image at most.
+        box_voting: Every detection of Faster R-CNN becomes the mean, weighted by scores, of the boxes of its class,
+            before the non-maximum suppression, that it overlaps by this much (Gidaris and Komodakis 2015, section 5);
+            0 (the paper's) for none.
 
     Raises:
         ValueError: If a field has a value that no detector has; the message names the field and the way out.
@@ -103,6 +106,7 @@ class DetectorSpec:
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     detections: int = 100
+    box_voting: float = 0.0
 
     def __post_init__(self) -> None:
         if self.head not in get_args(Head):
@@ -128,6 +132,8 @@ class DetectorSpec:
                 f"anchor_sizes must have one size for each of the {_LEVELS} levels of the pyramid, got "
                 f"{len(self.anchor_sizes)}: {list(self.anchor_sizes)}."
             )
+        if self.box_voting and self.head != "faster_rcnn":
+            raise ValueError(f"box_voting={self.box_voting} is for faster_rcnn; set it to 0 for head={self.head!r}.")
         for low, high in (("rpn_background_iou", "rpn_foreground_iou"), ("background_iou", "foreground_iou")):
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(
@@ -305,6 +311,38 @@ class _Predictor(FastRCNNPredictor):  # type: ignore[misc]
         return logits.float(), deltas.float()
 
 
+class _RoIHeads(RoIHeads):  # type: ignore[misc]
+    """Lets boxes vote, if `box_voting` (see `DetectorSpec`) is not 0."""
+
+    box_voting = 0.0
+
+    def postprocess_detections(
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        boxes, scores, labels = super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
+        if self.box_voting:
+            numbers = [len(one) for one in proposals]
+            voters = self.box_coder.decode(box_regression, proposals).split(numbers)
+            weights = class_logits.softmax(-1).split(numbers)
+            for index, shape in enumerate(image_shapes):
+                voting = clip_boxes_to_image(voters[index], shape)
+                boxes[index] = self._voted(boxes[index], labels[index], voting, weights[index])
+        return boxes, scores, labels
+
+    def _voted(self, boxes: Tensor, labels: Tensor, voters: Tensor, weights: Tensor) -> Tensor:
+        """Means for `boxes` `[n, 4]` over `voters` `[proposals, classes, 4]` with `weights` `[proposals, classes]`."""
+        voted = boxes.clone()
+        for label in labels.unique().tolist():
+            chosen, candidates = labels == label, weights[:, label] > self.score_thresh
+            voices, boxes_of_class = weights[candidates, label], voters[candidates, label]
+            shares = voices * (box_iou(boxes[chosen], boxes_of_class) >= self.box_voting)
+            total = shares.sum(1, keepdim=True)  # a box without area does not even overlap itself
+            with torch.autocast(boxes.device.type, enabled=False):  # bfloat16 would round to whole pixels
+                sums = shares @ boxes_of_class
+            voted[chosen] = torch.where(total > 0, sums / total, boxes[chosen])
+        return voted
+
+
 class _RetinaNetHead(RetinaNetHead):  # type: ignore[misc]
     """As `_RPNHead`."""
 
@@ -346,7 +384,7 @@ def _faster_rcnn(num_classes: int, pyramid: Pyramid, spec: DetectorSpec) -> nn.M
     # Left alone it infers the strides from the first batch and keeps them: wrongly, if that is mostly padding.
     pool.scales = [2.0**-level for level in _ROI_LEVELS]
     pool.map_levels = LevelMapper(_ROI_LEVELS[0], _ROI_LEVELS[-1], canonical_scale=spec.roi_canonical_size)
-    roi_heads = RoIHeads(
+    roi_heads = _RoIHeads(
         pool,
         _second_stage(spec),
         _Predictor(spec.fc_dim, num_classes + 1),
@@ -359,6 +397,7 @@ def _faster_rcnn(num_classes: int, pyramid: Pyramid, spec: DetectorSpec) -> nn.M
         nms_thresh=spec.nms_threshold,
         detections_per_img=spec.detections,
     )
+    roi_heads.box_voting = spec.box_voting
     network: nn.Module = GeneralizedRCNN(pyramid, rpn, roi_heads, _Images())
     return network
 

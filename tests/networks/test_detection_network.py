@@ -256,6 +256,41 @@ def test_autocast_computes_boxes_in_float32(head):
         torch.testing.assert_close(loss, exact[name], rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_boxes_vote(precision):
+    torch.manual_seed(1)
+    plain, everything, voting = (
+        small_detector(detector=settings).network.roi_heads
+        for settings in (
+            {"nms_threshold": 0.4},
+            {"nms_threshold": 1.0, "detections": 10_000},
+            {"nms_threshold": 0.4, "box_voting": 0.6},
+        )
+    )
+    corners = torch.rand(200, 2) * 60
+    proposals = [torch.cat([corners, corners + 15 + 15 * torch.rand(200, 2)], dim=1), torch.zeros(0, 4)]
+    arguments = (3 * torch.randn(200, 4), torch.randn(200, 16), proposals, [(80, 90), (50, 50)])
+    (kept, _), (scores, _), (labels, _) = plain.postprocess_detections(*arguments)
+    (voters, _), (weights, _), (voter_labels, _) = everything.postprocess_detections(*arguments)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        (voted, none), (voted_scores, _), (voted_labels, _) = voting.postprocess_detections(*arguments)
+    assert none.shape == (0, 4)
+    assert torch.equal(voted_scores, scores)
+    assert torch.equal(voted_labels, labels)
+    changed = 0
+    for box, label, found in zip(kept, labels, voted, strict=True):
+        total, weight = torch.zeros(4), 0.0
+        for voter, score, voter_label in zip(voters, weights, voter_labels, strict=True):
+            low, high = torch.maximum(box[:2], voter[:2]), torch.minimum(box[2:], voter[2:])
+            common = (high - low).clamp(min=0).prod()
+            union = (box[2:] - box[:2]).prod() + (voter[2:] - voter[:2]).prod() - common
+            if voter_label == label and common / union >= 0.6:
+                total, weight = total + score * voter, weight + score
+        assert torch.allclose(found, total / weight, atol=1e-3)
+        changed += int((found - box).abs().max() > 0.5)
+    assert changed > 20
+
+
 def test_frozen_parts_stay_as_they_are():
     detector = small_detector(norm="frozen", trainable_layers=2)
     before = copy.deepcopy(detector.state_dict())
@@ -313,6 +348,8 @@ def test_refuses_no_classes():
         ({"head": "ssd"}, "head must be one of .*'retinanet'.*got 'ssd'"),
         ({"fpn_channels": 0}, "fpn_channels must be an integer of at least 1, got 0"),
         ({"proposals_train": 0.5}, "proposals_train must be an integer of at least 1, got 0.5"),
+        ({"box_voting": 2.0}, "box_voting must be a number from 0 to 1, got 2.0"),
+        ({"head": "retinanet", "box_voting": 0.8}, r"box_voting=0\.8 is for faster_rcnn; set it to 0"),
         ({"nms_threshold": 1.5}, "nms_threshold must be a number from 0 to 1, got 1.5"),
         ({"score_threshold": float("nan")}, "score_threshold must be a number from 0 to 1, got nan"),
         ({"anchor_sizes": (32.0, 64.0)}, r"anchor_sizes must have one size for each of the 5 levels.*got 2: \[32.0"),
