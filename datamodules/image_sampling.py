@@ -17,6 +17,7 @@ from datamodules.images import ImageError
 from datamodules.planned_batches import (
     PlannedBatchSampler,
     ResumableLoader,
+    ignore_stop_signals,
     loader_options,
     reshuffles,
     resumable,
@@ -234,7 +235,7 @@ def training_loader(
         rank=rank,
         world_size=world_size,
     )
-    options = loader_options(module, num_workers) | {"worker_init_fn": _one_thread}
+    options = loader_options(module, num_workers) | {"worker_init_fn": _begin_worker}
     if module.trainer is None:
         return ImageLoader(dataset, batch_sampler=sampler, **options)
     return resumable(ResumableImageLoader, module.trainer, dataset, sampler, **options)
@@ -250,12 +251,13 @@ def evaluation_loader(
     """A loader for validation, test or prediction, for this rank; arguments and errors as in `training_loader`."""
     rank, world_size = share_of(module)
     sampler = GroupedBatchSampler(dataset.groups(), batch_size, shuffle=False, rank=rank, world_size=world_size)
-    options = loader_options(module, num_workers) | {"worker_init_fn": _one_thread}
+    options = loader_options(module, num_workers) | {"worker_init_fn": _begin_worker}
     return ImageLoader(dataset, batch_sampler=sampler, **options)
 
 
-def _one_thread(worker: int) -> None:
-    """Keeps OpenCV in each worker from starting a thread per core."""
+def _begin_worker(worker: int) -> None:
+    """Also keeps OpenCV in each worker from starting a thread per core."""
+    ignore_stop_signals(worker)
     cv2.setNumThreads(0)
 
 

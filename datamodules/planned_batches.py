@@ -5,6 +5,7 @@ batches r, r + world size, and so on.
 """
 
 import abc
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 Item = TypeVar("Item")
@@ -202,8 +204,21 @@ def loader_options(module: pl.LightningDataModule, num_workers: int) -> dict[str
         "collate_fn": _whole,
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
+        "worker_init_fn": ignore_stop_signals,
+        # Without one, every iteration would draw from the stream that the training draws from, and a training that goes
+        # on in the middle of an epoch iterates once more often.
+        "generator": torch.Generator(),
         "pin_memory": module.trainer is not None and module.trainer.strategy.root_device.type == "cuda",
     }
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to every process, to the training process.
+
+    It still needs its workers to finish the step and to save; they end when it does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _whole(batch: Any) -> Any:

@@ -161,6 +161,10 @@ class WMT14DataModule(pl.LightningDataModule):
         preparation_processes: processes that cut the training text into tokens; 0 means one per core.
         predict_file: text to translate in prediction, one sentence a line; "" means the source side of the test set.
 
+    Attributes:
+        given_vocabulary: what validation, test and prediction use where the training text, which the vocabulary is
+            learnt from, is not there; the command sets it to the checkpoint's.
+
     Raises:
         ValueError: if a number is out of range or both languages are the same.
     """
@@ -212,6 +216,8 @@ class WMT14DataModule(pl.LightningDataModule):
         self.download = download
         self.preparation_processes = preparation_processes
         self.predict_file = predict_file
+        self.given_vocabulary: Vocabulary | None = None
+        self._vocabulary: Vocabulary | None = None
         self._cache: TokenCache | None = None
         self._splits: dict[str, TranslationDataset] = {}
 
@@ -222,11 +228,11 @@ class WMT14DataModule(pl.LightningDataModule):
         Raises:
             RuntimeError: before ``setup``.
         """
-        if self._cache is None:
+        if self._vocabulary is None:
             raise RuntimeError(
                 "the vocabulary is there after prepare_data() and setup(); the Trainer calls both, or do so yourself."
             )
-        return self._cache.vocabulary
+        return self._vocabulary
 
     @property
     def cache_folder(self) -> Path:
@@ -249,12 +255,15 @@ class WMT14DataModule(pl.LightningDataModule):
             ValueError: on bad text; the message names file and line.
         """
         self.prepare_files()
-        preparation = self._preparation()
-        # All that may be wrong with the small files is said before the long work starts.
         trainer = self.trainer
-        needed = _SPLITS[trainer.state.fn.value] if trainer is not None and trainer.state.fn is not None else ()
+        stage = trainer.state.fn.value if trainer is not None and trainer.state.fn is not None else None
+        preparation = None if self._needs_no_training_text(stage) else self._preparation()
+        # All that may be wrong with the small files is said before the long work starts.
+        needed = _SPLITS[stage] if stage is not None else ()
         for split in {*needed, *filter(self._is_there, ("valid", "test"))}:
             self._read(split)
+        if preparation is None:
+            return
         folder = self._cache_entry(preparation)
         if not folder.is_dir():
             show_progress = trainer is None or trainer.is_global_zero
@@ -271,8 +280,11 @@ class WMT14DataModule(pl.LightningDataModule):
             FileNotFoundError: if a file of the stage or the token cache is missing.
             ValueError: on bad text; the message names file and line.
         """
-        if self._cache is None:
+        if self._cache is None and self._needs_no_training_text(stage):
+            self._vocabulary = self.given_vocabulary
+        elif self._cache is None:
             self._cache = TokenCache.open(self._cache_entry(self._preparation()))
+            self._vocabulary = self._cache.vocabulary
             self._splits["train"] = TranslationDataset(self._cache.source, self._cache.target)
         for split in _SPLITS[stage]:
             if split not in self._splits:
@@ -311,6 +323,15 @@ class WMT14DataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[TranslationBatch]:
         """Batches of the text to translate, longest first, without references."""
         return self._evaluation_loader("predict")
+
+    def _needs_no_training_text(self, stage: str | None) -> bool:
+        if self.given_vocabulary is None or stage in (None, "fit"):
+            return False
+        try:
+            find_pairs(self.root, self.train_files, self.source_language, self.target_language)
+        except FileNotFoundError:
+            return True
+        return False
 
     def _preparation(self) -> Preparation:
         pairs = find_pairs(self.root, self.train_files, self.source_language, self.target_language)

@@ -1,4 +1,4 @@
-"""Callbacks of the command: progress, averaged weights, the newest checkpoint, and the resolved configuration."""
+"""Callbacks of the command: progress, averaged weights, and the resolved configuration."""
 
 import sys
 import time
@@ -7,14 +7,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import Checkpoint, RichProgressBar, WeightAveraging
-from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_attn import __version__, run_directory
 from lightning_attn.files import write_text
+
+RUN_KEY = "run"
 
 
 class _Clock:
@@ -224,61 +227,36 @@ class CheckpointAveraging(_Averaging):
         return 1 / (number + 1)
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`, the newest state: after validations, at ends of epochs, every n steps, and at the last step.
-
-    An epoch that `max_steps` breaks off is no end of an epoch: saved there, a checkpoint would be continued with the
-    next epoch instead of the rest of this one. So the state of the last step is saved right after that step.
-
-    Args:
-        directory: The run directory.
-        every_n_steps: Also save at every so many optimizer steps; 0 for not.
-    """
-
-    def __init__(self, directory: Path, every_n_steps: int = 0) -> None:
-        self.path = directory / "last.ckpt"
-        self.every_n_steps = every_n_steps
-        self._saved_step = 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves if this step is due; accumulated batches before it are none."""
-        step = trainer.global_step
-        due = bool(self.every_n_steps) and step % self.every_n_steps == 0
-        if (due or step == trainer.max_steps) and step != self._saved_step:
-            self._save(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves after a validation."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._save(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves at the end of a whole epoch."""
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._save(trainer)
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.path, weights_only=False)
-
-
 class SaveConfiguration(Callback):
-    """Writes the resolved configuration of a run as `config_<stage>.yaml`; never over an older one.
+    """Keeps the resolved configuration of a run: as `config_<stage>.yaml`, never over another one, and in checkpoints.
 
     Args:
         directory: The run directory.
         subcommand: fit, validate, test or predict.
-        text: The configuration.
+        configuration: Every option, as plain values.
     """
 
-    def __init__(self, directory: Path, subcommand: str, text: str) -> None:
-        self.directory, self.subcommand, self.text = directory, subcommand, text
+    def __init__(self, directory: Path, subcommand: str, configuration: dict[str, Any]) -> None:
+        self.directory, self.subcommand, self.configuration = directory, subcommand, configuration
         self._written = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes the file once, on rank 0."""
-        if trainer.is_global_zero and not self._written:
-            write_text(self.directory / f"config_{self.subcommand}.yaml", self.text)
-            self._written = True
+        """Writes the file once, on rank 0, unless it is there already."""
+        if not trainer.is_global_zero or self._written:
+            return
+        self._written = True
+        header = f"# lightning_attn {__version__}: train.py {self.subcommand}\n"
+        text = header + yaml.safe_dump(self.configuration, sort_keys=False, allow_unicode=True)
+        name = f"config_{self.subcommand}"
+        if all(path.read_text() != text for path in self.directory.glob(f"{name}*.yaml")):
+            write_text(self.directory / f"{name}.yaml", text)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Stores the configuration, and what it ran with."""
+        checkpoint[RUN_KEY] = {
+            "name": self.directory.name,
+            "configuration": self.configuration,
+            "origin": run_directory.origin(),
+        }

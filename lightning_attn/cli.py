@@ -1,5 +1,6 @@
 """The command: `train.py`, `python -m lightning_attn` and `lightning-attn` are this."""
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -9,7 +10,9 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,18 +21,21 @@ import yaml
 from jsonargparse import namespace_to_dict
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 import datamodules  # noqa: F401 - makes the DataModules known by their short names
-from lightning_attn import __version__, run_directory
-from lightning_attn.callbacks import LastCheckpoint, ProgressLines, SaveConfiguration, TrainingBar
+from lightning_attn import run_directory
+from lightning_attn.callbacks import RUN_KEY, ProgressLines, SaveConfiguration, TrainingBar
+from lightning_attn.loggers import MetricsLogger
+from lightning_attn.resuming import LINES_KEY, LastCheckpoint, TrainingStopped
 from lightning_attn.tasks import BaseTask
-from lightning_attn.tasks.checkpoints import read_checkpoint
+from lightning_attn.tasks.base import differences
+from lightning_attn.tasks.checkpoints import WholeCheckpoints, read_checkpoint
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
 _CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
-_CHECKPOINT_WORDS = ("best", "last", "hpc", "registry")
+_CHECKPOINT_WORDS = ("auto", "last", "best")  # of the newest run of that name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +71,12 @@ class CommandLine(LightningCLI):
         parser.add_class_arguments(RunOptions, "run")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Also checks the checkpoint before anything is built, so that a bad one costs no time."""
-        super().parse_arguments(parser, args)
+        """Also takes what no configuration says from the checkpoint, and checks that before anything is built."""
+        if args is None or isinstance(args, list):
+            with _with_stored_configuration(sys.argv[1:] if args is None else args) as arguments:
+                self.config = parser.parse_args(arguments)
+        else:
+            super().parse_arguments(parser, args)
         checkpoint = self._option("ckpt_path")
         if checkpoint and checkpoint not in _CHECKPOINT_WORDS:
             read_checkpoint(checkpoint)
@@ -74,13 +84,17 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer whose files all lie in the run directory."""
         assert self.subcommand is not None
-        checkpoint = self._option("ckpt_path")
-        if checkpoint and checkpoint not in _CHECKPOINT_WORDS:
-            self.model.checkpoint_path = str(checkpoint)
         options = self.config_init[self.subcommand]["trainer"]
         run = RunOptions(**self._option("run").as_dict())
-        self.run_path = self._run_directory(run)
+        checkpoint = self._checkpoint(run)
+        self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
+        if checkpoint:
+            self.model.checkpoint_path = str(checkpoint)
+            if self.subcommand != "fit":
+                self.model.use_checkpoint_for_data(self.datamodule, read_checkpoint(checkpoint))
+        self.run_path = self._run_directory(run, checkpoint)
         kwargs["default_root_dir"] = str(self.run_path)
+        kwargs["plugins"] = [*_listed(options["plugins"]), WholeCheckpoints()]
         # Every sampler here knows its rank; a second one around it would share out the data twice.
         kwargs["use_distributed_sampler"] = False
         # Tasks log their arguments themselves, as plain values.
@@ -89,14 +103,16 @@ class CommandLine(LightningCLI):
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
         if options["logger"] is None:
-            kwargs["logger"] = _loggers(self.run_path) if training else False
-        callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, self._resolved_configuration())]
+            kwargs["logger"] = _loggers(self.run_path, checkpoint) if training else False
+        configuration = self._resolved_configuration()
+        if self.subcommand == "fit" and checkpoint:
+            _report_differences(checkpoint, configuration)
+        callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, configuration)]
         if training and options["enable_checkpointing"] is not False:
             callbacks += _checkpoint_callbacks(self.run_path, self.model, run)
         if training and kwargs.get("logger", options["logger"]):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        given = options["callbacks"] or []
-        given = given if isinstance(given, list) else [given]
+        given = _listed(options["callbacks"])
         if options["enable_progress_bar"] is None and not any(isinstance(one, ProgressBar) for one in given):
             kwargs["enable_progress_bar"] = sys.stdout.isatty()
             callbacks.append(TrainingBar() if sys.stdout.isatty() else ProgressLines())
@@ -108,29 +124,116 @@ class CommandLine(LightningCLI):
     def _option(self, name: str) -> Any:
         return self.config[self.config["subcommand"]].get(name)
 
-    def _run_directory(self, run: RunOptions) -> Path:
-        """A new directory for training; the checkpoint's own for working with it."""
-        checkpoint = self._option("ckpt_path")
-        if self.subcommand != "fit" and checkpoint and checkpoint not in _CHECKPOINT_WORDS:
-            owner = run_directory.owner(Path(checkpoint).absolute())
-            if owner is not None:
-                return owner
-        name = run.name
-        if not name:
-            configurations = self._option("config") or []
-            name = Path(str(configurations[0])).stem if configurations else type(self.model).__name__
-        return run_directory.claim(Path(run.root).absolute(), self.model.task_name, name)
+    def _run_name(self, run: RunOptions) -> str:
+        if run.name:
+            return run.name
+        configurations = self._option("config") or []
+        return Path(str(configurations[0])).stem if configurations else type(self.model).__name__
 
-    def _resolved_configuration(self) -> str:
-        """Every option with its value, as YAML that any subcommand reads."""
+    def _checkpoint(self, run: RunOptions) -> Path | None:
+        """The checkpoint that is meant, if any.
+
+        Raises:
+            FileNotFoundError: If there is none to go on from.
+        """
+        checkpoint = self._option("ckpt_path")
+        if not checkpoint:
+            return None
+        if checkpoint not in _CHECKPOINT_WORDS:
+            return Path(checkpoint).absolute()
+        file = "best.ckpt" if checkpoint == "best" else "last.ckpt"
+        root, task, name = Path(run.root).absolute(), self.model.task_name, self._run_name(run)
+        found = run_directory.newest(root, task, name, file)
+        if found is not None:
+            read_checkpoint(found)
+        elif checkpoint != "auto" or self.subcommand != "fit":
+            raise FileNotFoundError(
+                f"ckpt_path: {checkpoint!r} means the newest {file} in {root / task / name}, {name}-2 and so on, and "
+                "there is none. Give the run's name (--run.name NAME, --run.root FOLDER) or the path of a checkpoint; "
+                "'auto' begins a new run where there is nothing to go on from."
+            )
+        return found
+
+    def _run_directory(self, run: RunOptions, checkpoint: Path | None) -> Path:
+        """The checkpoint's own directory for going on with its run or evaluating it; a new one for other training.
+
+        A run goes on from its `last.ckpt`, unless it is given another name.
+        """
+        owner = run_directory.owner(checkpoint) if checkpoint else None
+        if owner is not None and checkpoint is not None:
+            if self.subcommand != "fit":
+                return owner
+            if checkpoint.name == "last.ckpt" and (not run.name or run_directory.is_named(owner, run.name)):
+                return run_directory.reopen(owner)
+        return run_directory.claim(Path(run.root).absolute(), self.model.task_name, self._run_name(run))
+
+    def _resolved_configuration(self) -> dict[str, Any]:
+        """Every option with its value, as any subcommand reads it from YAML."""
         assert self.subcommand is not None
-        values = {
+        return {
             name: _plain(value)
             for name, value in namespace_to_dict(self.config[self.subcommand]).items()
             if name not in _CALL_ARGUMENTS
         }
-        header = f"# lightning_attn {__version__}: train.py {self.subcommand}\n"
-        return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _report_differences(checkpoint: Path, configuration: dict[str, Any]) -> None:
+    """Says what differs from the run so far; of `model` the task says it, and refuses what cannot be changed."""
+    stored = read_checkpoint(checkpoint).get(RUN_KEY, {}).get("configuration", {})
+    lines = [
+        f"\n  {name}: {old!r} in the checkpoint, {new!r} now"
+        for name, old, new in differences(stored, configuration)
+        if name.split(".")[0] not in ("model", "run")
+    ]
+    if stored and lines:
+        rank_zero_info(f"Options that differ from the checkpoint's; the current ones are used:{''.join(lines)}")
+
+
+@contextlib.contextmanager
+def _with_stored_configuration(arguments: list[str]) -> Iterator[list[str]]:
+    """Puts the configuration in a checkpoint before other arguments, if they name that and no configuration.
+
+    For training it is the run's whole configuration. For evaluation it is model, data and precision, as the hardware
+    may be another.
+    """
+    subcommand = next((argument for argument in arguments if argument in CommandLine.subcommands()), None)
+    configured = any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments)
+    checkpoint = _value_of("--ckpt_path", arguments)
+    if subcommand is None or configured or not checkpoint or checkpoint in _CHECKPOINT_WORDS:
+        yield arguments
+        return
+    run = read_checkpoint(checkpoint).get(RUN_KEY)
+    if run is None:
+        yield arguments
+        return
+    values = run["configuration"]
+    if subcommand != "fit":
+        values = {name: values[name] for name in ("seed_everything", "model", "data")} | {
+            "trainer": {"precision": values["trainer"]["precision"]}
+        }
+    values = values | {"run": values.get("run", {}) | {"name": run["name"]}}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
+        file.flush()
+        begin = arguments.index(subcommand) + 1
+        yield [*arguments[:begin], "--config", file.name, *arguments[begin:]]
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The last value that an option is given."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.removeprefix(f"{option}=")
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -144,10 +247,14 @@ def _plain(value: Any) -> Any:
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
-def _loggers(path: Path) -> list[Any]:
+def _loggers(path: Path, checkpoint: Path | None) -> list[Any]:
+    """Loggers for a run; those of one that goes on keep what was logged up to the checkpoint."""
+    stored = read_checkpoint(checkpoint) if checkpoint else {}
+    first_step = stored.get("global_step", 0)
+    purge: dict[str, Any] = {"purge_step": first_step} if first_step else {}
     return [
-        CSVLogger(path, name="", version="", flush_logs_every_n_steps=50),
-        TensorBoardLogger(path, name="", version="", default_hp_metric=False),
+        MetricsLogger(path, first_step, stored.get(LINES_KEY, 0)),
+        TensorBoardLogger(path, name="", version="", default_hp_metric=False, **purge),
     ]
 
 
@@ -225,7 +332,8 @@ def main(args: ArgsType = None) -> None:
         args: Command-line arguments; None for those of the process.
 
     Raises:
-        SystemExit: With status 2 and a message on the standard error if an option or the data is wrong.
+        SystemExit: With status 2 and a message on the standard error if an option or the data is wrong; with 128 and
+            the signal's number if a signal stopped a training, whose state is saved.
     """
     _configure_messages()
     # Without this a misspelt --trainer.max_step would be taken for max_steps.
@@ -249,6 +357,10 @@ def main(args: ArgsType = None) -> None:
             },
             args=args,
         )
+    except TrainingStopped as stopped:
+        if run_directory.is_rank_zero():
+            print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.signal_number) from None
     except (ValueError, OSError) as error:
         if not _is_message(error):
             raise
@@ -266,7 +378,7 @@ def _message(error: ValueError | OSError) -> str:
 
 
 def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _is_message(error: BaseException) -> bool:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# Ending of files that are being written; a killed process leaves them behind.
+_PART = ".part"
+
 
 def unused_path(path: Path) -> Path:
     """`path`, or `<stem>-2<suffix>`, `-3` and so on if it is taken."""
@@ -32,7 +35,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
         OSError: If the folder cannot be written to or is full; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -41,10 +44,26 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
         path = path if replace else unused_path(path)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes names in a folder survive a power cut, as fsync makes contents."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote into a folder have left behind."""
+    for path in folder.glob(f".*{_PART}"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -1,21 +1,27 @@
 """The folder that holds everything a run leaves behind."""
 
+import fcntl
+import functools
+import glob
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pytorch_lightning.utilities import rank_zero_only
 
 import lightning_attn
-from lightning_attn.files import unused_path, write_json
+from lightning_attn.files import remove_parts, unused_path, write_json
 
 MARKER = "run.json"
 _VARIABLE = "LIGHTNING_ATTN_RUN_DIRECTORY"
+_LOCK = ".lock"
 _claimed: list[Path] = []
+_locks: list[TextIO] = []
 
 
 def claim(root: Path, task_name: str, name: str) -> Path:
@@ -40,8 +46,50 @@ def claim(root: Path, task_name: str, name: str) -> Path:
         break
     os.environ[_VARIABLE] = str(path)
     _claimed.append(path)
-    write_json(path / MARKER, _origin())
+    _lock(path)
+    write_json(path / MARKER, origin())
     return path
+
+
+def newest(root: Path, task_name: str, name: str, file: str) -> Path | None:
+    """The file of that name which was written last in `root/task_name/name`, `name-2` and so on, if there is one."""
+    folders = (root / task_name).glob(f"{glob.escape(name)}*")
+    files = [folder / file for folder in folders if is_named(folder, name) and (folder / file).is_file()]
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def is_named(folder: Path, name: str) -> bool:
+    """Whether a run directory is `name`, or has a number behind it because that was taken."""
+    return re.fullmatch(rf"{re.escape(name)}(-\d+)?", folder.name) is not None
+
+
+def reopen(path: Path) -> Path:
+    """Makes the directory of a run that goes on this process's own.
+
+    Raises:
+        BlockingIOError: If another process trains in it.
+    """
+    if is_rank_zero():
+        _lock(path)
+        os.environ[_VARIABLE] = str(path)
+        remove_parts(path)
+    return path
+
+
+def _lock(path: Path) -> None:
+    """Keeps other processes out of a run directory until this one ends, however it ends."""
+    file = (path / _LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise BlockingIOError(
+            f"Another process is training in {path}. Wait for it or end it, or begin a new run, without --ckpt_path."
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    _locks.append(file)
 
 
 def is_rank_zero() -> bool:
@@ -54,7 +102,7 @@ def discard_if_unused() -> None:
     while _claimed:
         path = _claimed.pop()
         files = {file.name for file in path.iterdir()} if path.is_dir() else set()
-        if files and all(name.startswith((MARKER, "config_", "events.")) for name in files):
+        if files and all(name.startswith((MARKER, _LOCK, "config_", "events.")) for name in files):
             shutil.rmtree(path)
     os.environ.pop(_VARIABLE, None)
 
@@ -64,7 +112,8 @@ def owner(checkpoint: Path) -> Path | None:
     return checkpoint.parent if (checkpoint.parent / MARKER).is_file() else None
 
 
-def _origin() -> dict[str, Any]:
+@functools.cache
+def origin() -> dict[str, Any]:
     """Versions and the state of the source tree, so that a run can be traced back."""
     return {
         "lightning_attn": lightning_attn.__version__,

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,6 @@ import pytest
 import sacrebleu
 import torch
 import yaml
-from fsspec.implementations.local import LocalFileOpener
 
 from lightning_attn.cli import main
 from lightning_attn.tasks import TranslationTask
@@ -274,23 +274,25 @@ def test_checkpoint_of_another_task_is_refused(run, tiny_config, in_folder):
 
 def test_full_disk_says_so_and_keeps_the_older_checkpoint(run, tiny_config, in_folder, monkeypatch):
     """The disk is full from the second writing of last.ckpt on."""
-    original = LocalFileOpener.write
+    original = torch.save
     written = []
 
-    def write(self, *args, **kwargs):
-        if str(self.path).endswith("last.ckpt"):
-            written.append(self.path)
-            if len(written) > 1:
-                raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
-        return original(self, *args, **kwargs)
+    def save(checkpoint, file):
+        written.append(file.name)
+        if len(written) > 1:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(checkpoint, file)
 
-    monkeypatch.setattr(LocalFileOpener, "write", write)
+    monkeypatch.setattr(torch, "save", save)
     printed = run("fit", "-c", tiny_config, "--run.checkpoint_every_n_steps", 1, status=2)
     assert "No space left on device" in printed
     assert "--ckpt_path" in printed
+    assert "last.ckpt" in printed
     path = in_folder / "checkpoints" / "translation" / "tiny"
     assert torch.load(path / "last.ckpt", weights_only=True)["global_step"] == 1
     assert sorted(file.name for file in path.glob("*.ckpt*")) == ["last.ckpt"]
+    assert not list(path.glob(".*.part"))
 
 
 def test_help_shows_the_options_of_the_attention(run):
@@ -321,3 +323,53 @@ def test_errors_from_below_keep_their_traceback(run, tiny_config, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", broken)
     with pytest.raises(ValueError, match="not for users"):
         run("fit", "-c", tiny_config)
+
+
+def test_a_checkpoint_alone_is_enough(run, tiny_config, in_folder):
+    run("fit", "-c", tiny_config, "--model.num_examples", 0, "--trainer.max_steps", 2)
+    path = in_folder / "checkpoints" / "translation" / "tiny"
+    checkpoint = torch.load(path / "last.ckpt", weights_only=True)
+    assert checkpoint["run"]["name"] == "tiny"
+    assert checkpoint["run"]["configuration"]["data"]["init_args"]["vocabulary_size"] == 300
+    assert checkpoint["run"]["origin"]["torch"] == torch.__version__.split("+")[0]
+
+    moved = path.rename(in_folder / "moved")
+    (moved / "config_fit.yaml").unlink()
+    run("test", "--ckpt_path", moved / "last.ckpt", "--model.decoding.beam_size", 1)
+    resolved = yaml.safe_load((moved / "config_test.yaml").read_text())
+    assert resolved["model"]["init_args"]["num_examples"] == 0
+    assert resolved["model"]["init_args"]["decoding"]["beam_size"] == 1, "what is given goes first"
+    assert resolved["trainer"]["max_steps"] != 2, "how it was trained is not how it is tested"
+    assert (moved / "test_metrics.json").is_file()
+
+    (moved / "run.json").unlink()
+    run("predict", f"--ckpt_path={moved / 'last.ckpt'}")
+    assert (path / "predictions" / "hypotheses.txt").is_file(), "a checkpoint outside of a run gets one of its name"
+
+
+def test_translation_needs_no_training_text(run, tiny_config, corpus, in_folder):
+    run("fit", "-c", tiny_config)
+    path = in_folder / "checkpoints" / "translation" / "tiny"
+    run("test", "--ckpt_path", path / "last.ckpt")
+    evaluation = in_folder / "evaluation"
+    evaluation.mkdir()
+    for language in ("en", "de"):
+        shutil.copy(corpus / f"test.{language}", evaluation)
+    run("test", "--ckpt_path", path / "last.ckpt", "--data.root", evaluation)
+    scores = [json.loads((path / f"test_metrics{number}.json").read_text()) for number in ("", "-2")]
+    assert scores[0] == scores[1]
+    sentences = in_folder / "sentences.en"
+    sentences.write_text("a small sentence\n")
+    run("predict", "--ckpt_path", path / "last.ckpt", "--data.root", in_folder, "--data.predict_file", sentences)
+    assert len((path / "predictions" / "hypotheses.txt").read_text().splitlines()) == 1
+    refused = run("fit", "--ckpt_path", path / "last.ckpt", "--data.root", evaluation, status=2)
+    assert "train" in refused
+
+
+def test_training_goes_on_from_a_checkpoint_alone(run, tiny_config, in_folder):
+    run("fit", "-c", tiny_config, "--trainer.max_steps", 2)
+    path = in_folder / "checkpoints" / "translation" / "tiny"
+    run("fit", "--ckpt_path", path / "last.ckpt", "--trainer.max_steps", 3)
+    checkpoint = torch.load(path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert checkpoint["run"]["configuration"]["trainer"]["limit_val_batches"] == 1

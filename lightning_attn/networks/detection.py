@@ -322,8 +322,8 @@ class _RoIHeads(RoIHeads):  # type: ignore[misc]
         boxes, scores, labels = super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         if self.box_voting:
             numbers = [len(one) for one in proposals]
-            voters = self.box_coder.decode(box_regression, proposals).split(numbers)
-            weights = class_logits.softmax(-1).split(numbers)
+            voters = torch.split(self.box_coder.decode(box_regression, proposals), numbers)
+            weights = torch.split(class_logits.softmax(-1), numbers)
             for index, shape in enumerate(image_shapes):
                 voting = clip_boxes_to_image(voters[index], shape)
                 boxes[index] = self._voted(boxes[index], labels[index], voting, weights[index])
@@ -332,7 +332,7 @@ class _RoIHeads(RoIHeads):  # type: ignore[misc]
     def _voted(self, boxes: Tensor, labels: Tensor, voters: Tensor, weights: Tensor) -> Tensor:
         """Means for `boxes` `[n, 4]` over `voters` `[proposals, classes, 4]` with `weights` `[proposals, classes]`."""
         voted = boxes.clone()
-        for label in labels.unique().tolist():
+        for label in torch.unique(labels).tolist():
             chosen, candidates = labels == label, weights[:, label] > self.score_thresh
             voices, boxes_of_class = weights[candidates, label], voters[candidates, label]
             shares = voices * (box_iou(boxes[chosen], boxes_of_class) >= self.box_voting)

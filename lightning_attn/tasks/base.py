@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info
@@ -19,6 +20,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_attn.resuming import ExactResume
 from lightning_attn.tasks.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 
@@ -45,6 +47,7 @@ class BaseTask(pl.LightningModule):
         monitor_mode: Whether the `"max"` or the `"min"` of `monitor` is best.
         checkpoint_path: The checkpoint that the command was given, if any: what the data does not say is found there
             before Lightning loads the weights.
+        fresh_optimizer_groups: Options of the optimizer's groups before a checkpoint was loaded over them.
     """
 
     task_name: ClassVar[str] = "task"
@@ -75,6 +78,10 @@ class BaseTask(pl.LightningModule):
         )
         optimizer = spec.build(groups, fused=fused)
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
+        # A checkpoint's will be loaded over them.
+        self.fresh_optimizer_groups = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _global_batch_size(self) -> int:
@@ -86,6 +93,10 @@ class BaseTask(pl.LightningModule):
                 "but the data module has no batch_size (token batches have none). Set optimizer.base_batch_size to 0."
             )
         return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run of a task needs; a subclass that adds to it calls this too."""
+        return [ExactResume()]
 
     def on_fit_start(self) -> None:
         """Logs the constructor's arguments."""
@@ -129,11 +140,9 @@ class BaseTask(pl.LightningModule):
                 f"The checkpoint holds the task {stored['name']!r} ({stored['class_path']}), but the configuration "
                 f"asks for {self.task_name!r}. Use the configuration in the checkpoint's own run directory."
             )
-        differences = _differences(stored["arguments"], self._arguments)
+        changed = differences(stored["arguments"], self._arguments)
         mismatches = _state_mismatches(checkpoint["state_dict"], self.state_dict())
-        described = "".join(
-            f"\n  model.{name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in differences
-        )
+        described = "".join(f"\n  model.{name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in changed)
         if mismatches:
             shown = "".join(f"\n  {line}" for line in mismatches[:8])
             more = f"\n  and {len(mismatches) - 8} more" if len(mismatches) > 8 else ""
@@ -176,6 +185,9 @@ class BaseTask(pl.LightningModule):
         if args:
             raise TypeError("load_from_checkpoint: pass constructor arguments by keyword.")
         return cls.load(checkpoint_path, **kwargs)
+
+    def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
+        """Hands the data of an evaluation what only the checkpoint may know; before the data is set up."""
 
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from what the checkpoint holds, without a DataModule; before the weights are loaded."""
@@ -290,12 +302,13 @@ def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, A
     return typed
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """What differs between two nested dicts of plain values: dotted name, old value, new value; None where missing."""
     found = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{name}.")
+            found += differences(before, after, f"{prefix}{name}.")
         elif before != after:
             found.append((prefix + name, before, after))
     return found

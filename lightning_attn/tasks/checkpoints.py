@@ -1,4 +1,4 @@
-"""Reading checkpoints safely, with errors that say what is wrong with them."""
+"""Reading checkpoints safely, with errors that say what is wrong with them, and writing them whole or not at all."""
 
 import pickle
 import zipfile
@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from lightning_attn.files import write_file
 
 
 class CheckpointError(ValueError):
@@ -40,3 +43,43 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint: it has no 'state_dict'.")
     return checkpoint
+
+
+def _of_file(error: OSError, path: str | Path) -> OSError:
+    """An error that names the file."""
+    return OSError(error.errno, error.strerror, str(path))
+
+
+class WholeCheckpoints(CheckpointIO):
+    """How Lightning's Trainer writes and reads checkpoints here.
+
+    A checkpoint replaces the one of the same name when it is complete and on the disk: whatever happens while it is
+    written, one of the two is there. (Lightning's own way moves it from the system's temporary folder, which is a copy
+    if that is another disk.) It is read by `read_checkpoint`, whatever Lightning is asked for.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            OSError: If it cannot be written; the older one is still there.
+        """
+        try:
+            write_file(Path(path), lambda file: torch.save(checkpoint, file), replace=True)
+        except RuntimeError as error:
+            # torch's writer complains about its position in the file when the file has already said why.
+            if isinstance(error.__context__, OSError):
+                raise _of_file(error.__context__, path) from error
+            raise
+        except OSError as error:
+            raise _of_file(error, path) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint onto the CPU; see `read_checkpoint`."""
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a file."""
+        Path(path).unlink(missing_ok=True)

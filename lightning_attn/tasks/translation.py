@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from datamodules.vocabulary import Vocabulary
-from datamodules.wmt14 import TranslationBatch, TranslationDataset
+from datamodules.wmt14 import TranslationBatch, TranslationDataset, WMT14DataModule
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_json, write_text
 from lightning_attn.metrics.gather import gather_by_id
@@ -135,6 +136,11 @@ class TranslationTask(TokenMeanTask):
                 "The checkpoint was trained with another vocabulary than the data module has now "
                 "(another training text, cleaning, or data.vocabulary_size). Use the data settings it was trained with."
             )
+
+    def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
+        """The vocabulary, which is otherwise learnt from the training text."""
+        if isinstance(datamodule, WMT14DataModule) and VOCABULARY_KEY in checkpoint:
+            datamodule.given_vocabulary = _stored_vocabulary(checkpoint)
 
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network for the vocabulary in the checkpoint."""

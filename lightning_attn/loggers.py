@@ -1,0 +1,99 @@
+"""`metrics.csv`, which a resumed run goes on with."""
+
+import csv
+import io
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+
+from lightning_attn.files import write_file
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's CSVLogger for `metrics.csv` in a folder, which appends to what is there.
+
+    What a run that goes on logs again is dropped first: all lines that were written after its checkpoint, and lines of
+    steps that it had not done.
+
+    Args:
+        folder: The run directory.
+        first_step: The optimizer step, from 0, that the run begins or goes on with.
+        lines: How many lines had been written when the checkpoint was.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0, lines: int = 0) -> None:
+        super().__init__(folder, name="", version="", flush_logs_every_n_steps=50)
+        self._first_step, self._lines = first_step, lines
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes, made when it is first asked for."""
+        if self._experiment is None:
+            self._experiment = _Writer(Path(self.log_dir), self._first_step, self._lines)
+        return self._experiment
+
+    @property
+    def lines(self) -> int:
+        """How many have been logged, those before a run went on included; 0 on other ranks than 0."""
+        experiment = self.experiment
+        return experiment.lines if isinstance(experiment, _Writer) else 0
+
+
+class _Writer(ExperimentWriter):
+    """Appends to a file, and rewrites it whole or not at all."""
+
+    def __init__(self, folder: Path, first_step: int, number: int) -> None:
+        super().__init__(str(folder))
+        self.lines = 0
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        text = path.read_text()
+        whole, _, _ = text.rpartition("\n")  # a process that was killed may have left a part of a line
+        lines = csv.DictReader(whole.splitlines())
+        kept = [row for row in itertools.islice(lines, number) if int(row["step"]) < first_step]
+        self.metrics_keys = [str(name) for name in lines.fieldnames or ()]
+        self.lines = len(kept)
+        if kept:
+            self._write(kept)
+        else:
+            self.metrics_keys = []
+            path.unlink()
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Adds a line."""
+        super().log_metrics(metrics_dict, step)
+        self.lines += 1
+
+    def save(self) -> None:
+        """Appends what was logged since the last time, and waits until it is on the disk."""
+        if not self.metrics:
+            return
+        super().save()
+        descriptor = os.open(self.metrics_file_path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _check_log_dir_exists(self) -> None:
+        # Lightning's would delete what is there.
+        pass
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with Path(self.metrics_file_path).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        self._write(rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(Path(self.metrics_file_path), lambda file: file.write(text.getvalue().encode()), replace=True)

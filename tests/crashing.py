@@ -1,0 +1,61 @@
+"""A callback that breaks a training off, for tests of what is left of it."""
+
+import os
+import signal
+from typing import ClassVar
+
+import pytorch_lightning as pl
+
+
+class Crash(BaseException):
+    """Nothing catches it, as nothing catches a power cut."""
+
+
+class CrashAt(pl.Callback):
+    """Counts the calls of its hooks, and raises `Crash` at a chosen one.
+
+    Attributes:
+        calls: The names of the hooks called so far, in order.
+        at: Which call, from 1, raises.
+    """
+
+    calls: ClassVar[list[str]] = []
+    at: ClassVar[int | None] = None
+
+
+class SignalAt(pl.Callback):
+    """Sends its own process a signal in the middle of a step.
+
+    Args:
+        step: The optimizer step, from 0.
+        number: The signal.
+        rank: The rank that gets it.
+    """
+
+    def __init__(self, step: int, number: int, rank: int = 0) -> None:
+        self.step, self.number, self.rank = step, number, rank
+
+    def on_before_backward(self, trainer: pl.Trainer, *arguments: object) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            self.step = -1
+            os.kill(os.getpid(), signal.Signals(self.number))
+
+
+def _hook(name):
+    def call(self, trainer, *arguments, **options):
+        if trainer.sanity_checking:
+            return
+        CrashAt.calls.append(name)
+        if len(CrashAt.calls) == CrashAt.at:
+            raise Crash(f"{name} at step {trainer.global_step}")
+
+    return call
+
+
+for _name in (
+    *("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_backward"),
+    *("on_before_optimizer_step", "on_before_zero_grad", "on_train_batch_end", "on_train_epoch_end"),
+    *("on_validation_start", "on_validation_epoch_start", "on_validation_batch_end", "on_validation_epoch_end"),
+    *("on_validation_end", "on_save_checkpoint"),
+):
+    setattr(CrashAt, _name, _hook(_name))
