@@ -284,6 +284,7 @@ def test_the_peer_has_the_shape_of_ours(norm, trained):
         ]
         for values in settings:
             values.pop("box_similarity", None)
+            assert values.pop("box_voting", 0) == 0, "the peer has none"
             values.pop("training")
             for name in ("box_coder", "proposal_matcher", "fg_bg_sampler"):
                 values[name] = vars(values[name])

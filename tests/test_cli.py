@@ -67,7 +67,9 @@ def test_nothing_is_overwritten(run, tiny_config, in_folder):
     for _ in range(2):
         run("test", *stored, "--model.num_examples", 0)
     assert (runs / "tiny" / "test_metrics-2.json").is_file()
-    assert (runs / "tiny" / "config_test-2.yaml").is_file()
+    run("test", *stored, "--model.num_examples", 1)
+    assert (runs / "tiny" / "config_test-2.yaml").is_file(), "another configuration; the same is not kept twice"
+    assert not (runs / "tiny" / "config_test-3.yaml").exists()
     assert (runs / "tiny" / "predictions" / "test_hypotheses-2.txt").is_file()
     run("fit", "-c", tiny_config, "--trainer.max_steps", 2, "--run.name", "named", "--run.root", "elsewhere")
     assert (in_folder / "elsewhere" / "translation" / "named" / "last.ckpt").is_file()
