@@ -257,7 +257,7 @@ class WMT14DataModule(pl.LightningDataModule):
         self.prepare_files()
         trainer = self.trainer
         stage = trainer.state.fn.value if trainer is not None and trainer.state.fn is not None else None
-        preparation = None if self._needs_no_training_text(stage) else self._preparation()
+        preparation = self._preparation(stage)
         # All that may be wrong with the small files is said before the long work starts.
         needed = _SPLITS[stage] if stage is not None else ()
         for split in {*needed, *filter(self._is_there, ("valid", "test"))}:
@@ -280,12 +280,14 @@ class WMT14DataModule(pl.LightningDataModule):
             FileNotFoundError: if a file of the stage or the token cache is missing.
             ValueError: on bad text; the message names file and line.
         """
-        if self._cache is None and self._needs_no_training_text(stage):
-            self._vocabulary = self.given_vocabulary
-        elif self._cache is None:
-            self._cache = TokenCache.open(self._cache_entry(self._preparation()))
-            self._vocabulary = self._cache.vocabulary
-            self._splits["train"] = TranslationDataset(self._cache.source, self._cache.target)
+        if self._cache is None:
+            preparation = self._preparation(stage)
+            if preparation is None:
+                self._vocabulary = self.given_vocabulary
+            else:
+                self._cache = TokenCache.open(self._cache_entry(preparation))
+                self._vocabulary = self._cache.vocabulary
+                self._splits["train"] = TranslationDataset(self._cache.source, self._cache.target)
         for split in _SPLITS[stage]:
             if split not in self._splits:
                 self._splits[split] = TranslationDataset.from_text(self.vocabulary, *self._read(split))
@@ -324,17 +326,14 @@ class WMT14DataModule(pl.LightningDataModule):
         """Batches of the text to translate, longest first, without references."""
         return self._evaluation_loader("predict")
 
-    def _needs_no_training_text(self, stage: str | None) -> bool:
-        if self.given_vocabulary is None or stage in (None, "fit"):
-            return False
+    def _preparation(self, stage: str | None) -> Preparation | None:
+        """What is made of the training text; None where that is not there and a stage does without."""
         try:
-            find_pairs(self.root, self.train_files, self.source_language, self.target_language)
+            pairs = find_pairs(self.root, self.train_files, self.source_language, self.target_language)
         except FileNotFoundError:
-            return True
-        return False
-
-    def _preparation(self) -> Preparation:
-        pairs = find_pairs(self.root, self.train_files, self.source_language, self.target_language)
+            if self.given_vocabulary is None or stage in (None, "fit"):
+                raise
+            return None
         return Preparation(
             tuple(pairs), self.source_language, self.target_language, self.vocabulary_size, self.cleaning
         )

@@ -30,7 +30,7 @@ from lightning_attn.callbacks import RUN_KEY, ProgressLines, SaveConfiguration, 
 from lightning_attn.loggers import MetricsLogger
 from lightning_attn.resuming import LINES_KEY, LastCheckpoint, TrainingStopped
 from lightning_attn.tasks import BaseTask
-from lightning_attn.tasks.base import differences
+from lightning_attn.tasks.base import described_differences
 from lightning_attn.tasks.checkpoints import WholeCheckpoints, read_checkpoint
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
@@ -87,11 +87,12 @@ class CommandLine(LightningCLI):
         options = self.config_init[self.subcommand]["trainer"]
         run = RunOptions(**self._option("run").as_dict())
         checkpoint = self._checkpoint(run)
+        stored = read_checkpoint(checkpoint) if checkpoint else {}
         self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
         if checkpoint:
             self.model.checkpoint_path = str(checkpoint)
             if self.subcommand != "fit":
-                self.model.use_checkpoint_for_data(self.datamodule, read_checkpoint(checkpoint))
+                self.model.use_checkpoint_for_data(self.datamodule, stored)
         self.run_path = self._run_directory(run, checkpoint)
         kwargs["default_root_dir"] = str(self.run_path)
         kwargs["plugins"] = [*_listed(options["plugins"]), WholeCheckpoints()]
@@ -103,10 +104,10 @@ class CommandLine(LightningCLI):
         if self.subcommand != "fit":
             kwargs["enable_checkpointing"] = False
         if options["logger"] is None:
-            kwargs["logger"] = _loggers(self.run_path, checkpoint) if training else False
+            kwargs["logger"] = _loggers(self.run_path, stored) if training else False
         configuration = self._resolved_configuration()
-        if self.subcommand == "fit" and checkpoint:
-            _report_differences(checkpoint, configuration)
+        if self.subcommand == "fit" and RUN_KEY in stored:
+            _report_differences(stored[RUN_KEY]["configuration"], configuration)
         callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, configuration)]
         if training and options["enable_checkpointing"] is not False:
             callbacks += _checkpoint_callbacks(self.run_path, self.model, run)
@@ -144,9 +145,7 @@ class CommandLine(LightningCLI):
         file = "best.ckpt" if checkpoint == "best" else "last.ckpt"
         root, task, name = Path(run.root).absolute(), self.model.task_name, self._run_name(run)
         found = run_directory.newest(root, task, name, file)
-        if found is not None:
-            read_checkpoint(found)
-        elif checkpoint != "auto" or self.subcommand != "fit":
+        if found is None and (checkpoint != "auto" or self.subcommand != "fit"):
             raise FileNotFoundError(
                 f"ckpt_path: {checkpoint!r} means the newest {file} in {root / task / name}, {name}-2 and so on, and "
                 "there is none. Give the run's name (--run.name NAME, --run.root FOLDER) or the path of a checkpoint; "
@@ -183,16 +182,15 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _report_differences(checkpoint: Path, configuration: dict[str, Any]) -> None:
+def _report_differences(stored: dict[str, Any], current: dict[str, Any]) -> None:
     """Says what differs from the run so far; of `model` the task says it, and refuses what cannot be changed."""
-    stored = read_checkpoint(checkpoint).get(RUN_KEY, {}).get("configuration", {})
-    lines = [
-        f"\n  {name}: {old!r} in the checkpoint, {new!r} now"
-        for name, old, new in differences(stored, configuration)
-        if name.split(".")[0] not in ("model", "run")
-    ]
-    if stored and lines:
-        rank_zero_info(f"Options that differ from the checkpoint's; the current ones are used:{''.join(lines)}")
+    before, now = (
+        {name: value for name, value in configuration.items() if name not in ("model", "run")}
+        for configuration in (stored, current)
+    )
+    lines = described_differences(before, now)
+    if lines:
+        rank_zero_info(f"Options that differ from the checkpoint's; the current ones are used:{lines}")
 
 
 @contextlib.contextmanager
@@ -247,9 +245,8 @@ def _plain(value: Any) -> Any:
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
-def _loggers(path: Path, checkpoint: Path | None) -> list[Any]:
-    """Loggers for a run; those of one that goes on keep what was logged up to the checkpoint."""
-    stored = read_checkpoint(checkpoint) if checkpoint else {}
+def _loggers(path: Path, stored: dict[str, Any]) -> list[Any]:
+    """Loggers for a run; those of one that goes on keep what was logged up to its stored checkpoint."""
     first_step = stored.get("global_step", 0)
     purge: dict[str, Any] = {"purge_step": first_step} if first_step else {}
     return [

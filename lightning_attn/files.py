@@ -44,16 +44,16 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
         path = path if replace else unused_path(path)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes names in a folder survive a power cut, as fsync makes contents."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

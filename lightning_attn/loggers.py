@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
-from lightning_attn.files import write_file
+from lightning_attn.files import sync, write_file
 
 
 class MetricsLogger(CSVLogger):
@@ -76,11 +75,7 @@ class _Writer(ExperimentWriter):
         if not self.metrics:
             return
         super().save()
-        descriptor = os.open(self.metrics_file_path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(Path(self.metrics_file_path))
 
     def _check_log_dir_exists(self) -> None:
         # Lightning's would delete what is there.

@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -212,26 +212,20 @@ class LastCheckpoint(Checkpoint):
                 checkpoint[LINES_KEY] = logger.lines
 
     def _save(self, trainer: pl.Trainer, change: Change | None = None) -> None:
-        self._due = False
-        with self._changing(change):
+        self._due, self._change = False, change
+        try:
             for logger in trainer.loggers:
                 logger.save()  # or what was logged before the checkpoint could be lost and would not come again
             trainer.save_checkpoint(self.path, weights_only=False)
             self._saved_step = trainer.global_step
             if self.requests.agreed() is not None:
-                self.requests.requeue()
+                self.requests.requeue()  # which saves once more
                 self._stop(trainer)
+        finally:
+            self._change = None
         if trainer.is_global_zero:
             for older in self.path.parent.glob("hpc_ckpt_*.ckpt"):  # SLURM's handler wrote it
                 older.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _changing(self, change: Change | None) -> Iterator[None]:
-        self._change = change
-        try:
-            yield
-        finally:
-            self._change = None
 
     def _stop(self, trainer: pl.Trainer) -> None:
         assert self.requests.received is not None

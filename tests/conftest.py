@@ -22,7 +22,6 @@ trainer:
   max_steps: 4
   val_check_interval: 2
   check_val_every_n_epoch: null
-  num_sanity_val_steps: 1
   log_every_n_steps: 1
 """
 
@@ -62,15 +61,8 @@ data:
     vocabulary_size: 300
     max_tokens: 400
     preparation_processes: 1
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_steps: 4
-  val_check_interval: 2
-  check_val_every_n_epoch: null
-  num_sanity_val_steps: 0
+{SHORT_TRAINING}  num_sanity_val_steps: 0
   limit_val_batches: 1
-  log_every_n_steps: 1
 """,
         encoding="utf-8",
     )
@@ -111,7 +103,8 @@ model:
 data:
   class_path: COCODataModule
   init_args: {{root: {coco}, batch_size: 2, test_split: test2017, min_size: 48, max_size: 80}}
-{SHORT_TRAINING}""",
+{SHORT_TRAINING}  num_sanity_val_steps: 1
+""",
         encoding="utf-8",
     )
     return path
@@ -141,7 +134,8 @@ model:
 data:
   class_path: CityscapesDataModule
   init_args: {{root: {cityscapes}, batch_size: 2, test_split: test, crop_size: [32, 48]}}
-{SHORT_TRAINING}""",
+{SHORT_TRAINING}  num_sanity_val_steps: 1
+""",
         encoding="utf-8",
     )
     return path

@@ -28,7 +28,7 @@ NOT_RESTORED = ("train/tokens_per_second",)  # a speed
 
 
 class Training:
-    """Runs of one configuration in this process, or in one of its own."""
+    """Runs of one configuration in this process."""
 
     def __init__(self, run, folder, task, config, options):
         self.run, self.folder, self.task = run, folder / "runs", task
@@ -129,8 +129,9 @@ def test_many_crashes_change_nothing(training, task, options):
 
 
 @pytest.fixture
-def process(run_process, tiny_config, in_folder):
+def process(run_process, tiny_config, in_folder, monkeypatch):
     """Runs of the command that end, are stopped, and go on."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for crashing.SignalAt
 
     def call(name, *options, status=0):
         longer = ["--trainer.val_check_interval", 100, "--trainer.max_steps", 6]
@@ -148,13 +149,15 @@ def signal_at(step, number, rank=0):
     return ["-c", "signal.yaml"]
 
 
-def weights(directory):
-    return torch.load(directory / "last.ckpt", weights_only=True)["state_dict"]
+def check_the_same(whole, other):
+    """The same lines and weights in two run directories."""
+    assert lines(other) == lines(whole)
+    weights = [torch.load(run / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, other)]
+    assert differences(*weights) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_after_the_step_and_lose_nothing(process, number, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def test_signals_stop_after_the_step_and_lose_nothing(process, number):
     process("whole")
     stopped = process("stopped", *signal_at(3, number), status=128 + number)
     name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
@@ -163,26 +166,22 @@ def test_signals_stop_after_the_step_and_lose_nothing(process, number, monkeypat
     assert "--ckpt_path last" in stopped.stderr
     assert torch.load(process.runs / "stopped" / "last.ckpt", weights_only=True)["global_step"] == 4
     process("stopped", "--ckpt_path", "last")
-    assert lines(process.runs / "stopped") == lines(process.runs / "whole")
-    assert differences(weights(process.runs / "whole"), weights(process.runs / "stopped")) == []
+    check_the_same(process.runs / "whole", process.runs / "stopped")
     assert sorted(path.name for path in process.runs.iterdir()) == ["stopped", "whole"]
 
 
-def test_a_killed_process_leaves_what_it_saved(process, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def test_a_killed_process_leaves_what_it_saved(process):
     every = ["--run.checkpoint_every_n_steps", 1]
     process("whole")
     process("killed", *every, *signal_at(3, signal.SIGKILL), status=-signal.SIGKILL)
     (process.runs / "killed" / ".last.ckpt.abc.part").write_bytes(b"half a checkpoint")
     process("killed", "--ckpt_path", "last")
     assert not list((process.runs / "killed").glob(".*.part"))
-    assert lines(process.runs / "killed") == lines(process.runs / "whole")
-    assert differences(weights(process.runs / "whole"), weights(process.runs / "killed")) == []
+    check_the_same(process.runs / "whole", process.runs / "killed")
 
 
 def test_slurm_requeues_after_the_step(process, monkeypatch, in_folder):
     """With variables as SLURM sets them, and a command in the place of its own."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     scontrol = in_folder / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {in_folder}/calls\n')
@@ -196,13 +195,11 @@ def test_slurm_requeues_after_the_step(process, monkeypatch, in_folder):
     assert (in_folder / "calls").read_text() == "requeue 77\n"
     process("queued", "--ckpt_path", "auto")
     assert not list((process.runs / "queued").glob("hpc_ckpt_*"))
-    assert lines(process.runs / "queued") == lines(process.runs / "whole")
-    assert differences(weights(process.runs / "whole"), weights(process.runs / "queued")) == []
+    check_the_same(process.runs / "whole", process.runs / "queued")
 
 
 @pytest.mark.ddp
-def test_a_signal_to_one_rank_stops_both(process, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def test_a_signal_to_one_rank_stops_both(process):
     two = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--model.dropout", 0.1]
     process("whole", *two)
     # The rank that the launcher started.
@@ -212,8 +209,7 @@ def test_a_signal_to_one_rank_stops_both(process, monkeypatch):
     assert len(streams) == 2
     assert not torch.equal(streams[0]["torch"], streams[1]["torch"])
     process("stopped", *two, "--ckpt_path", "last")
-    assert lines(process.runs / "stopped") == lines(process.runs / "whole")
-    assert differences(weights(process.runs / "whole"), weights(process.runs / "stopped")) == []
+    check_the_same(process.runs / "whole", process.runs / "stopped")
 
 
 # Choosing a run to go on with

@@ -140,9 +140,8 @@ class BaseTask(pl.LightningModule):
                 f"The checkpoint holds the task {stored['name']!r} ({stored['class_path']}), but the configuration "
                 f"asks for {self.task_name!r}. Use the configuration in the checkpoint's own run directory."
             )
-        changed = differences(stored["arguments"], self._arguments)
         mismatches = _state_mismatches(checkpoint["state_dict"], self.state_dict())
-        described = "".join(f"\n  model.{name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in changed)
+        described = described_differences(stored["arguments"], self._arguments, "model.")
         if mismatches:
             shown = "".join(f"\n  {line}" for line in mismatches[:8])
             more = f"\n  and {len(mismatches) - 8} more" if len(mismatches) > 8 else ""
@@ -302,13 +301,27 @@ def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, A
     return typed
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """What differs between two nested dicts of plain values: dotted name, old value, new value; None where missing."""
+def described_differences(stored: dict[str, Any], current: dict[str, Any], prefix: str = "") -> str:
+    """Indented lines about what differs between two nested dicts of plain values, after a line that they belong to.
+
+    Args:
+        stored: What a checkpoint has.
+        current: What there is now.
+        prefix: What the names begin with.
+
+    Returns:
+        Nothing if all is the same.
+    """
+    changed = _differences(stored, current, prefix)
+    return "".join(f"\n  {name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in changed)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
     found = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{name}.")
+            found += _differences(before, after, f"{prefix}{name}.")
         elif before != after:
             found.append((prefix + name, before, after))
     return found
