@@ -40,6 +40,9 @@ class SegmenterSpec:
             lower probability than this, CCNet's is 0.7; 0 for all pixels. The auxiliary loss is over all pixels.
         ohem_min_kept: Pixels of a batch, on each GPU, that it keeps at least: the hardest.
 
+        class_weights: What a pixel of each class counts in both losses, beside the others; empty for all the same.
+            Without them, a network that is trained from scratch for a short time does not find rare classes at all.
+
     Raises:
         ValueError: If a field has a value that no segmentation network has; the message names the field.
     """
@@ -51,6 +54,7 @@ class SegmenterSpec:
     output_stride: OutputStride = 8
     ohem_threshold: float = 0.0
     ohem_min_kept: int = 100_000
+    class_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         require_int("head_channels", self.head_channels)
@@ -72,6 +76,11 @@ class SegmenterSpec:
                 "0 is for the loss over all pixels."
             )
         require_int("ohem_min_kept", self.ohem_min_kept)
+        if not all(is_number(weight) and math.isfinite(weight) and weight > 0 for weight in self.class_weights):
+            raise ValueError(
+                f"class_weights must be finite numbers above 0, got {list(self.class_weights)}; a class that "
+                "is not to be learnt is left out of the data's."
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, fit for YAML and for checkpoints."""
@@ -95,6 +104,7 @@ class Segmenter(nn.Module):
         segmenter: What stands on it.
 
     Attributes:
+        class_weights: Those of the spec, `[K]`, or None.
         backbone: The ResNet.
         head: The `SegmentationHead`.
         auxiliary: The `AuxiliaryHead`; None if its weight is 0.
@@ -103,6 +113,8 @@ class Segmenter(nn.Module):
         ValueError: If the parts do not fit one another.
         OSError: If pretrained weights cannot be read.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self, num_classes: int, backbone: ResNetSpec, attention: AttentionSpec, segmenter: SegmenterSpec
@@ -113,7 +125,14 @@ class Segmenter(nn.Module):
             raise ValueError(
                 f"num_classes must be at most {IGNORED}, got {num_classes}: labels are bytes, and {IGNORED} is ignored."
             )
+        if len(segmenter.class_weights) not in (0, num_classes):
+            raise ValueError(
+                f"class_weights has {len(segmenter.class_weights)} entries for {num_classes} classes; give one for "
+                "each, in the order of the data's classes, or none."
+            )
         self.num_classes, self.segmenter = num_classes, segmenter
+        weights = torch.tensor(segmenter.class_weights, dtype=torch.float32) if segmenter.class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
         self.batch = NormalizedBatch(segmenter.output_stride, remainder=1)
         self.backbone = build_resnet(backbone, attention, segmenter.output_stride)
         self.head = SegmentationHead(self.backbone.channels["c5"], num_classes, attention, segmenter)
@@ -174,14 +193,14 @@ class Segmenter(nn.Module):
             place[: label.shape[0], : label.shape[1]] = label
         self._check_values(target)
         features = self.backbone(batch)
-        spec, size = self.segmenter, batch.shape[2:]
+        spec, size, weights = self.segmenter, batch.shape[2:], self.class_weights
         logits = _upsampled(self.head(features["c5"]), size)
         if spec.ohem_threshold:
-            losses = {"loss": hard_cross_entropy(logits, target, spec.ohem_threshold, spec.ohem_min_kept)}
+            losses = {"loss": hard_cross_entropy(logits, target, spec.ohem_threshold, spec.ohem_min_kept, weights)}
         else:
-            losses = {"loss": cross_entropy(logits, target)}
+            losses = {"loss": cross_entropy(logits, target, weights)}
         if self.auxiliary is not None:
-            auxiliary = cross_entropy(_upsampled(self.auxiliary(features["c4"]), size), target)
+            auxiliary = cross_entropy(_upsampled(self.auxiliary(features["c4"]), size), target, weights)
             losses["loss_auxiliary"] = spec.auxiliary_weight * auxiliary
         return losses
 
@@ -271,18 +290,21 @@ class AuxiliaryHead(nn.Module):
         return logits
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean cross entropy of the pixels that count; 0, with a gradient of 0, if none does.
 
     Args:
         logits: `[B, K, H, W]`.
         labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for pixels that do not count.
+        weights: Of the classes in the mean, `[K]`; None for all the same.
     """
-    total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    total = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=IGNORED, reduction="sum")
+    return total / _weight(labels, labels != IGNORED, weights)
 
 
-def hard_cross_entropy(logits: Tensor, labels: Tensor, threshold: float, min_kept: int) -> Tensor:
+def hard_cross_entropy(
+    logits: Tensor, labels: Tensor, threshold: float, min_kept: int, weights: Tensor | None = None
+) -> Tensor:
     """Mean cross entropy of hard pixels (online hard example mining); 0, with a gradient of 0, if no pixel counts.
 
     Args:
@@ -291,6 +313,7 @@ def hard_cross_entropy(logits: Tensor, labels: Tensor, threshold: float, min_kep
         threshold: Pixels whose true class has a lower probability are hard.
         min_kept: If fewer are, the hardest of the batch that make up this number; all that count if there are not so
             many.
+        weights: Of the classes in the mean, `[K]`, without influence on what is hard; None for all the same.
     """
     losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none")
     with torch.no_grad():
@@ -298,7 +321,16 @@ def hard_cross_entropy(logits: Tensor, labels: Tensor, threshold: float, min_kep
         easiest_kept = losses.flatten().kthvalue(max(losses.numel() - min_kept, 0) + 1).values
         easy = (losses <= -math.log(threshold)) & (losses < easiest_kept)  # a loss that is NaN is not, and shows
         kept = (labels != IGNORED) & ~easy
-    return losses.where(kept, 0).sum() / kept.sum().clamp(min=1)
+    if weights is not None:
+        losses = losses * weights[labels.long().clamp(max=len(weights) - 1)]  # what is ignored is not kept
+    return losses.where(kept, 0).sum() / _weight(labels, kept, weights)
+
+
+def _weight(labels: Tensor, counted: Tensor, weights: Tensor | None) -> Tensor:
+    """What some pixels count together, but never 0."""
+    if weights is None:
+        return counted.sum().clamp(min=1)
+    return weights[labels[counted].long()].sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:

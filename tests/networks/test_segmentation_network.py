@@ -1,5 +1,8 @@
 """The segmentation network: its parts against torch's functions, its losses against definitions in numpy."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -451,3 +454,56 @@ def test_parts_must_fit():
 def test_spec_survives_as_plain_values():
     spec = SegmenterSpec(norm="group", ohem_threshold=0.7, output_stride=16)
     assert SegmenterSpec(**spec.as_dict()) == spec
+
+
+def test_class_weights_weigh_the_mean():
+    """Beside the definition, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (2, 5, 7), generator=generator, dtype=torch.uint8)
+    labels[0, :2] = 255
+    weights = torch.tensor([0.5, 1.0, 8.0], dtype=torch.float64)
+    total = number = 0.0
+    hard_total = hard_number = 0.0
+    for index, row, column in itertools.product(range(2), range(5), range(7)):
+        label = int(labels[index, row, column])
+        if label == 255:
+            continue
+        probability = float(logits[index, :, row, column].softmax(0)[label])
+        total -= float(weights[label]) * math.log(probability)
+        number += float(weights[label])
+        if probability < 0.4:
+            hard_total -= float(weights[label]) * math.log(probability)
+            hard_number += float(weights[label])
+    assert 0 < hard_number < number
+    assert float(cross_entropy(logits, labels, weights)) == pytest.approx(total / number, rel=1e-12)
+    hard = hard_cross_entropy(logits, labels, threshold=0.4, min_kept=1, weights=weights)
+    assert float(hard) == pytest.approx(hard_total / hard_number, rel=1e-12)
+    nothing = torch.full_like(labels, 255)
+    assert cross_entropy(logits, nothing, weights) == 0
+    assert hard_cross_entropy(logits, nothing, 0.4, 1, weights) == 0
+
+
+def test_class_weights_reach_both_losses():
+    torch.manual_seed(0)
+    images = [torch.randint(256, (3, 32, 40), dtype=torch.uint8)]
+    labels = [torch.randint(2, (32, 40), dtype=torch.uint8)]
+    network = small_segmenter(num_classes=2, dropout=0.0).train()
+    plain = network(images, labels)
+    weighted = small_segmenter(num_classes=2, dropout=0.0, class_weights=(1.0, 50.0)).train()
+    weighted.load_state_dict(network.state_dict())
+    only_ones = [torch.where(labels[0] == 1, 1, 255).to(torch.uint8)]
+    of_ones = network(images, only_ones)
+    for name, loss in weighted(images, labels).items():
+        assert abs(loss - of_ones[name]) < 0.1 * abs(plain[name] - of_ones[name]) + 1e-6, name
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, float("nan")), (-1.0, 2.0), (True, 1.0)])
+def test_class_weights_must_be_positive(weights):
+    with pytest.raises(ValueError, match="class_weights must be finite numbers above 0"):
+        SegmenterSpec(class_weights=weights)
+
+
+def test_class_weights_of_another_number_of_classes():
+    with pytest.raises(ValueError, match="class_weights has 2 entries for 3 classes; give one for each"):
+        small_segmenter(num_classes=3, class_weights=(1.0, 2.0))
