@@ -186,6 +186,11 @@ class COCODataModule(ImageDataModule):
             raise RuntimeError("the categories are there after setup(); the Trainer calls it, or do so yourself.")
         return self._categories
 
+    @property
+    def preprocessing(self) -> dict[str, int]:
+        """The lengths that images are resized to."""
+        return {"min_size": self.min_size, "max_size": self.max_size}
+
     def ground_truth(self, split: str) -> dict[str, Any]:
         """What COCO's scorer reads: `images`, `annotations` and `categories`.
 

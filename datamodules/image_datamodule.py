@@ -77,6 +77,11 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         self.eval_batch_size = eval_batch_size or batch_size
         self.predict_folder = predict_folder
 
+    @property
+    def preprocessing(self) -> dict[str, int]:
+        """What is done to every image before the network sees it, by arguments of the DataModule."""
+        return {}
+
     @abc.abstractmethod
     def training_dataset(self) -> ImageDataset[Any]:
         """The training images, randomly changed; there after `setup`."""

@@ -20,6 +20,7 @@ __all__ = [
     "channels_first",
     "image_size",
     "label_size",
+    "pixels_of",
     "read_image",
     "read_labels",
 ]
@@ -83,6 +84,33 @@ def read_image(path: Path, size: tuple[int, int] | None = None, window: Window |
         top, left, height, width = window
         converted = converted.crop((left, top, left + width, top + height))
     return np.array(converted)
+
+
+def pixels_of(image: Image.Image | ImageArray | str | Path) -> ImageArray:
+    """An image in any of the usual forms, upright, as `read_image` would give it.
+
+    Args:
+        image: A Pillow image, RGB pixels as uint8 `[H, W, 3]`, or the path of a file.
+
+    Returns:
+        RGB, `[H, W, 3]`.
+
+    Raises:
+        TypeError: If it is something else.
+        FileNotFoundError: If there is no such file.
+        ImageError: If it cannot be used.
+    """
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        name = getattr(image, "filename", "") or "The image"
+        orientation = _orientation(image)
+        upright = _rgb(image, name)
+        return np.array(upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return image
+    found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise TypeError(f"An image must be a Pillow image, a path, or uint8 [H, W, 3] in RGB; got {found}.")
 
 
 def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -197,7 +225,7 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
         ) from error
 
 
-def _rgb(image: Image.Image, path: Path) -> Image.Image:
+def _rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):

@@ -1,6 +1,7 @@
 """English-German translation data in the layout ``root/{train,valid,test}.{en,de}``."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import LongTensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.parallel_text import Cleaning, find_pairs, read_evaluation, read_lines
+from datamodules.parallel_text import Cleaning, decode_line, find_pairs, read_evaluation, read_lines
 from datamodules.planned_batches import ResumableLoader, loader_options, reshuffles, resumable, share_of
 from datamodules.token_batches import Lengths, TokenBatchSampler
 from datamodules.token_cache import Preparation, TokenArray, TokenCache, default_cache_folder, user_cache_folder
@@ -20,6 +21,8 @@ from datamodules.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary
 
 # The splits that a stage reads.
 _SPLITS = {"fit": ("valid",), "validate": ("valid",), "test": ("test",), "predict": ("predict",)}
+
+_LONGER_EVALUATION = "raise --data.eval_max_tokens"
 
 # Reading at random maps about 64 KB of the cache for each sentence, some 20 MB for a batch.
 _FETCHES_BEFORE_RELEASE = 8
@@ -135,6 +138,36 @@ class TranslationDataset(Dataset[TranslationBatch]):
             self.target.release()
 
 
+class StandardInput:
+    """The lines of the standard input, each a batch of its own as soon as it is there.
+
+    Args:
+        vocabulary: cuts them into tokens.
+        max_tokens: most tokens of a line.
+
+    Raises:
+        ValueError: while it is read, if a line is longer.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, max_tokens: int) -> None:
+        self.vocabulary = vocabulary
+        self.max_tokens = max_tokens
+
+    def __len__(self) -> int:
+        # Of a loader whose length it does not know, Lightning fetches a batch in advance: nothing would be translated
+        # until the next line is typed. It stops where the lines do.
+        return sys.maxsize
+
+    def __iter__(self) -> Iterator[TranslationBatch]:
+        for index, line in enumerate(sys.stdin.buffer):
+            text = decode_line(line, Path("/dev/stdin"), index + 1)
+            dataset = TranslationDataset.from_text(self.vocabulary, [text])
+            _check_lengths("standard input, line", dataset.lengths(), self.max_tokens, _LONGER_EVALUATION, index + 1)
+            batch = dataset[0]
+            batch.ids.add_(index)
+            yield batch
+
+
 class WMT14DataModule(pl.LightningDataModule):
     """WMT14 English-German, or any other parallel corpus in the same layout.
 
@@ -159,7 +192,8 @@ class WMT14DataModule(pl.LightningDataModule):
             (``$XDG_CACHE_HOME`` or ``~/.cache``, then ``lightning_attn``) when ``root`` is read-only.
         download: fetches the official WMT14 files into ``root`` first.
         preparation_processes: processes that cut the training text into tokens; 0 means one per core.
-        predict_file: text to translate in prediction, one sentence a line; "" means the source side of the test set.
+        predict_file: text to translate in prediction, one sentence a line; "" means the source side of the test set,
+            and "-" the standard input, each line as soon as it is there.
 
     Attributes:
         given_vocabulary: what validation, test and prediction use where the training text, which the vocabulary is
@@ -260,6 +294,11 @@ class WMT14DataModule(pl.LightningDataModule):
         preparation = self._preparation(stage)
         # All that may be wrong with the small files is said before the long work starts.
         needed = _SPLITS[stage] if stage is not None else ()
+        if "predict" in needed and self.reads_standard_input and trainer is not None and trainer.world_size > 1:
+            raise ValueError(
+                f"predict_file: '-' is the standard input, which {trainer.world_size} processes cannot share; use one "
+                "(--trainer.devices 1), or give a file."
+            )
         for split in {*needed, *filter(self._is_there, ("valid", "test"))}:
             self._read(split)
         if preparation is None:
@@ -322,9 +361,16 @@ class WMT14DataModule(pl.LightningDataModule):
         """Batches of the test set, longest first."""
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader[TranslationBatch]:
-        """Batches of the text to translate, longest first, without references."""
+    def predict_dataloader(self) -> "DataLoader[TranslationBatch] | StandardInput":
+        """Batches of the text to translate, longest first, without references; lines one by one if they are typed."""
+        if self.reads_standard_input:
+            return StandardInput(self.vocabulary, self.eval_max_tokens)
         return self._evaluation_loader("predict")
+
+    @property
+    def reads_standard_input(self) -> bool:
+        """Whether prediction reads lines from there."""
+        return self.predict_file == "-"
 
     def _preparation(self, stage: str | None) -> Preparation | None:
         """What is made of the training text; None where that is not there and a stage does without."""
@@ -350,6 +396,8 @@ class WMT14DataModule(pl.LightningDataModule):
 
     def _read(self, split: str) -> tuple[list[str], list[str] | None]:
         """The lines of an evaluation split: source and reference, the latter not in prediction."""
+        if split == "predict" and self.reads_standard_input:
+            return [], None
         if split != "predict":
             pair = find_pairs(self.root, split, self.source_language, self.target_language)[0]
             return read_evaluation(pair)
@@ -370,7 +418,7 @@ class WMT14DataModule(pl.LightningDataModule):
         dataset = self._splits[split]
         lengths = dataset.lengths()
         name = self.predict_file if split == "predict" and self.predict_file else split
-        _check_lengths(f"{name}, line", lengths, self.eval_max_tokens, "raise --data.eval_max_tokens")
+        _check_lengths(f"{name}, line", lengths, self.eval_max_tokens, _LONGER_EVALUATION)
         rank, world_size = share_of(self)
         sampler = TokenBatchSampler(*lengths, self.eval_max_tokens, shuffle=False, rank=rank, world_size=world_size)
         return DataLoader(dataset, batch_sampler=sampler, **loader_options(self, self.num_workers))
@@ -428,13 +476,13 @@ def _pad(sentences: list[Any], begin: bool) -> Any:
     return rows
 
 
-def _check_lengths(what: str, lengths: tuple[Lengths, Lengths], bound: int, way_out: str) -> None:
+def _check_lengths(what: str, lengths: tuple[Lengths, Lengths], bound: int, way_out: str, first: int = 1) -> None:
     longest = np.maximum(*lengths)
     if len(longest) and longest.max() > bound:
         index = int(longest.argmax())
         raise ValueError(
-            f"{what} {index + 1} has {longest[index]:,} tokens with its end of sentence, more than a batch may hold "
-            f"({bound:,}): {way_out}."
+            f"{what} {index + first} has {longest[index]:,} tokens with its end of sentence, more than a batch may "
+            f"hold ({bound:,}): {way_out}."
         )
 
 

@@ -115,8 +115,10 @@ class CommandLine(LightningCLI):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         given = _listed(options["callbacks"])
         if options["enable_progress_bar"] is None and not any(isinstance(one, ProgressBar) for one in given):
-            kwargs["enable_progress_bar"] = sys.stdout.isatty()
-            callbacks.append(TrainingBar() if sys.stdout.isatty() else ProgressLines())
+            # Between what is typed and its answers no bar has a place.
+            shows_bar = sys.stdout.isatty() and not getattr(self.datamodule, "reads_standard_input", False)
+            kwargs["enable_progress_bar"] = shows_bar
+            callbacks.append(TrainingBar() if shows_bar else ProgressLines())
         kwargs["callbacks"] = [*given, *callbacks]
         trainer = super().instantiate_trainer(**kwargs)
         rank_zero_info(f"Run directory: {self.run_path}")

@@ -2,7 +2,9 @@
 
 import csv
 import errno
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,8 @@ import yaml
 from lightning_attn.cli import main
 from lightning_attn.tasks import TranslationTask
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+REPOSITORY = Path(__file__).parents[1]
+CONFIGS = REPOSITORY / "configs"
 
 
 def read_yaml(path: Path) -> dict:
@@ -366,6 +369,48 @@ def test_translation_needs_no_training_text(run, tiny_config, corpus, in_folder)
     assert len((path / "predictions" / "hypotheses.txt").read_text().splitlines()) == 1
     refused = run("fit", "--ckpt_path", path / "last.ckpt", "--data.root", evaluation, status=2)
     assert "train" in refused
+
+
+def test_typed_lines_are_translated_one_by_one(run, tiny_config, in_folder):
+    """Each answer is there before the next line is; nothing else is printed among them."""
+    run("fit", "-c", tiny_config, "--trainer.max_steps", 2)
+    checkpoint = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"
+    task = TranslationTask.load(checkpoint)
+    command = [
+        sys.executable,
+        REPOSITORY / "train.py",
+        "predict",
+        "--ckpt_path",
+        checkpoint,
+        "--data.predict_file",
+        "-",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    sentences = ["The woman reads a book.", "", "The man sees the dog \u00fcber\u2028all."]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        answers = []
+        for sentence in sentences:
+            process.stdin.write(f"{sentence}\n".encode())
+            process.stdin.flush()
+            answers.append(process.stdout.readline().decode().removesuffix("\n"))
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors.decode()
+    assert rest == b""
+    assert answers == task.predict(sentences)
+
+
+def test_typed_lines_that_cannot_be_translated(run, tiny_config, in_folder, monkeypatch):
+    run("fit", "-c", tiny_config, "--trainer.max_steps", 1)
+    checkpoint = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"
+    typed = ["predict", "--ckpt_path", checkpoint, "--data.predict_file", "-"]
+    for content, message in (
+        (b"a dog\n\xff\n", "stdin, line 2: not UTF-8"),
+        (b"a dog\n" + 2000 * b"dog " + b"\n", "standard input, line 2 has"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert message in run(*typed, status=2)
 
 
 def test_training_goes_on_from_a_checkpoint_alone(run, tiny_config, in_folder):

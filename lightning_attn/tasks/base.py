@@ -1,10 +1,12 @@
 """What every task shares: optimizer, schedule, exact means over devices, and checkpoints that describe themselves."""
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import time
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -188,6 +190,10 @@ class BaseTask(pl.LightningModule):
     def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
         """Hands the data of an evaluation what only the checkpoint may know; before the data is set up."""
 
+    def predict(self, inputs: Any) -> list[Any]:
+        """What the network makes of some inputs, as plain values, one for each; for a task from `load`."""
+        raise NotImplementedError(f"{type(self).__name__} must define predict to be used without a Trainer.")
+
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from what the checkpoint holds, without a DataModule; before the weights are loaded."""
         raise NotImplementedError(f"{type(self).__name__} must define on_load_checkpoint_alone for `load` to work.")
@@ -337,6 +343,18 @@ def _state_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor]) -> 
         elif stored[name].shape != current[name].shape:
             lines.append(f"{name}: {tuple(stored[name].shape)} in the checkpoint, {tuple(current[name].shape)} now")
     return lines
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without gradients, and in evaluation mode; afterwards in the mode that it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        module.train(was_training)
 
 
 def require_network(network: Network | None) -> Network:

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from datamodules.coco import DetectionBatch
 from datamodules.coco_annotations import Categories
+from datamodules.image_transforms import resize_image, resized_size
+from datamodules.images import ImageArray, channels_first
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import write_json
 from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, coco_records, image_detections
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.detection import Detection, Detector, DetectorSpec
 from lightning_attn.networks.resnet import ResNetSpec
+from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
@@ -151,6 +154,32 @@ class DetectionTask(ImageTask[Categories, Detector]):
         self.write_metrics(results, ("category", "AP"), "ap_per_category", COCO_NUMBERS)
 
     # Prediction
+
+    def predict_images(self, images: list[ImageArray]) -> list[list[dict[str, Any]]]:
+        """The objects in each image, best first: `category`, `score`, and `box` (x1, y1, x2, y2) in its pixels.
+
+        Raises:
+            CheckpointError: If the checkpoint does not say how images are resized.
+        """
+        if not self.preprocessing:
+            raise CheckpointError("The checkpoint does not say how images are resized; evaluate it by the command.")
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        resized = [
+            channels_first(resize_image(image, resized_size(size, **self.preprocessing))).to(self.device)
+            for image, size in zip(images, sizes, strict=True)
+        ]
+        ids = torch.arange(len(images))
+        batch = DetectionBatch(ids, resized, [], torch.tensor(sizes))  # type: ignore[arg-type]
+        names = dict(zip(self.known_classes.ids, self.known_classes.names, strict=True))
+        return [
+            [
+                {"category": names[label], "score": score, "box": box}
+                for label, score, box in zip(
+                    one["labels"].tolist(), one["scores"].tolist(), one["boxes"].tolist(), strict=True
+                )
+            ]
+            for one in self._in_original_pixels(batch, self._detect(batch))
+        ]
 
     def on_predict_epoch_start(self) -> None:
         """Forgets the images of an earlier pass."""

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
+from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from datamodules.images import ImageArray, pixels_of
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_json
 from lightning_attn.networks.resnet import ResNetSpec
-from lightning_attn.tasks.base import BaseTask, require_network
+from lightning_attn.tasks.base import BaseTask, evaluating, require_network
 from lightning_attn.tasks.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture, save_picture
@@ -32,6 +34,8 @@ class Classes(Protocol):
     def ids(self) -> tuple[int, ...]:
         """What the data calls them."""
 
+
+PREPROCESSING_KEY = "preprocessing"
 
 ClassesType = TypeVar("ClassesType", bound=Classes)
 NetworkType = TypeVar("NetworkType", bound=nn.Module)
@@ -56,6 +60,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         classes_word: What the task calls its classes.
         classes_type: The dataclass that holds them.
         classes: They themselves, as soon as there is a network.
+        preprocessing: What the DataModule does to every image first; stored in checkpoints too, for `predict`.
         network: The network, as soon as it is built.
     """
 
@@ -76,6 +81,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         self.attention, self.backbone = attention, backbone
         self.num_pictures = num_pictures
         self.classes: ClassesType | None = None
+        self.preprocessing: dict[str, int] = {}
         self.network: NetworkType | None = None
         self._pictures: dict[str, Callable[[], Picture]] = {}
 
@@ -83,16 +89,19 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         """The network for a number of classes; `backbone` is the task's own, or the same without pretrained weights."""
         raise NotImplementedError(f"{type(self).__name__} must define build_network.")
 
-    def check_sizes(self) -> None:
+    def check_sizes(self, num_classes: int = 1) -> None:
         """Builds the network without numbers, for a subclass to call as soon as it knows its parts.
 
         The real network waits for the number of classes; a size that does not fit should not wait for the data.
+
+        Args:
+            num_classes: Any number that the parts do not contradict.
 
         Raises:
             ValueError: If the parts do not fit one another.
         """
         with torch.device("meta"):
-            self.build_network(1, _without_weights(self.backbone))
+            self.build_network(num_classes, _without_weights(self.backbone))
 
     # Network and classes
 
@@ -101,7 +110,9 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         if self.network is not None:
             return
         self._refuse_synchronised_statistics_on_cpus()
-        classes = getattr(self.trainer.datamodule, self.classes_word)  # type: ignore[attr-defined]
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.preprocessing = dict(datamodule.preprocessing)
+        classes = getattr(datamodule, self.classes_word)
         if classes is None:
             if not self.checkpoint_path:
                 raise ValueError(
@@ -150,6 +161,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         super().on_save_checkpoint(checkpoint)
         stored = dataclasses.asdict(self.known_classes)  # type: ignore[call-overload]  # no protocol says "dataclass"
         checkpoint[self.classes_word] = {name: list(values) for name, values in stored.items()}
+        checkpoint[PREPROCESSING_KEY] = self.preprocessing
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also refuses a checkpoint whose outputs mean other classes than the data's."""
@@ -165,6 +177,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network for the classes in the checkpoint, which also holds all weights."""
         self._build(self._stored_classes(checkpoint), _without_weights(self.backbone))
+        self.preprocessing = dict(checkpoint.get(PREPROCESSING_KEY, {}))
 
     def _stored_classes(self, checkpoint: dict[str, Any]) -> ClassesType:
         stored = checkpoint.get(self.classes_word)
@@ -248,6 +261,38 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             table.add_row(name, _shown(results[f"test/{name}"]))
         Console().print(table)
         rank_zero_info(f"Scores written to {path}")
+
+    # Prediction
+
+    def predict(self, inputs: Sequence[Image.Image | ImageArray | str | Path], batch_size: int = 1) -> list[Any]:
+        """What is in some images, as plain values, without a Trainer.
+
+        Args:
+            inputs: Pillow images, paths, or RGB pixels as uint8 `[H, W, 3]`, of any sizes.
+            batch_size: How many the network sees at a time. Images of a batch are padded to one size.
+
+        Returns:
+            For each image what `predict_images` of the task says.
+
+        Raises:
+            RuntimeError: If there is no network yet; `load` makes one.
+            TypeError: If something is not an image.
+            ImageError: If a file cannot be used.
+        """
+        require_network(self.network)
+        if isinstance(inputs, str | Path | Image.Image):
+            raise TypeError("predict takes several images: give a list, [image] for one.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        found: list[Any] = []
+        with evaluating(self):
+            for begin in range(0, len(inputs), batch_size):
+                found += self.predict_images([pixels_of(image) for image in inputs[begin : begin + batch_size]])
+        return found
+
+    def predict_images(self, images: list[ImageArray]) -> list[Any]:
+        """What is in images `[H, W, 3]` as they were taken; `predict` calls it, in evaluation mode."""
+        raise NotImplementedError(f"{type(self).__name__} must define predict_images.")
 
     # Pictures
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from datamodules.cityscapes import SegmentationBatch
 from datamodules.cityscapes_labels import SegmentationClasses
+from datamodules.images import ImageArray, channels_first
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_file
 from lightning_attn.metrics.segmentation import SegmentationMetrics
@@ -61,7 +62,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     ) -> None:
         super().__init__(attention, backbone, optimizer, schedule, num_pictures)
         self.segmenter, self.inference = segmenter, inference
-        self.check_sizes()
+        self.check_sizes(len(segmenter.class_weights) or 1)
         self._metrics: SegmentationMetrics | None = None
         self._label_folder: Path | None = None
 
@@ -133,6 +134,11 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         self.write_metrics(results, ("class", "IoU"), "iou_per_class", ("miou", "pixel_accuracy"))
 
     # Prediction
+
+    def predict_images(self, images: list[ImageArray]) -> list[npt.NDArray[np.uint8]]:
+        """The label 0..K-1 of every pixel, `[H, W]` for each image; `known_classes.names` are their names."""
+        batch = [channels_first(image).to(self.device) for image in images]
+        return [labels.cpu().numpy() for labels in segment(self.built_network, batch, self.inference)]
 
     def on_predict_epoch_start(self) -> None:
         """Chooses the folder for the labels, one for all ranks."""

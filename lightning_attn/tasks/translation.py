@@ -1,6 +1,7 @@
 """Translation with an encoder-decoder Transformer whose attentions are chosen by spec (paper, section 3)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -18,7 +19,7 @@ from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean, one_line
 from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, beam_search
 from lightning_attn.networks.transformer import NormPosition, Transformer
-from lightning_attn.tasks.base import TokenMeanTask, require_network
+from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
 from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization import draw_translation_attention
@@ -253,36 +254,54 @@ class TranslationTask(TokenMeanTask):
         self._predictions = {}
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> None:
-        """Translates a batch; all n-best texts are kept until the end of the epoch."""
+        """Translates a batch; all n-best texts are kept until the end of the epoch, those of typed text printed."""
         found = self._search(batch.source, self.decoding.beam_size)
         texts = [[self._text(hypothesis) for hypothesis in best] for best in found]
+        if isinstance(self.trainer.datamodule, WMT14DataModule) and self.trainer.datamodule.reads_standard_input:  # type: ignore[attr-defined]
+            for best in texts:
+                print("\t".join(best), flush=True)
+            return
         self._predictions.update(zip(batch.ids.tolist(), texts, strict=True))
 
     def on_predict_epoch_end(self) -> None:
         """Writes `predictions/hypotheses.txt`, one sentence a line in corpus order (with n-best: tab-separated)."""
         predictions = gather_by_id(self._predictions)
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and predictions:
             lines = "".join("\t".join(texts) + "\n" for texts in predictions.values())
             path = write_text(self.output_directory / "predictions" / "hypotheses.txt", lines)
             rank_zero_info(f"{len(predictions)} translations written to {path}")
 
-    @torch.inference_mode()
-    def translate(self, sentences: list[str]) -> list[str]:
-        """Translates sentences, all in one batch.
+    def predict(self, inputs: Sequence[str], batch_size: int = 32) -> list[str]:
+        """Translates sentences, without a Trainer.
 
         Args:
-            sentences: Source sentences, as plain text.
+            inputs: Source sentences, as plain text.
+            batch_size: How many the network sees at a time; those of like length go together.
 
         Returns:
-            The best translation of each.
+            The best translation of each, in the same order.
+
+        Raises:
+            RuntimeError: If there is no network yet; `load` makes one.
+            TypeError: If `inputs` is one text instead of several.
         """
         require_network(self.network)
         assert self.vocabulary is not None
-        if not sentences:
+        if isinstance(inputs, str):
+            raise TypeError("predict takes several sentences: give a list, [text] for one.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if not inputs:
             return []
-        batch = TranslationDataset.from_text(self.vocabulary, sentences).__getitems__(list(range(len(sentences))))
-        found = self._search(batch.source.to(self.device), self.decoding.beam_size)
-        return [self._text(best[0]) for best in found]
+        dataset = TranslationDataset.from_text(self.vocabulary, list(inputs))
+        order = dataset.lengths()[0].argsort(kind="stable").tolist()
+        translations = dict.fromkeys(range(len(inputs)), "")
+        with evaluating(self):
+            for begin in range(0, len(order), batch_size):
+                indices = order[begin : begin + batch_size]
+                found = self._search(dataset.__getitems__(indices).source.to(self.device), self.decoding.beam_size)
+                translations.update(zip(indices, (self._text(best[0]) for best in found), strict=True))
+        return list(translations.values())
 
 
 def _stored_vocabulary(checkpoint: dict[str, Any]) -> Vocabulary:

@@ -5,6 +5,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -317,6 +318,14 @@ def test_bad_prediction_files(shared_root, tmp_path, content, error, message):
         path.write_bytes(content)
     with pytest.raises(error, match=message):
         ready(shared_root, "predict", predict_file=str(path))
+
+
+def test_several_processes_cannot_share_what_is_typed(shared_root):
+    module = WMT14DataModule(str(shared_root), vocabulary_size=60, predict_file="-")
+    state = types.SimpleNamespace(fn=types.SimpleNamespace(value="predict"))
+    module.trainer = types.SimpleNamespace(world_size=2, state=state, is_global_zero=True)
+    with pytest.raises(ValueError, match=r"which 2 processes cannot share; use one \(--trainer\.devices 1\)"):
+        module.prepare_data()
 
 
 # With the Trainer

@@ -158,6 +158,50 @@ def test_a_checkpoint_alone_is_enough(trained):
         DetectionTask.load(trained / "without.ckpt")
 
 
+def test_predict_says_what_the_command_writes(run, coco, trained):
+    """Boxes of files that are resized, in their own pixels, whatever the form of the image and the batch."""
+    task = DetectionTask.load(trained / "last.ckpt")
+    paths = sorted((coco / "test2017").iterdir())
+    found = task.predict(paths)
+    # Attention sees the padding that a smaller image has beside a larger one.
+    run("predict", "--ckpt_path", trained / "last.ckpt", "--data.eval_batch_size", 1)
+    names = {image["file_name"]: image["id"] for image in json.loads((trained / "predictions/images.json").read_text())}
+    records = json.loads((trained / "predictions" / "detections.json").read_text())
+    assert sum(map(len, found)) == len(records) > 20
+    for path, objects in zip(paths, found, strict=True):
+        written = [record for record in records if record["image_id"] == names[path.name]]
+        for one, record in zip(objects, written, strict=True):
+            assert one["category"] == task.known_classes.names[task.known_classes.ids.index(record["category_id"])]
+            assert one["score"] == pytest.approx(record["score"], abs=1e-5)
+            x1, y1, x2, y2 = one["box"]
+            assert [x1, y1, x2 - x1, y2 - y1] == pytest.approx(record["bbox"], abs=1e-2)
+    with Image.open(paths[0]) as image:
+        image.load()
+    assert task.predict([image]) == task.predict([np.array(image.convert("RGB"))]) == task.predict([str(paths[0])])
+    task.train()
+    task.predict(paths[:2], batch_size=2)
+    assert task.training, "the mode is the caller's"
+
+
+def test_predict_refuses_what_is_no_image(trained, tmp_path):
+    task = DetectionTask.load(trained / "last.ckpt")
+    assert task.predict([]) == []
+    with pytest.raises(TypeError, match=r"give a list, \[image\] for one"):
+        task.predict("picture.png")
+    with pytest.raises(
+        TypeError, match=r"An image must be a Pillow image, a path, or uint8 .* got float64 \[4, 4, 3\]"
+    ):
+        task.predict([np.zeros((4, 4, 3))])
+    with pytest.raises(TypeError, match="got NoneType"):
+        task.predict([None])
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png is not there"):
+        task.predict([tmp_path / "nothing.png"])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        task.predict([], batch_size=0)
+    with pytest.raises(RuntimeError, match="built when a Trainer starts"):
+        DetectionTask().predict([])
+
+
 def test_offsets_are_a_group_of_their_own_with_a_tenth_of_the_rate():
     task = DetectionTask(
         attention=AttentionSpec(terms="0010", convolution="deformable"),

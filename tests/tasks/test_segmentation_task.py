@@ -155,6 +155,20 @@ def test_a_checkpoint_alone_is_enough(trained):
     assert logits.shape == (19, 40, 56)
 
 
+def test_predict_says_what_the_command_writes(run, cityscapes, trained):
+    task = SegmentationTask.load(trained / "last.ckpt")
+    paths = sorted((cityscapes / "leftImg8bit" / "test").glob("*/*.png"))
+    found = task.predict(paths)
+    run("predict", "--ckpt_path", trained / "last.ckpt")
+    for path, labels in zip(paths, found, strict=True):
+        (written,) = (trained / "predictions" / "labels").glob(f"{path.name.removesuffix('_leftImg8bit.png')}_*")
+        ids = np.array(task.known_classes.ids)[labels]
+        assert np.array_equal(ids, ids_of(written))
+    assert len(np.unique(found[0])) > 1, "a single class everywhere would say nothing"
+    with Image.open(paths[0]) as image:
+        assert np.array_equal(task.predict([image])[0], found[0])
+
+
 def test_sizes_are_checked_before_the_data_is_read():
     with pytest.raises(ValueError, match="head_channels=100 does not fit the attention"):
         SegmentationTask(attention=AttentionSpec(num_heads=8), segmenter=SegmenterSpec(head_channels=100))

@@ -63,9 +63,12 @@ def test_a_checkpoint_alone_is_enough(checkpoint):
     stored = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(value, stored[name]) for name, value in task.state_dict().items())
     sentences = ["The woman reads a book.", "", "Today, the man sees the dog and the cat in the garden."]
-    together = task.translate(sentences)
-    assert together == [task.translate([sentence])[0] for sentence in sentences]
-    assert task.translate([]) == []
+    together = task.predict(sentences)
+    assert together == [task.predict([sentence])[0] for sentence in sentences]
+    assert together == task.predict(sentences, batch_size=2)
+    assert task.predict([]) == []
+    with pytest.raises(TypeError, match=r"give a list, \[text\] for one"):
+        task.predict("The woman reads a book.")
     assert TranslationTask.load_from_checkpoint(checkpoint, flavour="sweet").flavour == "sweet"
 
 
@@ -83,7 +86,7 @@ def test_other_mechanisms_train_and_translate_from_a_checkpoint_alone(tmp_path, 
     task = TranslationTask.load(tmp_path / "trained.ckpt")
     assert task.network_arguments["self_attention"] == spec
     sentences = ["The woman reads a book.", "Today, the man sees the dog and the cat in the garden."]
-    assert task.translate(sentences) == [task.translate([sentence])[0] for sentence in sentences]
+    assert task.predict(sentences) == [task.predict([sentence])[0] for sentence in sentences]
 
 
 def test_offsets_move_slowly_and_are_clipped_with_the_rest(tmp_path, corpus):
@@ -133,7 +136,7 @@ def test_sizes_are_checked_before_the_data_is_read():
 
 def test_no_network_before_there_is_a_vocabulary():
     with pytest.raises(RuntimeError, match="built when a Trainer starts"):
-        TranslationTask(optimizer=OptimizerSpec(), **TINY).translate(["x"])
+        TranslationTask(optimizer=OptimizerSpec(), **TINY).predict(["x"])
 
 
 def test_attention_maps_are_those_of_the_decoder(checkpoint):
