@@ -257,16 +257,6 @@ def test_damaged_checkpoints_are_refused_before_anything_is_built(run, tiny_conf
     assert "has no 'state_dict'" in run("test", "-c", tiny_config, "--ckpt_path", cut, status=2)
 
 
-def test_checkpoint_with_code_is_refused_and_does_not_run_it(run, tiny_config, in_folder):
-    class Payload:
-        def __reduce__(self):
-            return Path.touch, (Path("ran"),)
-
-    torch.save({"state_dict": {}, "extra": Payload()}, "evil.ckpt")
-    assert "could run code" in run("test", "-c", tiny_config, "--ckpt_path", "evil.ckpt", status=2)
-    assert not Path("ran").exists()
-
-
 def test_checkpoint_of_another_task_is_refused(run, tiny_config, in_folder):
     run("fit", "-c", tiny_config, "--trainer.max_steps", 2)
     path = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"

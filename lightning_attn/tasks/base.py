@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_attn.resuming import ExactResume
-from lightning_attn.tasks.checkpoints import CheckpointError, read_checkpoint
+from lightning_attn.tasks.checkpoints import FORMAT, FORMAT_KEY, CheckpointError, read_checkpoint
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 
 CHECKPOINT_KEY = "task"
@@ -126,6 +126,7 @@ class BaseTask(pl.LightningModule):
         """Stores what `load` needs: the class and its arguments as plain values."""
         checkpoint.pop("hyper_parameters", None)
         checkpoint.pop("hparams_name", None)
+        checkpoint[FORMAT_KEY] = FORMAT
         checkpoint[CHECKPOINT_KEY] = {
             "name": self.task_name,
             "class_path": f"{type(self).__module__}.{type(self).__qualname__}",

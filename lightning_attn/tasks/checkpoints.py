@@ -10,6 +10,9 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from lightning_attn.files import write_file
 
+FORMAT_KEY, FORMAT = "format", 1
+"""What a checkpoint of this version is marked with; a later number says that this version may misunderstand it."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message says why and what to do."""
@@ -20,7 +23,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is cut short, damaged, or holds more than plain values and tensors.
+        CheckpointError: If the file is cut short, damaged, holds more than plain values and tensors, or was written by
+            a later version.
     """
     path = Path(path)
     if not path.is_file():
@@ -42,6 +46,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}. Use another checkpoint of the same run.") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint: it has no 'state_dict'.")
+    found = checkpoint.get(FORMAT_KEY, FORMAT)
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} was written by another version of lightning_attn: its format is {found!r}, and this version reads "
+            f"{FORMAT}. Use the version that the checkpoint's run directory names, or a later one."
+        )
     return checkpoint
 
 
