@@ -91,12 +91,12 @@ def promised(name: str) -> tuple[str, dict[str, object]]:
     slot, *words = name.split("_")
     match words:
         case ["dynamic", size]:
-            return slot, {"mechanism": "dynamic", "kernel_size": int(size), "convolution": "regular"}
+            return slot, {"mechanism": "dynamic", "kernel_size": int(size), "convolution": "regular", "window": None}
         case ["deformable" | "modulated" as kind, *rest]:
             convolution = {"deformable": "deformable", "modulated": "modulated_deformable"}[kind]
             return slot, promised("_".join([slot, *rest]))[1] | {"convolution": convolution}
         case ["none"]:
-            return slot, {"mechanism": "none", "convolution": "regular"}
+            return slot, {"mechanism": "none", "convolution": "regular", "window": None}
         case [terms, "window", size]:
             return slot, promised(f"{slot}_{terms}")[1] | {"window": int(size)}
         case [terms]:
@@ -106,19 +106,17 @@ def promised(name: str) -> tuple[str, dict[str, object]]:
 
 @pytest.mark.parametrize("path", paths("attention"), ids=lambda path: path.stem)
 def test_attention_overlays(run, tiny_config, detection_config, path):
+    """Each is the whole of its row, whatever the configuration before it says."""
     slot, fields = promised(path.stem)
     config = detection_config if slot == "attention" else tiny_config
+    field = "attention" if slot == "attention" else f"{slot}_attention"
+    other = {"mechanism": "transformer", "terms": "0110", "convolution": "deformable", "window": 5}
+    Path("other.yaml").write_text(yaml.safe_dump({"model": {"init_args": {field: other}}}))
     quick = ["--trainer.limit_val_batches", 0, "--trainer.logger", "false", "--trainer.max_steps", 2]
-    # The detection configuration has a deformable convolution, which overlays that do not name one leave alone.
-    plain = (
-        ["--model.attention.convolution", "regular"]
-        if slot == "attention" and fields["convolution"] == "regular"
-        else []
-    )
-    run("fit", "-c", config, "-c", path, *quick, *plain)
+    run("fit", "-c", config, "-c", "other.yaml", "-c", path, *quick, "--run.name", "tiny")
     (folder,) = Path("checkpoints").glob("*/tiny")
     stored = yaml.safe_load((folder / "config_fit.yaml").read_text())
-    spec = stored["model"]["init_args"]["attention" if slot == "attention" else f"{slot}_attention"]
+    spec = stored["model"]["init_args"][field]
     assert {name: spec[name] for name in fields} == fields
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
 
