@@ -455,9 +455,12 @@ def of_image(annotations: CocoAnnotations, index: int, read: Callable[[Path, tup
 
     Raises:
         ImageError: If the image cannot be used.
+        FileNotFoundError: If it is not there (any more).
     """
     size = int(annotations.sizes[index, 0]), int(annotations.sizes[index, 1])
     try:
         return read(folder / annotations.names[index], size)
     except ImageError as error:
         raise ImageError(f"image id {annotations.image_ids[index]}: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"image id {annotations.image_ids[index]}: {error} Put it back.") from error

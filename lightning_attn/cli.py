@@ -24,7 +24,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
-import datamodules  # noqa: F401 - makes the DataModules known by their short names
+import datamodules
 from lightning_attn import run_directory
 from lightning_attn.callbacks import RUN_KEY, ProgressLines, SaveConfiguration, TrainingBar
 from lightning_attn.loggers import MetricsLogger
@@ -360,32 +360,63 @@ def main(args: ArgsType = None) -> None:
         if run_directory.is_rank_zero():
             print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None
-    except (ValueError, OSError) as error:
-        if not _is_message(error):
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        message = _message(error)
+        if message is None:
             raise
-        if run_directory.is_rank_zero():
-            print(f"error: {_message(error)}", file=sys.stderr)
+        if run_directory.is_rank_zero() or _has_lost_rank(str(error)):
+            print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from error
     finally:
         run_directory.discard_if_unused()
 
 
-def _message(error: ValueError | OSError) -> str:
+def _message(error: Exception) -> str | None:
+    """What a user reads of an error; None if it is a fault somewhere below, which needs its traceback."""
+    if os.environ.get("LIGHTNING_ATTN_TRACEBACK"):
+        return None
+    text = str(error)
     if _is_full(error):
-        return f"{error}. Nothing older was lost. Make room, then go on from the last checkpoint with --ckpt_path."
-    return _essence(str(error))
+        return f"{text}. Nothing older was lost. Make room, then go on from the last checkpoint with --ckpt_path."
+    if re.match(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", text):
+        return (
+            f"{text.splitlines()[0]} A process that makes batches has died, often for want of memory: see what the "
+            "system's log says of it, and use fewer (--data.num_workers). What was saved is whole; go on with "
+            "--ckpt_path last."
+        )
+    if _has_lost_rank(text):
+        return (
+            "Another process of this training has died; what it said may stand above. What was saved is whole; go on "
+            "with --ckpt_path last."
+        )
+    if (of_worker := _of_worker(text)) is not None:
+        return of_worker
+    return _essence(text) if _is_ours(error) else None
+
+
+def _has_lost_rank(text: str) -> bool:
+    """Whether an error says that another rank has closed its connection."""
+    return "gloo" in text and re.search(r"Connection (closed|reset) by peer|Broken pipe", text) is not None
+
+
+def _of_worker(text: str) -> str | None:
+    """The message of an error that our own code raised in a worker process; torch hands on its traceback as text."""
+    if not re.match(r"Caught \w+ in DataLoader worker process", text):
+        return None
+    files = re.findall(r'^  File "(.+)", line \d+, in ', text, re.MULTILINE)
+    packages = [Path(__file__).parent, Path(datamodules.__file__).parent]
+    if not files or not any(Path(files[-1]).is_relative_to(package) for package in packages):
+        return None
+    raised = re.findall(r"^[\w.]+(?:Error|Exception): ", text, re.MULTILINE)
+    return text[text.rindex(raised[-1]) + len(raised[-1]) :].strip() if raised else None
 
 
 def _is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _is_message(error: BaseException) -> bool:
-    """Whether an error was raised by this project, for the user to read, and not by a fault somewhere below."""
-    if os.environ.get("LIGHTNING_ATTN_TRACEBACK"):
-        return False
-    if _is_full(error):
-        return True
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this project, for the user to read."""
     traceback = error.__traceback__
     frames = []
     while traceback is not None:
@@ -410,6 +441,7 @@ def _configure_messages() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
         ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
         ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
+        ".*custom batch sampler .* for prediction.*",  # ours returns every image once
         ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
         ".*is not supported by the model summary.*",  # only the estimated size in the summary is meant
         ".*WeightAveraging state cannot be restored.*",  # a checkpoint's weights are the averaged ones

@@ -1,7 +1,9 @@
-"""A callback that breaks a training off, for tests of what is left of it."""
+"""Callbacks that break a training off, for tests of what is left of it."""
 
+import multiprocessing
 import os
 import signal
+from pathlib import Path
 from typing import ClassVar
 
 import pytorch_lightning as pl
@@ -39,6 +41,36 @@ class SignalAt(pl.Callback):
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             self.step = -1
             os.kill(os.getpid(), signal.Signals(self.number))
+
+
+class NoteProcess(pl.Callback):
+    """Writes the number of each rank's process into the current folder."""
+
+    def on_train_start(self, trainer: pl.Trainer, *arguments: object) -> None:
+        Path(f"rank{trainer.global_rank}.pid").write_text(str(os.getpid()))
+
+
+class KillWorker(pl.Callback):
+    """Kills one of the processes that make batches in the middle of the second step."""
+
+    def on_before_backward(self, trainer: pl.Trainer, *arguments: object) -> None:
+        if trainer.global_step == 1:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+class RemoveFile(pl.Callback):
+    """Removes a file in the middle of the second step.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_before_backward(self, trainer: pl.Trainer, *arguments: object) -> None:
+        if trainer.global_step == 1:
+            self.path.unlink(missing_ok=True)
 
 
 def _hook(name):

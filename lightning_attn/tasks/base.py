@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from lightning_attn.resuming import ExactResume
 from lightning_attn.tasks.checkpoints import FORMAT, FORMAT_KEY, CheckpointError, read_checkpoint
+from lightning_attn.tasks.finite_updates import FiniteUpdates
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 
 CHECKPOINT_KEY = "task"
@@ -98,7 +99,7 @@ class BaseTask(pl.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run of a task needs; a subclass that adds to it calls this too."""
-        return [ExactResume()]
+        return [ExactResume(), FiniteUpdates()]
 
     def on_fit_start(self) -> None:
         """Logs the constructor's arguments."""

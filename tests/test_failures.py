@@ -1,0 +1,85 @@
+"""What goes wrong in the middle of a training ends it with a message, and what was saved is whole."""
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+EVERY_STEP = [
+    "--run.checkpoint_every_n_steps",
+    1,
+    "--trainer.val_check_interval",
+    100,
+    "--trainer.limit_val_batches",
+    0,
+]
+
+
+def step_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def callbacks(*entries):
+    """A configuration file with callbacks of `crashing`."""
+    lines = [f"    - class_path: crashing.{name}\n      init_args: {arguments}\n" for name, arguments in entries]
+    Path("callbacks.yaml").write_text("trainer:\n  callbacks:\n" + "".join(lines))
+    return ["-c", "callbacks.yaml"]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_vanishes(run, detection_config, coco, in_folder, workers):
+    root = shutil.copytree(coco, in_folder / "data")
+    path = sorted((root / "train2017").iterdir())[0]
+    kept = path.read_bytes()
+    common = ["fit", "-c", detection_config, *EVERY_STEP, "--data.root", root, "--data.num_workers", workers]
+    common += ["--trainer.max_steps", 12]
+    printed = run(*common, *callbacks(("RemoveFile", f"{{path: {path}}}")), status=2)
+    error = printed[printed.index("error: ") :]
+    assert f"{path} is not there" in error
+    assert "image id" in error
+    assert "Traceback" not in printed
+    last = in_folder / "checkpoints" / "detection" / "tiny" / "last.ckpt"
+    assert 1 <= step_of(last) < 12
+    path.write_bytes(kept)
+    run(*common, "--ckpt_path", "last")
+    assert step_of(last) == 12
+
+
+def test_a_worker_that_dies(run_process, detection_config, in_folder):
+    common = ["fit", "-c", detection_config, *EVERY_STEP, "--data.num_workers", 2, "--trainer.max_steps", 12]
+    done = run_process(*common, *callbacks(("KillWorker", "{}")), status=2)
+    assert "is killed by signal: Killed" in done.stderr
+    assert "A process that makes batches has died" in done.stderr
+    assert "Traceback" not in done.stderr
+    last = in_folder / "checkpoints" / "detection" / "tiny" / "last.ckpt"
+    assert step_of(last) >= 1
+    run_process(*common, "--ckpt_path", "last")
+    assert step_of(last) == 12
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other(run_process, tiny_config, in_folder, rank):
+    """Within a minute; on this machine in seconds."""
+    two = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_steps", 50]
+    kill = ("SignalAt", f"{{step: 2, number: {int(signal.SIGKILL)}, rank: {rank}}}")
+    # What the launcher started is rank 0 itself.
+    done = run_process(
+        *("fit", "-c", tiny_config, *EVERY_STEP, *two, *callbacks(("NoteProcess", "{}"), kill)),
+        status=2 if rank else -signal.SIGKILL,
+    )
+    ended = time.monotonic()
+    survivor = int(Path(f"rank{1 - rank}.pid").read_text())
+    while (Path("/proc") / str(survivor)).is_dir() and time.monotonic() - ended < 60:
+        time.sleep(0.1)
+    assert not (Path("/proc") / str(survivor)).is_dir(), "the other rank has ended too"
+    assert "Another process of this training has died" in done.stderr
+    assert step_of(in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt") in (1, 2)
