@@ -24,7 +24,6 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
-import datamodules
 from lightning_attn import run_directory
 from lightning_attn.callbacks import RUN_KEY, ProgressLines, SaveConfiguration, TrainingBar
 from lightning_attn.loggers import MetricsLogger
@@ -84,6 +83,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer whose files all lie in the run directory."""
         assert self.subcommand is not None
+        self.model.require_steps(self.subcommand)
         options = self.config_init[self.subcommand]["trainer"]
         run = RunOptions(**self._option("run").as_dict())
         checkpoint = self._checkpoint(run)
@@ -335,6 +335,8 @@ def main(args: ArgsType = None) -> None:
             the signal's number if a signal stopped a training, whose state is saved.
     """
     _configure_messages()
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for classes of the user's own, whichever way the command was called
     # Without this a misspelt --trainer.max_step would be taken for max_steps.
     exact: dict[str, Any] = {"allow_abbrev": False}
     try:
@@ -389,26 +391,12 @@ def _message(error: Exception) -> str | None:
             "Another process of this training has died; what it said may stand above. What was saved is whole; go on "
             "with --ckpt_path last."
         )
-    if (of_worker := _of_worker(text)) is not None:
-        return of_worker
     return _essence(text) if _is_ours(error) else None
 
 
 def _has_lost_rank(text: str) -> bool:
     """Whether an error says that another rank has closed its connection."""
     return "gloo" in text and re.search(r"Connection (closed|reset) by peer|Broken pipe", text) is not None
-
-
-def _of_worker(text: str) -> str | None:
-    """The message of an error that our own code raised in a worker process; torch hands on its traceback as text."""
-    if not re.match(r"Caught \w+ in DataLoader worker process", text):
-        return None
-    files = re.findall(r'^  File "(.+)", line \d+, in ', text, re.MULTILINE)
-    packages = [Path(__file__).parent, Path(datamodules.__file__).parent]
-    if not files or not any(Path(files[-1]).is_relative_to(package) for package in packages):
-        return None
-    raised = re.findall(r"^[\w.]+(?:Error|Exception): ", text, re.MULTILINE)
-    return text[text.rindex(raised[-1]) + len(raised[-1]) :].strip() if raised else None
 
 
 def _is_full(error: BaseException) -> bool:
@@ -441,7 +429,6 @@ def _configure_messages() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
         ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
         ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
-        ".*custom batch sampler .* for prediction.*",  # ours returns every image once
         ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
         ".*is not supported by the model summary.*",  # only the estimated size in the summary is meant
         ".*WeightAveraging state cannot be restored.*",  # a checkpoint's weights are the averaged ones

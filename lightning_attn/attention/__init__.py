@@ -1,6 +1,6 @@
 """The generalized attention of Zhu et al. (ICCV 2019): pure PyTorch, usable alone."""
 
-from lightning_attn.attention.cache import AttentionCache, DecodingCache
+from lightning_attn.attention.cache import AttentionCache, DecodingCache, PrefixCache
 from lightning_attn.attention.deformable import DeformableConv, offset_parameters
 from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.attention.factory import (
@@ -22,6 +22,7 @@ __all__ = [
     "DeformableConv",
     "DynamicConv",
     "GatedResidual",
+    "PrefixCache",
     "SelfAttention",
     "TransformerAttention",
     "build_attention",

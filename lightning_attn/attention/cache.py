@@ -32,6 +32,27 @@ class DecodingCache(Protocol):
         ...
 
 
+class PrefixCache:
+    """The inputs of a module so far, for one that computes everything again at each step.
+
+    Attributes:
+        prefix: `[R, n, C]`; None before the first step.
+    """
+
+    def __init__(self) -> None:
+        self.prefix: Tensor | None = None
+
+    def append(self, x: Tensor) -> Tensor:
+        """Adds the tokens of a step, `[R, L, C]`; returns all, `[R, n + L, C]`."""
+        self.prefix = x if self.prefix is None else torch.cat((self.prefix, x), dim=1)
+        return self.prefix
+
+    def reorder(self, index: Tensor, beams: int = 1) -> None:
+        """See `DecodingCache.reorder`."""
+        if self.prefix is not None:
+            self.prefix = self.prefix[index]
+
+
 class AttentionCache:
     """Projected keys and values of sentences that are decoded token by token; made by `new_cache`.
 

@@ -1,5 +1,6 @@
 """From a spec to a module: the one place that knows which mechanism is which class, and where it stands (Fig. 2)."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, overload
 
@@ -200,6 +201,11 @@ def build_attention(
     alone, on a map that something else has convolved, as in the segmentation head; `spec.convolution` says how the
     residual blocks convolve and does not matter here.
 
+    A class of your own, which `spec.mechanism` names by its import path, is an `nn.Module` made by
+    `Class(dim, ndim=..., num_heads=..., causal=..., **spec.options)`. Its `forward(x, *, key_padding_mask=None)` maps
+    `[B, C, H, W]`, or `[B, L, C]` for `ndim=1`, to the same shape; the mask is True where padded. For decoders it also
+    takes `cache`, what its `new_cache()` returned: see `SelfAttention`.
+
     Args:
         spec: Description of the attention.
         dim: Width C of the slot.
@@ -266,8 +272,13 @@ def _check_slot(spec: AttentionSpec, ndim: int, role: str) -> None:
             "mechanism 'none' in encoder-decoder attention would cut the decoder off from its source; "
             "the paper has no such setting. Use mechanism: transformer."
         )
+    if spec.is_custom:
+        raise ValueError(
+            f"mechanism {spec.mechanism!r} cannot stand in encoder-decoder attention, whose keys are another "
+            "sentence's. Use mechanism: transformer there."
+        )
     if spec.mechanism == "dynamic":
-        raise ValueError(_only_among_neighbours("mechanism 'dynamic'", "mechanism: transformer"))
+        raise ValueError(_only_among_neighbours(f"mechanism {spec.mechanism!r}", "mechanism: transformer"))
     if spec.convolution != "regular":
         raise ValueError(_only_among_neighbours(f"convolution {spec.convolution!r}", "convolution: regular"))
 
@@ -285,6 +296,9 @@ def _mechanism(
 ) -> TransformerAttention | DynamicConv | None:
     if spec.mechanism == "none":
         return None
+    if spec.is_custom:
+        custom: Any = _custom(spec, dim, ndim, causal)
+        return custom  # type: ignore[no-any-return]  # it stands in for one of the paper's
     if spec.mechanism == "dynamic":
         return DynamicConv(dim, spec.kernel_size, spec.groups, ndim, causal=causal, dropout=spec.dropout)
     return TransformerAttention(
@@ -299,3 +313,30 @@ def _mechanism(
         causal=causal,
         algorithm=spec.algorithm,
     )
+
+
+def _custom(spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool) -> nn.Module:
+    """A module of a class that the spec names."""
+    module, _, name = spec.mechanism.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"mechanism {spec.mechanism!r} cannot be imported ({error}). Give the path of a class in an installed "
+            "package, or in a file of the folder that you start from."
+        ) from error
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        raise ValueError(f"mechanism {spec.mechanism!r} is no torch.nn.Module class.")
+    try:
+        attention: nn.Module = made(dim, ndim=ndim, num_heads=spec.num_heads, causal=causal, **spec.options)
+    except TypeError as error:
+        raise ValueError(
+            f"mechanism {spec.mechanism!r} cannot be made: {error}. It is called with dim, ndim, num_heads, causal, "
+            f"and what options has ({', '.join(spec.options) or 'nothing'})."
+        ) from error
+    if causal and not hasattr(attention, "new_cache"):
+        raise ValueError(
+            f"mechanism {spec.mechanism!r} must define new_cache() to stand in a decoder, which asks for one token "
+            "at a time; lightning_attn.attention.PrefixCache is one that fits any module."
+        )
+    return attention

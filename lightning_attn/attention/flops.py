@@ -100,6 +100,8 @@ def paper_count(
                 "for self-attention only (Fig. 2); leave key_size out, or use a regular convolution with mechanism: "
                 "transformer."
             )
+    if spec.is_custom:
+        raise ValueError(f"mechanism={spec.mechanism!r} is none of the paper's, which has no formula for it.")
     deformable_unit = 0
     if spec.convolution != "regular" and len(size) == 1:
         deformable_unit = math.prod(size) * CONVOLUTION_SIZE * dim**2

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import re
 from typing import Any, Literal, get_args
 
 from lightning_attn.attention.algorithms import Algorithm
 from lightning_attn.attention.checks import is_number, require_dropout, require_int, require_odd
 
-Mechanism = Literal["transformer", "dynamic", "none"]
+MECHANISMS = ("transformer", "dynamic", "none")
+_CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 Convolution = Literal["regular", "deformable", "modulated_deformable"]
 
 TERM_NAMES = ("E1", "E2", "E3", "E4")
@@ -23,7 +25,8 @@ class AttentionSpec:
     Attributes:
         mechanism: `"transformer"` for the generalized Transformer attention of Eq. 2, `"dynamic"` for the dynamic
             convolution of Eq. 5 to 7 in its place (Table 3), `"none"` for no attention at all, which is the row
-            "w/o" of the paper's tables.
+            "w/o" of the paper's tables; or the import path of a class of your own, such as `"my_module.MyAttention"`,
+            which `build_attention` describes.
         terms: Which energies are switched on, as the paper writes it: one bit each for E1 (query and key content),
             E2 (query content and relative position), E3 (key content only) and E4 (relative position only).
             Quote it in YAML, where an unquoted `0010` is the number 8. Transformer attention only.
@@ -46,12 +49,13 @@ class AttentionSpec:
         algorithm: How it is computed, not what: `"auto"` takes the fastest that fits, `"definition"` is the slow text
             of the equations, and `lightning_attn.attention.algorithms` describes the others. Transformer attention
             only.
+        options: Further arguments of a class of your own, as plain values.
 
     Raises:
         ValueError: If a field has a value that no attention has; the message names the field and the way out.
     """
 
-    mechanism: Mechanism = "transformer"
+    mechanism: str = "transformer"
     terms: str = "1111"
     num_heads: int = 8
     convolution: Convolution = "regular"
@@ -62,10 +66,19 @@ class AttentionSpec:
     groups: int = 16
     kernel_size: int = 3
     algorithm: Algorithm = "auto"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.mechanism not in get_args(Mechanism):
-            raise ValueError(f"mechanism must be one of {list(get_args(Mechanism))}, got {self.mechanism!r}.")
+        if self.mechanism not in MECHANISMS and not self.is_custom:
+            raise ValueError(
+                f"mechanism must be one of {list(MECHANISMS)}, or the import path of a class such as "
+                f"'my_module.MyAttention', got {self.mechanism!r}."
+            )
+        if self.options and not self.is_custom:
+            raise ValueError(
+                f"options={self.options} are for a mechanism of your own; mechanism={self.mechanism!r} has the other "
+                "fields."
+            )
         parse_terms(self.terms)
         require_int("num_heads", self.num_heads)
         if self.convolution not in get_args(Convolution):
@@ -90,6 +103,11 @@ class AttentionSpec:
                 f"algorithm={self.algorithm!r} is for mechanism: transformer. A dynamic convolution of a spec is "
                 "always computed the fastest way: set algorithm: auto."
             )
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether `mechanism` is the import path of a class."""
+        return isinstance(self.mechanism, str) and _CLASS_PATH.fullmatch(self.mechanism) is not None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, fit for YAML and for checkpoints."""

@@ -22,10 +22,12 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_attn.metrics import WeightedMean
 from lightning_attn.resuming import ExactResume
 from lightning_attn.tasks.checkpoints import FORMAT, FORMAT_KEY, CheckpointError, read_checkpoint
 from lightning_attn.tasks.finite_updates import FiniteUpdates
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.tasks.sample_means import SampleMeans
 
 CHECKPOINT_KEY = "task"
 
@@ -35,10 +37,12 @@ Network = TypeVar("Network", bound=nn.Module)
 class BaseTask(pl.LightningModule):
     """Base of all tasks.
 
-    A subclass sets `task_name` and `monitor`, builds its network in `configure_model` (the DataModule is then
-    set up and reachable as `self.trainer.datamodule`), and writes the usual Lightning steps. Its constructor arguments
-    must be plain values or frozen dataclasses of plain values: they are stored in the checkpoint, which alone is enough
-    for `load`.
+    A subclass sets `task_name` and `monitor`, builds its network, and writes the usual Lightning steps. What depends on
+    its arguments alone is built in the constructor. What depends on the data is built in `configure_model`, where the
+    DataModule is set up and reachable as `self.trainer.datamodule`; then `on_save_checkpoint` stores what is needed of
+    the data, and `on_load_checkpoint_alone` builds the network from that. Constructor arguments must be plain values or
+    frozen dataclasses of plain values: they are stored in the checkpoint, which alone is enough for `load`.
+    docs/extending.md walks through one.
 
     Args:
         optimizer: Which optimizer. All parameters are one group, but for the offsets of deformable convolutions.
@@ -50,6 +54,7 @@ class BaseTask(pl.LightningModule):
         monitor_mode: Whether the `"max"` or the `"min"` of `monitor` is best.
         checkpoint_path: The checkpoint that the command was given, if any: what the data does not say is found there
             before Lightning loads the weights.
+        sample_means: What `log_samples` was given in the current pass, by name.
         fresh_optimizer_groups: Options of the optimizer's groups before a checkpoint was loaded over them.
     """
 
@@ -66,6 +71,28 @@ class BaseTask(pl.LightningModule):
         self._arguments = {name: plain_value(name, value) for name, value in self.hparams.items()}
         self.optimizer = optimizer
         self.schedule = schedule
+        self.sample_means: dict[str, WeightedMean] = {}
+
+    @classmethod
+    def require_steps(cls, stage: str) -> None:
+        """Says what a subclass has left out.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            NotImplementedError: If a method is missing that the stage calls; the message names it.
+        """
+        needed = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+        alternatives = ("predict_step", "forward") if stage == "predict" else (needed[stage],)
+        if all(getattr(cls, name) is getattr(pl.LightningModule, name) for name in alternatives):
+            returned = {
+                "fit": "and return the loss",
+                "predict": "and keep or write what it finds",
+            }.get(stage, "and call self.log_samples(name, ids, values)")
+            raise NotImplementedError(
+                f"{cls.__name__} must define {needed[stage]}(self, batch, batch_idx), {returned}, for {stage!r}."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and its schedule, which Lightning steps per optimizer step, not per epoch."""
@@ -99,7 +126,7 @@ class BaseTask(pl.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run of a task needs; a subclass that adds to it calls this too."""
-        return [ExactResume(), FiniteUpdates()]
+        return [ExactResume(), FiniteUpdates(), SampleMeans()]
 
     def on_fit_start(self) -> None:
         """Logs the constructor's arguments."""
@@ -147,10 +174,8 @@ class BaseTask(pl.LightningModule):
         mismatches = _state_mismatches(checkpoint["state_dict"], self.state_dict())
         described = described_differences(stored["arguments"], self._arguments, "model.")
         if mismatches:
-            shown = "".join(f"\n  {line}" for line in mismatches[:8])
-            more = f"\n  and {len(mismatches) - 8} more" if len(mismatches) > 8 else ""
             raise CheckpointError(
-                f"The checkpoint's weights do not fit the network:{shown}{more}"
+                f"The checkpoint's weights do not fit the network:{_shortened(mismatches)}"
                 + (f"\nThese settings differ:{described}" if described else "")
                 + "\nUse the settings that the checkpoint was trained with (config_fit.yaml in its run directory)."
             )
@@ -179,6 +204,14 @@ class BaseTask(pl.LightningModule):
             raise CheckpointError(f"{path} holds a {stored['class_path']}, which is not a {cls.__name__}.")
         task: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides))
         task.on_load_checkpoint_alone(checkpoint)
+        if not task.state_dict() and checkpoint["state_dict"]:
+            raise NotImplementedError(
+                f"{stored_class.__name__} must define on_load_checkpoint_alone(self, checkpoint) for load, and build "
+                "its network there, or build it in the constructor."
+            )
+        mismatches = _state_mismatches(checkpoint["state_dict"], task.state_dict())
+        if mismatches:
+            raise CheckpointError(f"{path} does not fit the network:{_shortened(mismatches)}")
         task.load_state_dict(checkpoint["state_dict"])
         return task.eval()
 
@@ -197,8 +230,19 @@ class BaseTask(pl.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must define predict to be used without a Trainer.")
 
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
-        """Builds the network from what the checkpoint holds, without a DataModule; before the weights are loaded."""
-        raise NotImplementedError(f"{type(self).__name__} must define on_load_checkpoint_alone for `load` to work.")
+        """Builds the network from what the checkpoint holds, unless the constructor does; before weights are loaded."""
+
+    def log_samples(self, name: str, ids: Tensor, values: Tensor) -> None:
+        """Logs `val/<name>` or `test/<name>`, the mean over all samples of the split, the same on any number of ranks.
+
+        Args:
+            name: What is measured, such as "accuracy".
+            ids: A number for each sample that is its own in the split, `[B]`. Repeats count once.
+            values: What was measured for each sample, `[B]`; booleans count as 0 and 1.
+        """
+        stage = "test" if self.trainer.testing else "val"
+        mean = self.sample_means.setdefault(name, WeightedMean(stage))
+        mean.update(ids, values.detach().double(), torch.ones(len(ids), dtype=torch.long))
 
     def log_picture(self, name: str, picture: npt.NDArray[np.uint8]) -> None:
         """Shows a picture `[H, W, 3]` under the current step in the loggers that can: TensorBoard."""
@@ -333,6 +377,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[
         elif before != after:
             found.append((prefix + name, before, after))
     return found
+
+
+def _shortened(lines: list[str]) -> str:
+    """At most eight lines, indented, after a line that they belong to."""
+    more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
+    return "".join(f"\n  {line}" for line in lines[:8]) + more
 
 
 def _state_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor]) -> list[str]:

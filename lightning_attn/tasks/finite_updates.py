@@ -1,5 +1,6 @@
 """An end to a training whose numbers are not finite, before its weights are lost."""
 
+import functools
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +41,8 @@ class FiniteUpdates(Callback):
     ) -> None:
         """Remembers which samples a batch has."""
         self._place = f"batch {batch_idx + 1} of epoch {trainer.current_epoch}"
-        self._samples = getattr(batch, "ids", None), getattr(batch, "names", [])
+        read = batch.get if isinstance(batch, dict) else functools.partial(getattr, batch)
+        self._samples = read("ids", None), read("names", [])
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Remembers the loss of the batch."""
