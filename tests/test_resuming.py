@@ -5,6 +5,9 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,10 +53,14 @@ class Training:
         return max((self.folder / self.task).glob(f"{name}*"), key=lambda path: (len(path.name), path.name))
 
     def results(self, name):
-        checkpoint = torch.load(self.directory(name) / "last.ckpt", weights_only=True)
-        for lightnings_own in ("callbacks", "run"):  # paths, and a score that is not restored
-            checkpoint.pop(lightnings_own)
-        return checkpoint, lines(self.directory(name))
+        return stored(self.directory(name)), lines(self.directory(name))
+
+
+def stored(directory):
+    checkpoint = torch.load(directory / "last.ckpt", weights_only=True)
+    for lightnings_own in ("callbacks", "run"):  # paths, and a score that is not restored
+        checkpoint.pop(lightnings_own)
+    return checkpoint
 
 
 def lines(directory):
@@ -178,6 +185,85 @@ def test_a_killed_process_leaves_what_it_saved(process):
     process("killed", "--ckpt_path", "last")
     assert not list((process.runs / "killed").glob(".*.part"))
     check_the_same(process.runs / "whole", process.runs / "killed")
+
+
+class Killer:
+    """Runs of one configuration in processes of their own, which are killed at any moment of the training.
+
+    Args:
+        arguments: Of the command.
+        draw: What chooses the moments.
+        ranks: How many processes.
+    """
+
+    def __init__(self, arguments, draw, ranks):
+        callbacks = "trainer:\n  callbacks+:\n    - class_path: crashing.NoteProcess\n"
+        Path("note.yaml").write_text(callbacks)
+        self.arguments = [*map(str, arguments), "-c", "note.yaml"]
+        if ranks > 1:
+            self.arguments += ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
+        self.draw, self.ranks = draw, ranks
+        self.longest = 0.0
+
+    def fit(self, name, *, kill):
+        """Whether it ended by itself; otherwise it was killed between the start of its training and its end."""
+        notes = [Path(f"rank{rank}.pid") for rank in range(self.ranks)]
+        for note in notes:
+            note.unlink(missing_ok=True)
+        command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *self.arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        with (
+            Path("output.txt").open("w") as output,
+            subprocess.Popen(
+                [*command, "--run.name", name, "--ckpt_path", "auto"], env=environment, stdout=output, stderr=output
+            ) as process,
+        ):
+            while not all(note.is_file() and note.read_text() for note in notes) and process.poll() is None:
+                time.sleep(0.01)
+            begin = time.monotonic()
+            try:
+                process.wait(self.draw.uniform(0, self.longest) if kill else 240)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            process.wait()
+        if process.returncode == 0:
+            self.longest = max(self.longest, time.monotonic() - begin)
+            return True
+        assert process.returncode == -signal.SIGKILL, Path("output.txt").read_text()
+        for note in notes[1:]:  # the other ranks notice
+            while (Path("/proc") / note.read_text()).is_dir():
+                time.sleep(0.1)
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    ("task", "options", "ranks"),
+    [
+        ("translation", AVERAGED, 1),
+        ("detection", (), 1),
+        ("segmentation", ("--data.num_workers", "2"), 1),
+        ("translation", ("--data.num_workers", "2"), 2),
+        ("detection", AVERAGED, 2),
+    ],
+)
+def test_kills_at_any_moment_change_nothing(request, in_folder, task, options, ranks):
+    """Eight kills each, also while a checkpoint is written: there is one after each step."""
+    config, *settings = CONFIGURATIONS[task]
+    arguments = ["fit", "-c", request.getfixturevalue(config), *SCHEDULE, *settings, *options]
+    killer = Killer([*arguments, "--run.checkpoint_every_n_steps", 1], random.Random(3), ranks)
+    runs = in_folder / "checkpoints" / task
+    assert killer.fit("whole", kill=False)
+    kills = number = 0
+    while kills < 8:
+        number += 1
+        while not killer.fit(f"killed{number}", kill=True):
+            kills += 1
+        (path,) = (path.parent for path in runs.glob(f"killed{number}*/last.ckpt"))
+        assert lines(path) == lines(runs / "whole")
+        assert differences(stored(runs / "whole"), stored(path)) == []
 
 
 def test_slurm_requeues_after_the_step(process, monkeypatch, in_folder):
