@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_attn import __version__, run_directory
 from lightning_attn.files import write_text
+from lightning_attn.tasks.checkpoints import load_initial_weights
 
 RUN_KEY = "run"
 
@@ -225,6 +226,22 @@ class CheckpointAveraging(_Averaging):
     def share(self, number: int) -> float:
         """The same for all."""
         return 1 / (number + 1)
+
+
+class InitialWeights(Callback):
+    """Begins a training with the weights of a checkpoint; see `load_initial_weights`.
+
+    Args:
+        path: The checkpoint.
+        strict: Whether all of it must fit.
+    """
+
+    def __init__(self, path: str, strict: bool) -> None:
+        self.path, self.strict = path, strict
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copies the weights."""
+        load_initial_weights(pl_module, self.path, strict=self.strict)
 
 
 class SaveConfiguration(Callback):

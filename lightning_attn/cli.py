@@ -1,5 +1,6 @@
 """The command: `train.py`, `python -m lightning_attn` and `lightning-attn` are this."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -25,12 +26,12 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_attn import run_directory
-from lightning_attn.callbacks import RUN_KEY, ProgressLines, SaveConfiguration, TrainingBar
+from lightning_attn.averaging import average_checkpoints
+from lightning_attn.callbacks import RUN_KEY, InitialWeights, ProgressLines, SaveConfiguration, TrainingBar
 from lightning_attn.loggers import MetricsLogger
 from lightning_attn.resuming import LINES_KEY, LastCheckpoint, TrainingStopped
 from lightning_attn.tasks import BaseTask
-from lightning_attn.tasks.base import described_differences
-from lightning_attn.tasks.checkpoints import WholeCheckpoints, read_checkpoint
+from lightning_attn.tasks.checkpoints import Weights, WholeCheckpoints, described_differences, read_checkpoint
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
 _CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
@@ -47,11 +48,19 @@ class RunOptions:
         root: Folder of all runs.
         checkpoint_every_n_steps: Write `last.ckpt` also at every so many optimizer steps; it is always written after
             a validation and at the end of an epoch.
+        initial_weights: A checkpoint whose weights a new training begins with, perhaps of a run with another attention;
+            empty for none. A training that goes on has its own.
+        initial_weights_strict: Whether all of them must fit; otherwise what fits is taken, and the log lists the rest.
+        weights: Which weights of a run with averaging are validated, tested and predicted with: `"averaged"` or
+            `"current"`.
     """
 
     name: str = ""
     root: str = "checkpoints"
     checkpoint_every_n_steps: int = 0
+    initial_weights: str = ""
+    initial_weights_strict: bool = True
+    weights: Weights = "averaged"
 
     def __post_init__(self) -> None:
         if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
@@ -95,7 +104,8 @@ class CommandLine(LightningCLI):
                 self.model.use_checkpoint_for_data(self.datamodule, stored)
         self.run_path = self._run_directory(run, checkpoint)
         kwargs["default_root_dir"] = str(self.run_path)
-        kwargs["plugins"] = [*_listed(options["plugins"]), WholeCheckpoints()]
+        weights = "averaged" if self.subcommand == "fit" else run.weights
+        kwargs["plugins"] = [*_listed(options["plugins"]), WholeCheckpoints(weights)]
         # Every sampler here knows its rank; a second one around it would share out the data twice.
         kwargs["use_distributed_sampler"] = False
         # Tasks log their arguments themselves, as plain values.
@@ -109,6 +119,8 @@ class CommandLine(LightningCLI):
         if self.subcommand == "fit" and RUN_KEY in stored:
             _report_differences(stored[RUN_KEY]["configuration"], configuration)
         callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, configuration)]
+        if self.subcommand == "fit" and run.initial_weights and not checkpoint:
+            callbacks.append(InitialWeights(run.initial_weights, run.initial_weights_strict))
         if training and options["enable_checkpointing"] is not False:
             callbacks += _checkpoint_callbacks(self.run_path, self.model, run)
         if training and kwargs.get("logger", options["logger"]):
@@ -340,6 +352,10 @@ def main(args: ArgsType = None) -> None:
     # Without this a misspelt --trainer.max_step would be taken for max_steps.
     exact: dict[str, Any] = {"allow_abbrev": False}
     try:
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, list) and arguments[:1] == ["average"]:
+            _average(arguments[1:])
+            return
         CommandLine(
             BaseTask,
             pl.LightningDataModule,
@@ -352,7 +368,8 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={
-                "description": "Train, validate, test and run the paper's attention.",
+                "description": "Train, validate, test and run the paper's attention. A further command, "
+                "`average A.ckpt B.ckpt ...`, makes one checkpoint of the mean of several.",
                 **exact,
                 **{name: dict(exact) for name in CommandLine.subcommands()},
             },
@@ -371,6 +388,18 @@ def main(args: ArgsType = None) -> None:
         raise SystemExit(2) from error
     finally:
         run_directory.discard_if_unused()
+
+
+def _average(arguments: list[str]) -> None:
+    """Averages checkpoints."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} average", description="The equal mean of the weights of several checkpoints."
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("--output", help="the file to write (average.ckpt beside the first)")
+    options = parser.parse_args(arguments)
+    path = average_checkpoints(options.checkpoints, options.output)
+    rank_zero_info(f"The mean of {len(options.checkpoints)} checkpoints was written to {path}")
 
 
 def _message(error: Exception) -> str | None:

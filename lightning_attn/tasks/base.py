@@ -24,7 +24,16 @@ from torch.optim import Optimizer
 
 from lightning_attn.metrics import WeightedMean
 from lightning_attn.resuming import ExactResume
-from lightning_attn.tasks.checkpoints import FORMAT, FORMAT_KEY, CheckpointError, read_checkpoint
+from lightning_attn.tasks.checkpoints import (
+    FORMAT,
+    FORMAT_KEY,
+    CheckpointError,
+    Weights,
+    choose_weights,
+    described_differences,
+    described_mismatches,
+    read_checkpoint,
+)
 from lightning_attn.tasks.finite_updates import FiniteUpdates
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.tasks.sample_means import SampleMeans
@@ -171,11 +180,11 @@ class BaseTask(pl.LightningModule):
                 f"The checkpoint holds the task {stored['name']!r} ({stored['class_path']}), but the configuration "
                 f"asks for {self.task_name!r}. Use the configuration in the checkpoint's own run directory."
             )
-        mismatches = _state_mismatches(checkpoint["state_dict"], self.state_dict())
+        mismatches = described_mismatches(checkpoint["state_dict"], self.state_dict())
         described = described_differences(stored["arguments"], self._arguments, "model.")
         if mismatches:
             raise CheckpointError(
-                f"The checkpoint's weights do not fit the network:{_shortened(mismatches)}"
+                f"The checkpoint's weights do not fit the network:{mismatches}"
                 + (f"\nThese settings differ:{described}" if described else "")
                 + "\nUse the settings that the checkpoint was trained with (config_fit.yaml in its run directory)."
             )
@@ -183,11 +192,12 @@ class BaseTask(pl.LightningModule):
             rank_zero_info(f"Settings that differ from the checkpoint's; the current ones are used:{described}")
 
     @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> Self:
+    def load(cls, path: str | Path, *, weights: Weights = "averaged", **overrides: Any) -> Self:
         """A task from a checkpoint alone, in evaluation mode, on the CPU.
 
         Args:
             path: A checkpoint that a run left behind.
+            weights: Of a run that averages, the average or the "current" weights.
             **overrides: Constructor arguments to change.
 
         Raises:
@@ -203,15 +213,16 @@ class BaseTask(pl.LightningModule):
         if not (inspect.isclass(stored_class) and issubclass(stored_class, cls)):
             raise CheckpointError(f"{path} holds a {stored['class_path']}, which is not a {cls.__name__}.")
         task: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides))
+        choose_weights(checkpoint, weights, path)
         task.on_load_checkpoint_alone(checkpoint)
         if not task.state_dict() and checkpoint["state_dict"]:
             raise NotImplementedError(
                 f"{stored_class.__name__} must define on_load_checkpoint_alone(self, checkpoint) for load, and build "
                 "its network there, or build it in the constructor."
             )
-        mismatches = _state_mismatches(checkpoint["state_dict"], task.state_dict())
+        mismatches = described_mismatches(checkpoint["state_dict"], task.state_dict())
         if mismatches:
-            raise CheckpointError(f"{path} does not fit the network:{_shortened(mismatches)}")
+            raise CheckpointError(f"{path} does not fit the network:{mismatches}")
         task.load_state_dict(checkpoint["state_dict"])
         return task.eval()
 
@@ -351,50 +362,6 @@ def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, A
         is_dataclass = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         typed[name] = hint(**value) if is_dataclass and isinstance(value, dict) and callable(hint) else value
     return typed
-
-
-def described_differences(stored: dict[str, Any], current: dict[str, Any], prefix: str = "") -> str:
-    """Indented lines about what differs between two nested dicts of plain values, after a line that they belong to.
-
-    Args:
-        stored: What a checkpoint has.
-        current: What there is now.
-        prefix: What the names begin with.
-
-    Returns:
-        Nothing if all is the same.
-    """
-    changed = _differences(stored, current, prefix)
-    return "".join(f"\n  {name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in changed)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            found.append((prefix + name, before, after))
-    return found
-
-
-def _shortened(lines: list[str]) -> str:
-    """At most eight lines, indented, after a line that they belong to."""
-    more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
-    return "".join(f"\n  {line}" for line in lines[:8]) + more
-
-
-def _state_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor]) -> list[str]:
-    lines = []
-    for name in sorted(stored.keys() | current.keys()):
-        if name not in current:
-            lines.append(f"{name} {tuple(stored[name].shape)}: only in the checkpoint")
-        elif name not in stored:
-            lines.append(f"{name} {tuple(current[name].shape)}: only in the network")
-        elif stored[name].shape != current[name].shape:
-            lines.append(f"{name}: {tuple(stored[name].shape)} in the checkpoint, {tuple(current[name].shape)} now")
-    return lines
 
 
 @contextlib.contextmanager

@@ -3,15 +3,21 @@
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_attn.files import write_file
 
 FORMAT_KEY, FORMAT = "format", 1
 """What a checkpoint of this version is marked with; a later number says that this version may misunderstand it."""
+
+
+Weights = Literal["averaged", "current"]
+"""Of a run that averages: the average, or what training goes on with. Without averaging there is no difference."""
 
 
 class CheckpointError(ValueError):
@@ -55,6 +61,103 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def choose_weights(checkpoint: dict[str, Any], weights: Weights, path: str | Path) -> None:
+    """Makes one of the two sets of weights that a run with averaging stores the checkpoint's `state_dict`.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned; the averaged ones are its `state_dict`.
+        weights: Which.
+        path: For messages.
+
+    Raises:
+        CheckpointError: If "current" is asked for and there is one set only.
+    """
+    if weights == "averaged":
+        return
+    if "current_model_state" not in checkpoint:
+        raise CheckpointError(
+            f"{path} holds one set of weights: it was trained without averaging. Use weights='averaged', the default."
+        )
+    checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+
+def described_differences(stored: dict[str, Any], current: dict[str, Any], prefix: str = "") -> str:
+    """Indented lines about what differs between two nested dicts of plain values, after a line that they belong to.
+
+    Args:
+        stored: What a checkpoint has.
+        current: What there is now.
+        prefix: What the names begin with.
+
+    Returns:
+        Nothing if all is the same.
+    """
+    changed = _differences(stored, current, prefix)
+    return "".join(f"\n  {name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in changed)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found.append((prefix + name, before, after))
+    return found
+
+
+def described_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor], most: int | None = 8) -> str:
+    """Indented lines about names and shapes of weights that differ, after a line that they belong to.
+
+    Args:
+        stored: What a checkpoint has.
+        current: What there is now.
+        most: How many lines at most; None for all.
+
+    Returns:
+        Nothing if all is the same.
+    """
+    lines = []
+    for name in sorted(stored.keys() | current.keys()):
+        if name not in current:
+            lines.append(f"{name} {tuple(stored[name].shape)}: only in the checkpoint")
+        elif name not in stored:
+            lines.append(f"{name} {tuple(current[name].shape)}: only in the network")
+        elif stored[name].shape != current[name].shape:
+            lines.append(f"{name}: {tuple(stored[name].shape)} in the checkpoint, {tuple(current[name].shape)} now")
+    shown = lines[:most]
+    more = f"\n  and {len(lines) - len(shown)} more" if len(lines) > len(shown) else ""
+    return "".join(f"\n  {line}" for line in shown) + more
+
+
+def load_initial_weights(module: nn.Module, path: str | Path, *, strict: bool) -> None:
+    """Copies the weights of a checkpoint into a network that may have another attention.
+
+    Args:
+        module: The network, or a task that has one.
+        path: A checkpoint of a run with the same task.
+        strict: Whether names and shapes must be the same. Otherwise what fits is copied, and the log lists the rest.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it cannot be used, does not fit, or nothing in it does.
+    """
+    stored, current = read_checkpoint(path)["state_dict"], module.state_dict()
+    mismatches = described_mismatches(stored, current, None)
+    if mismatches and strict:
+        raise CheckpointError(
+            f"initial_weights: {path} does not fit the network:{described_mismatches(stored, current)}\nTo take what "
+            "fits, set --run.initial_weights_strict false."
+        )
+    fitting = {name: value for name, value in stored.items() if name in current and value.shape == current[name].shape}
+    if not fitting:
+        raise CheckpointError(f"initial_weights: nothing in {path} fits the network; it is of another kind.")
+    module.load_state_dict(fitting, strict=False)
+    rest = f"; not taken, or new:{mismatches}" if mismatches else "."
+    rank_zero_info(f"Initial weights: {len(fitting)} of {len(current)} tensors from {path}{rest}")
+
+
 def _of_file(error: OSError, path: str | Path) -> OSError:
     """An error that names the file."""
     return OSError(error.errno, error.strerror, str(path))
@@ -66,7 +169,13 @@ class WholeCheckpoints(CheckpointIO):
     A checkpoint replaces the one of the same name when it is complete and on the disk: whatever happens while it is
     written, one of the two is there. (Lightning's own way moves it from the system's temporary folder, which is a copy
     if that is another disk.) It is read by `read_checkpoint`, whatever Lightning is asked for.
+
+    Args:
+        weights: Which weights are taken from a checkpoint that is read.
     """
+
+    def __init__(self, weights: Weights = "averaged") -> None:
+        self.weights = weights
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Writes a checkpoint.
@@ -88,7 +197,9 @@ class WholeCheckpoints(CheckpointIO):
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Reads a checkpoint onto the CPU; see `read_checkpoint`."""
-        return read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
+        choose_weights(checkpoint, self.weights, path)
+        return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a file."""

@@ -1,0 +1,148 @@
+"""Weights that are handed on: the mean of checkpoints, averaged or current ones, and those of another run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_attn.averaging import average_checkpoints
+from lightning_attn.tasks import CheckpointError, DetectionTask, SegmentationTask, TranslationTask
+
+QUICK = ["--trainer.limit_val_batches", 0, "--run.checkpoint_every_n_steps", 1]
+AVERAGING = ["--trainer.callbacks+", "lightning_attn.callbacks.ExponentialAveraging"]
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def weights_of(path):
+    return read(path)["state_dict"]
+
+
+# The mean of checkpoints
+
+
+@pytest.fixture
+def two(run, segmentation_config, in_folder):
+    """Checkpoints of one run after two and after five steps; with batch normalisation, which has integers."""
+    runs = in_folder / "checkpoints" / "segmentation"
+    batch_norm = ["--model.backbone.norm", "batch", "--model.segmenter.norm", "batch"]
+    for name, steps in (("early", 2), ("late", 5)):
+        run("fit", "-c", segmentation_config, *QUICK, *batch_norm, "--trainer.max_steps", steps, "--run.name", name)
+    return [runs / name / "last.ckpt" for name in ("early", "late")]
+
+
+def test_the_mean_of_checkpoints(run, two):
+    printed = run("average", *two)
+    path = two[0].with_name("average.ckpt")
+    assert f"The mean of 2 checkpoints was written to {path}" in printed
+    early, late, mean = (weights_of(one) for one in (*two, path))
+    differing = 0
+    for name, value in mean.items():
+        if value.is_floating_point():
+            expected = ((early[name].double() + late[name].double()) / 2).to(value.dtype)
+            differing += not torch.equal(early[name], late[name])
+            assert torch.equal(value, expected), name
+        else:
+            assert torch.equal(value, late[name]), name
+    assert differing > 10
+    assert not {"optimizer_states", "loops", "callbacks"} & read(path).keys()
+    assert read(path)["averaged"] == [str(one) for one in two]
+
+    run("test", "--ckpt_path", path)  # needs nothing else
+    assert "test/miou" in json.loads((path.parent / "test_metrics.json").read_text())
+    assert torch.equal(SegmentationTask.load(path).state_dict()[name], mean[name])
+    assert average_checkpoints(two).name == "average-2.ckpt"
+
+
+def test_checkpoints_that_have_no_mean(run, two, tiny_config, in_folder):
+    assert "1 checkpoint is no number to average over" in run("average", two[0], status=2)
+    assert "there is no checkpoint at" in run("average", two[0], "nothing.ckpt", status=2).lower()
+    assert "is there already, and nothing is overwritten" in run("average", *two, "--output", two[1], status=2)
+    checkpoint = read(two[1])
+    names = checkpoint["classes"]["names"]
+    torch.save(checkpoint | {"classes": checkpoint["classes"] | {"names": ["way", *names[1:]]}}, "classes.ckpt")
+    printed = run("average", two[0], "classes.ckpt", status=2)
+    assert "mean different things by their outputs" in printed
+    assert "'way'" in printed
+    run("fit", "-c", tiny_config, *QUICK, "--trainer.max_steps", 1)
+    printed = run("average", two[0], in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt", status=2)
+    assert "hold different networks" in printed
+    assert not list(Path().glob("**/average*.ckpt"))
+
+
+# Averaged or current weights
+
+
+def test_either_set_of_weights_can_be_evaluated(run, tiny_config, in_folder):
+    run("fit", "-c", tiny_config, *QUICK, *AVERAGING, "--trainer.max_steps", 5)
+    path = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"
+    stored = read(path)
+    averaged, current = stored["state_dict"], stored["current_model_state"]
+    assert any(not torch.equal(averaged[name], current[name]) for name in averaged)
+    for choice, expected in (("averaged", averaged), ("current", current)):
+        state = TranslationTask.load(path, weights=choice).state_dict()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+    losses = []
+    for choice in ("averaged", "current"):
+        run("test", "--ckpt_path", path, "--run.weights", choice)
+    for name in ("test_metrics.json", "test_metrics-2.json"):
+        losses.append(json.loads((path.parent / name).read_text())["test/loss"])
+    assert losses[0] != losses[1]
+    task = TranslationTask.load(path, weights="current")
+    del stored["current_model_state"]
+    torch.save(stored, "plain.ckpt")
+    with pytest.raises(CheckpointError, match="holds one set of weights: it was trained without averaging"):
+        type(task).load("plain.ckpt", weights="current")
+
+
+# Weights of another run
+
+
+def test_a_run_begins_with_the_weights_of_another(run, detection_config, in_folder):
+    """The same network: all of them, and not a step has been done."""
+    run("fit", "-c", detection_config, *QUICK, "--trainer.max_steps", 3, "--run.name", "first")
+    first = in_folder / "checkpoints" / "detection" / "first" / "last.ckpt"
+    still = ["--model.optimizer.learning_rate", 1e-30, "--model.optimizer.weight_decay", 0]
+    arguments = [*QUICK, *still, "--trainer.max_steps", 1, "--run.name", "second", "--run.initial_weights", first]
+    printed = run("fit", "-c", detection_config, *arguments)
+    assert "Initial weights: " in printed
+    second = in_folder / "checkpoints" / "detection" / "second" / "last.ckpt"
+    assert read(second)["global_step"] == 1
+    weights = weights_of(second)
+    for name, value in weights_of(first).items():
+        torch.testing.assert_close(weights[name], value, atol=1e-20, rtol=0)
+    # Going on, the run's own weights count.
+    printed = run("fit", "-c", detection_config, *arguments, "--ckpt_path", "last", "--trainer.max_steps", 2)
+    assert "Initial weights: " not in printed
+
+
+def test_weights_for_another_attention(run, detection_config, in_folder):
+    """What fits is taken, if that is asked for, and the rest is listed."""
+    run("fit", "-c", detection_config, *QUICK, "--trainer.max_steps", 3, "--run.name", "first")
+    first = in_folder / "checkpoints" / "detection" / "first" / "last.ckpt"
+    arguments = ["fit", "-c", detection_config, *QUICK, "--model.attention.terms", "1111", "--run.name", "other"]
+    arguments += ["--run.initial_weights", first, "--trainer.max_steps", 1, "--model.optimizer.learning_rate", 1e-30]
+    refused = run(*arguments, status=2)
+    assert "does not fit the network" in refused
+    assert "position_bias" in refused
+    assert "--run.initial_weights_strict false" in refused
+    printed = run(*arguments, "--run.initial_weights_strict", "false", "--model.optimizer.weight_decay", 0)
+    assert "position_bias (2, 16): only in the network" in printed
+    (path,) = (in_folder / "checkpoints" / "detection").glob("other*/last.ckpt")
+    here, there = weights_of(path), weights_of(first)
+    shared = here.keys() & there.keys()
+    assert len(shared) > 50
+    for name in shared:
+        torch.testing.assert_close(here[name], there[name], atol=1e-20, rtol=0)
+    assert DetectionTask.load(path).attention.terms == "1111"
+
+
+def test_weights_of_another_task_are_refused(run, tiny_config, detection_config, in_folder):
+    run("fit", "-c", tiny_config, *QUICK, "--trainer.max_steps", 1)
+    path = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"
+    other = ["fit", "-c", detection_config, *QUICK, "--run.initial_weights", path]
+    assert "does not fit the network" in run(*other, status=2)
+    assert "nothing in" in run(*other, "--run.initial_weights_strict", "false", status=2)
