@@ -111,7 +111,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             return
         self._refuse_synchronised_statistics_on_cpus()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.preprocessing = dict(datamodule.preprocessing)
+        self.preprocessing = dict(getattr(datamodule, "preprocessing", {}))
         classes = getattr(datamodule, self.classes_word)
         if classes is None:
             if not self.checkpoint_path:
