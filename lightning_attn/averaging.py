@@ -11,15 +11,13 @@ from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.files import unused_path
 from lightning_attn.tasks.base import CHECKPOINT_KEY
 from lightning_attn.tasks.checkpoints import (
+    TRAINING_KEYS,
     CheckpointError,
     WholeCheckpoints,
     described_differences,
     described_mismatches,
     read_checkpoint,
 )
-
-# What goes on with a training, and means nothing for a mean.
-_TRAINING_KEYS = ("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_streams", "metrics_lines")
 
 
 def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -68,7 +66,7 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
         name: (sums[name] / len(paths)).to(value.dtype) if value.is_floating_point() else sums[name]
         for name, value in first["state_dict"].items()
     }
-    kept = {name: value for name, value in first.items() if name not in _TRAINING_KEYS}
+    kept = {name: value for name, value in first.items() if name not in TRAINING_KEYS}
     averaged = kept | {"state_dict": weights, "averaged": [str(one) for one in paths]}
     WholeCheckpoints().save_checkpoint(averaged, path)
     return path
@@ -78,7 +76,7 @@ def _check_fit(first: dict[str, Any], other: dict[str, Any], names: str) -> None
     mismatches = described_mismatches(other["state_dict"], first["state_dict"])
     if mismatches:
         raise CheckpointError(f"{names} hold different networks (the second's, the first's):{mismatches}")
-    of_training = {"state_dict", "epoch", "global_step", "averaged", RUN_KEY, *_TRAINING_KEYS}
+    of_training = {"state_dict", "epoch", "global_step", "averaged", RUN_KEY, *TRAINING_KEYS}
     for name in sorted((first.keys() | other.keys()) - of_training):
         one, two = first.get(name), other.get(name)
         if name == CHECKPOINT_KEY:

@@ -15,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import pytorch_lightning as pl
 import yaml
@@ -28,6 +28,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from lightning_attn import run_directory
 from lightning_attn.averaging import average_checkpoints
 from lightning_attn.callbacks import RUN_KEY, InitialWeights, ProgressLines, SaveConfiguration, TrainingBar
+from lightning_attn.export import export_checkpoint
 from lightning_attn.loggers import MetricsLogger
 from lightning_attn.resuming import LINES_KEY, LastCheckpoint, TrainingStopped
 from lightning_attn.tasks import BaseTask
@@ -353,8 +354,8 @@ def main(args: ArgsType = None) -> None:
     exact: dict[str, Any] = {"allow_abbrev": False}
     try:
         arguments = sys.argv[1:] if args is None else args
-        if isinstance(arguments, list) and arguments[:1] == ["average"]:
-            _average(arguments[1:])
+        if isinstance(arguments, list) and arguments and arguments[0] in _FURTHER_COMMANDS:
+            _FURTHER_COMMANDS[arguments[0]](arguments[1:])
             return
         CommandLine(
             BaseTask,
@@ -368,8 +369,9 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={
-                "description": "Train, validate, test and run the paper's attention. A further command, "
-                "`average A.ckpt B.ckpt ...`, makes one checkpoint of the mean of several.",
+                "description": "Train, validate, test and run the paper's attention. Further commands: "
+                "`average A.ckpt B.ckpt ...` makes one checkpoint of the mean of several, `export --ckpt_path A.ckpt` "
+                "writes a model as safetensors and JSON.",
                 **exact,
                 **{name: dict(exact) for name in CommandLine.subcommands()},
             },
@@ -400,6 +402,22 @@ def _average(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     path = average_checkpoints(options.checkpoints, options.output)
     rank_zero_info(f"The mean of {len(options.checkpoints)} checkpoints was written to {path}")
+
+
+def _export(arguments: list[str]) -> None:
+    """Writes a model for others."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} export", description="A trained model as safetensors, and what it is as JSON."
+    )
+    parser.add_argument("--ckpt_path", required=True, help="the checkpoint")
+    parser.add_argument("--output", help="the folder to write into (export beside the checkpoint)")
+    parser.add_argument("--weights", choices=get_args(Weights), default="averaged", help="of a run that averages")
+    options = parser.parse_args(arguments)
+    path = export_checkpoint(options.ckpt_path, options.output, options.weights)
+    rank_zero_info(f"The model was written to {path} and {path.with_suffix('.json').name}")
+
+
+_FURTHER_COMMANDS = {"average": _average, "export": _export}
 
 
 def _message(error: Exception) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lightning_attn.averaging import average_checkpoints
 from lightning_attn.tasks import CheckpointError, DetectionTask, SegmentationTask, TranslationTask
@@ -146,3 +147,62 @@ def test_weights_of_another_task_are_refused(run, tiny_config, detection_config,
     other = ["fit", "-c", detection_config, *QUICK, "--run.initial_weights", path]
     assert "does not fit the network" in run(*other, status=2)
     assert "nothing in" in run(*other, "--run.initial_weights_strict", "false", status=2)
+
+
+# Safetensors
+
+
+def test_an_exported_model_is_the_same(run, detection_config, coco, in_folder):
+    """In Python, on the command line, and as what another run begins with."""
+    run("fit", "-c", detection_config, *QUICK, *AVERAGING, "--trainer.max_steps", 3)
+    checkpoint = in_folder / "checkpoints" / "detection" / "tiny" / "last.ckpt"
+    printed = run("export", "--ckpt_path", checkpoint)
+    path = checkpoint.parent / "export" / "model.safetensors"
+    assert f"The model was written to {path} and model.json" in printed
+    described = json.loads(path.with_suffix(".json").read_text())
+    assert described["task"]["arguments"]["attention"]["terms"] == "0010"
+    assert described["categories"]["names"]
+    assert described["preprocessing"] == read(checkpoint)["preprocessing"]
+    assert not {"optimizer_states", "current_model_state", "averaging_state"} & described.keys()
+    with safe_open(path, framework="pt") as tensors:  # the package's own reader
+        names = {name.removeprefix("state_dict/") for name in tensors.keys()}  # noqa: SIM118
+        assert names == weights_of(checkpoint).keys()
+        for name in sorted(names)[::10]:
+            assert torch.equal(tensors.get_tensor(f"state_dict/{name}"), weights_of(checkpoint)[name])
+
+    images = sorted((coco / "test2017").iterdir())
+    assert DetectionTask.load(path).predict(images) == DetectionTask.load(checkpoint).predict(images)
+    run("test", "--ckpt_path", checkpoint)
+    run("test", "--ckpt_path", path)
+    scores = [json.loads(one.read_text()) for one in sorted(Path("checkpoints/detection").glob("*/test_metrics.json"))]
+    assert len(scores) == 2
+    assert scores[0] == scores[1]
+    begun = ["--trainer.max_steps", 1, "--run.initial_weights", path, "--run.name", "begun"]
+    assert "Initial weights: " in run("fit", "-c", detection_config, *QUICK, *begun)
+    assert run("export", "--ckpt_path", checkpoint, "--weights", "current", "--output", "current")
+    current = DetectionTask.load("current/model.safetensors").state_dict()
+    assert all(torch.equal(value, current[name]) for name, value in read(checkpoint)["current_model_state"].items())
+
+
+def test_a_vocabulary_is_exported_too(run, tiny_config, in_folder):
+    run("fit", "-c", tiny_config, *QUICK, "--trainer.max_steps", 2)
+    checkpoint = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"
+    run("export", "--ckpt_path", checkpoint, "--output", "mine")
+    sentences = ["The woman reads a book."]
+    assert TranslationTask.load("mine/model.safetensors").predict(sentences) == TranslationTask.load(
+        checkpoint
+    ).predict(sentences)
+    assert "is there already, and nothing is overwritten" in run(
+        "export", "--ckpt_path", checkpoint, "--output", "mine", status=2
+    )
+    Path("mine/model.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"model\.json is damaged"):
+        TranslationTask.load("mine/model.safetensors")
+    Path("mine/model.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.json is not there, which says what the weights"):
+        TranslationTask.load("mine/model.safetensors")
+    Path("bad.json").write_text("{}")
+    Path("bad.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors is damaged"):
+        TranslationTask.load("bad.safetensors")
+    assert "there is no checkpoint at" in run("export", "--ckpt_path", "nothing.ckpt", status=2).lower()

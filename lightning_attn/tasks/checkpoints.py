@@ -1,16 +1,18 @@
 """Reading checkpoints safely, with errors that say what is wrong with them, and writing them whole or not at all."""
 
+import json
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_attn.files import write_file
+from lightning_attn.files import write_file, write_json
 
 FORMAT_KEY, FORMAT = "format", 1
 """What a checkpoint of this version is marked with; a later number says that this version may misunderstand it."""
@@ -18,6 +20,15 @@ FORMAT_KEY, FORMAT = "format", 1
 
 Weights = Literal["averaged", "current"]
 """Of a run that averages: the average, or what training goes on with. Without averaging there is no difference."""
+
+TRAINING_KEYS = (
+    *("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_streams", "metrics_lines"),
+    *("current_model_state", "averaging_state"),
+)
+"""What goes on with a training, and is no part of a model that is handed on."""
+
+SAFETENSORS = ".safetensors"
+_WEIGHTS = "state_dict/"
 
 
 class CheckpointError(ValueError):
@@ -35,6 +46,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}. Checkpoints of a run are last.ckpt and best.ckpt.")
+    checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_archive(path)
+    found = checkpoint.get(FORMAT_KEY, FORMAT)
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path} was written by another version of lightning_attn: its format is {found!r}, and this version reads "
+            f"{FORMAT}. Use the version that the checkpoint's run directory names, or a later one."
+        )
+    return checkpoint
+
+
+def _read_archive(path: Path) -> dict[str, Any]:
+    """A file as torch writes it."""
     if not zipfile.is_zipfile(path):
         # The directory of the archive stands at the end of the file: a file that was cut short has none.
         raise CheckpointError(
@@ -52,13 +75,44 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}. Use another checkpoint of the same run.") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint: it has no 'state_dict'.")
-    found = checkpoint.get(FORMAT_KEY, FORMAT)
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{path} was written by another version of lightning_attn: its format is {found!r}, and this version reads "
-            f"{FORMAT}. Use the version that the checkpoint's run directory names, or a later one."
-        )
     return checkpoint
+
+
+def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint as safetensors, which holds tensors and nothing else, and a JSON file of the same name.
+
+    Args:
+        checkpoint: As `read_checkpoint` returns it; what a training goes on with is left out.
+        path: A file that ends in ".safetensors".
+
+    Raises:
+        OSError: If a file cannot be written.
+    """
+    kept = {name: value for name, value in checkpoint.items() if name not in TRAINING_KEYS}
+    tensors = {f"{_WEIGHTS}{name}": value.contiguous() for name, value in kept.pop("state_dict").items()}
+    tensors |= {name: kept.pop(name) for name, value in list(kept.items()) if isinstance(value, Tensor)}
+    write_json(path.with_suffix(".json"), kept)
+    write_file(path, lambda file: file.write(safetensors.torch.save(tensors)))
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """What `write_safetensors` wrote."""
+    described = path.with_suffix(".json")
+    if not described.is_file():
+        raise FileNotFoundError(f"{described} is not there, which says what the weights in {path} belong to.")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Export it again.") from error
+    try:
+        rest = json.loads(described.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{described} is damaged: {error}. Export it again.") from error
+    if not isinstance(rest, dict):
+        raise CheckpointError(f"{described} holds no object; export it again.")
+    weights = {name.removeprefix(_WEIGHTS): value for name, value in tensors.items() if name.startswith(_WEIGHTS)}
+    others = {name: value for name, value in tensors.items() if not name.startswith(_WEIGHTS)}
+    return rest | others | {"state_dict": weights}
 
 
 def choose_weights(checkpoint: dict[str, Any], weights: Weights, path: str | Path) -> None:
