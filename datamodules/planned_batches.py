@@ -5,6 +5,9 @@ batches r, r + world size, and so on.
 """
 
 import abc
+import atexit
+import functools
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -200,6 +203,8 @@ def resumable(
 
 def loader_options(module: pl.LightningDataModule, num_workers: int) -> dict[str, Any]:
     """Arguments of a DataLoader whose data set makes whole batches."""
+    if num_workers:
+        _end_workers_at_exit()
     return {
         "collate_fn": _whole,
         "num_workers": num_workers,
@@ -210,6 +215,23 @@ def loader_options(module: pl.LightningDataModule, num_workers: int) -> dict[str
         "generator": torch.Generator(),
         "pin_memory": module.trainer is not None and module.trainer.strategy.root_device.type == "cuda",
     }
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Ends workers whose batches are not used up: Python would send them SIGTERM, which they ignore, and wait."""
+    atexit.register(_end_workers)  # before the handler of multiprocessing, which was registered earlier
+
+
+def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of what is meant
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    for child in children:
+        child.terminate()  # as Python does; a process of the user's own may heed it
+    for child in children:
+        child.join(timeout=0.5)
+        if child.is_alive():
+            child.kill()
 
 
 def ignore_stop_signals(worker: int) -> None:

@@ -2,6 +2,8 @@
 
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,6 +53,28 @@ def test_a_file_that_vanishes(run, detection_config, coco, in_folder, workers):
     path.write_bytes(kept)
     run(*common, "--ckpt_path", "last")
     assert step_of(last) == 12
+
+
+LOADER = """
+import sys
+from datamodules import COCODataModule
+
+module = COCODataModule(sys.argv[1], batch_size=1, num_workers=2, min_size=48, max_size=64)
+module.setup("fit")
+batches = iter(module.train_dataloader())
+next(batches)
+print("one batch", flush=True)
+"""
+
+
+def test_a_script_ends_that_has_not_used_up_its_batches(coco):
+    """Workers pass over SIGTERM, by which Python would end them, and wait for them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, str(coco)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "one batch\n", done.stderr
+    assert done.returncode == 0
+    assert "Exception ignored" not in done.stderr
 
 
 def test_a_worker_that_dies(run_process, detection_config, in_folder):

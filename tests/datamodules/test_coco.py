@@ -723,7 +723,9 @@ def test_the_trainer_has_nothing_to_warn_about(shared_root, recwarn):
         trainer.predict(model, datamodule=module)
     assert sorted(image for ids in model.predicted for image in ids) == sorted([500, 503, 506, 509, 512] * 2)
     mentioned = [str(warning.message) for warning in recwarn if "dataloader" in str(warning.message).lower()]
-    assert [text for text in mentioned if "many workers" not in text] == []
+    # On a machine with one core, two workers are more than Lightning suggests.
+    of_machine = ("many workers", "suggested max number of worker")
+    assert [text for text in mentioned if not any(words in text for words in of_machine)] == []
 
 
 SCRIPT = """
