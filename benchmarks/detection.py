@@ -71,6 +71,7 @@ from benchmarks.measure import (
     output_console,
     peak_memory,
     positive_int,
+    print_target,
     ratio,
     require,
     run_child,
@@ -955,7 +956,7 @@ def show(console: Console, part: Part) -> None:
         styled.add_row(*line)
     console.print(styled)
     for target in part.targets:
-        console.print(f"  {target}", style=None if target.verdict == "met" else "red", highlight=False)
+        print_target(console, target)
     for note in notes(part):
         console.print(f"  {note}", highlight=False)
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -181,6 +182,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def output_console(width: int) -> Console:
     """The output, of this width where it is a file, which has none."""
     return Console() if sys.stdout.isatty() else Console(width=width)
+
+
+def print_target(console: Console, target: Target) -> None:
+    """A line, in red if the bound is not met."""
+    console.print(f"  {target}", style=None if target.verdict == "met" else "red", highlight=False)
+
+
+def print_results(
+    title: str, header: Sequence[str], cells: Sequence[Sequence[str]], targets: Sequence[Target], file: Path
+) -> None:
+    """A table, targets below it, and the name that the files of the results share, from one of them."""
+    console = output_console(width=100)
+    styled = Table(*header, title=title, title_justify="left")
+    for line in cells:
+        styled.add_row(*line)
+    console.print(styled)
+    for target in targets:
+        print_target(console, target)
+    print(f"Results: {file.with_suffix('')}.*")
 
 
 def markdown_table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytorch_lightning as pl
 import torch
-from rich.table import Table
 
 from benchmarks.measure import (
     Target,
@@ -27,8 +26,8 @@ from benchmarks.measure import (
     machine,
     markdown_settings,
     markdown_table,
-    output_console,
     positive_int,
+    print_results,
     run_child,
 )
 from lightning_attn.cli import main as run_command
@@ -102,9 +101,14 @@ def train(task: str, problem: Problem, options: Sequence[str] = ()) -> dict[str,
 
 def judge(task: str, seen: Mapping[str, int], settled: int) -> Target:
     """The growth after `settled` beside its bound."""
-    later = {int(step): size for step, size in seen.items() if int(step) >= settled}
-    growth = later[max(later)] / later[min(later)] - 1 if len(later) > 1 else None
+    later = _settled(seen, settled)
+    growth = later[-1] / later[0] - 1 if len(later) > 1 else None
     return Target(f"{task}: growth of resident memory", growth, MOST_GROWTH, at_least=False)
+
+
+def _settled(seen: Mapping[str, int], settled: int) -> list[int]:
+    """The bytes from a step on, in the order of the steps."""
+    return [size for step, size in sorted((int(step), size) for step, size in seen.items()) if step >= settled]
 
 
 def table(results: Mapping[str, Mapping[str, int] | str], settled: int) -> tuple[list[str], list[list[str]]]:
@@ -114,8 +118,8 @@ def table(results: Mapping[str, Mapping[str, int] | str], settled: int) -> tuple
         if isinstance(seen, str):
             cells.append([task, seen, "", "", ""])
             continue
-        later = {int(step): size for step, size in seen.items() if int(step) >= settled}
-        first, last, most = later[min(later)], later[max(later)], max(later.values())
+        later = _settled(seen, settled)
+        first, last, most = later[0], later[-1], max(later)
         cells.append([task, *(f"{size / 2**20:,.0f}" for size in (first, last, most)), f"{last / first - 1:+.1%}"])
     return ["task", f"MiB after step {settled}", "at the end", "at most", "growth"], cells
 
@@ -154,14 +158,7 @@ def main(arguments: Sequence[str] | None = None, problem: Problem = Problem()) -
     lines += [markdown_settings(run[name]) for name in ("machine", "problem")]
     lines += ["", *markdown_table(header, cells), "", *(f"- {target}" for target in targets), ""]
     write_text(file.with_suffix(".md"), "\n".join(lines))
-    console = output_console(width=100)
-    styled = Table(*header, title="memory", title_justify="left")
-    for line in cells:
-        styled.add_row(*line)
-    console.print(styled)
-    for target in targets:
-        console.print(f"  {target}", style=None if target.verdict == "met" else "red", highlight=False)
-    print(f"Results: {file.with_suffix('')}.*")
+    print_results("memory", header, cells, targets, file)
 
 
 def measure(request: Mapping[str, Any], threads: int) -> dict[str, int] | str:

@@ -34,6 +34,7 @@ from benchmarks.measure import (
     output_console,
     peak_memory,
     positive_int,
+    print_target,
     run_child,
 )
 from lightning_attn.attention import AttentionSpec
@@ -265,7 +266,7 @@ def main(arguments: Sequence[str] | None = None, problems: Mapping[str, Problem]
             styled.add_row(*line)
         console.print(styled)
         for target in targets(name, found):
-            console.print(f"  {target}", style=None if target.verdict == "met" else "red", highlight=False)
+            print_target(console, target)
     file = unused_path(chosen.output / "segmentation.json")
     parts = {name: {side: dataclasses.asdict(cost) for side, cost in found.items()} for name, found in done.items()}
     write_json(file, run | {"parts": parts})

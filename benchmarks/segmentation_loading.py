@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
@@ -40,9 +39,9 @@ from benchmarks.measure import (
     machine,
     markdown_settings,
     markdown_table,
-    output_console,
     overlap,
     positive_int,
+    print_results,
     ratio,
     timed_in_turn,
 )
@@ -232,14 +231,7 @@ def main(arguments: Sequence[str] | None = None, problem: Problem = Problem()) -
     lines += ["", "Medians of interleaved epochs.", "", *markdown_table(header, cells), ""]
     lines += [f"- {target}" for target in targets]
     write_text(file.with_suffix(".md"), "\n".join([*lines, ""]))
-    console = output_console(width=100)
-    styled = Table(*header, title="loading", title_justify="left")
-    for line in cells:
-        styled.add_row(*line)
-    console.print(styled)
-    for target in targets:
-        console.print(f"  {target}", style=None if target.verdict == "met" else "red", highlight=False)
-    print(f"Results: {file.with_suffix('')}.*")
+    print_results("loading", header, cells, targets, file)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from benchmarks.measure import (
     output_console,
     peak_memory,
     positive_int,
+    print_target,
     ratio,
     require,
     run_child,
@@ -441,7 +442,7 @@ def main(arguments: Sequence[str] | None = None, problem: Problem | None = None)
             styled.add_row(*line)
         console.print(styled)
         for target in part.targets:
-            console.print(f"  {target}", style=None if target.verdict == "met" else "red", highlight=False)
+            print_target(console, target)
     file = unused_path(chosen.output / "translation.json")
     write_json(file, run | {"parts": [part.as_dict() for part in parts]})
     write_text(file.with_suffix(".md"), markdown(run, parts, problem))

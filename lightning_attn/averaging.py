@@ -9,14 +9,15 @@ from torch import Tensor
 
 from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.files import unused_path
-from lightning_attn.tasks.base import CHECKPOINT_KEY
 from lightning_attn.tasks.checkpoints import (
+    CHECKPOINT_KEY,
     TRAINING_KEYS,
     CheckpointError,
     WholeCheckpoints,
     described_differences,
     described_mismatches,
     read_checkpoint,
+    stored_task,
 )
 
 
@@ -49,8 +50,7 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
     first: dict[str, Any] = {}
     for number, one in enumerate(paths):
         checkpoint = read_checkpoint(one)
-        if CHECKPOINT_KEY not in checkpoint:
-            raise CheckpointError(f"{one} was not written by a task of lightning_attn: it names no task.")
+        stored_task(checkpoint, one)
         if not number:
             first = checkpoint
         else:

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 from lightning_attn.files import unused_path
-from lightning_attn.tasks.base import CHECKPOINT_KEY
 from lightning_attn.tasks.checkpoints import (
     SAFETENSORS,
-    CheckpointError,
     Weights,
     choose_weights,
     read_checkpoint,
+    stored_task,
     write_safetensors,
 )
 
@@ -36,8 +35,7 @@ def export_checkpoint(path: str | Path, output: str | Path | None = None, weight
         FileExistsError: If the folder has such a file.
     """
     checkpoint = read_checkpoint(path)
-    if CHECKPOINT_KEY not in checkpoint:
-        raise CheckpointError(f"{path} was not written by a task of lightning_attn: it names no task.")
+    stored_task(checkpoint, path)
     choose_weights(checkpoint, weights, path)
     folder = unused_path(Path(path).parent / "export") if output is None else Path(output)
     file = folder / f"model{SAFETENSORS}"

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from lightning_attn.metrics import WeightedMean
 from lightning_attn.resuming import ExactResume
 from lightning_attn.tasks.checkpoints import (
+    CHECKPOINT_KEY,
     FORMAT,
     FORMAT_KEY,
     CheckpointError,
@@ -33,12 +34,11 @@ from lightning_attn.tasks.checkpoints import (
     described_differences,
     described_mismatches,
     read_checkpoint,
+    stored_task,
 )
 from lightning_attn.tasks.finite_updates import FiniteUpdates
-from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec, gradient_scaler, gradients_of
 from lightning_attn.tasks.sample_means import SampleMeans
-
-CHECKPOINT_KEY = "task"
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -112,7 +112,7 @@ class BaseTask(pl.LightningModule):
             spec = spec.scaled(global_batch_size)
         groups = spec.parameter_groups(self)
         # The scaler of fp16 unscales gradients itself, which a fused optimizer and clipping cannot both do.
-        fused = self._gradient_scaler is None and all(
+        fused = gradient_scaler(self.trainer) is None and all(
             parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"]
         )
         optimizer = spec.build(groups, fused=fused)
@@ -142,10 +142,6 @@ class BaseTask(pl.LightningModule):
         for logger in self.loggers:
             logger.log_hyperparams(self._arguments)
 
-    @property
-    def _gradient_scaler(self) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -153,7 +149,7 @@ class BaseTask(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips also with a fused optimizer under bf16, which Lightning refuses although only fp16 forbids it."""
-        if self._gradient_scaler is not None or not gradient_clip_val:
+        if gradient_scaler(self.trainer) is not None or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
@@ -172,9 +168,7 @@ class BaseTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another task or shape, and says what differs from the current settings."""
-        stored = checkpoint.get(CHECKPOINT_KEY)
-        if stored is None:
-            raise CheckpointError("The checkpoint was not written by a task of lightning_attn: it names no task.")
+        stored = stored_task(checkpoint, "The checkpoint")
         if stored["name"] != self.task_name:
             raise CheckpointError(
                 f"The checkpoint holds the task {stored['name']!r} ({stored['class_path']}), but the configuration "
@@ -205,9 +199,7 @@ class BaseTask(pl.LightningModule):
             CheckpointError: If it is damaged, not ours, or holds another task.
         """
         checkpoint = read_checkpoint(path)
-        stored = checkpoint.get(CHECKPOINT_KEY)
-        if stored is None:
-            raise CheckpointError(f"{path} was not written by a task of lightning_attn: it names no task.")
+        stored = stored_task(checkpoint, path)
         module, _, name = stored["class_path"].rpartition(".")
         stored_class = getattr(importlib.import_module(module), name)
         if not (inspect.isclass(stored_class) and issubclass(stored_class, cls)):
@@ -293,12 +285,7 @@ class TokenMeanTask(BaseTask):
         self._step_sums = None
         number, logged_sum = sums.clamp_min(1)[0], sums[1]
         factor = self.trainer.world_size * self.trainer.accumulate_grad_batches / number
-        gradients = [
-            parameter.grad
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        gradients = gradients_of(optimizer)
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         self.log("train/loss", (logged_sum / number).float(), prog_bar=True)
         self._log_speed(float(number))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_attn.files import write_file, write_json
 
+CHECKPOINT_KEY = "task"
 FORMAT_KEY, FORMAT = "format", 1
 """What a checkpoint of this version is marked with; a later number says that this version may misunderstand it."""
 
@@ -113,6 +114,22 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     weights = {name.removeprefix(_WEIGHTS): value for name, value in tensors.items() if name.startswith(_WEIGHTS)}
     others = {name: value for name, value in tensors.items() if not name.startswith(_WEIGHTS)}
     return rest | others | {"state_dict": weights}
+
+
+def stored_task(checkpoint: dict[str, Any], what: str | Path) -> dict[str, Any]:
+    """Name, class and arguments of the task that wrote a checkpoint.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        what: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: If none of ours did.
+    """
+    if CHECKPOINT_KEY not in checkpoint:
+        raise CheckpointError(f"{what} was not written by a task of lightning_attn: it names no task.")
+    task: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
+    return task
 
 
 def choose_weights(checkpoint: dict[str, Any], weights: Weights, path: str | Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_attn.tasks.checkpoints import read_checkpoint
+from lightning_attn.tasks.optimization import gradient_scaler, gradients_of
 
 _Batch = tuple[str, Any, list[str], Tensor]
 """Which batch, its sample ids, names of the samples where they have some, and its loss."""
@@ -53,16 +54,11 @@ class FiniteUpdates(Callback):
     ) -> None:
         """Looks at the gradients."""
         batches, self._batches = self._batches, []
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if gradient_scaler(trainer) is not None:
             if all(bool(loss.isfinite()) for *_, loss in batches):
                 return
         else:
-            gradients = [
-                parameter.grad
-                for group in optimizer.param_groups
-                for parameter in group["params"]
-                if parameter.grad is not None
-            ]
+            gradients = gradients_of(optimizer)
             if not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
                 return
         self._end(trainer, pl_module, batches)
@@ -73,7 +69,7 @@ class FiniteUpdates(Callback):
             for place, ids, names, loss in batches
             if not bool(loss.isfinite())
         ]
-        if trainer.world_size > 1 and getattr(trainer.precision_plugin, "scaler", None) is None:
+        if trainer.world_size > 1 and gradient_scaler(trainer) is None:
             of_ranks: list[Any] = [None] * trainer.world_size
             dist.all_gather_object(of_ranks, found)
             found = [f"on rank {rank}, {line}" for rank, lines in enumerate(of_ranks) for line in lines]

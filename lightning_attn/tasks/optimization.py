@@ -5,8 +5,9 @@ import itertools
 import math
 from typing import Any, Literal, Self, get_args
 
+import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import ParamsT
@@ -210,3 +211,18 @@ class ScheduleSpec:
                 "trainer.max_epochs."
             )
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients of an optimizer's parameters, of those that have one."""
+    return [
+        parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+
+
+def gradient_scaler(trainer: pl.Trainer) -> Any:
+    """What scales losses in fp16; None in other precisions."""
+    return getattr(trainer.precision_plugin, "scaler", None)
