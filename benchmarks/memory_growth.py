@@ -139,6 +139,8 @@ def main(arguments: Sequence[str] | None = None, problem: Problem = Problem()) -
     unknown = set(chosen.tasks) - set(TASKS)
     if unknown:
         parser.error(f"--tasks: {', '.join(sorted(unknown))} is none of {', '.join(TASKS)}.")
+    if chosen.steps <= problem.settled:
+        parser.error(f"--steps {chosen.steps} ends before memory is compared: give more than {problem.settled}.")
     problem = dataclasses.replace(problem, steps=chosen.steps)
     results: dict[str, dict[str, int] | str] = {}
     for task in chosen.tasks:

@@ -28,7 +28,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from lightning_attn import run_directory
 from lightning_attn.averaging import average_checkpoints
 from lightning_attn.callbacks import RUN_KEY, InitialWeights, ProgressLines, SaveConfiguration, TrainingBar
-from lightning_attn.export import export_checkpoint
+from lightning_attn.export import ExportFormat, export_checkpoint
 from lightning_attn.loggers import MetricsLogger
 from lightning_attn.resuming import LINES_KEY, LastCheckpoint, TrainingStopped
 from lightning_attn.tasks import BaseTask
@@ -381,7 +381,7 @@ def main(args: ArgsType = None) -> None:
         if run_directory.is_rank_zero():
             print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
         message = _message(error)
         if message is None:
             raise
@@ -407,14 +407,33 @@ def _average(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     """Writes a model for others."""
     parser = argparse.ArgumentParser(
-        prog=f"{Path(sys.argv[0]).name} export", description="A trained model as safetensors, and what it is as JSON."
+        prog=f"{Path(sys.argv[0]).name} export",
+        description="A trained model as safetensors, and what it is as JSON; and programs of its inference.",
     )
     parser.add_argument("--ckpt_path", required=True, help="the checkpoint")
     parser.add_argument("--output", help="the folder to write into (export beside the checkpoint)")
     parser.add_argument("--weights", choices=get_args(Weights), default="averaged", help="of a run that averages")
+    parser.add_argument(
+        "--format",
+        choices=get_args(ExportFormat),
+        default="safetensors",
+        help="program: also what torch.export.load reads; onnx: also ONNX (safetensors)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images that a program is for (those that the data was resized to)",
+    )
     options = parser.parse_args(arguments)
-    path = export_checkpoint(options.ckpt_path, options.output, options.weights)
-    rank_zero_info(f"The model was written to {path} and {path.with_suffix('.json').name}")
+    size = None if options.size is None else (options.size[0], options.size[1])
+    weights, *programs = export_checkpoint(
+        options.ckpt_path, options.output, options.weights, format=options.format, size=size
+    )
+    rank_zero_info(f"The model was written to {weights} and {weights.with_suffix('.json').name}")
+    for path in programs:
+        rank_zero_info(f"A program that gives what the network gives was written to {path}; see programs.json")
 
 
 _FURTHER_COMMANDS = {"average": _average, "export": _export}

@@ -50,3 +50,9 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch, capsys):
     assert "+1.0%" in (tmp_path / "memory_growth.md").read_text()
     with pytest.raises(SystemExit):
         main(["--tasks", "speech", "--output", str(tmp_path)])
+
+
+def test_too_few_steps_are_refused_before_training(capsys):
+    with pytest.raises(SystemExit):
+        main(["--steps", "200"])
+    assert "--steps 200 ends before memory is compared: give more than 200" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from lightning_attn.attention.positions import computation_dtype
-from lightning_attn.attention.tiled import TILE_ELEMENTS, Layout, factored_sums, is_shared, tiled_attention
+from lightning_attn.attention.tiled import TILE_ELEMENTS, Layout, divided, factored_sums, is_shared, tiled_attention
 
 Algorithm = Literal["auto", "pooled", "separable", "factored", "fused", "flex", "tiled", "definition"]
 
@@ -107,6 +107,10 @@ def unfit(algorithm: Algorithm, terms: str, ndim: int, layout: Layout, padded: b
 def choose(terms: str, ndim: int, layout: Layout, padded: bool, dropout: float, device: torch.device) -> Algorithm:
     """The algorithm that is fastest for this attention, by measurement (docs/performance.md)."""
     candidates: tuple[Algorithm, ...] = ("pooled", "separable", "factored", "fused")
+    if torch.compiler.is_exporting():
+        # Of plain operations. "separable" otherwise looks at numbers, or at the length of a sentence, which a program
+        # does not know.
+        candidates = ("separable",) if terms == "0001" and ndim == 2 and not padded else ("pooled", "fused")
     if device.type == "cuda" and ("1" in (terms[1], terms[3])):
         candidates = (*candidates, "flex")
     for algorithm in candidates:
@@ -148,6 +152,8 @@ def attend(projected: Projected, algorithm: Algorithm, dropout: float) -> Tensor
 def tiled(p: Projected, dropout: float = 0.0) -> Tensor:
     """Any terms, masks and windows, tile by tile; see `tiled_attention`."""
     layout = p.layout
+    if torch.compiler.is_exporting() and dropout == 0:
+        return _in_plain_operations(p)
     # Drawn from torch's own generator, so that seeds and restored generator states decide what is dropped.
     seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else None
     inputs = (p.content_query, p.key, p.key_energy, p.position_query, p.table_y, p.table_x, p.value, p.padding)
@@ -162,6 +168,23 @@ def tiled(p: Projected, dropout: float = 0.0) -> Tensor:
         seed,
     )
     return result
+
+
+def _in_plain_operations(p: Projected) -> Tensor:
+    """The same without an operator of our own, for programs that run where this package is not installed."""
+    heads, batch, num_keys, _ = p.value.shape
+    at_once = p.layout.num_queries  # all, if the number is not known yet: then these are sentences
+    if isinstance(num_keys, int):
+        at_once = max(1, _PLAIN_ELEMENTS // (heads * batch * num_keys))
+    blocks = []
+    for start in range(0, p.layout.num_queries, at_once) if isinstance(num_keys, int) else (0,):
+        weights = weight_rows(p, start, min(start + at_once, p.layout.num_queries))
+        blocks.append(torch.matmul(weights.transpose(0, 1).to(p.value.dtype), p.value))
+    return torch.cat(blocks, dim=2)
+
+
+# Weights held at once in a program (64 MiB in float32).
+_PLAIN_ELEMENTS = 1 << 24
 
 
 def masked_softmax(energy: Tensor, hidden: Tensor | None) -> Tensor:
@@ -337,9 +360,9 @@ def _position_by_axis(p: Projected, queries: Tensor) -> list[Tensor | None]:
     """E2 + E4 along y and along x, `[M, B or 1, queries, keys along the axis]`, for some queries by number."""
     if p.position_query is None:
         return [None, None]
-    rows, columns = queries // p.layout.query_sizes[1], queries % p.layout.query_sizes[1]
+    rows, columns = divided(queries, p.layout.query_sizes[1])
     query = p.position_query
-    query = query.expand(-1, -1, len(queries), -1) if p.position_is_shared else query.index_select(2, queries)
+    query = query.expand(-1, -1, queries.shape[0], -1) if p.position_is_shared else query.index_select(2, queries)
     energies: list[Tensor | None] = []
     for axis, (table, index) in enumerate(((p.table_y, rows), (p.table_x, columns))):
         if table is None:
@@ -356,7 +379,7 @@ def energy_rows(p: Projected, start: int, stop: int) -> Tensor:
     queries = torch.arange(start, stop, device=p.value.device)
     heads, batch, num_keys, _ = p.value.shape
     dtype = computation_dtype(p.value)
-    energy = p.value.new_zeros(heads, batch, len(queries), num_keys, dtype=dtype)
+    energy = p.value.new_zeros(heads, batch, queries.shape[0], num_keys, dtype=dtype)
     if p.content_query is not None and p.key is not None:
         energy = energy + p.content_query[:, :, start:stop].to(dtype) @ p.key.to(dtype).transpose(2, 3)
     if p.key_energy is not None:

@@ -465,8 +465,11 @@ def _corners(
 def _convolve(rows: Tensor, index: Tensor, share: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     """`_sampled_product` in blocks, whose samples are not kept for the backward pass but read again.
 
-    Small blocks are faster as well: sampled values do not go through main memory.
+    Small blocks are faster as well: sampled values do not go through main memory. A program has one, since it may not
+    know the lengths yet.
     """
+    if torch.compiler.is_exporting():
+        return _sampled_product(rows, index, share, matrix, bias)
     queries = index.shape[1]
     queries_at_once = max(1, _BLOCK_ELEMENTS // matrix.shape[1])
     samples_at_once = max(1, queries_at_once // queries)

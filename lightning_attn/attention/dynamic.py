@@ -206,7 +206,8 @@ class DynamicConv(nn.Module):
         def block(start: int, stop: int) -> Tensor:
             low, high = max(0, start - radius), min(value.shape[3], stop + radius)
             kernel = torch.unflatten(self._predict(content[:, :, start:stop]), 2, (self.kernel_size, -1))
-            aggregated: Tensor = aggregate_by_taps(kernel, value[:, :, :, low:high], start - radius - low)
+            aggregate = _in_plain_operations if torch.compiler.is_exporting() else aggregate_by_taps
+            aggregated: Tensor = aggregate(kernel, value[:, :, :, low:high], start - radius - low)
             return aggregated
 
         aggregated = self._in_blocks(block, content.shape[2], content.shape[0] * content.shape[3], dim=3)
@@ -305,6 +306,17 @@ def aggregate_by_taps(kernel: Tensor, value: Tensor, first: int) -> Tensor:
             kernel[:, :, None, i, :, rows].unbind(3), seen[:, :, :, :, read_rows].unbind(3), strict=True
         ):
             target.addcmul_(weight, shifted)
+    return out
+
+
+def _in_plain_operations(kernel: Tensor, value: Tensor, first: int) -> Tensor:
+    """`aggregate_by_taps`, for programs that run where this package is not installed: an addition for each tap."""
+    rows, columns = kernel.shape[-2:]
+    padded = F.pad(_padded(value, kernel.shape[3]), (0, 0, -first, kernel.shape[2] + rows + first - 1 - value.shape[3]))
+    out = value.new_zeros(*value.shape[:3], rows, columns)
+    for i in range(kernel.shape[2]):
+        for j in range(kernel.shape[3]):
+            out = out + kernel[:, :, None, i, j] * padded[:, :, :, i : i + rows, j : j + columns]
     return out
 
 

@@ -77,10 +77,9 @@ class Layout:
     def hidden_from(self, queries: Tensor) -> Tensor:
         """True where a key is hidden from a query, `[queries, N_k]`, for queries by number."""
         keys = torch.arange(self.num_keys, device=queries.device)
-        width, key_width = self.query_sizes[1], max(1, self.key_sizes[1])
-        query_y, query_x = (part.unsqueeze(1) for part in (queries // width, queries % width))
-        hidden = self._hidden(query_y, query_x, keys // key_width, keys % key_width)
-        return hidden.expand(len(queries), self.num_keys)
+        query_y, query_x = (part.unsqueeze(1) for part in divided(queries, self.query_sizes[1]))
+        hidden = self._hidden(query_y, query_x, *divided(keys, max(1, self.key_sizes[1])))
+        return hidden.expand(queries.shape[0], self.num_keys)
 
     def _hidden(self, query_y: Tensor, query_x: Tensor, key_y: Tensor, key_x: Tensor) -> Tensor:
         key_y, key_x = key_y * self.stride, key_x * self.stride
@@ -134,6 +133,12 @@ class Layout:
             start = -(-lowest // self.stride)
             seen.append(slice(start, max(start, highest // self.stride + 1)))
         return seen[0], seen[1]
+
+
+def divided(numbers: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Row and column of places by number, in rows of `width`; no `%`, which ONNX lacks for a width not known yet."""
+    rows = numbers // width
+    return rows, numbers - rows * width
 
 
 def _count(spans: tuple[slice, slice]) -> int:

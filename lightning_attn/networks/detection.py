@@ -1,11 +1,13 @@
 """Faster R-CNN and RetinaNet with FPN on the attended ResNet, of torchvision's parts (Zhu et al. 2019, section 4.1)."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -15,7 +17,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou, clip_boxes_to_image
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image, nms, roi_align
+from torchvision.ops import boxes as box_ops
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
 
@@ -254,6 +257,53 @@ class Detector(nn.Module):
         )
 
 
+class DetectorProgram(nn.Module):
+    """A detector in evaluation mode for one image, as `torch.export` and ONNX want it.
+
+    Args:
+        detector: The detector; it is used, not copied.
+    """
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector.eval()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Maps an image as in `Detector`, `[3, H, W]`, to boxes `[n, 4]`, labels `[n]` and scores `[n]`."""
+        with _exportable_suppression() if torch.compiler.is_exporting() else contextlib.nullcontext():
+            (found,) = self.detector([image])
+        return found["boxes"], found["labels"], found["scores"]
+
+
+@contextlib.contextmanager
+def _exportable_suppression() -> Iterator[None]:
+    """With one suppression for any number of boxes: torchvision chooses between two by that, which a program cannot."""
+    original = box_ops.batched_nms
+    box_ops.batched_nms = _batched_suppression
+    try:
+        yield
+    finally:
+        box_ops.batched_nms = original
+
+
+def _batched_suppression(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -> Tensor:
+    """Which boxes stay, best first: classes are moved apart, so that one suppression serves all.
+
+    Args:
+        boxes: Within the image, `[n, 4]`; there may be none.
+        scores: Not below 0, `[n]`.
+        classes: `[n]`, int64.
+        iou_threshold: Boxes that overlap a better one of their class by more go.
+    """
+    largest = F.pad(boxes.flatten(), (0, 1)).max()
+    apart = boxes + (classes.to(boxes.dtype) * (largest + 1)).unsqueeze(1)
+    # torch.export takes it for certain that at least two are kept. Two that no image has see to it.
+    outside = boxes.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])
+    kept = nms(torch.cat((apart, outside)), F.pad(scores, (0, 2), value=-1.0), iou_threshold)
+    inside: Tensor = kept[kept < boxes.shape[0]]
+    return inside
+
+
 class Pyramid(nn.Module):
     """A backbone with a feature pyramid, in float32 whatever the precision inside.
 
@@ -321,7 +371,7 @@ class _RoIHeads(RoIHeads):  # type: ignore[misc]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         boxes, scores, labels = super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         if self.box_voting:
-            numbers = [len(one) for one in proposals]
+            numbers = [one.shape[0] for one in proposals]
             voters = torch.split(self.box_coder.decode(box_regression, proposals), numbers)
             weights = torch.split(class_logits.softmax(-1), numbers)
             for index, shape in enumerate(image_shapes):
@@ -331,16 +381,39 @@ class _RoIHeads(RoIHeads):  # type: ignore[misc]
 
     def _voted(self, boxes: Tensor, labels: Tensor, voters: Tensor, weights: Tensor) -> Tensor:
         """Means for `boxes` `[n, 4]` over `voters` `[proposals, classes, 4]` with `weights` `[proposals, classes]`."""
-        voted = boxes.clone()
-        for label in torch.unique(labels).tolist():
-            chosen, candidates = labels == label, weights[:, label] > self.score_thresh
-            voices, boxes_of_class = weights[candidates, label], voters[candidates, label]
-            shares = voices * (box_iou(boxes[chosen], boxes_of_class) >= self.box_voting)
-            total = shares.sum(1, keepdim=True)  # a box without area does not even overlap itself
-            with torch.autocast(boxes.device.type, enabled=False):  # bfloat16 would round to whole pixels
-                sums = shares @ boxes_of_class
-            voted[chosen] = torch.where(total > 0, sums / total, boxes[chosen])
-        return voted
+        voters, voices = (
+            voters[:, labels].transpose(0, 1),
+            weights[:, labels].T,
+        )  # what each says of the box's own class
+        heard = (voices > self.score_thresh) & (_paired_iou(boxes.unsqueeze(1), voters) >= self.box_voting)
+        shares = torch.where(heard, voices, 0.0)
+        total = shares.sum(1, keepdim=True)  # a box without area does not even overlap itself
+        return torch.where(total > 0, (shares.unsqueeze(-1) * voters).sum(1) / total, boxes)
+
+
+def _paired_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union of boxes one by one; `[..., 4]` each, which broadcast, to `[...]`."""
+    overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    shared = overlap.clamp_min(0).prod(-1)
+    return shared / ((first[..., 2:] - first[..., :2]).prod(-1) + (second[..., 2:] - second[..., :2]).prod(-1) - shared)
+
+
+class _RoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
+    """torchvision's, that can also be a part of a program, which does not know the number of proposals yet."""
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        if not torch.compiler.is_exporting():
+            aligned: Tensor = super().forward(x, boxes, image_shapes)
+            return aligned
+        (proposals,) = boxes  # of one image
+        regions = F.pad(proposals, (1, 0))  # in front the number of the image, 0
+        levels, first = self.map_levels(boxes), x[self.featmap_names[0]]
+        aligned = first.new_zeros(proposals.shape[0], first.shape[1], *self.output_size)
+        for level, (name, scale) in enumerate(zip(self.featmap_names, self.scales, strict=True)):
+            (chosen,) = torch.where(levels == level)
+            pooled = roi_align(x[name], regions[chosen], self.output_size, scale, self.sampling_ratio)
+            aligned = aligned.index_put((chosen,), pooled)
+        return aligned
 
 
 class _RetinaNetHead(RetinaNetHead):  # type: ignore[misc]
@@ -357,6 +430,9 @@ class _ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]], num_anchors_per_level: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
         boxes, scores = super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
+        if torch.compiler.is_exporting():
+            # A program must know that there is one. A box without area makes boxes without area, which are dropped.
+            boxes = [F.pad(one, (0, 0, 0, 1)) for one in boxes]
         if self.training:
             for index, (height, width) in enumerate(image_shapes):
                 if not len(boxes[index]):
@@ -378,7 +454,7 @@ def _faster_rcnn(num_classes: int, pyramid: Pyramid, spec: DetectorSpec) -> nn.M
         post_nms_top_n={"training": spec.proposals_train, "testing": spec.proposals_eval},
         nms_thresh=spec.rpn_nms_threshold,
     )
-    pool = MultiScaleRoIAlign(
+    pool = _RoIAlign(
         pyramid.names, spec.roi_size, spec.roi_samples, canonical_scale=spec.roi_canonical_size, canonical_level=4
     )
     # Left alone it infers the strides from the first batch and keeps them: wrongly, if that is mostly padding.

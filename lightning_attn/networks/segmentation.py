@@ -226,6 +226,23 @@ class Segmenter(nn.Module):
         )
 
 
+class SegmenterProgram(nn.Module):
+    """A segmentation network in evaluation mode for one image, as `torch.export` and ONNX want it.
+
+    Args:
+        segmenter: The network; it is used, not copied.
+    """
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter.eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Maps an image as in `Segmenter`, `[3, H, W]`, to logits `[K, H, W]`."""
+        found: list[Tensor] = self.segmenter([image])
+        return found[0]
+
+
 class SegmentationHead(nn.Module):
     """CCNet's head with another attention: 3x3, attention, 3x3, concatenation with the input, 3x3, dropout, 1x1.
 

@@ -205,7 +205,8 @@ class Transformer(nn.Module):
             The memory `[B, S, C]` and its padding mask `[B, S]`, which is None if nothing is padded.
         """
         padding: Tensor | None = source == self.pad_id
-        if padding is not None and not bool(padding.any()):
+        # A program keeps the mask: it does not know its sentences yet.
+        if padding is not None and not torch.compiler.is_exporting() and not bool(padding.any()):
             padding = None
         x = self._embed(source)
         for layer in self.encoder:
@@ -265,6 +266,35 @@ class Transformer(nn.Module):
         embedding = self.source_embedding if embedding is None else embedding
         embedded: Tensor = self.dropout(embedding(ids) * math.sqrt(self.dim))
         return embedded
+
+
+class EncoderProgram(nn.Module):
+    """From source ids `[B, S]` to the memory `[B, S, C]`, as `torch.export` and ONNX want it."""
+
+    def __init__(self, network: Transformer) -> None:
+        super().__init__()
+        self.network = network.eval()
+
+    def forward(self, source: Tensor) -> Tensor:
+        """See the class."""
+        memory, _ = self.network.encode(source)
+        return memory
+
+
+class DecoderProgram(nn.Module):
+    """From target prefixes `[B, T]`, the memory `[B, S, C]` and its source ids `[B, S]` to the next token's logits.
+
+    The prefixes are read as a whole: it has no cache.
+    """
+
+    def __init__(self, network: Transformer) -> None:
+        super().__init__()
+        self.network = network.eval()
+
+    def forward(self, target: Tensor, memory: Tensor, source: Tensor) -> Tensor:
+        """See the class; `[B, V]`."""
+        states = self.network.decode(target, memory, source == self.network.pad_id)
+        return linear(states[:, -1], self.network.output_weight)
 
 
 class _DecodingLayer:

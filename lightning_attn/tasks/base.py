@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_attn.metrics import WeightedMean
+from lightning_attn.programs import Program
 from lightning_attn.resuming import ExactResume
 from lightning_attn.tasks.checkpoints import (
     CHECKPOINT_KEY,
@@ -231,6 +232,14 @@ class BaseTask(pl.LightningModule):
     def predict(self, inputs: Any) -> list[Any]:
         """What the network makes of some inputs, as plain values, one for each; for a task from `load`."""
         raise NotImplementedError(f"{type(self).__name__} must define predict to be used without a Trainer.")
+
+    def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
+        """What `train.py export --format program` and `--format onnx` write, by file name.
+
+        Args:
+            size: Height and width of images in pixels, for tasks that look at images.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define programs to be exported as one.")
 
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from what the checkpoint holds, unless the constructor does; before weights are loaded."""

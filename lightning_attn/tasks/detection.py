@@ -16,8 +16,9 @@ from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import write_json
 from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, coco_records, image_detections
 from lightning_attn.metrics.gather import gather_by_id
-from lightning_attn.networks.detection import Detection, Detector, DetectorSpec
+from lightning_attn.networks.detection import Detection, Detector, DetectorProgram, DetectorSpec
 from lightning_attn.networks.resnet import ResNetSpec
+from lightning_attn.programs import Program
 from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
@@ -72,6 +73,16 @@ class DetectionTask(ImageTask[Categories, Detector]):
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Detector:
         """The detector."""
         return Detector(num_classes, backbone, self.attention, self.detector)
+
+    def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
+        """The whole detector for one image; `size` is by default that which the data was resized to."""
+        module = DetectorProgram(self.built_network)
+        outputs = {
+            "boxes": "x1, y1, x2, y2 in pixels of the image, [n, 4]",
+            "labels": "numbers of the categories in model.json, from 1, [n]",
+            "scores": "best first, [n]",
+        }
+        return {"detector": Program(module, {"image": self.example_image(size)}, outputs, ordered=False)}
 
     # Training
 

@@ -11,7 +11,7 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from datamodules.images import ImageArray, pixels_of
 from lightning_attn.attention import AttentionSpec
@@ -263,6 +263,22 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         rank_zero_info(f"Scores written to {path}")
 
     # Prediction
+
+    def example_image(self, size: tuple[int, int] | None) -> Tensor:
+        """A random image `[3, H, W]`, uint8, of a program's size, or of the one that the data is resized to.
+
+        Raises:
+            ValueError: If no size is known or it is not positive.
+        """
+        if size is None and "min_size" in self.preprocessing:
+            size = self.preprocessing["min_size"], self.preprocessing["max_size"]
+        if size is None or min(size) < 1:
+            given = "none was given" if size is None else f"got {size[0]} {size[1]}"
+            raise ValueError(
+                f"size: a program is for images of one size, and {given}. Give height and width in pixels "
+                "(--size 512 1024)."
+            )
+        return torch.randint(256, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def predict(self, inputs: Sequence[Image.Image | ImageArray | str | Path], batch_size: int = 1) -> list[Any]:
         """What is in some images, as plain values, without a Trainer.

@@ -20,8 +20,9 @@ from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_file
 from lightning_attn.metrics.segmentation import SegmentationMetrics
 from lightning_attn.networks.resnet import ResNetSpec
-from lightning_attn.networks.segmentation import Segmenter, SegmenterSpec
+from lightning_attn.networks.segmentation import Segmenter, SegmenterProgram, SegmenterSpec
 from lightning_attn.networks.segmentation_inference import InferenceSpec, segment
+from lightning_attn.programs import Program
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture
@@ -69,6 +70,12 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Segmenter:
         """The segmentation network."""
         return Segmenter(num_classes, backbone, self.attention, self.segmenter)
+
+    def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
+        """The network for one image, as a whole and at one scale."""
+        outputs = {"logits": "of the classes in model.json at every pixel, [classes, height, width]"}
+        module = SegmenterProgram(self.built_network)
+        return {"segmenter": Program(module, {"image": self.example_image(size)}, outputs)}
 
     # Training
 

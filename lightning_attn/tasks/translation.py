@@ -18,7 +18,8 @@ from lightning_attn.files import unused_path, write_json, write_text
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean, one_line
 from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, beam_search
-from lightning_attn.networks.transformer import NormPosition, Transformer
+from lightning_attn.networks.transformer import DecoderProgram, EncoderProgram, NormPosition, Transformer
+from lightning_attn.programs import Program
 from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
 from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
@@ -146,6 +147,40 @@ class TranslationTask(TokenMeanTask):
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network for the vocabulary in the checkpoint."""
         self._build(_stored_vocabulary(checkpoint))
+
+    def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
+        """Encoder and decoder for any number of sentences of any length.
+
+        Raises:
+            ValueError: If `size` is given, which is of images.
+        """
+        if size is not None:
+            raise ValueError("size: it is of images; a translation's programs are for all lengths. Leave it out.")
+        network = self.built_network
+        generator = torch.Generator().manual_seed(0)
+        source, target = (
+            torch.randint(network.source_embedding.num_embeddings, (3, length), generator=generator)
+            for length in (11, 7)
+        )
+        source[1, 6:] = network.pad_id
+        encoder = EncoderProgram(network)
+        with torch.no_grad():
+            memory = encoder(source)
+        axes = {0: "sentences", 1: "source tokens"}
+        return {
+            "encoder": Program(
+                encoder,
+                {"source": source},
+                {"memory": "of the encoder, [sentences, source tokens, width]"},
+                {"source": axes},
+            ),
+            "decoder": Program(
+                DecoderProgram(network),
+                {"target": target, "memory": memory, "source": source},
+                {"logits": "of the token that follows, [sentences, vocabulary]"},
+                {"target": {0: "sentences", 1: "target tokens"}, "memory": axes, "source": axes},
+            ),
+        }
 
     # Training
 
