@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_attn import __version__, run_directory
 from lightning_attn.files import write_text
+from lightning_attn.tasks.base import BaseTask
 from lightning_attn.tasks.checkpoints import load_initial_weights
 
 RUN_KEY = "run"
@@ -232,7 +233,7 @@ class InitialWeights(Callback):
     """Begins a training with the weights of a checkpoint; see `load_initial_weights`.
 
     Args:
-        path: The checkpoint.
+        path: The checkpoint, or what the task's `foreign_weights` knows.
         strict: Whether all of it must fit.
     """
 
@@ -241,7 +242,8 @@ class InitialWeights(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copies the weights."""
-        load_initial_weights(pl_module, self.path, strict=self.strict)
+        foreign = pl_module.foreign_weights(self.path) if isinstance(pl_module, BaseTask) else None
+        load_initial_weights(pl_module, self.path, strict=self.strict, foreign=foreign)
 
 
 class SaveConfiguration(Callback):

@@ -50,7 +50,8 @@ class RunOptions:
         checkpoint_every_n_steps: Write `last.ckpt` also at every so many optimizer steps; it is always written after
             a validation and at the end of an epoch.
         initial_weights: A checkpoint whose weights a new training begins with, perhaps of a run with another attention;
-            empty for none. A training that goes on has its own.
+            for detection also torchvision's detector: "COCO_V1", or a .pth file of one; empty for none. A training that
+            goes on has its own.
         initial_weights_strict: Whether all of them must fit; otherwise what fits is taken, and the log lists the rest.
         weights: Which weights of a run with averaging are validated, tested and predicted with: `"averaged"` or
             `"current"`.

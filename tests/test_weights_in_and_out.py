@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torchvision.models import get_model
 
 from lightning_attn.averaging import average_checkpoints
 from lightning_attn.tasks import CheckpointError, DetectionTask, SegmentationTask, TranslationTask
@@ -147,6 +148,40 @@ def test_weights_of_another_task_are_refused(run, tiny_config, detection_config,
     other = ["fit", "-c", detection_config, *QUICK, "--run.initial_weights", path]
     assert "does not fit the network" in run(*other, status=2)
     assert "nothing in" in run(*other, "--run.initial_weights_strict", "false", status=2)
+
+
+def test_a_run_begins_with_torchvisions_detector(run, detection_config, coco, in_folder):
+    """The paper's backbone and head, with attention and deformable convolutions, on three of COCO's categories."""
+    torch.manual_seed(1)
+    peers = {
+        labels: get_model("fasterrcnn_resnet50_fpn", weights=None, weights_backbone=None, num_classes=labels)
+        for labels in (91, 7)
+    }
+    for labels, peer in peers.items():
+        torch.save(peer.state_dict(), f"{labels}.pth")
+    arguments = ["fit", "-c", detection_config, *QUICK, "--trainer.max_steps", 1, "--run.name", "begun"]
+    arguments += ["--model.backbone.name", "resnet50", "--model.backbone.width", 64, "--model.backbone.norm", "frozen"]
+    arguments += ["--model.detector.fpn_channels", 256, "--model.detector.fc_dim", 1024]
+    arguments += ["--model.optimizer.learning_rate", 1e-30, "--model.optimizer.weight_decay", 0]
+    arguments += ["--model.attention.num_heads", 8, "--data.batch_size", 1]
+    refused = run(*arguments, "--run.initial_weights", "7.pth", status=2)
+    assert "7.pth does not fit the network" in refused
+    assert "cls_score.weight (4, 1024): only in the network" in refused
+    printed = run(*arguments, "--run.initial_weights", "7.pth", "--run.initial_weights_strict", "false")
+    assert "of the attention start anew; not taken, or new:" in printed
+    printed = run(*arguments, "--run.initial_weights", "91.pth")  # strictly
+    assert "of the attention start anew." in printed
+    path = max((in_folder / "checkpoints" / "detection").glob("begun*/last.ckpt"), key=lambda one: one.stat().st_mtime)
+    ids, compared, weights = read(path)["categories"]["ids"], 0, weights_of(path)
+    for name, value in peers[91].state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            if "cls_score" in name:
+                value = value[[0, *ids]]
+            elif "box_predictor.bbox_pred" in name:
+                value = value.unflatten(0, (91, 4))[[0, *ids]].flatten(0, 1)
+            torch.testing.assert_close(weights[f"network.network.{name}"], value, atol=1e-20, rtol=0)
+            compared += 1
+    assert compared > 200
 
 
 # Safetensors

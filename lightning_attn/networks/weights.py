@@ -15,7 +15,7 @@ from lightning_attn.attention import DeformableConv, GatedResidual
 _logger = logging.getLogger(__name__)
 
 _CLASSIFIER = "fc."
-_COUNTER = ".num_batches_tracked"  # counts batches, is no weight, and is absent from files older than it
+COUNTER = ".num_batches_tracked"  # counts batches, is no weight, and is absent from files older than it
 
 
 def weight_names(architecture: str) -> list[str]:
@@ -75,8 +75,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     own = module.state_dict()
     new = names_added_by_attention(module)
     offered = {name: value for name, value in state.items() if name in own or not name.startswith(_CLASSIFIER)}
-    missing = [name for name in own if name not in offered and name not in new and not name.endswith(_COUNTER)]
-    unexpected = [name for name in offered if name not in own and not name.endswith(_COUNTER)]
+    missing = [name for name in own if name not in offered and name not in new and not name.endswith(COUNTER)]
+    unexpected = [name for name in offered if name not in own and not name.endswith(COUNTER)]
     wrong = [
         f"{name} {tuple(value.shape)}, not {tuple(own[name].shape)}"
         for name, value in offered.items()

@@ -233,6 +233,10 @@ class BaseTask(pl.LightningModule):
         """What the network makes of some inputs, as plain values, one for each; for a task from `load`."""
         raise NotImplementedError(f"{type(self).__name__} must define predict to be used without a Trainer.")
 
+    def foreign_weights(self, path: str) -> dict[str, Tensor] | None:
+        """What `run.initial_weights` names, by this task's names, if it is no checkpoint but another library's."""
+        return None
+
     def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
         """What `train.py export --format program` and `--format onnx` write, by file name.
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_attn.files import write_file, write_json
+from lightning_attn.networks.weights import COUNTER, names_added_by_attention
 
 CHECKPOINT_KEY = "task"
 FORMAT_KEY, FORMAT = "format", 1
@@ -202,23 +204,30 @@ def described_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor], 
     return "".join(f"\n  {line}" for line in shown) + more
 
 
-def load_initial_weights(module: nn.Module, path: str | Path, *, strict: bool) -> None:
+def load_initial_weights(
+    module: nn.Module, path: str | Path, *, strict: bool, foreign: Mapping[str, Tensor] | None = None
+) -> None:
     """Copies the weights of a checkpoint into a network that may have another attention.
 
     Args:
         module: The network, or a task that has one.
         path: A checkpoint of a run with the same task.
         strict: Whether names and shapes must be the same. Otherwise what fits is copied, and the log lists the rest.
+        foreign: What another library's `path` holds, by the names of `module`. What attention adds may be missing.
 
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it cannot be used, does not fit, or nothing in it does.
     """
-    stored, current = read_checkpoint(path)["state_dict"], module.state_dict()
-    mismatches = described_mismatches(stored, current, None)
+    current = module.state_dict()
+    stored = read_checkpoint(path)["state_dict"] if foreign is None else dict(foreign)
+    new = set() if foreign is None else names_added_by_attention(module) - stored.keys()
+    counters = {name for name in current if foreign is not None and name.endswith(COUNTER)}
+    needed = {name: value for name, value in current.items() if name not in new | counters}
+    mismatches = described_mismatches(stored, needed, None)
     if mismatches and strict:
         raise CheckpointError(
-            f"initial_weights: {path} does not fit the network:{described_mismatches(stored, current)}\nTo take what "
+            f"initial_weights: {path} does not fit the network:{described_mismatches(stored, needed)}\nTo take what "
             "fits, set --run.initial_weights_strict false."
         )
     fitting = {name: value for name, value in stored.items() if name in current and value.shape == current[name].shape}
@@ -226,7 +235,8 @@ def load_initial_weights(module: nn.Module, path: str | Path, *, strict: bool) -
         raise CheckpointError(f"initial_weights: nothing in {path} fits the network; it is of another kind.")
     module.load_state_dict(fitting, strict=False)
     rest = f"; not taken, or new:{mismatches}" if mismatches else "."
-    rank_zero_info(f"Initial weights: {len(fitting)} of {len(current)} tensors from {path}{rest}")
+    added = f"; {len(new)} of the attention start anew" if new else ""
+    rank_zero_info(f"Initial weights: {len(fitting)} of {len(current)} tensors from {path}{added}{rest}")
 
 
 def _of_file(error: OSError, path: str | Path) -> OSError:

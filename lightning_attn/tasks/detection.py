@@ -17,6 +17,7 @@ from lightning_attn.files import write_json
 from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, coco_records, image_detections
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.detection import Detection, Detector, DetectorProgram, DetectorSpec
+from lightning_attn.networks.detector_weights import is_torchvision_detector, read_torchvision_detector
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.programs import Program
 from lightning_attn.tasks.checkpoints import CheckpointError
@@ -73,6 +74,15 @@ class DetectionTask(ImageTask[Categories, Detector]):
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Detector:
         """The detector."""
         return Detector(num_classes, backbone, self.attention, self.detector)
+
+    def foreign_weights(self, path: str) -> dict[str, Tensor] | None:
+        """The weights of torchvision's detectors; see `read_torchvision_detector`."""
+        head = self.detector.head
+        if not is_torchvision_detector(path, head):
+            return None
+        classes = self.known_classes
+        state = read_torchvision_detector(path, head, classes.names, classes.ids)
+        return {f"network.network.{name}": value for name, value in state.items()}
 
     def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
         """The whole detector for one image; `size` is by default that which the data was resized to."""
