@@ -173,11 +173,12 @@ def tiled(p: Projected, dropout: float = 0.0) -> Tensor:
 def _in_plain_operations(p: Projected) -> Tensor:
     """The same without an operator of our own, for programs that run where this package is not installed."""
     heads, batch, num_keys, _ = p.value.shape
-    at_once = p.layout.num_queries  # all, if the number is not known yet: then these are sentences
+    at_once, starts = p.layout.num_queries, range(1)  # all, if the number is not known yet: then these are sentences
     if isinstance(num_keys, int):
         at_once = max(1, _PLAIN_ELEMENTS // (heads * batch * num_keys))
+        starts = range(0, p.layout.num_queries, at_once)
     blocks = []
-    for start in range(0, p.layout.num_queries, at_once) if isinstance(num_keys, int) else (0,):
+    for start in starts:
         weights = weight_rows(p, start, min(start + at_once, p.layout.num_queries))
         blocks.append(torch.matmul(weights.transpose(0, 1).to(p.value.dtype), p.value))
     return torch.cat(blocks, dim=2)

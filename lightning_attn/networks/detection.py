@@ -381,10 +381,8 @@ class _RoIHeads(RoIHeads):  # type: ignore[misc]
 
     def _voted(self, boxes: Tensor, labels: Tensor, voters: Tensor, weights: Tensor) -> Tensor:
         """Means for `boxes` `[n, 4]` over `voters` `[proposals, classes, 4]` with `weights` `[proposals, classes]`."""
-        voters, voices = (
-            voters[:, labels].transpose(0, 1),
-            weights[:, labels].T,
-        )  # what each says of the box's own class
+        # What each says of the box's own class.
+        voters, voices = voters[:, labels].transpose(0, 1), weights[:, labels].T
         heard = (voices > self.score_thresh) & (_paired_iou(boxes.unsqueeze(1), voters) >= self.box_voting)
         shares = torch.where(heard, voices, 0.0)
         total = shares.sum(1, keepdim=True)  # a box without area does not even overlap itself
