@@ -1,6 +1,10 @@
 """Linear layers by oneDNN where torch would take a slower library: float32 on a CPU.
 
 The numbers are those of `F.linear` up to the order of summation. Measured figures are in docs/performance.md.
+
+oneDNN compiles code for every pair of a number of rows and a shape of a weight, and remembers the last 1,024 pairs at
+0.2 to 0.5 MB each. Sentences of all lengths would make a training grow by hundreds of megabytes; therefore only few
+numbers of rows are given to it (`_rows_by_one_dnn`), and the rows that are left over are multiplied as torch does it.
 """
 
 from typing import Any
@@ -87,14 +91,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         y: Tensor = _Linear.apply(x, weight, bias)
         return y
-    return _product(x, weight, bias)
+    return _split_product(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _split_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -106,6 +110,20 @@ class _Linear(torch.autograd.Function):
             rows.t() @ x.flatten(0, -2) if needs_weight else None,  # here the other library is as fast
             rows.sum(dim=0) if needs_bias else None,
         )
+
+
+def _split_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.flatten(0, -2)
+    first = _rows_by_one_dnn(len(rows))
+    if first == len(rows):
+        return _product(x, weight, bias)
+    parts = [_product(rows[:first], weight, bias), F.linear(rows[first:], weight, bias)]
+    return torch.cat(parts).view(*x.shape[:-1], weight.shape[0])
+
+
+def _rows_by_one_dnn(rows: int) -> int:
+    """The largest of 0 to 16, 18, ... 32, 36, ... 64, 72, ... : eight from one power of two to the next."""
+    return rows - rows % (1 << max(0, rows.bit_length() - 4))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

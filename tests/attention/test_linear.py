@@ -22,7 +22,7 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (0, 8), (2, 0, 3, 8)])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (0, 8), (2, 0, 3, 8), (17, 8), (3, 237, 8)])
 def test_values_and_gradients_are_those_of_torch(shape, bias):
     ours, theirs = Linear(8, 6, bias=bias), nn.Linear(8, 6, bias=bias)
     theirs.load_state_dict(ours.state_dict())
@@ -38,9 +38,10 @@ def test_values_and_gradients_are_those_of_torch(shape, bias):
     close(ours(torch.ones(4, 8)), theirs(torch.ones(4, 8)))
 
 
-def test_inputs_that_are_not_contiguous():
+@pytest.mark.parametrize("rows", [5, 71])
+def test_inputs_that_are_not_contiguous(rows):
     weight, bias = torch.randn(8, 6).t().requires_grad_(), torch.randn(6)
-    x = torch.randn(8, 10).t()[::2].requires_grad_()
+    x = torch.randn(8, 2 * rows).t()[::2].requires_grad_()
     y = linear(x, weight, bias)
     close(y, F.linear(x, weight, bias))
     gradient = torch.tensor(2.0).expand_as(y)
@@ -89,13 +90,35 @@ def test_transforms_and_other_types_take_torchs_own():
 
 @one_dnn
 def test_torchs_counter_sees_the_same_products():
-    x = torch.randn(5, 8, requires_grad=True)
+    x = torch.randn(71, 8, requires_grad=True)
     counts = []
     for module in (Linear(8, 6), nn.Linear(8, 6)):
         with FlopCounterMode(display=False) as counter:
             module(x).sum().backward()
         counts.append(counter.get_total_flops())
-    assert counts == [3 * 2 * 5 * 8 * 6] * 2
+    assert counts == [3 * 2 * 71 * 8 * 6] * 2
+
+
+@one_dnn
+def test_few_numbers_of_rows_are_given_to_one_dnn(monkeypatch):
+    given = set()
+    operator = torch.ops.mkldnn._linear_pointwise
+
+    def watched(x, weight, *others):
+        given.add((x.shape.numel() // x.shape[-1], *weight.shape))
+        return operator(x, weight, *others)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
+    module = Linear(2, 3)
+    for rows in range(1, 1025):
+        before = len(given)
+        x = torch.randn(1, rows, 2, requires_grad=True)
+        module(x).sum().backward()
+        with torch.no_grad():
+            module(x)
+        assert max(given)[0] > rows * 8 / 9  # nearly all of them
+        assert len(given) - before in (0, 2)  # forward, and backward with the weight transposed
+    assert len(given) == 2 * (16 + 8 * 6)
 
 
 def test_not_a_number_stays_one():
