@@ -3,8 +3,9 @@
 The numbers are those of `F.linear` up to the order of summation. Measured figures are in docs/performance.md.
 
 oneDNN compiles code for every pair of a number of rows and a shape of a weight, and remembers the last 1,024 pairs at
-0.2 to 0.5 MB each. Sentences of all lengths would make a training grow by hundreds of megabytes; therefore only few
-numbers of rows are given to it (`_rows_by_one_dnn`), and the rows that are left over are multiplied as torch does it.
+0.2 to 0.8 MB each. Sentences of all lengths would make a training grow by hundreds of megabytes; therefore it is given
+few numbers of rows only, eight from one power of two to the next. The rows that are left over are multiplied as torch
+does it, or, where the weight's layout is oneDNN's, joined by rows of zeros.
 """
 
 from typing import Any
@@ -60,7 +61,14 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """Maps `[..., in]` to `[..., out]`, in the dtype of the weight (made under autocast: that of autocast)."""
         x = x.to(self.dtype)
-        return _product(x, self.weight, self.bias) if self.packed else F.linear(x, self.weight, self.bias)
+        if not self.packed:
+            return F.linear(x, self.weight, self.bias)
+        rows = x.flatten(0, -2)
+        added = -len(rows) % _step(len(rows))
+        if added == 0:
+            return _product(x, self.weight, self.bias)
+        y = _product(F.pad(rows, (0, 0, 0, added)), self.weight, self.bias)
+        return y[: len(rows)].view(*x.shape[:-1], y.shape[-1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -114,16 +122,16 @@ class _Linear(torch.autograd.Function):
 
 def _split_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.flatten(0, -2)
-    first = _rows_by_one_dnn(len(rows))
-    if first == len(rows):
+    left = len(rows) % _step(len(rows))
+    if left == 0:
         return _product(x, weight, bias)
-    parts = [_product(rows[:first], weight, bias), F.linear(rows[first:], weight, bias)]
+    parts = [_product(rows[:-left], weight, bias), F.linear(rows[-left:], weight, bias)]
     return torch.cat(parts).view(*x.shape[:-1], weight.shape[0])
 
 
-def _rows_by_one_dnn(rows: int) -> int:
-    """The largest of 0 to 16, 18, ... 32, 36, ... 64, 72, ... : eight from one power of two to the next."""
-    return rows - rows % (1 << max(0, rows.bit_length() - 4))
+def _step(rows: int) -> int:
+    """What oneDNN's number of rows must be a multiple of, so that it is 0 to 16, 18, ... 32, 36, ... 64, 72, ..."""
+    return 1 << max(0, rows.bit_length() - 4)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -100,25 +100,30 @@ def test_torchs_counter_sees_the_same_products():
 
 
 @one_dnn
-def test_few_numbers_of_rows_are_given_to_one_dnn(monkeypatch):
-    given = set()
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_numbers_of_rows_are_given_to_one_dnn(monkeypatch, packed):
+    given = []
     operator = torch.ops.mkldnn._linear_pointwise
 
     def watched(x, weight, *others):
-        given.add((x.shape.numel() // x.shape[-1], *weight.shape))
+        given.append((x.shape.numel() // x.shape[-1], *weight.shape))
         return operator(x, weight, *others)
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
     module = Linear(2, 3)
+    packed_module = PackedLinear(module.weight, module.bias)
     for rows in range(1, 1025):
-        before = len(given)
-        x = torch.randn(1, rows, 2, requires_grad=True)
-        module(x).sum().backward()
-        with torch.no_grad():
-            module(x)
-        assert max(given)[0] > rows * 8 / 9  # nearly all of them
-        assert len(given) - before in (0, 2)  # forward, and backward with the weight transposed
-    assert len(given) == 2 * (16 + 8 * 6)
+        x = torch.randn(1, rows, 2, requires_grad=not packed)
+        if packed:
+            packed_module(x)
+            assert rows <= given[-1][0] < rows * 9 / 8
+        else:
+            module(x).sum().backward()
+            with torch.no_grad():
+                module(x)
+            assert rows * 8 / 9 < min(given[-3:])[0] <= max(given[-3:])[0] <= rows
+    products = 1 if packed else 2  # the second is that of the backward pass, with the weight transposed
+    assert len(set(given)) == products * (16 + 8 * 6)
 
 
 def test_not_a_number_stays_one():
@@ -137,7 +142,7 @@ def test_packed(dtype, bias):
     module = nn.Linear(8, 6, bias=bias, dtype=dtype)
     packed = PackedLinear(module.weight, module.bias)
     assert packed.packed == (_AVAILABLE and dtype == torch.float32)
-    for shape in ((1, 8), (200, 8), (2, 3, 8), (0, 8)):
+    for shape in ((1, 8), (200, 8), (2, 3, 8), (0, 8), (5, 41, 8)):
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
         y = packed(x)
         assert not y.requires_grad
