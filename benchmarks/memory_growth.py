@@ -1,9 +1,9 @@
 """Whether memory stays flat in a long training.
 
 ``python -m benchmarks.memory_growth`` trains each miniature task for 2,000 steps through the real command, each in a
-process of its own, and compares its resident memory after step 200, by which time all code is loaded and all sizes of
-batches have been seen, with that after the last step. It prints a table and writes JSON and Markdown. It takes long;
-``--steps`` and ``--tasks`` make it shorter.
+process of its own, and compares its resident memory after step 200, by which time all code is loaded and a validation
+is over, with that after the last step. It prints a table and writes JSON and Markdown. It takes long; ``--steps`` and
+``--tasks`` make it shorter.
 """
 
 import argparse
