@@ -1,12 +1,7 @@
 import gc
 import json
 import logging
-import os
 import pickle
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -757,34 +752,11 @@ except ValueError as error:
 """
 
 
-def run_two_ranks(root, folder):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    script = folder / "two_ranks.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(Path(__file__).parent), str(root), str(folder)]
-    processes = []
-    for rank in range(2):
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
-        processes.append(
-            subprocess.Popen(
-                command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    try:
-        return [(process.communicate(timeout=200)[0], process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 @pytest.mark.ddp
-def test_two_ranks(root, tmp_path):
+def test_two_ranks(run_on_two_ranks, root, tmp_path):
     (tmp_path / "one").mkdir()
     Image.new("L", (9, 9)).save(tmp_path / "one" / "7.png")
-    for output, status in run_two_ranks(root, tmp_path):
-        assert status == 0, output
+    run_on_two_ranks(SCRIPT, root, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert len(ranks[0]["whole"]) == len(ranks[1]["whole"]) == 6
     for rank in ranks:

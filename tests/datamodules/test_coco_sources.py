@@ -2,11 +2,9 @@ import hashlib
 import io
 import json
 import re
-import threading
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,56 +35,15 @@ def pack(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass
-class Mirror:
-    url: str = ""
-    archives: dict[str, bytes] = field(default_factory=dict)
-    breaks: dict[str, int] = field(default_factory=dict)  # bytes after which the next answer for a path breaks off
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
-
-    def put(self, part: CocoPart, files: Mapping[str, bytes]) -> CocoPart:
-        """Serves an archive, and gives the part the facts that it needs."""
-        data = self.archives[part.path] = pack(files)
-        return replace(part, count=COUNTS[part.path], size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-@pytest.fixture
-def mirror() -> Iterator[Mirror]:
-    state = Mirror()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-        def do_GET(self):
-            path = self.path.removeprefix("/pub/")
-            state.requests.append((path, self.headers.get("Range")))
-            if path not in state.archives:
-                self.send_error(404)
-                return
-            data = state.archives[path]
-            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            start = int(wanted[1]) if wanted else 0
-            self.send_response(206 if start else 200)
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-            self.send_header("Content-Length", str(len(data) - start))
-            self.end_headers()
-            self.wfile.write(data[start : state.breaks.pop(path)] if path in state.breaks else data[start:])
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/pub"
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
+def put(mirror, part: CocoPart, files: Mapping[str, bytes]) -> CocoPart:
+    """Serves an archive, and gives the part the facts that it needs."""
+    data = mirror.archives[part.path] = pack(files)
+    return replace(part, count=COUNTS[part.path], size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 @pytest.fixture
 def parts(mirror) -> list[CocoPart]:
-    return [mirror.put(part, contents(part.path)) for part in COCO_PARTS]
+    return [put(mirror, part, contents(part.path)) for part in COCO_PARTS]
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -185,7 +142,7 @@ def test_unpacking_that_stopped_goes_on_where_it_was(mirror, parts, tmp_path, mo
 def test_a_wrong_number_of_files_is_refused(mirror, parts, tmp_path):
     changed = contents(parts[1].path)
     del changed["val2017/000000000002.jpg"]
-    parts[1] = mirror.put(parts[1], changed)
+    parts[1] = put(mirror, parts[1], changed)
     with pytest.raises(ValueError, match=r"val2017\.zip has the wrong number of files .*expected 3, got 2\. Nothing"):
         download_coco(tmp_path, base_url=mirror.url, parts=parts, show_progress=False)
     assert files(tmp_path) == expected(parts[:1])

@@ -8,12 +8,10 @@ import re
 import shutil
 import stat
 import tarfile
-import threading
 import zipfile
 from collections import namedtuple
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -44,7 +42,7 @@ class Server:
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
+def server(serve) -> Server:
     state = Server()
 
     class Handler(BaseHTTPRequestHandler):
@@ -95,14 +93,8 @@ def server() -> Iterator[Server]:
             self.end_headers()
             self.wfile.write(body[: state.breaks.pop(0)] if state.breaks else body)
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/data/file.bin"
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    state.url = f"{serve(Handler)}/data/file.bin"
+    return state
 
 
 def get(file: RemoteFile, folder: Path, **options) -> Path:

@@ -1,12 +1,7 @@
 import json
 import logging
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -542,33 +537,10 @@ except ValueError as error:
 """
 
 
-def run_two_ranks(root, folder, bound):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    script = folder / "two_ranks.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(Path(__file__).parent), str(root), str(folder), str(bound)]
-    processes = []
-    for rank in range(2):
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
-        processes.append(
-            subprocess.Popen(
-                command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    try:
-        return [(process.communicate(timeout=200)[0], process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 @pytest.mark.ddp
-def test_two_ranks(root, tmp_path):
+def test_two_ranks(run_on_two_ranks, root, tmp_path):
     bound = bound_with_an_odd_number_of_batches(root, "validate")
-    for output, status in run_two_ranks(root, tmp_path, bound):
-        assert status == 0, output
+    run_on_two_ranks(SCRIPT, root, tmp_path, bound)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for combination in ("0 1", "0 2", "2 1", "2 2"):
         done = 2 * int(combination[-1])

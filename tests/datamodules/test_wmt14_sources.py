@@ -2,10 +2,8 @@ import hashlib
 import io
 import re
 import tarfile
-import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,63 +46,21 @@ def contents(part: CorpusPart) -> dict[str, bytes]:
     return files
 
 
-@dataclass
-class Mirror:
-    url: str = ""
-    archives: dict[str, bytes] = field(default_factory=dict)
-    breaks: dict[str, int] = field(default_factory=dict)  # bytes after which the next answer for a path breaks off
-    missing: set[str] = field(default_factory=set)
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
-
-    def put(self, part: CorpusPart, files: Mapping[str, bytes]) -> CorpusPart:
-        """Serves an archive, and gives the part the checksums that it needs."""
-        data = self.archives[part.path] = pack(files)
-        return replace(
-            part,
-            lines=LINES[part.name],
-            size=len(data) if part.size is not None else None,
-            sha256=hashlib.sha256(data).hexdigest() if part.sha256 else None,
-            md5=hashlib.md5(data).hexdigest() if part.md5 else None,
-        )
-
-
-@pytest.fixture
-def mirror() -> Iterator[Mirror]:
-    state = Mirror()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-        def do_GET(self):
-            path = self.path.removeprefix("/pub/")
-            state.requests.append((path, self.headers.get("Range")))
-            if path in state.missing or path not in state.archives:
-                self.send_error(404)
-                return
-            data = state.archives[path]
-            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            start = int(wanted[1]) if wanted else 0
-            self.send_response(206 if start else 200)
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-            self.send_header("Content-Length", str(len(data) - start))
-            self.end_headers()
-            self.wfile.write(data[start : state.breaks.pop(path)] if path in state.breaks else data[start:])
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{http.server_port}/pub"
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
+def put(mirror, part: CorpusPart, files: Mapping[str, bytes]) -> CorpusPart:
+    """Serves an archive, and gives the part the checksums that it needs."""
+    data = mirror.archives[part.path] = pack(files)
+    return replace(
+        part,
+        lines=LINES[part.name],
+        size=len(data) if part.size is not None else None,
+        sha256=hashlib.sha256(data).hexdigest() if part.sha256 else None,
+        md5=hashlib.md5(data).hexdigest() if part.md5 else None,
+    )
 
 
 @pytest.fixture
 def parts(mirror) -> list[CorpusPart]:
-    return [mirror.put(part, contents(part)) for part in WMT14_PARTS]
+    return [put(mirror, part, contents(part)) for part in WMT14_PARTS]
 
 
 def corpus(root: Path) -> list[str]:
@@ -214,7 +170,7 @@ def test_wrong_line_counts_are_detected(mirror, parts, tmp_path, name, language,
     part, files = parts[index], contents(parts[index])
     make = sgm if part.members[language].endswith(".sgm") else text
     files[part.members[language]] = make(language, LINES[name] + change)
-    parts[index] = mirror.put(part, files)
+    parts[index] = put(mirror, part, files)
     with pytest.raises(ValueError, match=f"wrong number of lines for {name}; expected {LINES[name]} on both") as error:
         download_wmt14(tmp_path, mirror.url, parts, show_progress=False)
     for side, member in part.members.items():
@@ -231,11 +187,10 @@ def test_wrong_archive_is_refused(mirror, parts, tmp_path):
 
 
 def test_archive_put_there_by_hand_is_used_and_checked(mirror, parts, tmp_path):
-    mirror.missing.add(parts[2].path)
+    data = mirror.archives.pop(parts[2].path)
     with pytest.raises(DownloadError, match="answered 404") as error:
         download_wmt14(tmp_path, mirror.url, parts, show_progress=False)
     place = Path(re.search(r"download that address to (\S+) and run", str(error.value))[1])
-    data = mirror.archives[parts[2].path]
     place.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(DownloadError, match="sha256"):
         download_wmt14(tmp_path, mirror.url, parts, show_progress=False)

@@ -1,10 +1,9 @@
 """Pretrained weights: what is taken, what is refused, and what the messages say."""
 
 import hashlib
-import http.server
 import io
 import logging
-import threading
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import torch
@@ -157,12 +156,12 @@ def test_bad_files(tmp_path, file, capfd):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Torchvision's weights of resnet50 on a server at 127.0.0.1, and an empty cache; `serve` sets what is there."""
+def hub(serve, tmp_path, monkeypatch):
+    """Torchvision's resnet50 weights on a server at 127.0.0.1, and an empty cache; the function puts files there."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     served = {}
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             content = served.get(self.path)
             self.send_response(404 if content is None else 200)
@@ -173,21 +172,16 @@ def hub(tmp_path, monkeypatch):
         def log_message(self, *arguments):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    address = serve(Handler)
 
-    def serve(content, name):
+    def put(content, name):
         if content is not None:
             served[f"/{name}"] = content
-        url = f"http://127.0.0.1:{server.server_port}/{name}"
+        url = f"{address}/{name}"
         monkeypatch.setattr(ResNet50_Weights.IMAGENET1K_V1.value, "url", url)
         return tmp_path / "home" / "hub" / "checkpoints" / name
 
-    yield serve
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    return put
 
 
 def saved(state):
