@@ -3,9 +3,9 @@
 The numbers are those of `F.linear` up to the order of summation. Measured figures are in docs/performance.md.
 
 oneDNN compiles code for every pair of a number of rows and a shape of a weight, and remembers the last 1,024 pairs at
-0.2 to 0.8 MB each. Sentences of all lengths would make a training grow by hundreds of megabytes; therefore it is given
-few numbers of rows only, eight from one power of two to the next. The rows that are left over are multiplied as torch
-does it, or, where the weight's layout is oneDNN's, joined by rows of zeros.
+about half a megabyte each. Sentences of all lengths would make a training grow by hundreds of megabytes; therefore it
+is given few numbers of rows only, at most eight from one power of two to the next. The rows that are left over are
+multiplied as torch does it, or, where the weight's layout is oneDNN's, joined by rows of zeros.
 """
 
 from typing import Any
@@ -64,7 +64,7 @@ class PackedLinear:
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
         rows = x.flatten(0, -2)
-        added = -len(rows) % _step(len(rows))
+        added = -len(rows) % _step(len(rows), least=4)  # one row takes as long as four: reading the weight
         if added == 0:
             return _product(x, self.weight, self.bias)
         y = _product(F.pad(rows, (0, 0, 0, added)), self.weight, self.bias)
@@ -122,16 +122,18 @@ class _Linear(torch.autograd.Function):
 
 def _split_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.flatten(0, -2)
-    left = len(rows) % _step(len(rows))
+    left = len(rows) % _step(len(rows), least=64)  # of small products oneDNN saves little
     if left == 0:
         return _product(x, weight, bias)
+    if left == len(rows):
+        return F.linear(x, weight, bias)
     parts = [_product(rows[:-left], weight, bias), F.linear(rows[-left:], weight, bias)]
     return torch.cat(parts).view(*x.shape[:-1], weight.shape[0])
 
 
-def _step(rows: int) -> int:
-    """What oneDNN's number of rows must be a multiple of, so that it is 0 to 16, 18, ... 32, 36, ... 64, 72, ..."""
-    return 1 << max(0, rows.bit_length() - 4)
+def _step(rows: int, least: int) -> int:
+    """What the number of rows that oneDNN is given has to be a multiple of."""
+    return max(least, 1 << rows.bit_length() >> 4)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (0, 8), (2, 0, 3, 8), (17, 8), (3, 237, 8)])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 5, 8), (0, 8), (2, 0, 3, 8), (3, 64, 8), (71, 8), (3, 437, 8)])
 def test_values_and_gradients_are_those_of_torch(shape, bias):
     ours, theirs = Linear(8, 6, bias=bias), nn.Linear(8, 6, bias=bias)
     theirs.load_state_dict(ours.state_dict())
@@ -63,7 +63,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 
 def test_second_derivatives():
-    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    x, weight = torch.randn(66, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
 
     def penalty(function):
         (gradient,) = torch.autograd.grad(function(x, weight).pow(2).sum(), x, create_graph=True)
@@ -90,7 +90,7 @@ def test_transforms_and_other_types_take_torchs_own():
 
 @one_dnn
 def test_torchs_counter_sees_the_same_products():
-    x = torch.randn(71, 8, requires_grad=True)
+    x = torch.randn(71, 8, requires_grad=True)  # oneDNN multiplies 64 of the rows
     counts = []
     for module in (Linear(8, 6), nn.Linear(8, 6)):
         with FlopCounterMode(display=False) as counter:
@@ -100,40 +100,41 @@ def test_torchs_counter_sees_the_same_products():
 
 
 @one_dnn
-@pytest.mark.parametrize("packed", [False, True])
-def test_few_numbers_of_rows_are_given_to_one_dnn(monkeypatch, packed):
+def test_few_numbers_of_rows_are_given_to_one_dnn(monkeypatch):
     given = []
     operator = torch.ops.mkldnn._linear_pointwise
 
     def watched(x, weight, *others):
-        given.append((x.shape.numel() // x.shape[-1], *weight.shape))
+        given.append((len(x.flatten(0, -2)), tuple(weight.shape)))
         return operator(x, weight, *others)
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
     module = Linear(2, 3)
-    packed_module = PackedLinear(module.weight, module.bias)
-    for rows in range(1, 1025):
-        x = torch.randn(1, rows, 2, requires_grad=not packed)
-        if packed:
-            packed_module(x)
-            assert rows <= given[-1][0] < rows * 9 / 8
-        else:
-            module(x).sum().backward()
-            with torch.no_grad():
-                module(x)
-            assert rows * 8 / 9 < min(given[-3:])[0] <= max(given[-3:])[0] <= rows
-    products = 1 if packed else 2  # the second is that of the backward pass, with the weight transposed
-    assert len(set(given)) == products * (16 + 8 * 6)
+    for rows in range(2, 2049, 3):
+        x = torch.randn(1, rows, 2, requires_grad=True)
+        module(x).sum().backward()
+        with torch.no_grad():
+            module(x)
+    # From 64 to 1,024, then eight to the next power of two; forward, and backward with the weight transposed.
+    assert set(given) == {
+        (rows, shape) for rows in [*range(64, 1024, 64), *range(1024, 2049, 128)] for shape in ((3, 2), (2, 3))
+    }
+    given.clear()
+    packed = PackedLinear(module.weight, module.bias)
+    for rows in range(1, 257):
+        packed(torch.randn(rows, 2))
+        assert rows <= given[-1][0] < max(rows + 4, rows * 9 / 8)
+    assert len(set(given)) == 16 + 8 + 8
 
 
 def test_not_a_number_stays_one():
     module = Linear(8, 6)
-    x = torch.zeros(2, 8)
+    x = torch.zeros(66, 8)
     x[1, 3] = torch.nan
     for layer in (module, PackedLinear(module.weight, module.bias)):
         y = layer(x)
-        assert y[0].isfinite().all()
         assert y[1].isnan().all()
+        assert y.isfinite().sum() == 65 * 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
