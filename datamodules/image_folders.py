@@ -45,7 +45,8 @@ def predicted_images(folder: Path, *, below: bool = False) -> list[str]:
             '"" for the test split.'
         )
     paths = folder.rglob("*") if below else folder.iterdir()
-    names = sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = (path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
+    names = sorted(path.relative_to(folder).as_posix() for path in images)
     if not names:
         raise FileNotFoundError(
             f"predict_folder: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {contents(folder)}."

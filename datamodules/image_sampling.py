@@ -134,7 +134,7 @@ class GroupedBatchSampler(PlannedBatchSampler[Draw]):
         world_size: Number of shares.
 
     Raises:
-        ValueError: If there is no image to train on, or a number is out of range.
+        ValueError: If there is nothing to train on, or a number is out of range.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class GroupedBatchSampler(PlannedBatchSampler[Draw]):
             raise ValueError(f"batch_size: {batch_size} is too small; give 1 or more.")
         super().__init__(shuffle=shuffle, seed=seed, reshuffle=reshuffle, rank=rank, world_size=world_size)
         if shuffle and not len(groups):
-            raise ValueError("there is no image to train on.")
+            raise ValueError("there is nothing to train on: the data set is empty.")
         self.groups = groups
         self.batch_size = batch_size
         sizes = _sizes(len(groups), batch_size)

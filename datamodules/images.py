@@ -107,7 +107,13 @@ def pixels_of(image: Image.Image | ImageArray | str | Path) -> ImageArray:
         orientation = _orientation(image)
         upright = _rgb(image, name)
         return np.array(upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.ndim == 3
+        and image.shape[2] == 3
+        and image.size
+    ):
         return image
     found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
     raise TypeError(f"An image must be a Pillow image, a path, or uint8 [H, W, 3] in RGB; got {found}.")
@@ -214,6 +220,8 @@ def _decoding(path: Path) -> Iterator[Image.Image]:
         raise
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is not there.") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{path} is a folder, not an image.") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} is too large ({error}). Scale it down or cut it into pieces.") from error
     except Exception as error:

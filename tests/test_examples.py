@@ -125,6 +125,18 @@ class WithoutCache(nn.Module):
         super().__init__()
 
 
+class WithoutMask(WithoutCache):
+    def forward(self, x):
+        return x
+
+
+class Flat(WithoutCache):
+    """Gives another shape than it gets."""
+
+    def forward(self, x, *, key_padding_mask=None):
+        return x.flatten(2)
+
+
 @pytest.mark.parametrize(
     ("mechanism", "role", "message"),
     [
@@ -133,12 +145,23 @@ class WithoutCache(nn.Module):
         ("examples.digits.DigitsDataModule", "self", r"is no torch\.nn\.Module class"),
         ("test_examples.Fixed", "self", r"cannot be made: .*It is called with dim, ndim, num_heads, causal"),
         ("test_examples.WithoutCache", "causal", r"must define new_cache\(\) to stand in a decoder"),
+        (
+            "test_examples.WithoutMask",
+            "self",
+            "cannot be called: .*'key_padding_mask'. Its forward takes x, and the key",
+        ),
         ("examples.mean_attention.MeanAttention", "cross", "cannot stand in encoder-decoder attention"),
     ],
 )
 def test_mechanisms_that_cannot_be_used(mechanism, role, message):
     with pytest.raises(ValueError, match=message):
         build_attention(AttentionSpec(mechanism=mechanism), 8, role=role)
+
+
+def test_a_mechanism_that_changes_the_shape():
+    head = build_attention(AttentionSpec(mechanism="test_examples.Flat"), 8, 2, role="head")
+    with pytest.raises(ValueError, match=r"'test_examples.Flat' made \(1, 8, 6\) of \(1, 8, 2, 3\)"):
+        head(torch.randn(1, 8, 2, 3))
 
 
 def test_options_are_for_mechanisms_of_one_s_own():
@@ -199,6 +222,21 @@ class LateNetwork(DigitsTask):
 def test_missing_steps_are_named(run, stage, message):
     options = ["--model", "test_examples.Incomplete", "--data", "examples.digits.DigitsDataModule"]
     assert message in run(stage, *options, status=2)
+
+
+class WrongMonitor(DigitsTask):
+    monitor = "val/acuracy"
+
+
+def test_a_value_that_is_not_logged(run, in_folder):
+    Path("wrong.yaml").write_text(
+        DIGITS.read_text().replace("examples.digits.DigitsTask", "test_examples.WrongMonitor")
+    )
+    printed = run(
+        "fit", "-c", "wrong.yaml", *SMALL, "--trainer.val_check_interval", 1, "--trainer.limit_val_batches", 1, status=2
+    )
+    assert "monitor='val/acuracy'" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_network_that_load_cannot_build(run, in_folder):

@@ -1,7 +1,9 @@
 """From a spec to a module: the one place that knows which mechanism is which class, and where it stands (Fig. 2)."""
 
 import importlib
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol, overload
 
 import torch
@@ -339,4 +341,20 @@ def _custom(spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool) ->
             f"mechanism {spec.mechanism!r} must define new_cache() to stand in a decoder, which asks for one token "
             "at a time; lightning_attn.attention.PrefixCache is one that fits any module."
         )
+    keywords = dict.fromkeys(["key_padding_mask", *(["cache"] if causal else [])])
+    try:
+        inspect.signature(attention.forward).bind(None, **keywords)
+    except TypeError as error:
+        raise ValueError(
+            f"mechanism {spec.mechanism!r} cannot be called: {error}. Its forward takes x, and the keywords "
+            f"{' and '.join(keywords)}."
+        ) from error
+    attention.register_forward_hook(partial(_check_output, spec.mechanism))
     return attention
+
+
+def _check_output(mechanism: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """A forward hook that refuses outputs of another shape than the input's."""
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if inputs and found != tuple(inputs[0].shape):
+        raise ValueError(f"mechanism {mechanism!r} made {found} of {tuple(inputs[0].shape)}; the shape must be kept.")

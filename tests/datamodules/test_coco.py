@@ -236,6 +236,7 @@ def test_prediction_of_a_folder(shared_root, tmp_path):
     Image.new("L", (30, 20)).save(folder / "b.JPG", format="JPEG", exif=exif)
     Image.new("CMYK", (20, 20)).save(folder / "a.jpeg")
     (folder / "notes.txt").write_text("none of these")
+    (folder / "c.png").mkdir()
     module = ready(shared_root, "predict", predict_folder=str(folder))
     found = {name: (i, s) for b in module.predict_dataloader() for name, i, s in zip(b.names, b.ids, b.sizes)}  # noqa: B905
     assert {name: (int(i), s.tolist()) for name, (i, s) in found.items()} == {

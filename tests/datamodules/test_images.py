@@ -146,7 +146,7 @@ def test_what_is_no_image(tmp_path, read):
         read(tmp_path / "a.jpg")
     with pytest.raises(FileNotFoundError, match=r"b\.jpg is not there"):
         read(tmp_path / "b.jpg")
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(ImageError, match="is a folder, not an image"):
         read(tmp_path)
 
 
