@@ -11,6 +11,7 @@ from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.files import unused_path
 from lightning_attn.tasks.checkpoints import (
     CHECKPOINT_KEY,
+    SAFETENSORS,
     TRAINING_KEYS,
     CheckpointError,
     WholeCheckpoints,
@@ -18,6 +19,7 @@ from lightning_attn.tasks.checkpoints import (
     described_mismatches,
     read_checkpoint,
     stored_task,
+    write_safetensors,
 )
 
 
@@ -29,8 +31,8 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
 
     Args:
         paths: Two checkpoints or more, of the same task and network, with the same classes or vocabulary.
-        output: The file to write, which must not be there; None for `average.ckpt` beside the first, or
-            `average-2.ckpt` and so on.
+        output: The file to write, which must not be there; with the ending ".safetensors" as `export` writes it. None
+            for `average.ckpt` beside the first, or `average-2.ckpt` and so on.
 
     Returns:
         The file.
@@ -68,7 +70,10 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
     }
     kept = {name: value for name, value in first.items() if name not in TRAINING_KEYS}
     averaged = kept | {"state_dict": weights, "averaged": [str(one) for one in paths]}
-    WholeCheckpoints().save_checkpoint(averaged, path)
+    if path.suffix == SAFETENSORS:
+        write_safetensors(averaged, path)
+    else:
+        WholeCheckpoints().save_checkpoint(averaged, path)
     return path
 
 

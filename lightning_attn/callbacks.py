@@ -259,7 +259,23 @@ class SaveConfiguration(Callback):
         self.directory, self.subcommand, self.configuration = directory, subcommand, configuration
         self._written = False
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the file, now that the checkpoint fits."""
+        self._write(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `on_fit_start`."""
+        self._write(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `on_fit_start`."""
+        self._write(trainer)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See `on_fit_start`."""
+        self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
         """Writes the file once, on rank 0, unless it is there already."""
         if not trainer.is_global_zero or self._written:
             return

@@ -7,11 +7,13 @@ import difflib
 import enum
 import errno
 import inspect
+import linecache
 import logging
 import os
 import re
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, NoReturn, get_args
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import namespace_to_dict
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -32,7 +35,13 @@ from lightning_attn.export import ExportFormat, export_checkpoint
 from lightning_attn.loggers import MetricsLogger
 from lightning_attn.resuming import LINES_KEY, LastCheckpoint, TrainingStopped
 from lightning_attn.tasks import BaseTask
-from lightning_attn.tasks.checkpoints import Weights, WholeCheckpoints, described_differences, read_checkpoint
+from lightning_attn.tasks.checkpoints import (
+    CheckpointError,
+    Weights,
+    WholeCheckpoints,
+    described_differences,
+    read_checkpoint,
+)
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
 _CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
@@ -75,6 +84,8 @@ class CommandLine(LightningCLI):
     """LightningCLI with the run directory and the checkpoints of this project."""
 
     run_path: Path
+    _typed: dict[str, str | None]  # what the command line itself says of the run's name and root
+    _stored_name: str | None  # of the run whose configuration the checkpoint gave
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of the run directory."""
@@ -82,8 +93,11 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also takes what no configuration says from the checkpoint, and checks that before anything is built."""
-        if args is None or isinstance(args, list):
-            with _with_stored_configuration(sys.argv[1:] if args is None else args) as arguments:
+        typed = sys.argv[1:] if args is None else args
+        self._typed, self._stored_name = {}, None
+        if isinstance(typed, list):
+            self._typed = {option: _value_of(f"--run.{option}", typed) for option in ("name", "root")}
+            with _with_stored_configuration(typed) as (arguments, self._stored_name):
                 self.config = parser.parse_args(arguments)
         else:
             super().parse_arguments(parser, args)
@@ -99,6 +113,13 @@ class CommandLine(LightningCLI):
         run = RunOptions(**self._option("run").as_dict())
         checkpoint = self._checkpoint(run)
         stored = read_checkpoint(checkpoint) if checkpoint else {}
+        if checkpoint and self.subcommand == "fit" and "optimizer_states" not in stored:
+            raise CheckpointError(
+                f"{checkpoint} holds a model, and not what a training goes on with. Begin a new one with its weights: "
+                f"--run.initial_weights {checkpoint}"
+            )
+        if not checkpoint and self.subcommand != "fit":
+            rank_zero_info(f"No --ckpt_path: {self.subcommand} takes the network as it is before any training.")
         self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
         if checkpoint:
             self.model.checkpoint_path = str(checkpoint)
@@ -142,8 +163,8 @@ class CommandLine(LightningCLI):
         return self.config[self.config["subcommand"]].get(name)
 
     def _run_name(self, run: RunOptions) -> str:
-        if run.name:
-            return run.name
+        if run.name or self._stored_name:
+            return run.name or str(self._stored_name)
         configurations = self._option("config") or []
         return Path(str(configurations[0])).stem if configurations else type(self.model).__name__
 
@@ -172,13 +193,22 @@ class CommandLine(LightningCLI):
     def _run_directory(self, run: RunOptions, checkpoint: Path | None) -> Path:
         """The checkpoint's own directory for going on with its run or evaluating it; a new one for other training.
 
-        A run goes on from its `last.ckpt`, unless it is given another name.
+        A run goes on from its `last.ckpt`. Another name, or another root on the command line, asks for a new directory.
+
+        Raises:
+            OSError: If it cannot be written to.
         """
         owner = run_directory.owner(checkpoint) if checkpoint else None
         if owner is not None and checkpoint is not None:
-            if self.subcommand != "fit":
-                return owner
-            if checkpoint.name == "last.ckpt" and (not run.name or run_directory.is_named(owner, run.name)):
+            # A configuration file that is given for an evaluation may name any run.
+            name = run.name if self.subcommand == "fit" else self._typed.get("name")
+            root = self._typed.get("root")
+            its_own = (not name or run_directory.is_named(owner, name)) and (
+                root is None or Path(root).absolute() / self.model.task_name == owner.parent
+            )
+            if its_own and self.subcommand != "fit":
+                return run_directory.require_writable(owner)
+            if its_own and checkpoint.name == "last.ckpt":
                 return run_directory.reopen(owner)
         return run_directory.claim(Path(run.root).absolute(), self.model.task_name, self._run_name(run))
 
@@ -210,39 +240,48 @@ def _report_differences(stored: dict[str, Any], current: dict[str, Any]) -> None
 
 
 @contextlib.contextmanager
-def _with_stored_configuration(arguments: list[str]) -> Iterator[list[str]]:
+def _with_stored_configuration(arguments: list[str]) -> Iterator[tuple[list[str], str | None]]:
     """Puts the configuration in a checkpoint before other arguments, if they name that and no configuration.
 
     For training it is the run's whole configuration. For evaluation it is model, data and precision, as the hardware
     may be another.
+
+    Yields:
+        The arguments, and the name of the run that the configuration is from.
+
+    Raises:
+        ConfigurationError: If neither the arguments nor the checkpoint say what is to be run.
     """
     subcommand = next((argument for argument in arguments if argument in CommandLine.subcommands()), None)
-    configured = any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments)
+    configured = any(re.match(r"-c|--config($|=)", argument) for argument in arguments)
     checkpoint = _value_of("--ckpt_path", arguments)
-    if subcommand is None or configured or not checkpoint or checkpoint in _CHECKPOINT_WORDS:
-        yield arguments
+    if subcommand is None or configured or not checkpoint:
+        yield arguments, None
         return
-    run = read_checkpoint(checkpoint).get(RUN_KEY)
-    if run is None:
-        yield arguments
-        return
+    run = {} if checkpoint in _CHECKPOINT_WORDS else read_checkpoint(checkpoint).get(RUN_KEY)
+    if not (isinstance(run, dict) and isinstance(run.get("configuration"), dict)):
+        if _value_of("--model", arguments) and _value_of("--data", arguments):
+            yield arguments, None
+            return
+        found = "means the newest of a run" if run == {} else "holds no configuration of a run"
+        raise ConfigurationError(f"ckpt_path: {checkpoint!r} {found}. Give the configuration: -c FILE.")
     values = run["configuration"]
     if subcommand != "fit":
         values = {name: values[name] for name in ("seed_everything", "model", "data")} | {
             "trainer": {"precision": values["trainer"]["precision"]}
         }
-    values = values | {"run": values.get("run", {}) | {"name": run["name"]}}
+    values = values | {"run": values.get("run", {}) | {"name": ""}}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
         file.flush()
         begin = arguments.index(subcommand) + 1
-        yield [*arguments[:begin], "--config", file.name, *arguments[begin:]]
+        yield [*arguments[:begin], "--config", file.name, *arguments[begin:]], str(run.get("name", ""))
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
     """The last value that an option is given."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument == option:
             value = following
         elif argument.startswith(f"{option}="):
@@ -291,6 +330,10 @@ class ConfigurationError(ValueError):
 
 class Parser(LightningArgumentParser):
     """A parser that raises a short message instead of printing its whole usage."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # Without this a misspelt --trainer.max_step would be taken for max_steps, in nested options too.
+        super().__init__(*arguments, **options | {"allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises a parser's complaint.
@@ -351,8 +394,6 @@ def main(args: ArgsType = None) -> None:
     _configure_messages()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for classes of the user's own, whichever way the command was called
-    # Without this a misspelt --trainer.max_step would be taken for max_steps.
-    exact: dict[str, Any] = {"allow_abbrev": False}
     try:
         arguments = sys.argv[1:] if args is None else args
         if isinstance(arguments, list) and arguments and arguments[0] in _FURTHER_COMMANDS:
@@ -373,8 +414,6 @@ def main(args: ArgsType = None) -> None:
                 "description": "Train, validate, test and run the paper's attention. Further commands: "
                 "`average A.ckpt B.ckpt ...` makes one checkpoint of the mean of several, `export --ckpt_path A.ckpt` "
                 "writes a model as safetensors and JSON.",
-                **exact,
-                **{name: dict(exact) for name in CommandLine.subcommands()},
             },
             args=args,
         )
@@ -382,7 +421,7 @@ def main(args: ArgsType = None) -> None:
         if run_directory.is_rank_zero():
             print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None
-    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError, MisconfigurationException) as error:
         message = _message(error)
         if message is None:
             raise
@@ -447,6 +486,13 @@ def _message(error: Exception) -> str | None:
     text = str(error)
     if _is_full(error):
         return f"{text}. Nothing older was lost. Make room, then go on from the last checkpoint with --ckpt_path."
+    if isinstance(error, MisconfigurationException):
+        return text
+    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+        return (
+            f"{text}. Results go into the run directory, or beside a checkpoint. To write elsewhere, give --run.root "
+            "FOLDER, or --output for export and average."
+        )
     if re.match(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", text):
         return (
             f"{text.splitlines()[0]} A process that makes batches has died, often for want of memory: see what the "
@@ -466,18 +512,25 @@ def _has_lost_rank(text: str) -> bool:
     return "gloo" in text and re.search(r"Connection (closed|reset) by peer|Broken pipe", text) is not None
 
 
+# A folder that cannot be written to, a file that cannot be read.
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def _is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _is_ours(error: BaseException) -> bool:
     """Whether an error was raised by this project, for the user to read."""
-    traceback = error.__traceback__
-    frames = []
-    while traceback is not None:
-        frames.append(traceback.tb_frame.f_globals.get("__name__", ""))
-        traceback = traceback.tb_next
-    return bool(frames) and frames[-1].split(".")[0] in ("lightning_attn", "datamodules", "jsonargparse")
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
+        return False
+    frame, line = frames[-1]
+    if frame.f_globals.get("__name__", "").split(".")[0] not in ("lightning_attn", "datamodules", "jsonargparse"):
+        return False
+    # An operator of torch has no frame of its own: what it complains about is a fault of the caller.
+    by_operator = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
+    return not by_operator or linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
 
 
 def _configure_messages() -> None:

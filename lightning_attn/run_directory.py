@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from pytorch_lightning.utilities import rank_zero_only
 
 import lightning_attn
-from lightning_attn.files import remove_parts, unused_path, write_json
+from lightning_attn.files import remove_parts, write_json
 
 MARKER = "run.json"
 _VARIABLE = "LIGHTNING_ATTN_RUN_DIRECTORY"
@@ -37,13 +37,15 @@ def claim(root: Path, task_name: str, name: str) -> Path:
     if not is_rank_zero():
         return Path(os.environ.get(_VARIABLE, str(wanted)))
     wanted.parent.mkdir(parents=True, exist_ok=True)
+    path, number = wanted, 1
     while True:
-        path = unused_path(wanted)
         try:
             path.mkdir()
-        except FileExistsError:  # another run was quicker
-            continue
-        break
+        except FileExistsError:
+            number += 1
+            path = wanted.with_name(f"{name}-{number}")
+        else:
+            break
     os.environ[_VARIABLE] = str(path)
     _claimed.append(path)
     _lock(path)
@@ -76,6 +78,20 @@ def reopen(path: Path) -> Path:
     return path
 
 
+def require_writable(path: Path) -> Path:
+    """The directory, if results can be written into it.
+
+    Raises:
+        PermissionError: If not.
+    """
+    if is_rank_zero() and not os.access(path, os.W_OK):
+        raise PermissionError(
+            f"{path} cannot be written to, and is where results go: beside the checkpoint. Give another place: "
+            "--run.root FOLDER."
+        )
+    return path
+
+
 def _lock(path: Path) -> None:
     """Keeps other processes out of a run directory until this one ends, however it ends."""
     file = (path / _LOCK).open("w")
@@ -102,7 +118,7 @@ def discard_if_unused() -> None:
     while _claimed:
         path = _claimed.pop()
         files = {file.name for file in path.iterdir()} if path.is_dir() else set()
-        if files and all(name.startswith((MARKER, _LOCK, "config_", "events.")) for name in files):
+        if files and all(name.startswith((MARKER, _LOCK, "config_", "events.", "hparams.")) for name in files):
             shutil.rmtree(path)
     os.environ.pop(_VARIABLE, None)
 

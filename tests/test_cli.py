@@ -19,6 +19,7 @@ import yaml
 
 from lightning_attn.cli import main
 from lightning_attn.tasks import TranslationTask
+from lightning_attn.tasks.checkpoints import read_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"
@@ -207,6 +208,8 @@ def test_resume_in_the_middle_of_an_epoch_sees_every_batch_once(run, tiny_config
         (["--model.optimizer.learning_rate", "-1"], "learning_rate must be a positive finite number"),
         (["--model.self_atention.terms", "0110"], "Did you mean 'self_attention'?"),
         (["--trainer.max_step", "3"], "Did you mean 'max_steps'?"),
+        (["--model.optimizer.learning_rat", "3"], "Did you mean 'learning_rate'?"),
+        (["--model.self_attention.num_head", "2"], "Did you mean 'num_heads'?"),
         (["--data.rooot", "x"], "Did you mean 'root'?"),
         (["--ckpt_path", "nowhere.ckpt"], "There is no checkpoint at nowhere.ckpt"),
         (["--data.root", "/nowhere"], "/nowhere does not exist"),
@@ -249,10 +252,15 @@ def test_damaged_checkpoints_are_refused_before_anything_is_built(run, tiny_conf
         assert "is not a whole checkpoint" in run("test", "-c", tiny_config, "--ckpt_path", cut, status=2)
     damaged = bytearray(whole)
     with zipfile.ZipFile(path) as archive:
-        start = max(archive.infolist(), key=lambda info: info.file_size).header_offset
+        tensors = (info for info in archive.infolist() if "/data/" in info.filename)
+        start = max(tensors, key=lambda info: info.file_size).header_offset
     damaged[start : start + 30] = bytes(30)
     cut.write_bytes(damaged)
     assert "damaged" in run("test", "-c", tiny_config, "--ckpt_path", cut, status=2)
+    damaged = bytearray(whole)
+    damaged[start + 1000] ^= 1  # a bit of a weight, which nothing but the checksum tells
+    cut.write_bytes(damaged)
+    assert "is damaged (archive/data/" in run("test", "-c", tiny_config, "--ckpt_path", cut, status=2)
     torch.save({"weights": torch.zeros(1)}, cut)
     assert "has no 'state_dict'" in run("test", "-c", tiny_config, "--ckpt_path", cut, status=2)
 
@@ -288,6 +296,54 @@ def test_full_disk_says_so_and_keeps_the_older_checkpoint(run, tiny_config, in_f
     assert torch.load(path / "last.ckpt", weights_only=True)["global_step"] == 1
     assert sorted(file.name for file in path.glob("*.ckpt*")) == ["last.ckpt"]
     assert not list(path.glob(".*.part"))
+
+
+def test_names_with_a_dot(run, tiny_config, in_folder):
+    runs = in_folder / "checkpoints" / "translation"
+    for _ in range(2):
+        run("fit", "-c", tiny_config, "--trainer.max_steps", 1, "--run.name", "v1.0")
+    assert sorted(path.name for path in runs.iterdir()) == ["v1.0", "v1.0-2"]
+    run("fit", "-c", tiny_config, "--trainer.max_steps", 2, "--run.name", "v1.0", "--ckpt_path", "last")
+    steps = [read_checkpoint(runs / name / "last.ckpt")["global_step"] for name in ("v1.0", "v1.0-2")]
+    assert steps == [1, 2], "the newer one went on"
+
+
+def test_results_go_where_they_are_wanted(run, tiny_config, in_folder, monkeypatch):
+    run("fit", "-c", tiny_config, "--trainer.max_steps", 2)
+    path = in_folder / "checkpoints" / "translation" / "tiny"
+    run("test", "--ckpt_path", path / "last.ckpt", "--run.name", "mine")
+    run("test", "-c", tiny_config, "--ckpt_path", path / "last.ckpt", "--run.root=elsewhere")
+    run("fit", "--ckpt_path", path / "last.ckpt", "--trainer.max_steps", 3, "--run.root", "elsewhere")
+    assert (path.with_name("mine") / "test_metrics.json").is_file()
+    assert (in_folder / "elsewhere/translation/tiny/test_metrics.json").is_file()
+    assert read_checkpoint(in_folder / "elsewhere/translation/tiny-2/last.ckpt")["global_step"] == 3
+    assert not (path / "test_metrics.json").exists()
+    assert read_checkpoint(path / "last.ckpt")["global_step"] == 2
+
+    renamed = path.rename(in_folder / "renamed")
+    run("fit", "--ckpt_path", renamed / "last.ckpt", "--trainer.max_steps", 3)
+    assert read_checkpoint(renamed / "last.ckpt")["global_step"] == 3, "it goes on where it lies"
+
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != renamed and writable(path, mode))
+    printed = run("predict", "--ckpt_path", renamed / "last.ckpt", status=2)
+    assert "renamed cannot be written to" in printed
+    assert "--run.root FOLDER" in printed
+    assert not (renamed / "predictions").exists()
+
+
+def test_what_a_checkpoint_without_a_run_lacks(run, tiny_config, in_folder):
+    run("fit", "-c", tiny_config, "--trainer.max_steps", 2)
+    checkpoint = read_checkpoint("checkpoints/translation/tiny/last.ckpt")
+    torch.save({name: value for name, value in checkpoint.items() if name != "run"}, "bare.ckpt")
+    torch.save(checkpoint | {"run": {"name": "tiny"}}, "half.ckpt")
+    for name in ("bare.ckpt", "half.ckpt"):
+        printed = run("predict", "--ckpt_path", name, "--data.predict_file", "-", status=2)
+        assert f"'{name}' holds no configuration of a run. Give the configuration: -c FILE" in printed
+    assert "'last' means the newest of a run. Give" in run("test", "--ckpt_path", "last", status=2)
+    run("test", f"-c={tiny_config}", "--ckpt_path", "bare.ckpt")
+    assert "takes the network as it is before any training" in run("test", "-c", tiny_config)
+    assert "one of {fit,validate,test,predict}" in run(status=2)
 
 
 def test_help_shows_the_options_of_the_attention(run):

@@ -10,6 +10,7 @@ from torchvision.models import get_model
 
 from lightning_attn.averaging import average_checkpoints
 from lightning_attn.tasks import CheckpointError, DetectionTask, SegmentationTask, TranslationTask
+from lightning_attn.tasks.checkpoints import read_checkpoint
 
 QUICK = ["--trainer.limit_val_batches", 0, "--run.checkpoint_every_n_steps", 1]
 AVERAGING = ["--trainer.callbacks+", "lightning_attn.callbacks.ExponentialAveraging"]
@@ -36,7 +37,7 @@ def two(run, segmentation_config, in_folder):
     return [runs / name / "last.ckpt" for name in ("early", "late")]
 
 
-def test_the_mean_of_checkpoints(run, two):
+def test_the_mean_of_checkpoints(run, two, in_folder):
     printed = run("average", *two)
     path = two[0].with_name("average.ckpt")
     assert f"The mean of 2 checkpoints was written to {path}" in printed
@@ -57,6 +58,15 @@ def test_the_mean_of_checkpoints(run, two):
     assert "test/miou" in json.loads((path.parent / "test_metrics.json").read_text())
     assert torch.equal(SegmentationTask.load(path).state_dict()[name], mean[name])
     assert average_checkpoints(two).name == "average-2.ckpt"
+
+    run("average", *two, "--output", "mean.safetensors")
+    assert all(
+        torch.equal(value, mean[name]) for name, value in read_checkpoint("mean.safetensors")["state_dict"].items()
+    )
+    for model in (path, "mean.safetensors"):
+        printed = run("fit", "--ckpt_path", model, status=2)
+        assert "holds a model, and not what a training goes on with" in printed
+        assert f"--run.initial_weights {in_folder / model}" in printed
 
 
 def test_checkpoints_that_have_no_mean(run, two, tiny_config, in_folder):

@@ -202,7 +202,13 @@ class BaseTask(pl.LightningModule):
         checkpoint = read_checkpoint(path)
         stored = stored_task(checkpoint, path)
         module, _, name = stored["class_path"].rpartition(".")
-        stored_class = getattr(importlib.import_module(module), name)
+        try:
+            stored_class = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} holds a {stored['class_path']}, which cannot be imported ({error}). Install its package, or "
+                "start Python in the folder that has the file, or with that folder in PYTHONPATH."
+            ) from error
         if not (inspect.isclass(stored_class) and issubclass(stored_class, cls)):
             raise CheckpointError(f"{path} holds a {stored['class_path']}, which is not a {cls.__name__}.")
         task: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides))

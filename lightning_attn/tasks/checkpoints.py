@@ -1,11 +1,12 @@
 """Reading checkpoints safely, with errors that say what is wrong with them, and writing them whole or not at all."""
 
+import functools
 import json
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
@@ -67,6 +68,10 @@ def _read_archive(path: Path) -> dict[str, Any]:
             f"{path} ({path.stat().st_size} bytes) is not a whole checkpoint: it was cut short or is something else. "
             "Use another checkpoint of the same run."
         )
+    status = path.stat()
+    damaged = _damaged_part(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged ({damaged}). Use another checkpoint of the same run.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -78,7 +83,20 @@ def _read_archive(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}. Use another checkpoint of the same run.") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint: it has no 'state_dict'.")
+    weights = checkpoint["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} is no checkpoint of a network: its 'state_dict' is not tensors by name.")
     return checkpoint
+
+
+@functools.lru_cache(maxsize=16)
+def _damaged_part(path: Path, *status: int) -> str | None:
+    """Compares an archive's contents with its checksums, which torch does not; once for each state of a file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+        return str(error)
 
 
 def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
@@ -126,11 +144,14 @@ def stored_task(checkpoint: dict[str, Any], what: str | Path) -> dict[str, Any]:
         what: The checkpoint, for messages.
 
     Raises:
-        CheckpointError: If none of ours did.
+        CheckpointError: If none of ours did, or what it says of it is damaged.
     """
     if CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError(f"{what} was not written by a task of lightning_attn: it names no task.")
     task: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
+    kinds = {"name": str, "class_path": str, "arguments": dict}
+    if not isinstance(task, dict) or not all(isinstance(task.get(name), kind) for name, kind in kinds.items()):
+        raise CheckpointError(f"{what} is damaged: what it says of its task is not a name, a class and its arguments.")
     return task
 
 
@@ -144,7 +165,10 @@ def choose_weights(checkpoint: dict[str, Any], weights: Weights, path: str | Pat
 
     Raises:
         CheckpointError: If "current" is asked for and there is one set only.
+        ValueError: If `weights` is neither.
     """
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be 'averaged' or 'current', got {weights!r}.")
     if weights == "averaged":
         return
     if "current_model_state" not in checkpoint:

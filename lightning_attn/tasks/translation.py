@@ -230,6 +230,16 @@ class TranslationTask(TokenMeanTask):
             max_lengths=options.max_lengths(lengths),
         )
 
+    def _translations(self, source: Tensor) -> list[list[str]]:
+        """The n best texts of each sentence; of a blank one, whose only token is end-of-sentence, the empty text."""
+        assert self.vocabulary is not None
+        lengths = (source != self.vocabulary.pad_id).sum(dim=1).tolist()
+        found = self._search(source, self.decoding.beam_size)
+        return [
+            [self._text(hypothesis) for hypothesis in best] if length > 1 else [""]
+            for best, length in zip(found, lengths, strict=True)
+        ]
+
     def _text(self, hypothesis: Hypothesis) -> str:
         assert self.vocabulary is not None
         return one_line(self.vocabulary.decode(hypothesis.tokens))
@@ -290,8 +300,7 @@ class TranslationTask(TokenMeanTask):
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         """Translates a batch; all n-best texts are kept until the end of the epoch, those of typed text printed."""
-        found = self._search(batch.source, self.decoding.beam_size)
-        texts = [[self._text(hypothesis) for hypothesis in best] for best in found]
+        texts = self._translations(batch.source)
         if isinstance(self.trainer.datamodule, WMT14DataModule) and self.trainer.datamodule.reads_standard_input:  # type: ignore[attr-defined]
             for best in texts:
                 print("\t".join(best), flush=True)
@@ -314,7 +323,7 @@ class TranslationTask(TokenMeanTask):
             batch_size: How many the network sees at a time; those of like length go together.
 
         Returns:
-            The best translation of each, in the same order.
+            The best translation of each, in the same order; nothing for a blank sentence.
 
         Raises:
             RuntimeError: If there is no network yet; `load` makes one.
@@ -334,8 +343,8 @@ class TranslationTask(TokenMeanTask):
         with evaluating(self):
             for begin in range(0, len(order), batch_size):
                 indices = order[begin : begin + batch_size]
-                found = self._search(dataset.__getitems__(indices).source.to(self.device), self.decoding.beam_size)
-                translations.update(zip(indices, (self._text(best[0]) for best in found), strict=True))
+                found = self._translations(dataset.__getitems__(indices).source.to(self.device))
+                translations.update(zip(indices, (best[0] for best in found), strict=True))
         return list(translations.values())
 
 

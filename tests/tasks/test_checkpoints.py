@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_attn.tasks import CheckpointError, TranslationTask
-from lightning_attn.tasks.checkpoints import FORMAT, FORMAT_KEY, read_checkpoint
+from lightning_attn.tasks.checkpoints import FORMAT, FORMAT_KEY, choose_weights, read_checkpoint
 
 
 class Calls:
@@ -142,6 +142,28 @@ def test_archives_of_something_else(in_folder):
     torch.save({"state_dict": {}}, "lightning.ckpt")
     with pytest.raises(CheckpointError, match="was not written by a task of lightning_attn"):
         TranslationTask.load("lightning.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"state_dict": [torch.zeros(1)]}, "its 'state_dict' is not tensors by name"),
+        ({"state_dict": {"weight": 1}}, "its 'state_dict' is not tensors by name"),
+        ({"task": "translation"}, "what it says of its task is not a name, a class and its arguments"),
+        ({"task": {"name": "x", "class_path": "a.B"}}, "what it says of its task is not a name, a class and its"),
+        ({"task": {"name": "x", "class_path": "nowhere.B", "arguments": {}}}, r"nowhere\.B, which cannot be imported"),
+    ],
+)
+def test_parts_of_another_kind(in_folder, part, message):
+    torch.save(checkpoint() | part, "odd.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        TranslationTask.load("odd.ckpt")
+
+
+def test_unknown_weights(in_folder):
+    torch.save(checkpoint(), "some.ckpt")
+    with pytest.raises(ValueError, match="weights must be 'averaged' or 'current', got 'best'"):
+        choose_weights(read_checkpoint("some.ckpt"), "best", "some.ckpt")
 
 
 def test_a_checkpoint_of_a_later_version(in_folder):

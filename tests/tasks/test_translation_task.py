@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory, corpus) -> Path:
     return path
 
 
-def test_a_checkpoint_alone_is_enough(checkpoint):
+def test_a_checkpoint_alone_is_enough(checkpoint, monkeypatch):
     task = TranslationTask.load(checkpoint)
     assert isinstance(task, Subclass)
     assert task.flavour == "sour"
@@ -67,6 +67,8 @@ def test_a_checkpoint_alone_is_enough(checkpoint):
     assert together == [task.predict([sentence])[0] for sentence in sentences]
     assert together == task.predict(sentences, batch_size=2)
     assert task.predict([]) == []
+    monkeypatch.setattr(task, "_text", lambda hypothesis: "text")
+    assert task.predict(["", "a dog", " "]) == ["", "text", ""], "a blank line stays blank"
     with pytest.raises(TypeError, match=r"give a list, \[text\] for one"):
         task.predict("The woman reads a book.")
     assert TranslationTask.load_from_checkpoint(checkpoint, flavour="sweet").flavour == "sweet"
