@@ -63,12 +63,12 @@ class PackedLinear:
         x = x.to(self.dtype)
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
-        rows = x.flatten(0, -2)
-        added = -len(rows) % _step(len(rows), least=4)  # one row takes as long as four: reading the weight
+        rows = x.shape[:-1].numel()
+        added = -rows % _step(rows, least=4)  # one row takes as long as four: reading the weight
         if added == 0:
             return _product(x, self.weight, self.bias)
-        y = _product(F.pad(rows, (0, 0, 0, added)), self.weight, self.bias)
-        return y[: len(rows)].view(*x.shape[:-1], y.shape[-1])
+        y = _product(F.pad(x.flatten(0, -2), (0, 0, 0, added)), self.weight, self.bias)
+        return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -121,13 +121,14 @@ class _Linear(torch.autograd.Function):
 
 
 def _split_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = x.flatten(0, -2)
-    left = len(rows) % _step(len(rows), least=64)  # of small products oneDNN saves little
+    rows = x.shape[:-1].numel()
+    left = rows % _step(rows, least=64)  # of small products oneDNN saves little
     if left == 0:
         return _product(x, weight, bias)
-    if left == len(rows):
+    if left == rows:
         return F.linear(x, weight, bias)
-    parts = [_product(rows[:-left], weight, bias), F.linear(rows[-left:], weight, bias)]
+    first, rest = x.flatten(0, -2).tensor_split([rows - left])
+    parts = [_product(first, weight, bias), F.linear(rest, weight, bias)]
     return torch.cat(parts).view(*x.shape[:-1], weight.shape[0])
 
 
