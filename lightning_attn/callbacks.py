@@ -10,6 +10,7 @@ import torch
 import yaml
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -97,7 +98,9 @@ class ProgressLines(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints the metrics of a validation."""
         if not trainer.sanity_checking:
-            self._print(f"validated at step {trainer.global_step} {_metrics(trainer)}")
+            # An evaluation of its own does not count steps.
+            step = f" at step {trainer.global_step}" if trainer.state.fn == TrainerFn.FITTING else ""
+            self._print(f"validated{step} {_metrics(trainer)}")
 
     @staticmethod
     @rank_zero_only

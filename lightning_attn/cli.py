@@ -258,12 +258,13 @@ def _with_stored_configuration(arguments: list[str]) -> Iterator[tuple[list[str]
     if subcommand is None or configured or not checkpoint:
         yield arguments, None
         return
-    run = {} if checkpoint in _CHECKPOINT_WORDS else read_checkpoint(checkpoint).get(RUN_KEY)
+    is_word = checkpoint in _CHECKPOINT_WORDS
+    run = None if is_word else read_checkpoint(checkpoint).get(RUN_KEY)
     if not (isinstance(run, dict) and isinstance(run.get("configuration"), dict)):
         if _value_of("--model", arguments) and _value_of("--data", arguments):
             yield arguments, None
             return
-        found = "means the newest of a run" if run == {} else "holds no configuration of a run"
+        found = "means the newest of a run" if is_word else "holds no configuration of a run"
         raise ConfigurationError(f"ckpt_path: {checkpoint!r} {found}. Give the configuration: -c FILE.")
     values = run["configuration"]
     if subcommand != "fit":
@@ -488,10 +489,10 @@ def _message(error: Exception) -> str | None:
         return f"{text}. Nothing older was lost. Make room, then go on from the last checkpoint with --ckpt_path."
     if isinstance(error, MisconfigurationException):
         return text
-    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
         return (
-            f"{text}. Results go into the run directory, or beside a checkpoint. To write elsewhere, give --run.root "
-            "FOLDER, or --output for export and average."
+            f"{text}. If results cannot be written there, give another place: --run.root FOLDER, or --output for "
+            "export and average."
         )
     if re.match(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", text):
         return (
@@ -510,10 +511,6 @@ def _message(error: Exception) -> str | None:
 def _has_lost_rank(text: str) -> bool:
     """Whether an error says that another rank has closed its connection."""
     return "gloo" in text and re.search(r"Connection (closed|reset) by peer|Broken pipe", text) is not None
-
-
-# A folder that cannot be written to, a file that cannot be read.
-_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _is_full(error: BaseException) -> bool:

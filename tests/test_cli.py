@@ -17,8 +17,10 @@ import sacrebleu
 import torch
 import yaml
 
-from lightning_attn.cli import main
+from lightning_attn.attention.linear import linear
+from lightning_attn.cli import _message, main
 from lightning_attn.tasks import TranslationTask
+from lightning_attn.tasks.base import require_network
 from lightning_attn.tasks.checkpoints import read_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
@@ -331,6 +333,13 @@ def test_results_go_where_they_are_wanted(run, tiny_config, in_folder, monkeypat
     assert "--run.root FOLDER" in printed
     assert not (renamed / "predictions").exists()
 
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "export/model.json")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    printed = run("export", "--ckpt_path", renamed / "last.ckpt", status=2)
+    assert "Read-only file system: 'export/model.json'. If results cannot be written there" in printed
+
 
 def test_what_a_checkpoint_without_a_run_lacks(run, tiny_config, in_folder):
     run("fit", "-c", tiny_config, "--trainer.max_steps", 2)
@@ -374,6 +383,16 @@ def test_errors_from_below_keep_their_traceback(run, tiny_config, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", broken)
     with pytest.raises(ValueError, match="not for users"):
         run("fit", "-c", tiny_config)
+
+
+def test_faults_within_an_operator_keep_theirs_too():
+    """The operator has no frame of its own: the last one is ours."""
+    with pytest.raises(RuntimeError) as caught:
+        linear(torch.zeros(2, 3), torch.zeros(4, 5))
+    assert _message(caught.value) is None
+    with pytest.raises(RuntimeError) as caught:
+        require_network(None)
+    assert _message(caught.value) == str(caught.value)
 
 
 def test_a_checkpoint_alone_is_enough(run, tiny_config, in_folder):

@@ -247,6 +247,7 @@ class Killer:
         ("segmentation", ("--data.num_workers", "2"), 1),
         ("translation", ("--data.num_workers", "2"), 2),
         ("detection", AVERAGED, 2),
+        ("segmentation", (), 2),
     ],
 )
 def test_kills_at_any_moment_change_nothing(request, in_folder, task, options, ranks):
