@@ -374,3 +374,27 @@ def test_a_file_that_cannot_grow_loses_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert torch.equal(checkpoints.load_checkpoint(path)["state_dict"]["w"], torch.ones(3))
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_breaks_off_the_writing_is_what_is_raised(tmp_path, monkeypatch):
+    """As when a worker's death is noticed in between: not the archive that is cut short by it."""
+    path = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"state_dict": {"w": torch.ones(3)}}, path)
+    written = []
+
+    class Breaking:
+        def __init__(self, file):
+            self.file, self.flush = file, file.flush
+
+        def write(self, data):
+            written.append(len(data))
+            if len(written) > 3:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+            return self.file.write(data)
+
+    original = torch.save
+    monkeypatch.setattr(torch, "save", lambda checkpoint, file: original(checkpoint, Breaking(file)))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        WholeCheckpoints().save_checkpoint({"state_dict": {"w": torch.zeros(10_000)}}, path)
+    assert torch.equal(WholeCheckpoints().load_checkpoint(path)["state_dict"]["w"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

@@ -291,9 +291,12 @@ class WholeCheckpoints(CheckpointIO):
         try:
             write_file(Path(path), lambda file: torch.save(checkpoint, file), replace=True)
         except RuntimeError as error:
-            # torch's writer complains about its position in the file when the file has already said why.
-            if isinstance(error.__context__, OSError):
-                raise _of_file(error.__context__, path) from error
+            # Whatever breaks it off, torch's writer complains about its position in the file in the end.
+            cause = error.__context__
+            if isinstance(cause, OSError):
+                raise _of_file(cause, path) from error
+            if cause is not None and "unexpected pos" in str(error):
+                raise cause from None
             raise
         except OSError as error:
             raise _of_file(error, path) from error

@@ -144,7 +144,7 @@ def test_resuming_another_plan_is_refused_in_the_middle_of_an_epoch(changes, mes
     [
         ({"batch_size": 0}, "batch_size: 0 is too small"),
         ({"rank": 2, "world_size": 2}, r"rank: 2 is not in 0\.\.1"),
-        ({"groups": GROUPS[:0]}, "there is no image to train on"),
+        ({"groups": GROUPS[:0]}, "there is nothing to train on: the data set is empty"),
     ],
 )
 def test_bad_arguments(changes, message):
