@@ -263,23 +263,7 @@ class SaveConfiguration(Callback):
         self._written = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the file, now that the checkpoint fits."""
-        self._write(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See `on_fit_start`."""
-        self._write(trainer)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See `on_fit_start`."""
-        self._write(trainer)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See `on_fit_start`."""
-        self._write(trainer)
-
-    def _write(self, trainer: pl.Trainer) -> None:
-        """Writes the file once, on rank 0, unless it is there already."""
+        """Now that the checkpoint fits, writes the file once, on rank 0, unless it is there already."""
         if not trainer.is_global_zero or self._written:
             return
         self._written = True
@@ -288,6 +272,8 @@ class SaveConfiguration(Callback):
         name = f"config_{self.subcommand}"
         if all(path.read_text() != text for path in self.directory.glob(f"{name}*.yaml")):
             write_text(self.directory / f"{name}.yaml", text)
+
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

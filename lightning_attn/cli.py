@@ -526,8 +526,8 @@ def _is_ours(error: BaseException) -> bool:
     if frame.f_globals.get("__name__", "").split(".")[0] not in ("lightning_attn", "datamodules", "jsonargparse"):
         return False
     # An operator of torch has no frame of its own: what it complains about is a fault of the caller.
-    by_operator = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
-    return not by_operator or linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
+    source = linecache.getline(frame.f_code.co_filename, line)
+    return not isinstance(error, RuntimeError) or source.lstrip().startswith("raise")
 
 
 def _configure_messages() -> None:
