@@ -95,8 +95,10 @@ def _damaged_part(path: Path, *status: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-        return str(error)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system could not read it
+        return str(error)  # of whichever decompressor a damaged directory names
 
 
 def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:

@@ -131,6 +131,18 @@ def test_empty_and_foreign_files(in_folder, content):
         read_checkpoint("bad.ckpt")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"), [(8, 1), (10, 8), (10, 12), (10, 14), (10, 99)], ids=["encrypted", *("as compressed",) * 4]
+)
+def test_archives_whose_directory_is_damaged(in_folder, place, value):
+    torch.save(checkpoint(), "some.ckpt")
+    damaged = bytearray(Path("some.ckpt").read_bytes())
+    damaged[damaged.index(b"PK\x01\x02") + place] = value
+    Path("some.ckpt").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"some\.ckpt is damaged \(.+\)\. Use another checkpoint"):
+        read_checkpoint("some.ckpt")
+
+
 def test_archives_of_something_else(in_folder):
     with zipfile.ZipFile("photos.zip", "w") as archive:
         archive.writestr("holiday.txt", "sun")
