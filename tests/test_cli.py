@@ -17,7 +17,7 @@ import sacrebleu
 import torch
 import yaml
 
-from lightning_attn.attention.linear import linear
+from lightning_attn.attention.cpu.linear import linear
 from lightning_attn.cli import _message, main
 from lightning_attn.tasks import TranslationTask
 from lightning_attn.tasks.base import require_network

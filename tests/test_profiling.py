@@ -179,8 +179,10 @@ def test_attention_to_key_content_costs_at_least_its_two_products(terms):
 
 
 @pytest.mark.parametrize("terms", ["1000", "0100", "1111"])
-def test_a_window_makes_the_measured_work_linear(terms):
-    assert count(terms, 48, 16, window=5) / count(terms, 24, 16, window=5) == pytest.approx(2, rel=0.1)
+def test_a_window_makes_the_measured_work_nearly_linear(terms):
+    # Twice as many queries. Position energies are made for all rows and columns of keys, N (H + W) of them.
+    assert count(terms, 96, 16, window=5) / count(terms, 48, 16, window=5) < 2.6
+    assert count(terms, 96, 16) / count(terms, 48, 16) > 3.2
 
 
 def test_the_table_of_costs():

@@ -75,7 +75,7 @@ def test_sentences_of_any_length(terms, tmp_path):
     run = written(
         Program(Padded(attention), {"x": x, "padding": padding}, {"y": ""}, {"x": axes, "padding": axes}), tmp_path
     )
-    attention.algorithm = "definition"
+    attention.algorithm = "reference"
     for batch, length in ((3, 7), (2, 11), (1, 4), (5, 1), (1, 1)):
         x, padding = torch.randn(batch, length, 8), torch.zeros(batch, length, dtype=torch.bool)
         padding[-1, 2:] = True
@@ -85,11 +85,11 @@ def test_sentences_of_any_length(terms, tmp_path):
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("options", [{}, {"kv_stride": 2}, {"window": 3}])
 def test_maps(terms, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_attn.attention.algorithms._PLAIN_ELEMENTS", 500)  # several blocks of queries
+    monkeypatch.setattr("lightning_attn.attention.algorithms.dense._BLOCK_WEIGHTS", 500)  # several blocks of queries
     attention = randomised(TransformerAttention(8, 2, terms=terms, ndim=2, **options))
     run = written(Program(attention, {"x": torch.randn(2, 8, 5, 6)}, {"y": ""}), tmp_path)
     x = torch.randn(2, 8, 5, 6)
-    attention.algorithm = "definition"
+    attention.algorithm = "reference"
     torch.testing.assert_close(run(x), attention(x), rtol=1e-4, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_convolutions(module, kind, tmp_path):
     run = written(Program(convolution, {"x": torch.randn(shape)}, {"y": ""}), tmp_path, kind)
     x = torch.randn(shape)
     found = run(x)
-    convolution.algorithm = "definition"
+    convolution.algorithm = "reference"
     torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, convolution(x), rtol=1e-4, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_attn.attention import AttentionSpec, GatedResidual, TransformerAttention, definition
+from lightning_attn.attention import AttentionSpec, GatedResidual, TransformerAttention, reference
 from lightning_attn.attention.deformable import DeformableConv
 from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.attention.spec import TERM_SETS
@@ -64,20 +64,20 @@ def draw_sentence(length, batch=1):
 @torch.no_grad()
 def by_definition(attention, query, key, mask=None):
     """Energies, weights of each term alone, weights of the whole and keys seen, for all queries of the first sample."""
-    parameters = definition.parameters_of(attention)
-    energies = definition.term_energies(
+    parameters = reference.parameters_of(attention)
+    energies = reference.term_energies(
         query, key, parameters, num_heads=HEADS, terms=attention.terms, kv_stride=attention.kv_stride,
         scale=attention.scale,
     )  # fmt: skip
-    regions = definition.supporting_keys(
+    regions = reference.supporting_keys(
         query, key, window=attention.window, kv_stride=attention.kv_stride, causal=attention.causal,
         key_padding_mask=mask,
     )  # fmt: skip
-    alone = {name: definition.normalised_weights({name: energy}, regions)[0] for name, energy in energies.items()}
+    alone = {name: reference.normalised_weights({name: energy}, regions)[0] for name, energy in energies.items()}
     seen = torch.zeros(next(iter(energies.values())).shape[2:], dtype=torch.bool)
     for q, region in enumerate(regions[0]):
         seen[q, region] = True
-    whole = definition.normalised_weights(energies, regions)[0]
+    whole = reference.normalised_weights(energies, regions)[0]
     return {name: energy[0] for name, energy in energies.items()}, alone, whole, seen
 
 
@@ -475,7 +475,7 @@ def test_sampling_points_are_where_the_convolution_reads(modulated, settings):
     nn.init.normal_(convolution.offset.bias, std=0.3)
     position = (6, 5)
     points = sampling_points(convolution, torch.cat((torch.zeros_like(x), x)), position, sample=1)
-    size = convolution.kernel_size
+    size = convolution.kernel_size[0]
     assert points.size == (height, width)
     for tap in range(size**2):
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """The generalized attention of Zhu et al. (ICCV 2019): pure PyTorch, usable alone."""
 
-from lightning_attn.attention.cache import AttentionCache, DecodingCache, PrefixCache
+from lightning_attn.attention.decoding import AttentionCache, DecodingCache, PrefixCache
 from lightning_attn.attention.deformable import DeformableConv, offset_parameters
 from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.attention.factory import (

@@ -14,13 +14,29 @@ def require_int(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
-def require_odd(name: str, value: int, otherwise: str = "") -> None:
+def require_odd(name: str, value: object, otherwise: str = "") -> None:
     """Refuses what is not a positive odd integer; `otherwise` is a further way out that the message names."""
     require_int(name, value)
+    assert isinstance(value, int), "checked above"
     if value % 2 == 0:
         raise ValueError(
             f"{name} must be odd, so that it has a middle, got {value}: use {value - 1} or {value + 1}{otherwise}."
         )
+
+
+def require_window(window: object) -> None:
+    """Refuses what is neither a positive odd integer nor two of them, for y and for x."""
+    sizes = window if isinstance(window, tuple | list) else (window,)
+    if len(sizes) not in (1, 2) or (len(sizes) == 1 and isinstance(window, tuple | list)):
+        raise ValueError(f"window must be one odd number, or two (n_y, n_x), got {window!r}; null for all keys.")
+    for size in sizes:
+        require_odd("window", size, ", or null for all keys")
+
+
+def require_bool(name: str, value: object) -> None:
+    """Refuses what is not True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
 def require_ndim(ndim: int) -> None:
@@ -56,6 +72,8 @@ def check_input(name: str, x: Tensor, ndim: int, channels: int, channels_name: s
         channels_name: The argument that C comes from.
     """
     layout = "[B, L, C]" if ndim == 1 else "[B, C, H, W]"
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor {layout}, got {type(x).__name__}; torch.as_tensor makes one.")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be of a floating-point type, got {x.dtype}.")
     if x.dim() != ndim + 2:
@@ -65,7 +83,7 @@ def check_input(name: str, x: Tensor, ndim: int, channels: int, channels_name: s
 
 
 def check_mask(mask: Tensor | None, x: Tensor, owner: str) -> None:
-    """Refuses a `key_padding_mask` that is not bool with one element for each position of `x`.
+    """Refuses a `key_padding_mask` that is not a bool tensor with one element for each position of `x`.
 
     Args:
         mask: The mask; None is none.
@@ -75,7 +93,17 @@ def check_mask(mask: Tensor | None, x: Tensor, owner: str) -> None:
     if mask is None:
         return
     expected = (x.shape[0], *(x.shape[1:2] if x.dim() == 3 else x.shape[2:]))
-    if mask.dtype != torch.bool:
-        raise ValueError(f"key_padding_mask must be bool, True where padded, got {mask.dtype}.")
+    require_mask("key_padding_mask", mask, "padded")
     if tuple(mask.shape) != expected:
         raise ValueError(f"key_padding_mask must have the shape {expected} of {owner}, got {tuple(mask.shape)}.")
+
+
+def require_mask(name: str, mask: object, meaning: str) -> None:
+    """Refuses what is not a bool tensor."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"{name} must be a torch.Tensor of bool, True where {meaning}, got {type(mask).__name__}; "
+            "torch.as_tensor makes one."
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool, True where {meaning}, got {mask.dtype}.")

@@ -5,9 +5,10 @@ and zero outside the input. That is A_m(q, k) = G(k, q + p_m + offset_m(q)) with
 G(a, b) = prod over axes of max(0, 1 - |a - b|). Offsets come from a convolution of the same kernel.
 """
 
-import contextlib
+import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,33 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d
 
-from lightning_attn.attention import definition
-from lightning_attn.attention.checks import check_input, check_mask, require_int, require_ndim, require_odd
+from lightning_attn.attention import reference
+from lightning_attn.attention.checks import (
+    check_input,
+    check_mask,
+    divisors,
+    require_bool,
+    require_int,
+    require_ndim,
+)
+from lightning_attn.attention.decoding import DeformableConvCache
+from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.projections import without_autocast
+from lightning_attn.attention.transforms import is_transformed
 
-Algorithm = Literal["auto", "gather", "torchvision", "definition"]
+Algorithm = Literal["auto", "gather", "torchvision", "reference"]
+
+Sizes = int | Sequence[int]
+"""One number for every axis, or one for each: (y, x) in maps."""
 
 _BLOCK_ELEMENTS = 4_000_000
 """Sampled values that are held at once, 16 MB: larger blocks cost fresh memory pages, smaller ones more calls."""
 
 _FAR = 1e7
 """Further outside than any map is wide, and exact in float32."""
+
+_MMCV_NAMES = {"conv_offset.": "offset.", "conv_offset_mask.": "offset."}
+"""What mmcv's modules call the convolution that gives offsets: today, and in the first releases of the modulated one."""
 
 
 class DeformableConv(nn.Module):
@@ -33,8 +51,12 @@ class DeformableConv(nn.Module):
     The offsets of a query come from `offset`, a convolution of the same kernel, stride, dilation and padding. It starts
     at zero, so that the plain form starts as the regular convolution of the same `weight`. The modulated form has one
     more output per tap, whose sigmoid scales what the tap reads; as in the published models it starts at zero too, so
-    that every tap counts half at the start. Weights are exchangeable with those models: channels `2 m` and `2 m + 1`
-    of `offset` move tap m in y and in x (in one dimension, channel m moves tap m); the modulation's channels come last.
+    that every tap counts half at the start.
+
+    Weights are exchangeable with the published modules. `load_state_dict` reads those of mmcv's `DeformConv2dPack` and
+    `ModulatedDeformConv2dPack`, whose `conv_offset` is our `offset`; those of `torchvision.ops.DeformConv2d`, which is
+    given its offsets, with `strict=False`. Channels of `offset`, for each group of offsets: `2 m` and `2 m + 1` move
+    tap m in y and in x (in one dimension, channel m moves tap m); the modulation's channels come last.
 
     The causal form, for a decoder, is a choice of ours since the paper names none: the taps of query q start at
     `q - (kernel_size - 1) * dilation, ..., q - dilation, q`, and Omega_q holds the positions up to q only. The share of
@@ -43,22 +65,26 @@ class DeformableConv(nn.Module):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Odd number of taps along each axis.
+        kernel_size: Number of taps along each axis; of maps also `(k_y, k_x)`, like the next three.
         ndim: 1 for sequences `[B, L, C]`, 2 for maps `[B, C, H, W]`.
         stride: Distance of neighbouring queries, in input positions.
         dilation: Distance of neighbouring taps before they move, in input positions.
         padding: Zeros around the input on each side; None for `dilation * (kernel_size - 1) // 2`, which with stride 1
-            keeps the size.
+            and an odd kernel keeps the size.
         modulated: Scale each tap by a learned sigmoid.
         causal: See above; needs `ndim=1` and `stride=1`.
         bias: Add a learned vector to every output.
         algorithm: `"gather"` samples all taps with one weighted gather and multiplies them with `weight` in blocks;
-            `"torchvision"` is torchvision's operator, for maps; `"definition"` is the equation in plain loops, for
+            `"torchvision"` is torchvision's operator, for maps; `"reference"` is the equation in plain loops, for
             tests; `"auto"` is torchvision's operator for maps on CUDA and the gather elsewhere. All give the same
             numbers.
+        groups: Groups of channels that are convolved apart, as in torch's convolutions.
+        offset_groups: Groups of input channels that each have offsets (and modulation) of their own.
+        device: Where the parameters are made, as in torch's own modules.
+        dtype: Of the parameters, as in torch's own modules.
 
     Attributes:
-        weight: `[out_channels, in_channels, kernel_size(, kernel_size)]`.
+        weight: `[out_channels, in_channels / groups, k(_y, k_x)]`.
         bias: `[out_channels]`, or None.
         offset: The convolution that gives offsets and modulation. See `offset_parameters`.
 
@@ -72,57 +98,56 @@ class DeformableConv(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: Sizes = 3,
         ndim: Literal[1, 2] = 2,
-        stride: int = 1,
-        dilation: int = 1,
-        padding: int | None = None,
+        stride: Sizes = 1,
+        dilation: Sizes = 1,
+        padding: Sizes | None = None,
         modulated: bool = False,
         causal: bool = False,
         bias: bool = True,
         algorithm: Algorithm = "auto",
+        groups: int = 1,
+        offset_groups: int = 1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("in_channels", in_channels, 1),
-            ("out_channels", out_channels, 1),
-            ("stride", stride, 1),
-            ("dilation", dilation, 1),
-            ("padding", 0 if padding is None else padding, 0),
-        ):
-            require_int(name, value, least)
-        require_odd("kernel_size", kernel_size)
         require_ndim(ndim)
-        if causal:
-            if ndim != 1:
-                raise ValueError("causal=True needs ndim=1: a map has no order in which its positions become known.")
-            if stride != 1:
-                raise ValueError(
-                    f"causal=True needs stride=1, got {stride}: with a stride there is no output for every token."
-                )
-            if padding is not None:
-                raise ValueError(
-                    f"causal=True pads {(kernel_size - 1) * dilation} zeros on the left only; "
-                    f"leave padding=None, got {padding}."
-                )
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            require_int(name, value)
+        for name, flag in (("modulated", modulated), ("causal", causal), ("bias", bias)):
+            require_bool(name, flag)
+        _check_groups(in_channels, out_channels, groups, offset_groups)
+        geometry = _geometry(ndim, kernel_size, stride, dilation, padding, causal)
         _check_algorithm(algorithm, ndim)
-        self.in_channels, self.out_channels, self.kernel_size, self.ndim = in_channels, out_channels, kernel_size, ndim
-        self.stride, self.dilation, self.modulated, self.causal = stride, dilation, modulated, causal
-        self.padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        if algorithm == "reference" and (groups, offset_groups) != (1, 1):
+            raise ValueError(
+                f"algorithm='reference' has one group; use another with groups={groups}, offset_groups={offset_groups}."
+            )
+        self.in_channels, self.out_channels, self.ndim = in_channels, out_channels, ndim
+        self.kernel_size, self.stride = geometry.kernel_size, geometry.stride
+        self.dilation, self.padding = geometry.dilation, geometry.padding
+        self.modulated, self.causal, self.groups, self.offset_groups = modulated, causal, groups, offset_groups
         self.algorithm: Algorithm = algorithm
 
-        taps = kernel_size**ndim
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *[kernel_size] * ndim))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
-        conv = nn.Conv1d if ndim == 1 else nn.Conv2d
-        self.offset = conv(
-            in_channels,
-            taps * (ndim + modulated),
-            kernel_size,
-            stride=stride,
-            dilation=dilation,
-            padding=0 if causal else self.padding,
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels // groups, *self.kernel_size, device=device, dtype=dtype)
         )
+        vector = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", vector)
+        conv: Any = nn.Conv1d if ndim == 1 else nn.Conv2d
+        self.offset: nn.Module = conv(
+            in_channels,
+            offset_groups * geometry.taps * (ndim + modulated),
+            self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            padding=0 if causal else self.padding,
+            device=device,
+            dtype=dtype,
+        )
+        self.register_load_state_dict_pre_hook(_rename_from_mmcv)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,16 +156,16 @@ class DeformableConv(nn.Module):
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
             nn.init.uniform_(self.bias, -bound, bound)
-        nn.init.zeros_(self.offset.weight)
-        assert self.offset.bias is not None, "made with a bias"
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def extra_repr(self) -> str:
         """The settings that the parameters do not show."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, ndim={self.ndim}, "
             f"stride={self.stride}, dilation={self.dilation}, padding={self.padding}, modulated={self.modulated}, "
-            f"causal={self.causal}, bias={self.bias is not None}, algorithm={self.algorithm!r}"
+            f"causal={self.causal}, bias={self.bias is not None}, groups={self.groups}, "
+            f"offset_groups={self.offset_groups}, algorithm={self.algorithm!r}"
         )
 
     def forward(
@@ -148,7 +173,7 @@ class DeformableConv(nn.Module):
         x: Tensor,
         *,
         key_padding_mask: Tensor | None = None,
-        cache: "DeformableConvCache | None" = None,
+        cache: DeformableConvCache | None = None,
     ) -> Tensor:
         """Convolves a batch of sequences or maps.
 
@@ -165,12 +190,14 @@ class DeformableConv(nn.Module):
         Raises:
             ValueError: If a shape or dtype does not fit; the message names the argument.
         """
-        self._check_input(x, key_padding_mask)
+        check_input("x", x, self.ndim, self.in_channels, "in_channels")
+        check_mask(key_padding_mask, x, "x's positions")
         if cache is not None:
             return self._decode(x, key_padding_mask, cache)
+        self._geometry().output_sizes(x)
         if key_padding_mask is not None:
             x = x.masked_fill(key_padding_mask.unsqueeze(2 if self.ndim == 1 else 1), 0)
-        past = (self.kernel_size - 1) * self.dilation if self.causal else 0
+        past = self._past() if self.causal else 0
         offset, mask = self._offsets(F.pad(x, (0, 0, past, 0)) if past else x)
         return deformable_conv(
             x,
@@ -185,7 +212,7 @@ class DeformableConv(nn.Module):
             algorithm=self.algorithm,
         )
 
-    def new_cache(self) -> "DeformableConvCache":
+    def new_cache(self) -> DeformableConvCache:
         """A cache for decoding step by step, which gives the numbers of the full pass.
 
         Raises:
@@ -195,110 +222,49 @@ class DeformableConv(nn.Module):
             raise ValueError("new_cache: only a causal convolution is decoded step by step; build it with causal=True.")
         return DeformableConvCache()
 
+    def _geometry(self) -> "_Geometry":
+        return _Geometry(self.kernel_size, self.stride, self.dilation, self.padding, self.causal)
+
+    def _past(self) -> int:
+        """How far the first tap of a causal convolution lies before its query."""
+        return (self.kernel_size[0] - 1) * self.dilation[0]
+
     def _offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Offsets and modulation, in the layout of `deformable_conv`.
 
-        In float32 also under autocast: an offset of 5 has steps of 1/32 in bfloat16.
+        In the dtype of `offset` also under autocast: an offset of 5 has steps of 1/32 in bfloat16.
         """
-        device = x.device.type
-        exact = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if exact else contextlib.nullcontext():
-            x = x.to(self.offset.weight.dtype)
+        with without_autocast(x.device):
+            dtype = next((p.dtype for p in self.offset.parameters() if p.is_floating_point()), x.dtype)
+            x = x.to(dtype)
             moved: Tensor = self.offset(x.transpose(1, 2)).transpose(1, 2) if self.ndim == 1 else self.offset(x)
             if not self.modulated:
                 return moved, None
-            taps = self.kernel_size**self.ndim
+            taps = self.offset_groups * math.prod(self.kernel_size)
             channel = 2 if self.ndim == 1 else 1
             offset, mask = torch.split(moved, [taps * self.ndim, taps], dim=channel)
             return offset, mask.sigmoid()
 
-    def _decode(self, x: Tensor, key_padding_mask: Tensor | None, cache: "DeformableConvCache") -> Tensor:
+    def _decode(self, x: Tensor, key_padding_mask: Tensor | None, cache: DeformableConvCache) -> Tensor:
         if not self.causal:
             raise ValueError("cache: only a causal convolution is decoded step by step; build it with causal=True.")
         if key_padding_mask is not None:
             raise ValueError("cache: key_padding_mask is not for decoding step by step; pass None.")
-        first = cache.length
+        first, past = cache.length, self._past()
         cache.append(x)
-        past = (self.kernel_size - 1) * self.dilation
         offset, mask = self._offsets(cache.read(first - past))
-        position = offset + _axis_taps(x.shape[1], self.kernel_size, 1, self.dilation, past - first, offset)
-        last = torch.arange(first, cache.length, device=x.device)[:, None, None]
-        index, share = _corners([position], [cache.length], last, mask)
+        move, mask = (t if t is None else _by_tap(t, self.offset_groups) for t in (offset, mask))
+        start = _axis_taps(x.shape[1], self.kernel_size[0], 1, self.dilation[0], past - first, offset)
+        last = torch.arange(first, cache.length, device=x.device)[:, None, None, None]
+        index, weights = _corners([move + start.unsqueeze(-1)], [cache.length], last, mask)
         product = _sampled_product(
             cache.storage[None],
             cache.rows(index).flatten(0, 1)[None],
-            share.to(cache.storage.dtype).flatten(0, 1)[None],
-            _as_matrix(self.weight),
+            weights.to(cache.storage.dtype).flatten(0, 1)[None],
+            self.weight,
             self.bias,
         )
         return product.view(*x.shape[:2], self.out_channels)
-
-    def _check_input(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
-        check_input("x", x, self.ndim, self.in_channels, "in_channels")
-        sizes = x.shape[1:2] if self.ndim == 1 else x.shape[2:]
-        reach = 0 if self.causal else self.dilation * (self.kernel_size - 1) - 2 * self.padding
-        if min(sizes) <= max(0, reach):
-            raise ValueError(
-                f"x must have at least {max(0, reach) + 1} positions along each axis for "
-                f"kernel_size={self.kernel_size}, dilation={self.dilation} and padding={self.padding}, "
-                f"got shape {tuple(x.shape)}."
-            )
-        check_mask(key_padding_mask, x, "x's positions")
-
-
-class DeformableConvCache:
-    """The inputs of sequences that are decoded step by step; made by `DeformableConv.new_cache`.
-
-    Offsets may reach back to the first token, so all inputs are kept: once each, in the order in which they came, with
-    a table that says which belong to which sequence. Reordering for beam search copies the table only. For inference:
-    no gradient flows into earlier steps.
-
-    Attributes:
-        length: Number of tokens seen so far.
-        storage: Row 0 is zero, for what lies outside the sequence; then the inputs, then room for more. `[rows, C]`.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.storage = torch.empty(0, 0)
-        self._used = 0
-        self._table = torch.empty(0, 0, dtype=torch.long)
-
-    def append(self, x: Tensor) -> None:
-        """Adds the next tokens `[B, n, C]`.
-
-        Raises:
-            ValueError: If B is not the number of sequences in the cache.
-        """
-        batch, tokens, channels = x.shape
-        if self._used == 0:
-            self.storage = x.new_zeros(1, channels, dtype=_sampling_dtype(x))
-            self._used = 1
-            self._table = torch.empty(batch, 0, dtype=torch.long, device=x.device)
-        if batch != len(self._table):
-            raise ValueError(f"x has batch size {batch}, the cache has {len(self._table)}: they must be equal.")
-        end = self._used + batch * tokens
-        if end > len(self.storage):
-            grown = self.storage.new_empty(2 * end, channels)
-            grown[: self._used] = self.storage[: self._used]
-            self.storage = grown
-        self.storage[self._used : end] = x.detach().flatten(0, 1)
-        new = torch.arange(self._used, end, device=x.device).view(batch, tokens)
-        self._table = torch.cat((self._table, new), dim=1)
-        self._used = end
-        self.length += tokens
-
-    def read(self, start: int) -> Tensor:
-        """The inputs from position `start` on, `[B, length - start, C]`; zeros at negative positions."""
-        return self.storage[F.pad(self._table[:, max(0, start) :], (max(0, -start), 0))]
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Rows of the storage for positions `[B, ...]` counted from 1; 0 stands for outside."""
-        return F.pad(self._table, (1, 0)).gather(1, index.flatten(1)).view_as(index)
-
-    def reorder(self, index: Tensor, beams: int = 1) -> None:
-        """See `DecodingCache.reorder`."""
-        self._table = self._table.index_select(0, index)
 
 
 def offset_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -317,26 +283,26 @@ def deformable_conv(
     bias: Tensor | None = None,
     *,
     mask: Tensor | None = None,
-    stride: int = 1,
-    dilation: int = 1,
-    padding: int | None = None,
+    stride: Sizes = 1,
+    dilation: Sizes = 1,
+    padding: Sizes | None = None,
     causal: bool = False,
     algorithm: Algorithm = "auto",
 ) -> Tensor:
     """Deformable convolution with given offsets (Eq. 4), in one or two dimensions by the rank of `x`.
 
     The gather holds, besides its inputs and output, a copy of `x` with one more position and, for the backward pass,
-    an index and a share per tap and corner: with K taps and N queries 48 K N bytes in two dimensions, 1.8 MB for 3 x 3
+    an index and a weight per tap and corner: with K taps and N queries 48 K N bytes in two dimensions, 1.8 MB for 3 x 3
     at 50 x 84. What the taps read (C K N values, 39 MB there with 256 channels) exists in blocks of about 16 MB only,
     and is read again in the backward pass.
 
     Args:
         x: `[B, L, C]` or `[B, C, H, W]`.
-        offset: `[B, L', k]`, or `[B, 2 k k, H', W']` with channels `2 m` and `2 m + 1` the move of tap m in y and x.
-            NaN gives NaN; an infinite offset lies outside and reads zero.
-        weight: `[out, C, k(, k)]`.
+        offset: `[B, L', G k]`, or `[B, G 2 k_y k_x, H', W']`, for G groups of offsets: in each, channels `2 m` and
+            `2 m + 1` move tap m in y and x. NaN gives NaN; an infinite offset lies outside and reads zero.
+        weight: `[out, C / groups, k]` or `[out, C / groups, k_y, k_x]`; how many groups there are follows.
         bias: `[out]`.
-        mask: Factor on what a tap reads, `[B, L', k]` or `[B, k k, H', W']`; None for one.
+        mask: Factor on what a tap reads, `[B, L', G k]` or `[B, G k_y k_x, H', W']`; None for one.
         stride: See `DeformableConv`.
         dilation: See `DeformableConv`.
         padding: See `DeformableConv`.
@@ -349,61 +315,159 @@ def deformable_conv(
     Raises:
         ValueError: If a shape or the algorithm does not fit.
     """
-    ndim, kernel_size = x.dim() - 2, weight.shape[-1]
-    if ndim not in (1, 2) or weight.dim() != x.dim() or weight.shape[1] != x.shape[2 if ndim == 1 else 1]:
+    ndim = x.dim() - 2
+    channels = x.shape[2 if ndim == 1 else 1] if ndim in (1, 2) else 0
+    if ndim not in (1, 2) or weight.dim() != x.dim() or weight.shape[1] == 0 or channels % weight.shape[1]:
         raise ValueError(
-            f"x and weight must be [B, L, C] and [out, C, k], or [B, C, H, W] and [out, C, k, k], "
-            f"got shapes {tuple(x.shape)} and {tuple(weight.shape)}."
+            f"x and weight must be [B, L, C] and [out, C / groups, k], or [B, C, H, W] and [out, C / groups, k_y, k_x],"
+            f" got shapes {tuple(x.shape)} and {tuple(weight.shape)}."
         )
     _check_algorithm(algorithm, ndim)
-    reach = dilation * (kernel_size - 1)
-    padding = reach // 2 if padding is None else padding
-    sizes = list(x.shape[1:2] if ndim == 1 else x.shape[2:])
-    outputs = sizes if causal else [(size + 2 * padding - reach - 1) // stride + 1 for size in sizes]
-    taps = kernel_size**ndim
-    for name, tensor, channels in (("offset", offset, taps * ndim), ("mask", mask, taps)):
-        expected = (x.shape[0], *outputs, channels) if ndim == 1 else (x.shape[0], channels, *outputs)
+    kernel = tuple(weight.shape[2:])
+    geometry = _geometry(ndim, kernel, stride, dilation, padding, causal)
+    outputs = geometry.output_sizes(x)
+    groups = max(1, offset.shape[2 if ndim == 1 else 1] // (geometry.taps * ndim)) if offset.dim() == x.dim() else 1
+    for name, tensor, per_group in (("offset", offset, geometry.taps * ndim), ("mask", mask, geometry.taps)):
+        width = groups * per_group
+        expected = (x.shape[0], *outputs, width) if ndim == 1 else (x.shape[0], width, *outputs)
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}.")
+    _check_groups(channels, weight.shape[0], channels // weight.shape[1], groups)
 
-    if algorithm == "definition":
-        return definition.deformable_convolution(
-            x, offset, weight, bias, mask=mask, stride=stride, dilation=dilation, padding=padding, causal=causal
-        )
-    if algorithm == "torchvision" or (algorithm == "auto" and ndim == 2 and x.is_cuda):
-        return _torchvision(x, offset, weight, bias, mask, stride, dilation, padding)
+    if algorithm == "reference":
+        return _by_reference(x, offset, weight, bias, mask, geometry, groups)
+    on_map = ndim == 2 and not causal
+    if algorithm == "torchvision" or (algorithm == "auto" and on_map and x.is_cuda and not is_transformed()):
+        return _torchvision(x, offset, weight, bias, mask, geometry)
 
-    dtype = _sampling_dtype(x)
-    # Axes of offsets, mask and positions: sample, query (two axes in a map), tap (two axes in a map).
+    rows = x if ndim == 1 else x.flatten(2).transpose(1, 2)
+    # Axes of moves, mask and positions: sample, query (two axes in a map), tap (two axes in a map), group of offsets.
     if ndim == 1:
-        moves, rows = [offset], x
+        moves = [_by_tap(offset, groups)]
+        mask = None if mask is None else _by_tap(mask, groups)
     else:
-        kernel = (kernel_size, kernel_size)
-        moves = list(torch.unflatten(offset, 1, (*kernel, 2)).permute(3, 0, 4, 5, 1, 2))
-        mask = None if mask is None else torch.unflatten(mask, 1, kernel).permute(0, 3, 4, 1, 2)
-        rows = x.flatten(2).transpose(1, 2)
+        moves = list(torch.unflatten(offset, 1, (groups, *kernel, 2)).permute(4, 0, 5, 6, 2, 3, 1))
+        mask = None if mask is None else torch.unflatten(mask, 1, (groups, *kernel)).permute(0, 4, 5, 2, 3, 1)
     positions = []
     for axis, (move, count) in enumerate(zip(moves, outputs, strict=True)):
-        start = _axis_taps(count, kernel_size, stride, dilation, reach if causal else padding, move)
-        shape = [count, kernel_size] if ndim == 1 else [1, 1, 1, 1]
-        if ndim == 2:
-            shape[axis], shape[2 + axis] = count, kernel_size
+        left = geometry.reach(axis) if causal else geometry.padding[axis]
+        start = _axis_taps(count, kernel[axis], geometry.stride[axis], geometry.dilation[axis], left, move)
+        shape = [1] * (2 * ndim + 1)
+        shape[axis], shape[ndim + axis] = count, kernel[axis]
         positions.append(move + start.view(shape))
-    last = torch.arange(sizes[0], device=x.device)[:, None, None] if causal else None
-    index, share = _corners(positions, sizes, last, mask)
-    flat = (x.shape[0], math.prod(outputs), taps, 2**ndim)
+    sizes = list(x.shape[1:2] if ndim == 1 else x.shape[2:])
+    last = torch.arange(sizes[0], device=x.device)[:, None, None, None] if causal else None
+    index, weights = _corners(positions, sizes, last, mask)
+    dtype = computation_dtype(x)
+    flat = (x.shape[0], math.prod(outputs), geometry.taps, groups, 2**ndim)
     product = _convolve(
-        F.pad(rows, (0, 0, 1, 0)).to(dtype),
-        index.reshape(flat),
-        share.to(dtype).reshape(flat),
-        _as_matrix(weight),
-        bias,
+        F.pad(rows, (0, 0, 1, 0)).to(dtype), index.reshape(flat), weights.to(dtype).reshape(flat), weight, bias
     )
     if ndim == 1:
         return product
     result = torch.unflatten(product.transpose(1, 2), 2, outputs)
     # In the memory format of x: what follows is slow on formats that alternate.
     return result if x.is_contiguous(memory_format=torch.channels_last) else result.contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """Where taps lie before they move; one number for each axis, y before x."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    causal: bool
+
+    @property
+    def taps(self) -> int:
+        """Number of taps K."""
+        return math.prod(self.kernel_size)
+
+    def reach(self, axis: int) -> int:
+        """Distance from the first to the last tap."""
+        return self.dilation[axis] * (self.kernel_size[axis] - 1)
+
+    def output_sizes(self, x: Tensor) -> list[int]:
+        """The grid of queries for `[B, L, C]` or `[B, C, H, W]`.
+
+        Raises:
+            ValueError: If there is not a single query.
+        """
+        sizes = list(x.shape[1:2] if x.dim() == 3 else x.shape[2:])
+        reaches = [self.reach(axis) for axis in range(len(sizes))]
+        if self.causal:
+            least = [1]
+            outputs = sizes
+        else:
+            least = [max(1, reach - 2 * pad + 1) for reach, pad in zip(reaches, self.padding, strict=True)]
+            outputs = [
+                (size + 2 * pad - reach - 1) // stride + 1
+                for size, pad, reach, stride in zip(sizes, self.padding, reaches, self.stride, strict=True)
+            ]
+        if any(size < needed for size, needed in zip(sizes, least, strict=True)):
+            raise ValueError(
+                f"x must have at least {_shown(least)} positions along each axis for "
+                f"kernel_size={_shown(self.kernel_size)}, dilation={_shown(self.dilation)} and "
+                f"padding={_shown(self.padding)}, got shape {tuple(x.shape)}."
+            )
+        return outputs
+
+
+def _geometry(
+    ndim: int, kernel_size: Sizes, stride: Sizes, dilation: Sizes, padding: Sizes | None, causal: bool
+) -> _Geometry:
+    """Checked sizes for every axis."""
+    kernel, strides, dilations = (
+        _sizes(name, value, ndim, 1)
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    )
+    reaches = tuple(d * (k - 1) for d, k in zip(dilations, kernel, strict=True))
+    if causal:
+        if ndim != 1:
+            raise ValueError("causal=True needs ndim=1: a map has no order in which its positions become known.")
+        if strides != (1,):
+            raise ValueError(
+                f"causal=True needs stride=1, got {strides[0]}: with a stride there is no output for every token."
+            )
+        if padding is not None:
+            raise ValueError(
+                f"causal=True pads {reaches[0]} zeros on the left only; leave padding=None, got {padding}."
+            )
+    pads = tuple(reach // 2 for reach in reaches) if padding is None else _sizes("padding", padding, ndim, 0)
+    return _Geometry(kernel, strides, dilations, pads, causal)
+
+
+def _sizes(name: str, value: Sizes, ndim: int, least: int) -> tuple[int, ...]:
+    """One number for each axis."""
+    if isinstance(value, int) or not isinstance(value, Sequence) or isinstance(value, str):
+        require_int(name, value, least)
+        assert isinstance(value, int), "checked above"
+        return (value,) * ndim
+    if len(value) != ndim:
+        raise ValueError(f"{name} must be one number or {ndim} for ndim={ndim}, got {tuple(value)}.")
+    for number in value:
+        require_int(name, number, least)
+    return tuple(value)
+
+
+def _shown(values: Sequence[int]) -> str:
+    """One number if all are the same."""
+    return str(values[0]) if len(set(values)) == 1 else str(tuple(values))
+
+
+def _check_groups(in_channels: int, out_channels: int, groups: int, offset_groups: int) -> None:
+    for name, number, channels in (
+        ("groups", groups, in_channels),
+        ("groups", groups, out_channels),
+        ("offset_groups", offset_groups, in_channels),
+    ):
+        require_int(name, number)
+        if channels % number:
+            raise ValueError(
+                f"{name}={number} must divide the {channels} channels: use one of {divisors(channels)}."
+            )
 
 
 def _check_algorithm(algorithm: str, ndim: int) -> None:
@@ -413,41 +477,43 @@ def _check_algorithm(algorithm: str, ndim: int) -> None:
         raise ValueError("algorithm='torchvision' knows maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
 
 
-def _sampling_dtype(x: Tensor) -> torch.dtype:
-    """Half precision is sampled in float32, so that interpolation adds no rounding of its own."""
-    return torch.promote_types(x.dtype, torch.float32)
+def _rename_from_mmcv(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: the names that mmcv's modules use."""
+    for theirs, ours in _MMCV_NAMES.items():
+        for name in [name for name in state if name.startswith(prefix + theirs)]:
+            state[prefix + ours + name.removeprefix(prefix + theirs)] = state.pop(name)
 
 
-def _as_matrix(weight: Tensor) -> Tensor:
-    """`[out, C, k(, k)]` to `[out, K C]`: the channels of one tap lie together, as they are sampled."""
-    return weight.flatten(2).transpose(1, 2).flatten(1)
+def _by_tap(channels: Tensor, groups: int) -> Tensor:
+    """Offsets or modulation of sequences by tap and group, `[B, L', k, groups]`, of `[B, L', groups k]`."""
+    return torch.unflatten(channels, 2, (groups, -1)).transpose(2, 3)
 
 
 def _axis_taps(count: int, kernel_size: int, stride: int, dilation: int, left: int, like: Tensor) -> Tensor:
     """Where the taps of each query start along one axis, `[count, k]`, in float32 or better."""
     queries = torch.arange(count, device=like.device) * stride - left
     taps = torch.arange(kernel_size, device=like.device) * dilation
-    return (queries[:, None] + taps).to(torch.promote_types(like.dtype, torch.float32))
+    return (queries[:, None] + taps).to(computation_dtype(like))
 
 
 def _corners(
     positions: list[Tensor], sizes: list[int], last: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The grid points around each sampling position and their shares G(k, position), times `mask`.
+    """The grid points around each sampling position and their bilinear weights G(k, position), times `mask`.
 
     Args:
         positions: One tensor per axis, y before x, all of one shape.
         sizes: Number of grid points along each axis.
         last: The last grid point that may be read, to broadcast against `[positions, corner]`; None for all.
-        mask: Factor on the shares, in the shape of a position.
+        mask: Factor on the weights, in the shape of a position.
 
     Returns:
-        Indices, 1 + the number of the grid point in raster order, or 0 outside; and shares. Each has the shape of a
+        Indices, 1 + the number of the grid point in raster order, or 0 outside; and weights. Each has the shape of a
         position with one more axis for the 2 or 4 corners.
     """
     index = torch.zeros((), dtype=torch.long, device=positions[0].device)
     inside = torch.ones((), dtype=torch.bool, device=positions[0].device)
-    share = positions[0].new_ones(()) if mask is None else mask[..., None]
+    weights = positions[0].new_ones(()) if mask is None else mask[..., None]
     for position, size in zip(positions, sizes, strict=True):
         # Further outside is no different, and must not overflow the integer. At -1 itself the slope is still that of 0.
         position = position.clamp(-2, size)
@@ -457,77 +523,157 @@ def _corners(
         within = (corner >= 0) & (corner <= (size - 1 if last is None else last))
         inside = (inside[..., None] & within[..., None, :]).flatten(-2)
         index = (index[..., None] * size + corner.long()[..., None, :]).flatten(-2)
-        share = (share[..., None] * torch.stack((1 - fraction, fraction), dim=-1)[..., None, :]).flatten(-2)
-    # NaN is never inside; its share stays NaN.
-    return torch.where(inside, index + 1, 0), share
+        bilinear = torch.stack((1 - fraction, fraction), dim=-1)
+        weights = (weights[..., None] * bilinear[..., None, :]).flatten(-2)
+    # NaN is never inside; its weight stays NaN.
+    return torch.where(inside, index + 1, 0), weights
 
 
-def _convolve(rows: Tensor, index: Tensor, share: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(rows: Tensor, index: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`_sampled_product` in blocks, whose samples are not kept for the backward pass but read again.
 
     Small blocks are faster as well: sampled values do not go through main memory. A program has one, since it may not
-    know the lengths yet.
+    know the lengths yet; so has what a transform looks into, which cannot make things again.
     """
-    if torch.compiler.is_exporting():
-        return _sampled_product(rows, index, share, matrix, bias)
-    queries = index.shape[1]
-    queries_at_once = max(1, _BLOCK_ELEMENTS // matrix.shape[1])
+    batch, queries, taps = index.shape[:3]
+    if torch.compiler.is_exporting() or is_transformed() or 0 in index.shape:
+        return _sampled_product(rows, index, weights, weight, bias)
+    queries_at_once = max(1, _BLOCK_ELEMENTS // (taps * rows.shape[2]))
     samples_at_once = max(1, queries_at_once // queries)
     parts = math.ceil(queries / queries_at_once)
     outputs = []
-    for samples in zip(*(torch.split(t, samples_at_once) for t in (rows, index, share)), strict=True):
+    for samples in zip(*(torch.split(t, samples_at_once) for t in (rows, index, weights)), strict=True):
         for part in zip(samples[1].chunk(parts, dim=1), samples[2].chunk(parts, dim=1), strict=True):
-            arguments = (samples[0], *part, matrix, bias)
+            arguments = (samples[0], *part, weight, bias)
             if torch.is_grad_enabled():
                 block = checkpoint(_sampled_product, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 block = _sampled_product(*arguments)
             outputs.append(block.flatten(0, 1))
-    return torch.unflatten(torch.cat(outputs), 0, (rows.shape[0], queries))
+    return torch.unflatten(torch.cat(outputs), 0, (batch, queries))
 
 
-def _sampled_product(rows: Tensor, index: Tensor, share: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    """Reads the taps of each query and multiplies them with the weights.
+def _sampled_product(rows: Tensor, index: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Reads the taps of each query and multiplies them with the weights of the convolution.
 
     Args:
         rows: What can be read, `[B, R, C]`; row 0 of each sample is zero.
-        index: Rows to read, of the same sample, `[B, N, K, corners]`.
-        share: Their shares, in the dtype of `rows`.
-        matrix: `[out, K C]`.
+        index: Rows to read, of the same sample, `[B, N, K, groups of offsets, corners]`.
+        weights: Their bilinear weights, in the dtype of `rows`.
+        weight: `[out, C / groups, k(_y, k_x)]`, K in all.
         bias: `[out]`.
 
     Returns:
         `[B, N, out]`.
     """
-    batch, queries, _, corners = index.shape
-    first = torch.arange(batch, device=index.device) * rows.shape[1]
-    bags = (index + first[:, None, None, None]).view(-1, corners)
-    sampled = F.embedding_bag(bags, rows.flatten(0, 1), mode="sum", per_sample_weights=share.reshape(-1, corners))
-    columns = sampled.view(batch * queries, matrix.shape[1]).to(matrix.dtype)
-    if columns.is_cpu and columns.shape[0] and not torch.compiler.is_compiling():
+    batch, queries, taps, offset_groups, corners = index.shape
+    channels = rows.shape[2]
+    # A row of each group of channels alone, one after the other.
+    table = rows.reshape(-1, channels // offset_groups)
+    first = torch.arange(batch, device=index.device)[:, None, None, None, None] * rows.shape[1]
+    bags = (index + first) * offset_groups
+    if offset_groups > 1:
+        bags = bags + torch.arange(offset_groups, device=index.device)[:, None]
+    sampled = _weighted_rows(table, bags.view(-1, corners), weights.reshape(-1, corners))
+    sampled = sampled.view(batch * queries, taps, channels).to(weight.dtype)
+    groups = channels // weight.shape[1]
+    matrix = weight.flatten(2).transpose(1, 2)  # [out, K, C / groups]: the channels of a tap lie together, as sampled
+    if groups > 1:
+        by_group = torch.unflatten(sampled, 2, (groups, -1))
+        product = torch.einsum("nkgc,gokc->ngo", by_group, torch.unflatten(matrix, 0, (groups, -1))).flatten(1)
+        product = product if bias is None else product + bias.to(product.dtype)
+    elif sampled.is_cpu and sampled.shape[0] and not (torch.compiler.is_compiling() or is_transformed()):
         # The same product as a 1x1 convolution, whose library is the faster one on the CPU (26 against 44 ms for a map
         # of 50 x 84 with 256 channels).
-        image = columns[None, :, None].permute(0, 3, 1, 2)
-        product = F.conv2d(image, matrix[:, :, None, None], bias)[0, :, :, 0].T
+        image = sampled.flatten(1)[None, :, None].permute(0, 3, 1, 2)
+        product = F.conv2d(image, matrix.flatten(1)[:, :, None, None], bias)[0, :, :, 0].T
     else:
-        product = F.linear(columns, matrix, bias)
+        product = F.linear(sampled.flatten(1), matrix.flatten(1), bias)
     return torch.unflatten(product, 0, (batch, queries))
 
 
-def _torchvision(
+def _weighted_rows(table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """The sum of rows of a table `[R, C]`, by number and with weights, `[n, corners]` each: `[n, C]`."""
+    if is_transformed() or 0 in bags.shape:
+        return torch.einsum("nkc,nk->nc", table[bags], weights)
+    if torch.compiler.is_compiling():
+        return F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
+    rows: Tensor = _WeightedRows.apply(table, bags, weights)
+    return rows
+
+
+class _WeightedRows(torch.autograd.Function):
+    """`F.embedding_bag` with a backward pass that can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+        numbers = bags.flatten()
+        starts = torch.arange(0, bags.numel(), bags.shape[1], device=bags.device)
+        out, *places = torch.ops.aten._embedding_bag(table, numbers, starts, False, 0, False, weights.flatten())
+        ctx.save_for_backward(table, bags, weights, starts, *places)
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        table, bags, weights, starts, *places = ctx.saved_tensors
+        needs_table, _, needs_weights = ctx.needs_input_grad
+        if torch.is_grad_enabled() or is_transformed():
+            by_bag = grad.unsqueeze(1) * weights.unsqueeze(2)
+            grad_table = torch.zeros_like(table).index_add(0, bags.flatten(), by_bag.flatten(0, 1))
+            grad_weights = torch.einsum("nkc,nc->nk", table[bags], grad)
+        else:
+            numbers, factors, place = bags.flatten(), weights.flatten(), places[0]
+            if needs_table:
+                grad_table = torch.ops.aten._embedding_bag_backward(
+                    grad, numbers, starts, *places, table.shape[0], False, 0, False, factors
+                )
+            if needs_weights:
+                grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                    grad, table, numbers, starts, place, 0
+                ).view_as(weights)
+        return grad_table if needs_table else None, None, grad_weights if needs_weights else None
+
+
+def _by_reference(
     x: Tensor,
     offset: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    stride: int,
-    dilation: int,
-    padding: int,
+    geometry: _Geometry,
+    offset_groups: int,
+) -> Tensor:
+    """The equation in loops, which has one group and one number for all axes."""
+    uneven = [n for n in (geometry.kernel_size, geometry.stride, geometry.dilation, geometry.padding) if len(set(n)) > 1]
+    if offset_groups > 1 or weight.shape[1] != x.shape[2 if x.dim() == 3 else 1] or uneven:
+        raise ValueError("algorithm='reference' has one group and the same sizes along both axes; use 'gather'.")
+    return reference.deformable_convolution(
+        x,
+        offset,
+        weight,
+        bias,
+        mask=mask,
+        stride=geometry.stride[0],
+        dilation=geometry.dilation[0],
+        padding=geometry.padding[0],
+        causal=geometry.causal,
+    )
+
+
+def _torchvision(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, geometry: _Geometry
 ) -> Tensor:
     """The operator of torchvision in float32 or better, guarded: with a NaN offset it reads outside the memory of x."""
-    dtype = _sampling_dtype(x)
-    broken = offset.detach().isnan()
-    tame = offset.nan_to_num(0.0, _FAR, -_FAR).clamp(-_FAR, _FAR)
-    tensors = [t if t is None else t.to(dtype) for t in (x, tame, weight, bias, mask)]
-    result: Tensor = deform_conv2d(*tensors[:4], stride=stride, padding=padding, dilation=dilation, mask=tensors[4])
-    return result.masked_fill(broken.any(1, keepdim=True), math.nan).to(x.dtype)
+    dtype = computation_dtype(x)
+    nan_offsets = offset.detach().isnan()
+    clamped = offset.nan_to_num(0.0, _FAR, -_FAR).clamp(-_FAR, _FAR)
+    tensors = [t if t is None else t.to(dtype) for t in (x, clamped, weight, bias, mask)]
+    result: Tensor = deform_conv2d(
+        *tensors[:4],
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        mask=tensors[4],
+    )
+    return result.masked_fill(nan_offsets.any(1, keepdim=True), math.nan).to(x.dtype)

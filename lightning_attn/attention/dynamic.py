@@ -9,21 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_attn.attention import definition
+from lightning_attn.attention import reference
 from lightning_attn.attention.checks import (
     check_input,
     check_mask,
     divisors,
+    require_bool,
     require_dropout,
     require_int,
     require_ndim,
     require_odd,
 )
+from lightning_attn.attention.decoding import DynamicConvCache
 from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.projections import is_plain, project, project_map
+from lightning_attn.attention.transforms import is_transformed
 
-DynamicAlgorithm = Literal["auto", "band", "taps", "definition"]
+DynamicAlgorithm = Literal["auto", "band", "taps", "reference"]
 
-_ALGORITHMS = {1: ("auto", "band", "definition"), 2: ("auto", "taps", "definition")}
+_ALGORITHMS = {1: ("auto", "band", "reference"), 2: ("auto", "taps", "reference")}
 
 # Elements of the predicted kernels, N x G x N_k, that are kept for the backward pass (64 MiB in float32). More are made
 # block by block and once more in the backward pass.
@@ -32,23 +36,6 @@ KERNEL_ELEMENTS = 1 << 24
 BLOCK_ELEMENTS = 1 << 23
 # Queries of one band matrix, or as many as the kernel has taps. Longer sentences are cut: a long band is mostly zeros.
 BAND_QUERIES = 64
-
-
-class DynamicConvCache:
-    """The last gated inputs of a sentence that is decoded step by step; made by `DynamicConv.new_cache`.
-
-    Attributes:
-        value: GLU outputs of the last kernel_size - 1 tokens, `[B, kernel_size - 1, C]`, zeros before the first
-            token; None before the first step.
-    """
-
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
-
-    def reorder(self, index: Tensor, beams: int = 1) -> None:
-        """See `DecodingCache.reorder`."""
-        if self.value is not None:
-            self.value = self.value.index_select(0, index)
 
 
 class DynamicConv(nn.Module):
@@ -63,7 +50,8 @@ class DynamicConv(nn.Module):
     kernel is not normalised anew without them.
 
     Parameters: `input_proj` (C -> 2C, value before gate), `kernel_proj` (C -> G * N_k, all taps of one group before the
-    next group, taps of a map row by row), `out_proj` (W).
+    next group, taps of a map row by row), `out_proj` (W), and with `conv_bias=True` a vector `conv_bias`. Projections
+    may be replaced, wrapped, parametrised or hooked; such a layer is called, once in each pass.
 
     The unfolded input N x C x N_k never exists. Sentences multiply with band matrices, maps add shifted copies tap by
     tap. Kernels of more than `KERNEL_ELEMENTS` elements are made in blocks and again in the backward pass.
@@ -76,11 +64,18 @@ class DynamicConv(nn.Module):
         causal: The kernel covers the positions q - n_k + 1 to q instead of those around q. Sequences only.
         dropout: Probability of dropping an element of the normalised kernel in training.
         algorithm: `"auto"` or the one for `ndim`, which are equal today: `"band"` for sequences, `"taps"` for maps;
-            `"definition"` runs the literal loops of `definition.py`, without dropout.
+            `"reference"` runs the literal loops of `reference.py`, without dropout.
+        weight_softmax: Normalise the kernel by a softmax (Eq. 7). This and the next two are named as in fairseq.
+        conv_bias: Add a learned vector to the convolution's output, before `out_proj`.
+        renorm_padding: Normalise over the kernel positions only that lie inside the input and not on padding.
+        device: Where the parameters are made, as in torch's own modules.
+        dtype: Of the parameters, as in torch's own modules.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the others; the message names the way out.
     """
+
+    conv_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -91,14 +86,27 @@ class DynamicConv(nn.Module):
         causal: bool = False,
         dropout: float = 0.0,
         algorithm: DynamicAlgorithm = "auto",
+        weight_softmax: bool = True,
+        conv_bias: bool = False,
+        renorm_padding: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(dim, kernel_size, groups, ndim, causal, dropout, algorithm)
+        for name, flag in (("conv_bias", conv_bias), ("weight_softmax", weight_softmax)):
+            require_bool(name, flag)
+        require_bool("renorm_padding", renorm_padding)
+        if renorm_padding and not weight_softmax:
+            raise ValueError("renorm_padding=True needs weight_softmax=True: what is not normalised cannot be anew.")
         self.dim, self.kernel_size, self.groups, self.ndim = dim, kernel_size, groups, ndim
         self.causal, self.dropout, self.algorithm = causal, dropout, algorithm
-        self.input_proj = nn.Linear(dim, 2 * dim)
-        self.kernel_proj = nn.Linear(dim, groups * kernel_size**ndim, bias=False)
-        self.out_proj = nn.Linear(dim, dim)
+        self.weight_softmax, self.renorm_padding = weight_softmax, renorm_padding
+        self.input_proj = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
+        self.kernel_proj = nn.Linear(dim, groups * kernel_size**ndim, bias=False, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        vector = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if conv_bias else None
+        self.register_parameter("conv_bias", vector)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,12 +115,15 @@ class DynamicConv(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
         nn.init.zeros_(self.input_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
+        if self.conv_bias is not None:
+            nn.init.zeros_(self.conv_bias)
 
     def extra_repr(self) -> str:
         """The settings that the parameters do not show."""
         return (
             f"kernel_size={self.kernel_size}, groups={self.groups}, ndim={self.ndim}, causal={self.causal}, "
-            f"dropout={self.dropout:g}, algorithm={self.algorithm!r}"
+            f"dropout={self.dropout:g}, weight_softmax={self.weight_softmax}, "
+            f"renorm_padding={self.renorm_padding}, algorithm={self.algorithm!r}"
         )
 
     def new_cache(self) -> DynamicConvCache:
@@ -135,8 +146,9 @@ class DynamicConv(nn.Module):
 
         Args:
             x: `[B, L, C]` or `[B, C, H, W]`.
-            key_padding_mask: Bool, `[B, L]` or `[B, H, W]`, True where a position is padding: it reads as zero, so that
-                a padded sentence gets the outputs it would get alone.
+            key_padding_mask: Bool, `[B, L]` or `[B, H, W]`, True where a position is padding: what it holds, even NaN,
+                is never read. It counts as zero, before the GLU for itself and after it for others, so that a padded
+                sentence gets the outputs it would get alone.
             cache: From `new_cache`; `x` then holds the next tokens of a sequence that is decoded step by step.
 
         Returns:
@@ -148,87 +160,153 @@ class DynamicConv(nn.Module):
         self._check_input(x, key_padding_mask, cache)
         if 0 in x.shape[1:]:  # no position at all
             return x.clone()
-        if self.algorithm == "definition":
-            if cache is not None:
-                raise ValueError("cache: algorithm='definition' has no cache; use algorithm='auto'.")
-            return definition.dynamic_convolution(
-                x,
-                self._parameters_of_definition(),
-                groups=self.groups,
-                kernel_size=self.kernel_size,
-                causal=self.causal,
-                key_padding_mask=key_padding_mask,
-            )
-        content = F.glu(self._project(self.input_proj, x), dim=-1 if self.ndim == 1 else 1).contiguous()
-        value = content
-        if key_padding_mask is not None:
-            value = content.masked_fill(key_padding_mask.unsqueeze(-1 if self.ndim == 1 else 1), 0.0)
+        channel = -1 if self.ndim == 1 else 1
+        padding = None if key_padding_mask is None else key_padding_mask.unsqueeze(channel)
+        if padding is not None:
+            x = x.masked_fill(padding, 0.0)
+        if self.algorithm == "reference":
+            return self._by_reference(x, key_padding_mask, cache)
+        content = F.glu(self._project(self.input_proj, x), dim=channel).contiguous()
+        value = content if padding is None else content.masked_fill(padding, 0.0)
         if self.ndim == 1:
-            aggregated = self._aggregate_sequence(content, value, cache)
+            aggregated = self._aggregate_sequence(content, value, key_padding_mask, cache)
         else:
-            aggregated = self._aggregate_map(content, value)
+            aggregated = self._aggregate_map(content, value, key_padding_mask)
+        if self.conv_bias is not None:
+            bias = self.conv_bias.to(aggregated.dtype)
+            aggregated = aggregated + (bias if self.ndim == 1 else bias[:, None, None])
         return self._project(self.out_proj, aggregated)
 
-    def _project(self, projection: nn.Linear, x: Tensor) -> Tensor:
+    def _project(self, projection: nn.Module, x: Tensor) -> Tensor:
         """Applies a linear layer to the channels, which are last in a sequence and second in a map."""
         if self.ndim == 1:
-            return F.linear(x, projection.weight, projection.bias)
-        return F.conv2d(x, projection.weight[:, :, None, None], projection.bias)
+            return project(projection, x)
+        if is_plain(projection):
+            return F.conv2d(x, projection.weight[:, :, None, None], projection.bias)
+        return torch.unflatten(project_map(projection, x.flatten(2)), 2, x.shape[2:]).contiguous()
 
-    def _predict(self, content: Tensor) -> Tensor:
-        """The normalised kernels, `[B, L, G, N_k]` or `[B, G, N_k, H, W]`, in float32 or better (Eq. 6 and 7)."""
-        axis = -1 if self.ndim == 1 else 1
-        logits = torch.unflatten(self._project(self.kernel_proj, content), axis, (self.groups, -1))
+    def _logits(self, content: Tensor) -> Callable[[int, int], Tensor]:
+        """What makes the kernels before they are normalised, `[B, L, G, N_k]` or `[B, G, N_k, H, W]`, of some rows."""
+        axis, rows = (-1, 1) if self.ndim == 1 else (1, 2)
+
+        def of(part: Tensor) -> Tensor:
+            return torch.unflatten(self._project(self.kernel_proj, part), axis, (self.groups, -1))
+
+        if is_plain(self.kernel_proj):
+            return lambda start, stop: of(content.narrow(rows, start, stop - start))
+        whole = of(content)  # such a layer is called once
+        return lambda start, stop: whole.narrow(1 if self.ndim == 1 else 3, start, stop - start)
+
+    def _kernel(self, logits: Tensor, outside: Tensor | None) -> Tensor:
+        """The kernels of Eq. 6 and 7 from their logits, in float32 or better; `outside` is True where there is no key."""
+        axis = -1 if self.ndim == 1 else 2
         # Half precision holds the logits, but not the sum of hundreds of exponentials.
-        dtype = computation_dtype(logits)
-        kernel = torch.softmax(logits, dim=-1 if self.ndim == 1 else 2, dtype=dtype)
+        logits = logits.to(computation_dtype(logits))
+        if not self.weight_softmax:
+            kernel = logits
+        elif outside is None:
+            kernel = torch.softmax(logits, dim=axis)
+        else:
+            kernel = torch.softmax(logits.masked_fill(outside, torch.finfo(logits.dtype).min), dim=axis)
+            kernel = kernel.masked_fill(outside, 0.0)
         return F.dropout(kernel, self.dropout, self.training)
 
-    def _aggregate_sequence(self, content: Tensor, value: Tensor, cache: DynamicConvCache | None) -> Tensor:
+    def _aggregate_sequence(
+        self, content: Tensor, value: Tensor, padding: Tensor | None, cache: DynamicConvCache | None
+    ) -> Tensor:
         first = -(self.kernel_size - 1 if self.causal else self.kernel_size // 2)  # where tap 0 of query 0 reads
+        seen = 0 if cache is None else cache.length
         if cache is not None:
             value = _extend(cache, value, self.kernel_size - 1)
             first = 0
         value = torch.unflatten(value, -1, (self.groups, -1))
+        logits = self._logits(content)
 
         def block(start: int, stop: int) -> Tensor:
             low, high = max(0, start + first), min(value.shape[1], stop - 1 + first + self.kernel_size)
-            kernel = self._predict(content[:, start:stop]).to(value.dtype)
+            outside = self._outside_of_sequence(start, stop, first, value.shape[1], padding, seen)
+            kernel = self._kernel(logits(start, stop), outside).to(value.dtype)
             return aggregate_with_bands(kernel, value[:, low:high], start + first - low)
 
         return self._in_blocks(block, content.shape[1], content.shape[0], dim=1).flatten(2)
 
-    def _aggregate_map(self, content: Tensor, value: Tensor) -> Tensor:
+    def _outside_of_sequence(
+        self, start: int, stop: int, first: int, length: int, padding: Tensor | None, seen: int
+    ) -> Tensor | None:
+        """True at kernel positions without a key, `[B or 1, stop - start, 1, N_k]`, if these are to be left out."""
+        if not self.renorm_padding:
+            return None
+        device = self.kernel_proj.weight.device if padding is None else padding.device
+        places = torch.arange(start, stop, device=device)[:, None] + first
+        places = places + torch.arange(self.kernel_size, device=device)
+        if self.causal and first == 0:  # the values begin with those of earlier steps, and with zeros before these
+            return (places < self.kernel_size - 1 - seen)[None, :, None]
+        outside = ((places < 0) | (places >= length))[None]
+        if padding is not None:
+            outside = outside | padding[:, places.clamp(0, length - 1)]
+        return outside.unsqueeze(2)
+
+    def _aggregate_map(self, content: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
         radius = self.kernel_size // 2
         # The sum has up to N_k terms, so it is made in the precision of the kernels.
-        value = torch.unflatten(value.to(torch.promote_types(value.dtype, torch.float32)), 1, (self.groups, -1))
+        value = torch.unflatten(value.to(computation_dtype(value)), 1, (self.groups, -1))
+        logits = self._logits(content)
 
         def block(start: int, stop: int) -> Tensor:
             low, high = max(0, start - radius), min(value.shape[3], stop + radius)
-            kernel = torch.unflatten(self._predict(content[:, :, start:stop]), 2, (self.kernel_size, -1))
-            aggregate = _in_plain_operations if torch.compiler.is_exporting() else aggregate_by_taps
+            outside = self._outside_of_map(start, stop, content, padding)
+            kernel = torch.unflatten(self._kernel(logits(start, stop), outside), 2, (self.kernel_size, -1))
+            plain = torch.compiler.is_exporting() or is_transformed()
+            aggregate = _aggregate_in_plain_operations if plain else aggregate_by_taps
             aggregated: Tensor = aggregate(kernel, value[:, :, :, low:high], start - radius - low)
             return aggregated
 
         aggregated = self._in_blocks(block, content.shape[2], content.shape[0] * content.shape[3], dim=3)
         return aggregated.flatten(1, 2).to(content.dtype)
 
+    def _outside_of_map(self, start: int, stop: int, content: Tensor, padding: Tensor | None) -> Tensor | None:
+        """True at kernel positions without a key, `[B or 1, 1, N_k, rows, W]`, if these are to be left out."""
+        if not self.renorm_padding:
+            return None
+        height, width = content.shape[2:]
+        inside = content.new_ones(1, height, width, dtype=torch.bool) if padding is None else ~padding
+        radius = self.kernel_size // 2
+        padded = F.pad(inside, (radius, radius, radius, radius))[:, start : stop + 2 * radius]
+        taps = padded.unfold(1, stop - start, 1).unfold(2, width, 1)  # [B or 1, n, n, rows, W]
+        return ~taps.flatten(1, 2).unsqueeze(1)
+
     def _in_blocks(self, block: Callable[[int, int], Tensor], rows: int, positions: int, dim: int) -> Tensor:
         """`block(start, stop)` for `rows` rows of `positions` each, joined along `dim`; in pieces if that is much."""
-        row_elements = max(1, positions * self.kernel_proj.out_features)
-        if rows * row_elements <= KERNEL_ELEMENTS:
+        row_elements = max(1, positions * self.groups * self.kernel_size**self.ndim)
+        if rows * row_elements <= KERNEL_ELEMENTS or is_transformed():  # what transforms look into is not made again
             return block(0, rows)
         run = _recomputed(block, self.training and self.dropout > 0.0) if torch.is_grad_enabled() else block
         step = max(1, BLOCK_ELEMENTS // row_elements)
         return torch.cat([run(start, min(start + step, rows)) for start in range(0, rows, step)], dim=dim)
 
-    def _parameters_of_definition(self) -> definition.DynamicParameters:
-        return definition.DynamicParameters(
-            input_weight=self.input_proj.weight,
-            input_bias=self.input_proj.bias,
-            kernel_weight=self.kernel_proj.weight,
-            out_weight=self.out_proj.weight,
-            out_bias=self.out_proj.bias,
+    def _by_reference(self, x: Tensor, padding: Tensor | None, cache: DynamicConvCache | None) -> Tensor:
+        if cache is not None:
+            raise ValueError("cache: algorithm='reference' has no cache; use algorithm='auto'.")
+        if self.training and self.dropout > 0:
+            raise ValueError(
+                f"algorithm='reference' drops nothing, but dropout={self.dropout}: use eval(), dropout=0.0 or 'auto'."
+            )
+        return reference.dynamic_convolution(
+            x,
+            reference.DynamicParameters(
+                input_weight=self.input_proj.weight,
+                input_bias=self.input_proj.bias,
+                kernel_weight=self.kernel_proj.weight,
+                out_weight=self.out_proj.weight,
+                out_bias=self.out_proj.bias,
+                conv_bias=self.conv_bias,
+            ),
+            groups=self.groups,
+            kernel_size=self.kernel_size,
+            causal=self.causal,
+            key_padding_mask=padding,
+            weight_softmax=self.weight_softmax,
+            renorm_padding=self.renorm_padding,
         )
 
     def _check_input(self, x: Tensor, mask: Tensor | None, cache: DynamicConvCache | None) -> None:
@@ -309,7 +387,7 @@ def aggregate_by_taps(kernel: Tensor, value: Tensor, first: int) -> Tensor:
     return out
 
 
-def _in_plain_operations(kernel: Tensor, value: Tensor, first: int) -> Tensor:
+def _aggregate_in_plain_operations(kernel: Tensor, value: Tensor, first: int) -> Tensor:
     """`aggregate_by_taps`, for programs that run where this package is not installed: an addition for each tap."""
     rows, columns = kernel.shape[-2:]
     padded = F.pad(_padded(value, kernel.shape[3]), (0, 0, -first, kernel.shape[2] + rows + first - 1 - value.shape[3]))
@@ -371,7 +449,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Ten
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad_kernel, grad_value = _taps_backward(grad, *ctx.saved_tensors, ctx.first)
+    kernel, value = ctx.saved_tensors
+    if torch.is_grad_enabled() or is_transformed(grad):
+        with torch.enable_grad():
+            leaves = kernel.view_as(kernel).requires_grad_(), value.view_as(value).requires_grad_()
+            out = _aggregate_in_plain_operations(*leaves, ctx.first)
+            grad_kernel, grad_value = torch.autograd.grad(out, leaves, grad, create_graph=True)
+    else:
+        grad_kernel, grad_value = _taps_backward(grad, kernel, value, ctx.first)
     return grad_kernel, grad_value, None
 
 
@@ -394,6 +479,7 @@ def _extend(cache: DynamicConvCache, value: Tensor, memory: int) -> Tensor:
     before = value.new_zeros(value.shape[0], memory, value.shape[2]) if cache.value is None else cache.value
     together = torch.cat((before, value), dim=1)
     cache.value = together[:, together.shape[1] - memory :]
+    cache.length += value.shape[1]
     return together
 
 
@@ -409,6 +495,7 @@ def _check_arguments(
             f"or a width that is a multiple of {groups}."
         )
     require_ndim(ndim)
+    require_bool("causal", causal)
     if causal and ndim == 2:
         raise ValueError("causal=True is for sequences (ndim=1): a map has no order; set causal=False.")
     require_dropout(dropout)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attn.attention.cache import AttentionCache, DecodingCache
+from lightning_attn.attention.decoding import AttentionCache, DecodingCache, DeformableConvCache, DynamicConvCache
 from lightning_attn.attention.checks import require_ndim
-from lightning_attn.attention.deformable import DeformableConv, DeformableConvCache
-from lightning_attn.attention.dynamic import DynamicConv, DynamicConvCache
+from lightning_attn.attention.deformable import DeformableConv
+from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.attention.spec import AttentionSpec
 from lightning_attn.attention.transformer import TransformerAttention
 
@@ -72,8 +72,8 @@ class DeformableAttention(nn.Module):
         Raises:
             ValueError: If the unit is not causal.
         """
-        attention = None if self.attention is None else self.attention.new_cache()
-        return DeformableAttentionCache(self.convolution.new_cache(), attention)
+        convolution = self.convolution.new_cache()
+        return DeformableAttentionCache(convolution, None if self.attention is None else self.attention.new_cache())
 
 
 class DeformableAttentionCache:

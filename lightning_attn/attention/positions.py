@@ -6,9 +6,9 @@ from torch import Tensor
 WAVELENGTH_BASE = 1000.0  # as in the authors' released code; the paper only says "different wavelengths"
 
 
-def computation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that energies, encodings and sums are computed in: float32, or float64 for float64 tensors."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+def computation_dtype(given: Tensor | torch.dtype) -> torch.dtype:
+    """The dtype that energies, encodings and sums are computed in: float32, or float64 for float64."""
+    return torch.promote_types(given.dtype if isinstance(given, Tensor) else given, torch.float32)
 
 
 def relative_encoding(offsets: Tensor, dim: int) -> Tensor:

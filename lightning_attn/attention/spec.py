@@ -5,12 +5,12 @@ import math
 import re
 from typing import Any, Literal, get_args
 
-from lightning_attn.attention.algorithms import Algorithm
-from lightning_attn.attention.checks import is_number, require_dropout, require_int, require_odd
+from lightning_attn.attention.checks import is_number, require_dropout, require_int, require_odd, require_window
 
 MECHANISMS = ("transformer", "dynamic", "none")
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 Convolution = Literal["regular", "deformable", "modulated_deformable"]
+AlgorithmName = Literal["auto", "pooled", "separable", "dense", "sdpa", "augmented_sdpa", "tiled", "reference"]
 
 TERM_NAMES = ("E1", "E2", "E3", "E4")
 
@@ -36,7 +36,7 @@ class AttentionSpec:
             whose taps also have learned weights. In translation `"regular"` is nothing at all, and the other two put
             a deformable unit of kernel 3 in front of the attention. Self-attention only.
         window: Odd width n_k of the region around a query that its keys come from, along each axis (Table 3), or
-            null for all keys. Transformer attention only.
+            null for all keys. For maps also two widths `[n_y, n_x]`. Transformer attention only.
         kv_stride: Keys and values are taken at every `kv_stride`-th position along each axis; 1 is the paper's.
             Transformer attention only.
         scale: Factor on all energies. The paper has none (1.0); `num_heads` heads of width d are often run with
@@ -46,9 +46,8 @@ class AttentionSpec:
         groups: Number of groups N_g of channels that share a kernel (Eq. 7); must divide the width of the network.
             16 is the paper's. Dynamic convolution only.
         kernel_size: Odd width n_k of the kernel along each axis (Table 3). Dynamic convolution only.
-        algorithm: How it is computed, not what: `"auto"` takes the fastest that fits, `"definition"` is the slow text
-            of the equations, and `lightning_attn.attention.algorithms` describes the others. Transformer attention
-            only.
+        algorithm: How it is computed, not what: `"auto"` takes the fastest that fits, `"reference"` is the slow text of
+            the equations, and `lightning_attn.attention.algorithms` describes the others. Transformer attention only.
         options: Further arguments of a class of your own, as plain values.
 
     Raises:
@@ -59,13 +58,13 @@ class AttentionSpec:
     terms: str = "1111"
     num_heads: int = 8
     convolution: Convolution = "regular"
-    window: int | None = None
+    window: int | tuple[int, int] | None = None
     kv_stride: int = 1
     scale: float = 1.0
     dropout: float = 0.0
     groups: int = 16
     kernel_size: int = 3
-    algorithm: Algorithm = "auto"
+    algorithm: AlgorithmName = "auto"
     options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +83,9 @@ class AttentionSpec:
         if self.convolution not in get_args(Convolution):
             raise ValueError(f"convolution must be one of {list(get_args(Convolution))}, got {self.convolution!r}.")
         if self.window is not None:
-            require_odd("window", self.window, ", or null for all keys")
+            require_window(self.window)
+            if isinstance(self.window, list):  # as YAML and JSON have it
+                object.__setattr__(self, "window", tuple(self.window))
             if self.mechanism == "dynamic":
                 raise ValueError(
                     f"window={self.window} is for mechanism: transformer. "
@@ -96,8 +97,8 @@ class AttentionSpec:
         require_dropout(self.dropout)
         require_int("groups", self.groups)
         require_odd("kernel_size", self.kernel_size)
-        if self.algorithm not in get_args(Algorithm):
-            raise ValueError(f"algorithm must be one of {list(get_args(Algorithm))}, got {self.algorithm!r}.")
+        if self.algorithm not in get_args(AlgorithmName):
+            raise ValueError(f"algorithm must be one of {list(get_args(AlgorithmName))}, got {self.algorithm!r}.")
         if self.mechanism == "dynamic" and self.algorithm != "auto":
             raise ValueError(
                 f"algorithm={self.algorithm!r} is for mechanism: transformer. A dynamic convolution of a spec is "
@@ -111,7 +112,8 @@ class AttentionSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, fit for YAML and for checkpoints."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        return fields | {"window": list(self.window) if isinstance(self.window, tuple) else self.window}
 
 
 def parse_terms(terms: str) -> tuple[bool, bool, bool, bool]:

@@ -4,25 +4,27 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attn.attention import definition
-from lightning_attn.attention.algorithms import (
-    Algorithm,
-    Projected,
-    attend,
-    choose,
-    energy_rows,
-    pooled,
-    unfit,
-    weight_rows,
+from lightning_attn.attention.algorithms import AttentionInputs, AttentionProblem, select_algorithm
+from lightning_attn.attention.checks import (
+    check_input,
+    check_mask,
+    divisors,
+    require_bool,
+    require_int,
+    require_mask,
+    require_ndim,
 )
-from lightning_attn.attention.cache import AttentionCache
-from lightning_attn.attention.checks import check_input, check_mask, divisors, require_ndim
-from lightning_attn.attention.linear import Linear
+from lightning_attn.attention.cpu.linear import linear
+from lightning_attn.attention.decoding import AttentionCache
+from lightning_attn.attention.energies import Energies
+from lightning_attn.attention.layout import Layout, masked_softmax
 from lightning_attn.attention.positions import computation_dtype, relative_encoding
-from lightning_attn.attention.spec import TERM_NAMES, AttentionSpec, parse_terms
-from lightning_attn.attention.tiled import Layout
+from lightning_attn.attention.projections import is_plain, project, project_map, without_autocast
+from lightning_attn.attention.spec import TERM_NAMES, AlgorithmName, AttentionSpec, parse_terms
+from lightning_attn.attention.transforms import is_transformed
 
 
 class TransformerAttention(nn.Module):
@@ -35,19 +37,29 @@ class TransformerAttention(nn.Module):
     In two dimensions R is the encoding of x followed by that of y, each of width `dim / 2`, and E2 and E4 are divided
     by sqrt(2), as in the authors' released code.
 
+    Projections may be replaced, wrapped, parametrised or hooked (adapters, quantisation, pruning, spectral norm): such
+    a layer is called, once in each pass. `position_proj` must be affine in a map, where it is applied by axis.
+
+    Dtypes: projections have the dtype of autocast if that is on, else that of the module. Energies, softmax and sums
+    are float32 (float64 for float64), save within torch's fused kernels, which multiply in the dtype of the projections
+    and add up in float32. Encodings of positions are float32. The output has the dtype that `out_proj` gives.
+
     Args:
         dim: Width C of queries, keys and output.
         num_heads: Number of heads M; divides `dim`.
         terms: Which of E1, E2, E3, E4 are on, such as `"0110"`.
         ndim: 1 for sequences `[B, L, C]`, 2 for maps `[B, C, H, W]`.
-        window: Odd n_k: keys come from the n_k (x n_k) positions around the query only; None for all.
+        window: Odd n_k: keys come from the n_k (x n_k) positions around the query only; of a map also `(n_y, n_x)`.
+            None for all keys.
         kv_stride: Keys are taken at every `kv_stride`-th position along each axis.
         scale: Factor on all energies; the paper has none.
         dropout: Probability of dropping an attention weight in training.
         causal: Hide the keys that come after the query; in a map, in reading order.
         algorithm: How it is computed; all ways give the same numbers. `"auto"` takes what is fastest for the terms, the
-            masks and the device; `lightning_attn.attention.algorithms` describes the others, and `"definition"` is
+            masks and the device; `lightning_attn.attention.algorithms` describes the others, and `"reference"` is
             the slow text of the equations.
+        device: Where the parameters are made, as in torch's own modules.
+        dtype: Of the parameters, as in torch's own modules.
 
     Raises:
         ValueError: If an argument is out of range, or `dim` cannot be divided as the heads and the encoding need.
@@ -59,16 +71,18 @@ class TransformerAttention(nn.Module):
         num_heads: int = 8,
         terms: str = "1111",
         ndim: Literal[1, 2] = 1,
-        window: int | None = None,
+        window: int | tuple[int, int] | None = None,
         kv_stride: int = 1,
         scale: float = 1.0,
         dropout: float = 0.0,
         causal: bool = False,
-        algorithm: Algorithm = "auto",
+        algorithm: AlgorithmName = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         # The spec holds the rules for these values; one place says what is allowed.
-        AttentionSpec(
+        spec = AttentionSpec(
             terms=terms,
             num_heads=num_heads,
             window=window,
@@ -77,14 +91,18 @@ class TransformerAttention(nn.Module):
             dropout=dropout,
             algorithm=algorithm,
         )
+        require_int("dim", dim)
         require_ndim(ndim)
-        if dim < 1 or dim % num_heads:
+        require_bool("causal", causal)
+        if isinstance(spec.window, tuple) and ndim == 1:
+            raise ValueError(f"window={window!r} is for maps; for sentences (ndim=1) give one odd number.")
+        if dim % num_heads:
             raise ValueError(
                 f"dim={dim} cannot be divided among num_heads={num_heads}: use a number of heads in {divisors(dim)}, "
                 f"or a width that is a multiple of {num_heads}."
             )
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.terms, self.ndim, self.window, self.kv_stride = terms, ndim, window, kv_stride
+        self.terms, self.ndim, self.window, self.kv_stride = terms, ndim, spec.window, kv_stride
         self.scale, self.dropout, self.causal, self.algorithm = scale, dropout, causal, algorithm
 
         e1, e2, e3, e4 = parse_terms(terms)
@@ -92,19 +110,26 @@ class TransformerAttention(nn.Module):
             raise ValueError(
                 f"dim={dim} cannot hold sine and cosine of {ndim} axis/axes: E2 and E4 need a multiple of {2 * ndim}."
             )
+
+        def projection(bias: bool = False) -> nn.Linear:
+            return nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+
         if e1 or e2:
-            self.query_proj = Linear(dim, dim, bias=False)
+            self.query_proj = projection()
         if e1 or e3:
-            self.key_proj = Linear(dim, dim, bias=False)
+            self.key_proj = projection()
         if e2 or e4:
-            self.position_proj = Linear(dim, dim, bias=False)
-        self.value_proj = Linear(dim, dim, bias=False)
-        self.out_proj = Linear(dim, dim)
-        if e3:
-            self.key_bias = nn.Parameter(torch.empty(num_heads, self.head_dim))
-        if e4:
-            self.position_bias = nn.Parameter(torch.empty(num_heads, self.head_dim))
+            self.position_proj = projection()
+        self.value_proj = projection()
+        self.out_proj = projection(bias=True)
+        for name, on in (("key_bias", e3), ("position_bias", e4)):
+            if on:
+                vectors = torch.empty(num_heads, self.head_dim, device=device, dtype=dtype)
+                self.register_parameter(name, nn.Parameter(vectors))
         self.reset_parameters()
+
+    key_bias: nn.Parameter
+    position_bias: nn.Parameter
 
     def reset_parameters(self) -> None:
         """Xavier uniform projections; u and v uniform in +-1 / sqrt(2 d), as in the authors' released code."""
@@ -129,8 +154,10 @@ class TransformerAttention(nn.Module):
         self,
         query: Tensor,
         key: Tensor | None = None,
+        value: Tensor | None = None,
         *,
         key_padding_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         causal: bool | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
@@ -139,7 +166,12 @@ class TransformerAttention(nn.Module):
         Args:
             query: `[B, L, C]` or `[B, C, H, W]`.
             key: Another set of the same rank, for encoder-decoder attention; None for self-attention.
-            key_padding_mask: Bool, `[B, L_k]` or `[B, H_k, W_k]`, True where a key is padding.
+            value: What the values are made of, in the shape of the keys; None for the keys.
+            key_padding_mask: Bool, `[B, L_k]` or `[B, H_k, W_k]`, True where a key is padding. What the padding holds,
+                even NaN, is never read: neither as key nor, in self-attention, as query, where it counts as zero.
+            attention_mask: Bool, `[N_q, N_k]`, `[B, N_q, N_k]` or `[B, M or 1, N_q, N_k]`, True where a key is hidden
+                from a query; beside the other masks. Queries and keys of maps are numbered row by row, keys before
+                `kv_stride`. It is read pair by pair, which no fused kernel and no short cut does.
             causal: Overrides the constructor's value.
             cache: From `new_cache`; the queries are then the next ones of a sequence that is decoded step by step,
                 without gradients and without dropout.
@@ -150,25 +182,25 @@ class TransformerAttention(nn.Module):
         Raises:
             ValueError: If a shape or dtype does not fit; the message names the argument.
         """
+        if causal is not None:
+            require_bool("causal", causal)
         causal = self.causal if causal is None else causal
         if cache is not None:
-            if key is not None or key_padding_mask is not None:
+            if key is not None or value is not None or key_padding_mask is not None or attention_mask is not None:
                 raise ValueError(
-                    "cache: its keys and mask are those it was made with; pass no key or key_padding_mask."
+                    "cache: its keys and mask are those it was made with; pass no key or key_padding_mask, no value "
+                    "and no attention_mask."
                 )
             check_input("query", query, self.ndim, self.dim)
-            return cache.attend(query, causal)
+            return cache.decode_step(query, causal, owner=self)
         dropout = self.dropout if self.training else 0.0
-        keys = query if key is None else key
-        self._check(query, keys, key_padding_mask)
-        layout = self._layout(query, keys, causal)
-        algorithm = self._choose(layout, key_padding_mask is not None, dropout, query.device)
-        if algorithm == "definition":
-            return self._define(query, keys, key_padding_mask, causal)
-        if algorithm == "pooled":
-            return self._pool(query, keys, key_padding_mask)
-        projected = self._project(query, keys, key_padding_mask, layout, self.terms)
-        return self._output(attend(projected, algorithm, dropout), query)
+        inputs = self._inputs(query, key, value, key_padding_mask, attention_mask, causal, dropout)
+        layout, batch = inputs.layout, query.shape[0]
+        if 0 in (batch, layout.num_queries, layout.num_keys):
+            attended = inputs.projected_value().new_zeros(batch, self.num_heads, layout.num_queries, self.head_dim)
+        else:
+            attended = select_algorithm(self.algorithm, self._problem(inputs)).compute(inputs)
+        return self._output(attended, query)
 
     def energies(
         self, query: Tensor, key: Tensor | None = None, *, rows: tuple[int, int] | None = None
@@ -182,16 +214,13 @@ class TransformerAttention(nn.Module):
             key: As in `forward`.
             rows: `(start, stop)`: only these queries, numbered row by row in a map; None for all.
         """
+        inputs = self._inputs(query, key)
+        span = _row_range(rows, inputs.layout.num_queries)
         result = {}
-        keys = query if key is None else key
-        self._check(query, keys, None)
-        layout = self._layout(query, keys, False)
         for index, (name, on) in enumerate(zip(TERM_NAMES, parse_terms(self.terms), strict=True)):
-            if not on:
-                continue
-            only = "".join("1" if i == index else "0" for i in range(len(TERM_NAMES)))
-            projected = self._project(query, keys, None, layout, only)
-            result[name] = energy_rows(projected, *_row_range(rows, layout.num_queries))
+            if on:
+                only = "".join("1" if i == index else "0" for i in range(len(TERM_NAMES)))
+                result[name] = inputs.energies(only).rows(*span).expand(len(query), -1, -1, -1)
         return result
 
     def weights(
@@ -200,15 +229,16 @@ class TransformerAttention(nn.Module):
         key: Tensor | None = None,
         *,
         key_padding_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         causal: bool | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
         """The normalised map, `[B, M, N_q, N_k]`, without dropout; arguments as in `forward` and `energies`."""
-        keys = query if key is None else key
-        self._check(query, keys, key_padding_mask)
-        layout = self._layout(query, keys, self.causal if causal is None else causal)
-        projected = self._project(query, keys, key_padding_mask, layout, self.terms)
-        return weight_rows(projected, *_row_range(rows, layout.num_queries))
+        causal = self.causal if causal is None else causal
+        inputs = self._inputs(query, key, None, key_padding_mask, attention_mask, causal)
+        span = _row_range(rows, inputs.layout.num_queries)
+        weights = masked_softmax(inputs.energies().rows(*span), inputs.hidden(*span))
+        return weights.expand(len(query), -1, -1, -1)
 
     def new_cache(self, memory: Tensor | None = None, key_padding_mask: Tensor | None = None) -> AttentionCache:
         """A cache for decoding step by step, which gives the numbers of the full pass. It holds the parameters too.
@@ -219,23 +249,143 @@ class TransformerAttention(nn.Module):
             key_padding_mask: `[B, L_k]`, True where `memory` is padding.
 
         Raises:
-            ValueError: For two-dimensional attention, which is not decoded step by step.
+            ValueError: For two-dimensional attention, which is not decoded step by step, and for self-attention that is
+                not causal, whose first outputs need tokens that are not there yet.
         """
         if self.ndim != 1:
             raise ValueError("new_cache: only sequences (ndim=1) are decoded step by step.")
         if memory is None and key_padding_mask is not None:
             raise ValueError("new_cache: key_padding_mask is for memory; pass both, or neither.")
+        if memory is None and not self.causal:
+            raise ValueError(
+                "new_cache: only causal self-attention can be decoded step by step: build the attention with "
+                "causal=True, or pass the memory that it attends to."
+            )
         if memory is not None:
             check_input("memory", memory, self.ndim, self.dim)
             check_mask(key_padding_mask, memory, "the keys")
         return AttentionCache(self, memory, key_padding_mask)
 
-    def _check(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> None:
+    # --- What algorithms ask for -------------------------------------------------------------------------------------
+
+    def project_energies(self, query: Tensor, key: Tensor, layout: Layout, terms: str) -> Energies:
+        """What the energies of `terms` (a part of the terms that are on) are made of.
+
+        Args:
+            query: Contents, `[B, N_q, C]` of sentences, `[B, C, N_q]` of maps.
+            key: Contents of the keys that `kv_stride` leaves, in the same layout.
+            layout: The grids.
+            terms: Four bits.
+        """
+        e1, e2, e3, e4 = parse_terms(terms)
+        key_energy = projected_key = content_query = position_query = relative_keys = None
+        if e1:
+            projected_key = self.project_heads(self.key_proj, key)
+        elif e3:
+            key_energy = self.key_energy(key)
+        projected = self.project_heads(self.query_proj, query) if e1 or e2 else None
+        if projected is not None and self.scale != 1.0:
+            projected = projected * self.scale
+        if e1 and projected is not None:
+            content_query = projected + self._by_head(self.key_bias, projected) if e3 else projected
+        if e2 and projected is not None:
+            position_query = projected + self._by_head(self.position_bias, projected) if e4 else projected
+        elif e4:
+            position_query = self._by_head(self.position_bias, self.position_bias)
+        if e2 or e4:
+            relative_keys = self._relative_keys(layout, query.device)
+        return Energies(content_query, projected_key, key_energy, position_query, relative_keys, layout)
+
+    def project_heads(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """Projects `[B, N, C]` of a sentence or `[B, C, N]` of a map to `[B, M, N, d]`, in the memory layout of `x`."""
+        if self.ndim == 1:
+            return torch.unflatten(project(projection, x), -1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return torch.unflatten(project_map(projection, x), 1, (self.num_heads, self.head_dim)).transpose(2, 3)
+
+    def key_energy(self, key: Tensor) -> Tensor:
+        """E3 of every key, `[B, M, N_k]`, float32 or better."""
+        with without_autocast(key.device):
+            if not is_plain(self.key_proj):
+                projected = self.project_heads(self.key_proj, key)
+                bias = self._by_head(self.key_bias, projected)
+                return (projected * bias).to(computation_dtype(projected)).sum(dim=-1)
+            saliency = self.saliency()  # so that the keys are not projected
+            key = key.to(saliency.dtype)
+            if self.ndim == 1:
+                return torch.matmul(key, saliency.T).transpose(1, 2)
+            return torch.matmul(saliency, key)
+
+    def saliency(self) -> Tensor:
+        """u^T V^C of a plain `key_proj`, whose product with a key is E3, `[M, C]`, float32 or better."""
+        dtype = computation_dtype(self.key_bias)
+        weight = torch.unflatten(self.key_proj.weight.to(dtype), 0, (self.num_heads, self.head_dim))
+        bias = self.key_bias if self.scale == 1.0 else self.key_bias * self.scale
+        return torch.einsum("md,mdc->mc", bias.to(dtype), weight)
+
+    def project_value(self, content: Tensor) -> Tensor:
+        """W' x_k of contents `[B, N_k, C]` or `[B, C, N_k]`, `[B, M, N_k, d]`."""
+        return self.project_heads(self.value_proj, content)
+
+    def pool_value(self, content: Tensor, weights: Tensor) -> Tensor:
+        """The sums of W' x_k with weights `[B, M, N_k]`, `[B, M, 1, d]`; before projecting if that is the same."""
+        if not is_plain(self.value_proj):
+            return weights.unsqueeze(2).to(content.dtype) @ self.project_value(content)
+        content = content if self.ndim == 1 else content.transpose(1, 2)
+        means = torch.bmm(weights.to(content.dtype), content)  # [B, M, C]
+        weight = torch.unflatten(self.value_proj.weight, 0, (self.num_heads, self.head_dim))
+        return torch.bmm(means.transpose(0, 1), weight.transpose(1, 2).to(means.dtype)).transpose(0, 1).unsqueeze(2)
+
+    def relative_keys_of(self, lowest: int, count: int, device: torch.device) -> Tensor:
+        """V^R R for `count` offsets from `lowest` upwards in a sentence, `[count, M, d]`, float32 or better."""
+        return self._project_positions(self._encoding(lowest, count, self.dim, device))
+
+    # --- The parts of a pass -----------------------------------------------------------------------------------------
+
+    def _inputs(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        causal: bool = False,
+        dropout: float = 0.0,
+    ) -> AttentionInputs:
+        """Checked arguments of a pass, with nothing but zeros in the padding."""
+        keys = query if key is None else key
         check_input("query", query, self.ndim, self.dim)
-        check_input("key", key, self.ndim, self.dim)
-        if key.shape[0] != query.shape[0]:
-            raise ValueError(f"key has batch size {key.shape[0]}, query has {query.shape[0]}: they must be equal.")
-        check_mask(key_padding_mask, key, "the keys")
+        check_input("key", keys, self.ndim, self.dim)
+        if keys.shape[0] != query.shape[0]:
+            raise ValueError(f"key has batch size {keys.shape[0]}, query has {query.shape[0]}: they must be equal.")
+        check_mask(key_padding_mask, keys, "the keys")
+        if value is not None:
+            check_input("value", value, self.ndim, self.dim)
+            if value.shape != keys.shape:
+                raise ValueError(
+                    f"value must have the shape {tuple(keys.shape)} of the keys, got {tuple(value.shape)}."
+                )
+        if key_padding_mask is not None:
+            padding = key_padding_mask.unsqueeze(2 if self.ndim == 1 else 1)
+            keys = keys.masked_fill(padding, 0.0)
+            value = None if value is None else value.masked_fill(padding, 0.0)
+            query = keys if key is None else query
+        if attention_mask is not None:
+            attention_mask = self._checked_attention_mask(attention_mask, query, keys)
+        layout = self._layout(query, keys, causal)
+        values = keys if value is None else value
+        return AttentionInputs(self, query, keys, values, layout, key_padding_mask, attention_mask, dropout)
+
+    def _checked_attention_mask(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """`[B or 1, M or 1, N_q, N_k]`."""
+        require_mask("attention_mask", mask, "hidden")
+        pairs = tuple(math.prod(self._sizes(x)) for x in (query, key))
+        shapes = [pairs, (len(query), *pairs), *((len(query), heads, *pairs) for heads in (1, self.num_heads))]
+        if tuple(mask.shape) not in shapes:
+            raise ValueError(
+                f"attention_mask must have one of the shapes {', '.join(map(str, shapes))} "
+                f"([N_q, N_k], [B, N_q, N_k], [B, 1 or M, N_q, N_k]), got {tuple(mask.shape)}."
+            )
+        return mask if mask.dim() == 4 else mask.view(-1, 1, *pairs)
 
     def _sizes(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns; a sentence is one row."""
@@ -245,168 +395,90 @@ class TransformerAttention(nn.Module):
         stride = self.kv_stride
         rows, columns = self._sizes(key)
         key_sizes = (-(-rows // stride) if self.ndim == 2 else 1, -(-columns // stride))
-        return Layout(self._sizes(query), key_sizes, stride, causal, self.window)
+        window = (self.window, self.window) if isinstance(self.window, int) else self.window
+        return Layout(self._sizes(query), key_sizes, stride, causal, window)
 
-    def _choose(self, layout: Layout, padded: bool, dropout: float, device: torch.device) -> Algorithm:
-        if self.algorithm == "auto":
-            return choose(self.terms, self.ndim, layout, padded, dropout, device)
-        reason = unfit(self.algorithm, self.terms, self.ndim, layout, padded, dropout)
-        if reason is not None:
-            raise ValueError(
-                f"algorithm={self.algorithm!r} cannot compute this attention: {reason}. "
-                'Use "auto", which takes the fastest that can.'
-            )
-        return self.algorithm
-
-    def _define(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, causal: bool) -> Tensor:
-        """By the equations as written."""
-        return definition.transformer_attention(
-            query,
-            key,
-            definition.parameters_of(self),
-            num_heads=self.num_heads,
+    def _problem(self, inputs: AttentionInputs) -> AttentionProblem:
+        return AttentionProblem(
             terms=self.terms,
-            scale=self.scale,
-            window=self.window,
-            kv_stride=self.kv_stride,
-            causal=causal,
-            key_padding_mask=key_padding_mask,
+            ndim=self.ndim,
+            layout=inputs.layout,
+            pairs=inputs.query.shape[0] * self.num_heads,
+            device=inputs.query.device.type,
+            dtype=_projected_dtype(inputs.query),
+            padded=inputs.key_padding_mask is not None,
+            masked=inputs.attention_mask is not None,
+            dropout=inputs.dropout,
+            transformed=is_transformed(),
+            exported=torch.compiler.is_exporting(),
+            plain_projections=all(is_plain(child) for child in self.children()),
         )
 
-    def _pool(self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """E3 alone: one output vector for all queries, projected after the keys are pooled."""
-        content, padding = self._keys(key, key_padding_mask)
-        key_energy = self._key_energy(content)
-        if self.ndim == 2:
-            content = content.transpose(1, 2)
-        if content.shape[1] == 0:
-            means = content.new_zeros(content.shape[0], self.num_heads, self.dim)
-        else:
-            means = pooled(key_energy, padding, content)  # [B, M, C]
-        value = torch.unflatten(self.value_proj.weight, 0, (self.num_heads, self.head_dim))
-        heads = torch.bmm(means.transpose(0, 1), value.transpose(1, 2).to(means.dtype))  # [M, B, d]
-        out: Tensor = self.out_proj(heads.transpose(0, 1).flatten(1))
-        return (
-            out.unsqueeze(1).expand(-1, query.shape[1], -1)
-            if self.ndim == 1
-            else out[..., None, None].expand(-1, -1, *query.shape[2:])
-        )
+    def _by_head(self, bias: Tensor, like: Tensor) -> Tensor:
+        """The bias u or v of every head with the factor on all energies, `[1, M, 1, d]`, in the dtype of `like`."""
+        scaled = bias if self.scale == 1.0 else bias * self.scale
+        return scaled[None, :, None].to(like.dtype)
 
-    def _keys(self, key: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The keys that `kv_stride` leaves, `[B, N_k, C]` of a sentence, `[B, C, N_k]` of a map, and their padding."""
-        stride = self.kv_stride
+    def _relative_keys(self, layout: Layout, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """V^R R by axis for the offsets of `layout.offset_range` and one more, `[offsets, M, d]`, float32 or better."""
+        (lowest_y, count_y), (lowest_x, count_x) = (layout.offset_range(axis) for axis in (0, 1))
         if self.ndim == 1:
-            return key[:, ::stride], None if key_padding_mask is None else key_padding_mask[:, ::stride]
-        padding = None if key_padding_mask is None else key_padding_mask[:, ::stride, ::stride].flatten(1)
-        return key[..., ::stride, ::stride].flatten(2), padding
+            return None, self.relative_keys_of(lowest_x, count_x + 1, device)
+        # x takes the first half of the encoding. The energy of both axes is the sum of what each gives alone, less what
+        # no encoding gives: nothing, unless the layer has a bias.
+        half = self.dim // 2
+        along_x = F.pad(self._encoding(lowest_x, count_x + 1, half, device), (0, half))
+        along_y = F.pad(self._encoding(lowest_y, count_y + 1, half, device), (half, 0))
+        nothing = along_x.new_zeros(1, self.dim)
+        # The factor is that of the released code.
+        projected = self._project_positions(torch.cat((along_x, along_y, nothing))) / math.sqrt(2)
+        keys_x, keys_y, bias = projected.split([count_x + 1, count_y + 1, 1])
+        has_no_bias = is_plain(self.position_proj) and self.position_proj.bias is None
+        return keys_y if has_no_bias else keys_y - bias, keys_x
 
-    def _project(
-        self,
-        query: Tensor,
-        key: Tensor,
-        key_padding_mask: Tensor | None,
-        layout: Layout,
-        terms: str,
-    ) -> Projected:
-        """Everything that the energies of `terms` (a part of the terms that are on) and the sums of values need."""
-        e1, e2, e3, e4 = parse_terms(terms)
-        key_energy = projected_key = None
-        content, padding = self._keys(key, key_padding_mask)
-        value = self._heads(self.value_proj, content)
-        if e1:
-            projected_key = self._heads(self.key_proj, content)
-        elif e3:
-            key_energy = self._key_energy(content)
-        queries = query if self.ndim == 1 else query.flatten(2)
-        projected_query = self._heads(self.query_proj, queries) if e1 or e2 else None
-        if projected_query is not None and self.scale != 1.0:
-            projected_query = projected_query * self.scale
-        content_query = None
-        if e1 and projected_query is not None:
-            content_query = projected_query + self._scaled(self.key_bias)[:, None, None] if e3 else projected_query
-        position_query = table_y = table_x = None
-        if e2 or e4:
-            if e4:
-                position_query = self._scaled(self.position_bias)[:, None, None]
-            if e2 and projected_query is not None:
-                position_query = projected_query if position_query is None else projected_query + position_query
-            table_y, table_x = self._tables(layout, query.device)
-        return Projected(
-            content_query=content_query,
-            key=projected_key if e1 else None,
-            key_energy=key_energy,
-            position_query=position_query,
-            table_y=table_y,
-            table_x=table_x,
-            value=value,
-            padding=padding,
-            layout=layout,
-        )
+    def _encoding(self, lowest: int, count: int, features: int, device: torch.device) -> Tensor:
+        """R for `count` offsets from `lowest` upwards along one axis, `[count, features]`, float32 or better."""
+        dtype = computation_dtype(_dtype_of(self.position_proj))
+        return relative_encoding(torch.arange(lowest, lowest + count, device=device, dtype=dtype), features)
 
-    def _scaled(self, bias: Tensor) -> Tensor:
-        """The bias u or v of every head, `[M, d]`, with the factor on all energies."""
-        return bias if self.scale == 1.0 else bias * self.scale
-
-    def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
-        """Projects `[B, N, C]` of a sentence or `[B, C, N]` of a map to `[M, B, N, d]`, in the memory layout of `x`."""
-        if self.ndim == 1:
-            return torch.unflatten(projection(x), -1, (self.num_heads, self.head_dim)).permute(2, 0, 1, 3)
-        return torch.unflatten(_project_map(projection, x), 1, (self.num_heads, self.head_dim)).permute(1, 0, 3, 2)
+    def _project_positions(self, encoding: Tensor) -> Tensor:
+        """V^R R of `[offsets, C]`, `[offsets, M, d]`."""
+        layer = self.position_proj
+        with without_autocast(encoding.device):
+            if is_plain(layer):  # in float32 also where the weights are not
+                bias = None if layer.bias is None else layer.bias.to(encoding.dtype)
+                projected = linear(encoding, layer.weight.to(encoding.dtype), bias)
+            else:
+                projected = layer(encoding.to(_dtype_of(layer))).to(encoding.dtype)
+        return torch.unflatten(projected, 1, (self.num_heads, self.head_dim))
 
     def _output(self, attended: Tensor, query: Tensor) -> Tensor:
-        """Joins the heads `[M, B, N_q, d]` and applies W."""
+        """Joins the heads `[B, M, N_q or 1, d]` and applies W."""
         if self.ndim == 1:
-            out: Tensor = self.out_proj(attended.permute(1, 2, 0, 3).flatten(2))
-            return out
-        joined = attended.permute(1, 0, 3, 2).flatten(1, 2)
-        return torch.unflatten(_project_map(self.out_proj, joined), 2, query.shape[2:])
-
-    def _key_energy(self, content: Tensor) -> Tensor:
-        """E3 of every key, `[M, B, N_k]`: u^T V^C first, so that the keys are not projected; float32 or better."""
-        dtype = computation_dtype(self.key_bias)
-        with torch.autocast(content.device.type, enabled=False):
-            weight = torch.unflatten(self.key_proj.weight.to(dtype), 0, (self.num_heads, self.head_dim))
-            saliency = torch.einsum("md,mdc->mc", self._scaled(self.key_bias).to(dtype), weight)
-            content = content.to(dtype)
-            if self.ndim == 1:
-                return torch.matmul(content, saliency.T).permute(2, 0, 1)
-            return torch.bmm(saliency.expand(content.shape[0], -1, -1), content).transpose(0, 1)
-
-    def _tables(self, layout: Layout, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """V^R R for every offset along y (maps only) and along x, each `[M, d, offsets]`, in float32 or better."""
-        counts = [
-            max(0, queries + (keys - 1) * layout.stride)
-            for queries, keys in zip(layout.query_sizes, layout.key_sizes, strict=True)
-        ]
-        lowest = [1 - size for size in layout.query_sizes]
-        weight = self.position_proj.weight
-        if self.ndim == 1:
-            return None, self._table(weight, lowest[1], counts[1], device)
-        # x takes the first half of the encoding; the factor is that of the released code.
-        weight_x, weight_y = (weight / math.sqrt(2)).chunk(2, dim=1)
-        return (
-            self._table(weight_y, lowest[0], counts[0], device),
-            self._table(weight_x, lowest[1], counts[1], device),
-        )
-
-    def _table(self, weight: Tensor, lowest: int, count: int, device: torch.device) -> Tensor:
-        """V^R R for `count` offsets from `lowest` upwards, `[M, d, count]`."""
-        dtype = computation_dtype(weight)
-        with torch.autocast(device.type, enabled=False):
-            encoding = relative_encoding(
-                torch.arange(lowest, lowest + count, device=device, dtype=dtype), weight.shape[1]
-            )
-            projected = torch.matmul(weight.to(dtype), encoding.T)
-        return torch.unflatten(projected, 0, (self.num_heads, self.head_dim))
+            out = project(self.out_proj, attended.transpose(1, 2).flatten(2))
+            return out if out.shape[1] == query.shape[1] else out.expand(-1, query.shape[1], -1).contiguous()
+        if attended.stride(-1) == 1:  # features side by side in memory, or places
+            joined = attended.transpose(1, 2).flatten(2).transpose(1, 2)
+        else:
+            joined = attended.transpose(2, 3).flatten(1, 2)
+        out = project_map(self.out_proj, joined).contiguous()
+        if out.shape[2] != query.shape[2] * query.shape[3]:
+            return out.unsqueeze(-1).expand(-1, -1, *query.shape[2:]).contiguous()
+        return torch.unflatten(out, 2, query.shape[2:])
 
 
-def _project_map(projection: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer over the features of a map, `[B, in, N]` to `[B, out, N]`, without moving them innermost."""
-    # Of many features at few places a 1x1 convolution is up to a third faster than a product; of others it is slower.
-    if x.numel() > 0 and x.shape[2] < 4 * x.shape[1]:
-        return nn.functional.conv1d(x, projection.weight.unsqueeze(-1), projection.bias)
-    out = torch.bmm(projection.weight.expand(x.shape[0], -1, -1), x)
-    return out if projection.bias is None else out + projection.bias[:, None]
+def _projected_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that linear layers give: autocast's, or that of their input."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    """What a layer computes in: the dtype of its first floating-point parameter."""
+    found = (parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
+    return next(found, torch.get_default_dtype())
 
 
 def _row_range(rows: tuple[int, int] | None, num_queries: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_attn.attention.linear import linear
+from lightning_attn.attention.cpu.linear import linear
 
 # Rows of logits that are alive at a time: large enough for full-speed matrix products, small enough to stay in cache.
 CHUNK_ROWS = 256

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attn.attention import AttentionCache, AttentionSpec, DecodingCache, SelfAttention, build_attention
-from lightning_attn.attention.linear import Linear, PackedLinear, linear
+from lightning_attn.attention.cpu.linear import Linear, PackedLinear, linear
 from lightning_attn.networks.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.dropout import Dropout
 
@@ -304,15 +304,15 @@ class _DecodingLayer:
         cross_cache = layer.cross_attention.new_cache(memory, memory_padding)
         self.caches: list[DecodingCache] = [cross_cache]
         self.sublayers: list[tuple[Residual, Callable[[Tensor], Tensor]]] = [
-            (layer.cross_attention_residual, cross_cache.attend),
+            (layer.cross_attention_residual, cross_cache.decode_step),
             (layer.feed_forward_residual, layer.feed_forward.packed()),
         ]
         if layer.self_attention is not None:
             cache = layer.self_attention.new_cache()
             # Either does the same; calls of modules are a good part of the time of a step.
-            attend = cache.attend if isinstance(cache, AttentionCache) else partial(layer.self_attention, cache=cache)
+            step = cache.decode_step if isinstance(cache, AttentionCache) else partial(layer.self_attention, cache=cache)
             self.caches.append(cache)
-            self.sublayers.insert(0, (layer.self_attention_residual, attend))
+            self.sublayers.insert(0, (layer.self_attention_residual, step))
 
     def step(self, x: Tensor) -> Tensor:
         """What `DecoderLayer.forward` gives for the next position, `[R, 1, C]`."""

@@ -1,6 +1,7 @@
 """Where deformable convolution reads, and the kernels of dynamic convolution."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,6 +60,8 @@ def sampling_points(
     Raises:
         ValueError: If the convolution is one of sequences, or there is no such position or sample.
     """
+    if convolution.offset_groups != 1:
+        raise ValueError(f"sampling points are those of one group, the convolution has {convolution.offset_groups}.")
     if convolution.ndim != 2 or x.dim() != 4:
         raise ValueError(
             f"sampling points are those of a map: convolution has ndim={convolution.ndim}, x shape {tuple(x.shape)}."
@@ -71,10 +74,20 @@ def sampling_points(
     moved = convolution.offset(x)[0].double().cpu()
     place, _ = find_query(position, tuple(moved.shape[1:]))
     assert place is not None, "a position was given"
-    taps = convolution.kernel_size**2
-    steps = torch.arange(convolution.kernel_size) * convolution.dilation - convolution.padding
+    taps = math.prod(convolution.kernel_size)
     rows, columns = torch.meshgrid(
-        steps + place[0] * convolution.stride, steps + place[1] * convolution.stride, indexing="ij"
+        *(
+            torch.arange(count) * dilation - padding + at * stride
+            for count, dilation, padding, stride, at in zip(
+                convolution.kernel_size,
+                convolution.dilation,
+                convolution.padding,
+                convolution.stride,
+                place,
+                strict=True,
+            )
+        ),
+        indexing="ij",
     )
     grid = torch.stack((rows.flatten(), columns.flatten()), dim=1).double()
     at = moved[:, place[0], place[1]]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_attn.attention import GatedResidual, TransformerAttention
-from lightning_attn.attention.algorithms import masked_softmax
-from lightning_attn.attention.tiled import Layout
+from lightning_attn.attention.layout import Layout, masked_softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +210,8 @@ def _seen(
     """True where a key is within the window and, if causal, not later; `[queries, H_k, W_k]` or `[queries, L_k]`."""
     strided = tuple(-(-size // module.kv_stride) for size in key_size)
     (height, width), (key_height, key_width) = ((1, *size)[-2:] for size in (query_size, strided))
-    layout = Layout((height, width), (key_height, key_width), module.kv_stride, causal, module.window)
+    window = (module.window, module.window) if isinstance(module.window, int) else module.window
+    layout = Layout((height, width), (key_height, key_width), module.kv_stride, causal, window)
     return ~layout.hidden_from(torch.arange(*rows)).reshape(rows[1] - rows[0], *strided)
 
 

@@ -70,7 +70,7 @@ def test_a_sentence_gives_the_numbers_and_gradients_of_the_definition(geometry, 
     mask = draw(2, length, 3) if modulated else None
     inputs = [t for t in (x, offset, weight, bias, mask) if t is not None]
     compute = functools.partial(deformable_conv, x, offset, weight, bias, mask=mask, **geometry)
-    assert_same(compute(), compute(algorithm="definition"), inputs)
+    assert_same(compute(), compute(algorithm="reference"), inputs)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
@@ -81,7 +81,7 @@ def test_the_causal_form_gives_the_numbers_and_gradients_of_the_definition(kerne
     compute = functools.partial(
         deformable_conv, x, offset, weight, bias, mask=mask, dilation=dilation, padding=None, causal=True
     )
-    assert_same(compute(), compute(algorithm="definition"), [x, offset, weight, bias, mask])
+    assert_same(compute(), compute(algorithm="reference"), [x, offset, weight, bias, mask])
 
 
 def test_positions_on_and_beyond_the_border_read_as_torchvision_reads_them():
@@ -175,7 +175,7 @@ def test_the_module_in_two_dimensions_is_torchvision_with_its_own_offsets(modula
     expected = deform_conv2d(x, channels[:, :18], module.weight, module.bias, padding=1, mask=mask)
     inputs = [x, *module.parameters()]
     assert_same(module(x), expected, inputs)
-    for algorithm in ("torchvision", "definition"):
+    for algorithm in ("torchvision", "reference"):
         module.algorithm = algorithm
         torch.testing.assert_close(module(x), expected)
 
@@ -330,7 +330,7 @@ def test_smallest_inputs(modulated):
         y.sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
         if shape[0]:
-            module.algorithm = "definition"
+            module.algorithm = "reference"
             torch.testing.assert_close(module(x), y)
 
 
@@ -354,7 +354,6 @@ def test_offset_parameters_are_found_at_any_depth_and_nothing_else():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kernel_size": 4}, r"kernel_size must be odd.*got 4: use 3 or 5"),
         ({"kernel_size": 0}, r"kernel_size must be an integer of at least 1, got 0"),
         ({"in_channels": True}, r"in_channels must be an integer of at least 1, got True"),
         ({"stride": 1.5}, r"stride must be an integer of at least 1, got 1\.5"),
@@ -363,7 +362,7 @@ def test_offset_parameters_are_found_at_any_depth_and_nothing_else():
         ({"causal": True, "ndim": 2}, r"causal=True needs ndim=1: a map has no order"),
         ({"causal": True, "ndim": 1, "stride": 2}, r"causal=True needs stride=1, got 2"),
         ({"causal": True, "ndim": 1, "padding": 1}, r"pads 2 zeros on the left only; leave padding=None, got 1"),
-        ({"algorithm": "fast"}, r"algorithm must be one of \['auto', 'gather', 'torchvision', 'definition'\]"),
+        ({"algorithm": "fast"}, r"algorithm must be one of \['auto', 'gather', 'torchvision', 'reference'\]"),
         ({"algorithm": "torchvision", "ndim": 1}, r"algorithm='torchvision' knows maps only.*'auto' or 'gather'"),
     ],
 )

@@ -88,7 +88,7 @@ def test_numbers_and_gradients_of_the_definition(size, kernel_size, causal, whol
     actual = results(module, x, grad, key_padding_mask=mask)
     with torch.no_grad():
         torch.testing.assert_close(module(x, key_padding_mask=mask), actual[0])
-    module.algorithm = "definition"
+    module.algorithm = "reference"
     assert_same(actual, results(module, x, grad, key_padding_mask=mask))
 
 
@@ -359,8 +359,8 @@ def test_parameters_have_the_promised_names_and_shapes():
         ({"ndim": 3}, r"ndim must be 1 \(sequences\) or 2 \(maps\), got 3"),
         ({"ndim": 2, "causal": True}, r"causal=True is for sequences \(ndim=1\).*set causal=False"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0; 0\.0 switches it off"),
-        ({"algorithm": "taps"}, r"algorithm must be one of \['auto', 'band', 'definition'\] for ndim=1, got 'taps'"),
-        ({"algorithm": "fast", "ndim": 2}, r"algorithm must be one of \['auto', 'taps', 'definition'\] for ndim=2"),
+        ({"algorithm": "taps"}, r"algorithm must be one of \['auto', 'band', 'reference'\] for ndim=1, got 'taps'"),
+        ({"algorithm": "fast", "ndim": 2}, r"algorithm must be one of \['auto', 'taps', 'reference'\] for ndim=2"),
     ],
 )
 def test_errors_of_the_constructor(settings, message):
@@ -404,6 +404,6 @@ def test_errors_of_dtypes_masks_and_caches():
     causal(x, cache=cache)
     with pytest.raises(ValueError, match=r"x has batch size 3, the cache has 2"):
         causal(draw(1, batch=3), cache=cache)
-    literal = make(causal=True, algorithm="definition")
-    with pytest.raises(ValueError, match=r"algorithm='definition' has no cache; use algorithm='auto'"):
+    literal = make(causal=True, algorithm="reference")
+    with pytest.raises(ValueError, match=r"algorithm='reference' has no cache; use algorithm='auto'"):
         literal(x, cache=literal.new_cache())

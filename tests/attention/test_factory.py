@@ -18,7 +18,7 @@ from lightning_attn.attention import (
     GatedResidual,
     TransformerAttention,
     build_attention,
-    definition,
+    reference,
     offset_parameters,
 )
 
@@ -48,7 +48,7 @@ def randomised(module):
 def literal_mechanism(spec, ndim, causal=False):
     """The mechanism as the equations are written, built by hand."""
     if spec.mechanism == "dynamic":
-        return DynamicConv(DIM, spec.kernel_size, spec.groups, ndim, causal, algorithm="definition")
+        return DynamicConv(DIM, spec.kernel_size, spec.groups, ndim, causal, algorithm="reference")
     return TransformerAttention(
         DIM,
         spec.num_heads,
@@ -58,7 +58,7 @@ def literal_mechanism(spec, ndim, causal=False):
         kv_stride=spec.kv_stride,
         scale=spec.scale,
         causal=causal,
-        algorithm="definition",
+        algorithm="reference",
     )
 
 
@@ -90,7 +90,7 @@ def test_a_sequence_gets_the_unit_and_the_mechanism_of_the_spec(spec, role):
     else:
         assert isinstance(module, DeformableAttention)
         modulated = spec.convolution == "modulated_deformable"
-        unit = DeformableConv(DIM, DIM, 3, ndim=1, modulated=modulated, causal=causal, algorithm="definition")
+        unit = DeformableConv(DIM, DIM, 3, ndim=1, modulated=modulated, causal=causal, algorithm="reference")
         expected = with_state_of(unit, module.convolution)(x, key_padding_mask=mask)
         if spec.mechanism != "none":
             attention = with_state_of(literal_mechanism(spec, 1, causal), module.attention)
@@ -171,7 +171,7 @@ def test_a_map_gets_the_attended_convolution_of_a_residual_block(spec, norm):
         moved = F.conv2d(x, *module.convolution.offset.parameters(), stride, padding=dilation, dilation=dilation)
         assert moved.shape[1] == (27 if spec.convolution == "modulated_deformable" else 18)
         tap_weights = moved[:, 18:].sigmoid() if spec.convolution == "modulated_deformable" else None
-        expected = definition.deformable_convolution(
+        expected = reference.deformable_convolution(
             x, moved[:, :18], weight, bias, mask=tap_weights, stride=stride, dilation=dilation, padding=dilation
         )
     if norm is not None:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_attn.attention import linear as linear_module
-from lightning_attn.attention.linear import _AVAILABLE, Linear, PackedLinear, linear
+from lightning_attn.attention.cpu import linear as linear_module
+from lightning_attn.attention.cpu.linear import _AVAILABLE, Linear, PackedLinear, linear
 
 one_dnn = pytest.mark.skipif(not _AVAILABLE, reason="this torch has no oneDNN: linear is F.linear")
 

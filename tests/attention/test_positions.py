@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_attn.attention import definition
+from lightning_attn.attention import reference
 from lightning_attn.attention.positions import relative_encoding
 
 
@@ -13,7 +13,7 @@ def test_equals_the_definition_one_offset_at_a_time(dim, dtype):
     offsets = torch.tensor([-1024, -300, -7, -1, 0, 1, 2, 50, 257, 999], dtype=dtype)
     encoding = relative_encoding(offsets, dim)
     assert encoding.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    expected = torch.stack([definition.relative_encoding((int(o),), dim) for o in offsets])
+    expected = torch.stack([reference.relative_encoding((int(o),), dim) for o in offsets])
     # In float32 an angle of a thousand is known to a few 1e-5.
     tolerance = 1e-11 if dtype == torch.float64 else 2e-4
     torch.testing.assert_close(encoding.double(), expected, rtol=0, atol=tolerance)

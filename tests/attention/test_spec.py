@@ -91,7 +91,7 @@ def test_every_term_set_is_accepted(terms):
         ("kernel_size", "3", r"kernel_size .*got '3'"),
         ("kernel_size", None, r"kernel_size .*got None"),
         ("kernel_size", [3, 3], r"kernel_size .*got \[3, 3\]"),
-        ("algorithm", "fast", r"algorithm .*'auto', .*'definition'.*got 'fast'"),
+        ("algorithm", "fast", r"algorithm .*'auto', .*'reference'.*got 'fast'"),
         ("algorithm", None, r"algorithm .*got None"),
         ("scale", 0.0, r"scale .*got 0\.0"),
         ("scale", -0.5, r"scale .*got -0\.5"),

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_attn.attention import GatedResidual, TransformerAttention, definition
+from lightning_attn.attention import GatedResidual, TransformerAttention, reference
 from lightning_attn.attention.spec import TERM_SETS
 
 WITH_POSITION = [terms for terms in TERM_SETS if terms[1] == "1" or terms[3] == "1"]
@@ -49,11 +49,13 @@ def padding(size, batch=2):
 
 
 def literal(attention: TransformerAttention, query, key=None, *, key_padding_mask=None, causal=None):
-    """The definition with the parameters and settings of the module."""
-    return definition.transformer_attention(
+    """The definition with the parameters and settings of the module; padding counts as zero, as query too."""
+    if key is None and key_padding_mask is not None:
+        query = query.masked_fill(key_padding_mask.unsqueeze(-1 if query.dim() == 3 else 1), 0.0)
+    return reference.transformer_attention(
         query,
         query if key is None else key,
-        definition.parameters_of(attention),
+        reference.parameters_of(attention),
         num_heads=attention.num_heads,
         terms=attention.terms,
         scale=attention.scale,
@@ -92,7 +94,7 @@ def error_norm(actual: Tensor, expected: Tensor) -> float:
 def dense(attention: TransformerAttention, query, key=None, *, hidden=None):
     """Eq. 2 with whole N x N tensors, a float64 module's, for sizes at which the definition takes too long."""
     key = query if key is None else key
-    p = definition.parameters_of(attention)
+    p = reference.parameters_of(attention)
     heads, ndim, stride = attention.num_heads, attention.ndim, attention.kv_stride
 
     def split(x, weight):
@@ -121,7 +123,7 @@ def dense(attention: TransformerAttention, query, key=None, *, hidden=None):
         zero = (0,) * (ndim - 1)
         # One axis at a time: the features of the other axes are left out.
         width = attention.dim // ndim
-        table = torch.stack([definition.relative_encoding((o, *zero), attention.dim) for o in range(-span, span + 1)])
+        table = torch.stack([reference.relative_encoding((o, *zero), attention.dim) for o in range(-span, span + 1)])
         encoding = torch.cat([table[offsets[..., axis] + span][..., :width] for axis in range(ndim)], dim=-1)
         v_r = F.linear(encoding, p.position_weight).unflatten(-1, (heads, -1))  # [Nq, Nk, M, d]
         asking = torch.zeros(1, heads, len(places), attention.head_dim, dtype=torch.float64)
@@ -205,10 +207,10 @@ def test_energies_and_weights_are_those_of_the_definition(terms, shape):
     for stride, window, causal in itertools.product([1, 2], [None, 3], [False, True]):
         attention = make(terms, len(size), kv_stride=stride, window=window, scale=0.7)
         query, key, mask = draw(size), draw(key_size), padding(key_size)
-        expected = definition.term_energies(
+        expected = reference.term_energies(
             query,
             key,
-            definition.parameters_of(attention),
+            reference.parameters_of(attention),
             num_heads=HEADS,
             terms=terms,
             scale=0.7,
@@ -219,11 +221,11 @@ def test_energies_and_weights_are_those_of_the_definition(terms, shape):
         for name, energy in expected.items():
             assert energies[name].shape == energy.shape
             torch.testing.assert_close(energies[name], energy)
-        regions = definition.supporting_keys(
+        regions = reference.supporting_keys(
             query, key, window=window, kv_stride=stride, causal=causal, key_padding_mask=mask
         )
         weights = attention.weights(query, key, key_padding_mask=mask, causal=causal)
-        torch.testing.assert_close(weights, definition.normalised_weights(expected, regions))
+        torch.testing.assert_close(weights, reference.normalised_weights(expected, regions))
 
 
 def test_weights_and_energies_of_self_attention_need_no_key():
@@ -417,10 +419,10 @@ def test_a_reordered_cache_goes_on_as_the_chosen_rows(terms):
     attention = make(terms, causal=True)
     x, memory, mask = draw((5,), batch=3), draw((4,), batch=3), torch.zeros(3, 4, dtype=torch.bool)
     mask[0, 2] = mask[2, 0] = True
-    own, cross = attention.new_cache(), attention.new_cache(memory, key_padding_mask=mask)
-    attention(x[:, :3], cache=own)
     cross_attention = copy.deepcopy(attention)
     cross_attention.causal = False
+    own, cross = attention.new_cache(), cross_attention.new_cache(memory, key_padding_mask=mask)
+    attention(x[:, :3], cache=own)
     cross_attention(x[:, :3], cache=cross)
     index = torch.tensor([2, 2, 0, 1])
     own.reorder(index)
@@ -759,7 +761,13 @@ def test_dropout_repeats_for_a_seed_and_its_gradient_belongs_to_the_drawn_weight
     ("settings", "message"),
     [
         ({"dim": 10, "num_heads": 4}, r"dim=10 .*num_heads=4.*\[1, 2, 5, 10\]"),
-        ({"dim": 0}, "dim=0"),
+        ({"dim": 0}, "dim .*got 0"),
+        ({"dim": 16.0}, r"dim must be an integer .*got 16\.0"),
+        ({"dim": "16"}, r"dim must be an integer .*got '16'"),
+        ({"causal": "no"}, "causal must be True or False, got 'no'"),
+        ({"window": (3, 5)}, r"window=\(3, 5\) is for maps"),
+        ({"window": (3, 5, 7), "ndim": 2}, r"window must be one odd number, or two .*got \(3, 5, 7\)"),
+        ({"window": (3, 4), "ndim": 2}, "window must be odd.*got 4"),
         ({"dim": 9, "num_heads": 3, "terms": "0100"}, "dim=9 .*multiple of 2"),
         ({"dim": 6, "num_heads": 3, "terms": "0001", "ndim": 2}, "dim=6 .*multiple of 4"),
         ({"ndim": 3}, "ndim must be 1 .*or 2 .*got 3"),

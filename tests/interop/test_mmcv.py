@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_attn.attention import GatedResidual, TransformerAttention, definition
+from lightning_attn.attention import GatedResidual, TransformerAttention, reference
 from lightning_attn.attention.spec import TERM_SETS
 from lightning_attn.interop.mmcv import attention_prefixes, convert_state, from_mmcv, to_mmcv
 
@@ -86,10 +86,10 @@ def generalized_attention(state, x, terms, num_heads, kv_stride):
 
 def definition_of(module: GatedResidual, x):
     attention = module.attention
-    attended = definition.transformer_attention(
+    attended = reference.transformer_attention(
         x,
         x,
-        definition.parameters_of(attention),
+        reference.parameters_of(attention),
         num_heads=attention.num_heads,
         terms=attention.terms,
         kv_stride=attention.kv_stride,

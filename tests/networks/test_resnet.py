@@ -110,7 +110,7 @@ def test_deformable_blocks_stride_and_dilate_as_regular_ones():
         for stage in found:
             torch.testing.assert_close(found[stage], expected[stage], rtol=1e-4, atol=1e-4)
         assert isinstance(deformable.layer2[0].conv2, DeformableConv)
-        dilations = [block.conv2.dilation for layer in (deformable.layer3, deformable.layer4) for block in layer]
+        dilations = [block.conv2.dilation[0] for layer in (deformable.layer3, deformable.layer4) for block in layer]
         assert dilations == ([1, 2, 2, 4] if output_stride == 8 else [1, 1, 1, 1])
 
 

@@ -193,7 +193,7 @@ def test_deformable_convolutions_are_dilated_too():
     ).eval()
     deformable.load_state_dict(regular.state_dict(), strict=False)
     convolutions = [module for module in deformable.modules() if isinstance(module, DeformableConv)]
-    assert [module.dilation for module in convolutions] == [1, 2, 2, 4]
+    assert [module.dilation for module in convolutions] == [(n, n) for n in (1, 2, 2, 4)]
     images = [picture(49, 57)]
     torch.testing.assert_close(deformable(images)[0], regular(images)[0], rtol=1e-4, atol=1e-4)
 

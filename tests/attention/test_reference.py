@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_attn.attention import TransformerAttention
-from lightning_attn.attention.definition import (
+from lightning_attn.attention.reference import (
     AttentionParameters,
     normalised_weights,
     parameters_of,

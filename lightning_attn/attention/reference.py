@@ -171,6 +171,8 @@ def term_energies(
                 encodings[offset] = relative_encoding(offset, z[q].shape[-1]).to(query)
 
     energies: dict[str, Tensor] = {}
+    if 0 in (query.shape[0], len(z), len(keys)):
+        return {name: query.new_zeros(query.shape[0], num_heads, len(z), len(keys)) for name in names}
     for name in names:
         heads = []
         for m in range(num_heads):
@@ -200,7 +202,7 @@ def supporting_keys(
     query: Tensor,
     key: Tensor,
     *,
-    window: int | None = None,
+    window: int | tuple[int, int] | None = None,
     kv_stride: int = 1,
     causal: bool = False,
     key_padding_mask: Tensor | None = None,
@@ -210,7 +212,8 @@ def supporting_keys(
     Args:
         query: As in `term_energies`.
         key: As in `term_energies`.
-        window: Odd n_k: only keys within `n_k // 2` of the query along each axis. None: no limit.
+        window: Odd n_k: only keys within `n_k // 2` of the query along each axis. Of a map also `(n_y, n_x)`, along y and
+            along x. None: no limit.
         kv_stride: As in `term_energies`.
         causal: No keys that come after the query in reading order (row by row, in a map).
         key_padding_mask: True where a key is padding, `[B, Lk]` or `[B, Hk, Wk]`, over all keys before the stride.
@@ -223,6 +226,7 @@ def supporting_keys(
     padded = torch.zeros(key.shape[0], len(key_positions), dtype=torch.bool)
     if key_padding_mask is not None:
         padded = key_padding_mask.reshape(key.shape[0], len(key_positions)).cpu()
+    reaches = [window // 2] * 2 if isinstance(window, int) else [] if window is None else [n // 2 for n in window[::-1]]
     samples = []
     for b in range(query.shape[0]):
         regions = []
@@ -230,7 +234,7 @@ def supporting_keys(
             region = []
             for number, k in enumerate(_kept(key_positions, kv_stride)):
                 distances = [abs(kp - qp) for kp, qp in zip(key_positions[k], query_position, strict=True)]
-                outside = window is not None and max(distances) > window // 2
+                outside = any(distance > reach for distance, reach in zip(distances, reaches, strict=False))
                 later = key_positions[k][::-1] > query_position[::-1]  # (y, x) against (y, x)
                 if not (outside or (causal and later) or bool(padded[b, k])):
                     region.append(number)
@@ -239,17 +243,22 @@ def supporting_keys(
     return samples
 
 
-def normalised_weights(energies: dict[str, Tensor], regions: list[list[list[int]]]) -> Tensor:
+def normalised_weights(
+    energies: dict[str, Tensor], regions: list[list[list[int]]], attention_mask: Tensor | None = None
+) -> Tensor:
     """A_m(q, k) of Eq. 8: exp of the summed energies, divided by its sum over the supporting keys.
 
     Args:
         energies: From `term_energies`.
         regions: From `supporting_keys`.
+        attention_mask: True at pairs that do not take part, `[B, M, Nq, Nk]`.
 
     Returns:
         `[B, M, Nq, Nk]`. Zero at keys outside the region; a query whose region is empty has only zeros.
     """
     total = torch.stack(list(energies.values())).sum(0)
+    if total.numel() == 0:
+        return torch.zeros_like(total)
     samples = []
     for b in range(total.shape[0]):
         heads = []
@@ -258,6 +267,8 @@ def normalised_weights(energies: dict[str, Tensor], regions: list[list[list[int]
             for q in range(total.shape[2]):
                 row = total.new_zeros(total.shape[3])
                 region = regions[b][q]
+                if attention_mask is not None:
+                    region = [k for k in region if not bool(attention_mask[b, m, q, k])]
                 if region:
                     energy = total[b, m, q, region]
                     # The largest energy cancels in the fraction; without it exp overflows.
@@ -269,44 +280,77 @@ def normalised_weights(energies: dict[str, Tensor], regions: list[list[list[int]
     return torch.stack(samples)
 
 
-def transformer_attention(
+def weighted_values(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     parameters: AttentionParameters,
     *,
     num_heads: int,
     terms: str,
     scale: float = 1.0,
-    window: int | None = None,
+    window: int | tuple[int, int] | None = None,
     kv_stride: int = 1,
     causal: bool = False,
     key_padding_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """y_q of Eq. 1 with the weights of Eq. 8: sum over m of W_m [ sum over k of A_m(q, k) W'_m x_k ], plus the bias.
+    """The inner sum of Eq. 1 with the weights of Eq. 8: sum over k of A_m(q, k) W'_m x_k.
 
-    The arguments are those of `term_energies` and `supporting_keys`.
+    Args:
+        query: As in `term_energies`.
+        key: As in `term_energies`.
+        value: What W' is applied to; in the paper the key.
+        parameters: The learnable matrices and vectors.
+        num_heads: As in `term_energies`; so are the next two.
+        terms: See there.
+        scale: See there.
+        window: As in `supporting_keys`; so are the next three.
+        kv_stride: See there.
+        causal: See there.
+        key_padding_mask: See there.
+        attention_mask: True at pairs of a query and a key that do not take part, `[B, M, Nq, keys before the stride]`.
 
     Returns:
-        y in the shape of `query`. A query without any allowed key gets `out_bias`.
+        `[B, M, Nq, d]`.
     """
     energies = term_energies(query, key, parameters, num_heads=num_heads, terms=terms, scale=scale, kv_stride=kv_stride)
     regions = supporting_keys(
         query, key, window=window, kv_stride=kv_stride, causal=causal, key_padding_mask=key_padding_mask
     )
-    weights = normalised_weights(energies, regions)
-    x, key_positions = _elements(key)
-    keys = _kept(key_positions, kv_stride)
-    values = [{k: x[k] @ parameters.head_rows("value_weight", m, num_heads).T for k in keys} for m in range(num_heads)]
-    outputs = []
-    for q in range(weights.shape[2]):
-        y = parameters.out_bias.expand(query.shape[0], -1)
-        for m in range(num_heads):
-            weighted = [weights[:, m, q, number, None] * values[m][k] for number, k in enumerate(keys)]
-            pooled = torch.stack(weighted).sum(0)
-            y = y + pooled @ parameters.out_weight.chunk(num_heads, dim=1)[m].T
-        outputs.append(y)
-    result = torch.stack(outputs, dim=-1)
-    return result.reshape(query.shape) if query.dim() == 4 else result.transpose(1, 2)
+    x, positions = _elements(value)
+    keys = _kept(positions, kv_stride)
+    weights = normalised_weights(energies, regions, None if attention_mask is None else attention_mask[..., keys])
+    heads = []
+    for m in range(num_heads):
+        pooled = weights.new_zeros(*weights.shape[:1], *weights.shape[2:3], parameters.value_weight.shape[0] // num_heads)
+        for number, k in enumerate(keys):
+            projected = x[k] @ parameters.head_rows("value_weight", m, num_heads).T
+            pooled = pooled + weights[:, m, :, number, None] * projected[:, None]
+        heads.append(pooled)
+    return torch.stack(heads, dim=1)
+
+
+def transformer_attention(
+    query: Tensor, key: Tensor, parameters: AttentionParameters, *, value: Tensor | None = None, **settings: Any
+) -> Tensor:
+    """y_q of Eq. 1 with the weights of Eq. 8: sum over m of W_m [ sum over k of A_m(q, k) W'_m x_k ], plus the bias.
+
+    Args:
+        query: As in `term_energies`.
+        key: As in `term_energies`.
+        parameters: The learnable matrices and vectors.
+        value: What W' is applied to; None for the keys.
+        **settings: Those of `weighted_values`.
+
+    Returns:
+        y in the shape of `query`. A query without any allowed key gets `out_bias`.
+    """
+    pooled = weighted_values(query, key, key if value is None else value, parameters, **settings)
+    y = parameters.out_bias.expand(query.shape[0], pooled.shape[2], -1)
+    for m, matrix in enumerate(parameters.out_weight.chunk(pooled.shape[1], dim=1)):
+        y = y + pooled[:, m] @ matrix.T
+    return y.transpose(1, 2).reshape(query.shape) if query.dim() == 4 else y
 
 
 def _convolution(
@@ -445,6 +489,7 @@ class DynamicParameters:
             map go row by row.
         out_weight: W, whose columns are the W_c of Eq. 5, `[dim, dim]`.
         out_bias: Added to every output, `[dim]`. The paper has none; Wu et al. (2019) do.
+        conv_bias: Added before W, `[dim]`; None, as in the paper, for nothing.
     """
 
     input_weight: Tensor
@@ -452,6 +497,7 @@ class DynamicParameters:
     kernel_weight: Tensor
     out_weight: Tensor
     out_bias: Tensor
+    conv_bias: Tensor | None = None
 
 
 def dynamic_convolution(
@@ -462,11 +508,13 @@ def dynamic_convolution(
     kernel_size: int,
     causal: bool = False,
     key_padding_mask: Tensor | None = None,
+    weight_softmax: bool = True,
+    renorm_padding: bool = False,
 ) -> Tensor:
     """Dynamic convolution as attention, Eq. 5 to 7: every channel a head, A_c(q, k) the weight of the tap at k - q.
 
     The x of these equations is the output of the gated linear unit, for the keys and for the query that its kernel is
-    predicted from. Taps at which there is no key count in the normalisation all the same.
+    predicted from. Taps at which there is no key count in the normalisation all the same, unless it is renormalised.
 
     Args:
         x: Input of the gated linear unit, `[B, L, dim]` or `[B, dim, H, W]`.
@@ -475,20 +523,26 @@ def dynamic_convolution(
         kernel_size: n_k; there are n_k taps in a sentence, n_k^2 in a map.
         causal: The last tap is at the query, the others before it; else the middle one is.
         key_padding_mask: True where a key is padding and so not in Omega_q, `[B, L]` or `[B, H, W]`.
+        weight_softmax: Normalise the kernels by a softmax (Eq. 7); else they are d^T x.
+        renorm_padding: Normalise over the taps only at which there is a key.
 
     Returns:
         y in the shape of `x`.
     """
     inputs, positions = _elements(x)
-    dim = inputs[0].shape[-1] if inputs else 0
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    dim = inputs[0].shape[-1]
     contents = []
     for x_q in inputs:
         value, gate = (x_q @ parameters.input_weight.T + parameters.input_bias).chunk(2, dim=-1)
         contents.append(value * torch.sigmoid(gate))
     keys = dict(zip(positions, contents, strict=True))
+    present = {k: x.new_ones(x.shape[0]) for k in positions}
     if key_padding_mask is not None:
         for k, padded in zip(positions, key_padding_mask.flatten(1).unbind(1), strict=True):
             keys[k] = keys[k].masked_fill(padded[:, None], 0)
+            present[k] = present[k].masked_fill(padded, 0)
 
     first = 1 - kernel_size if causal else -(kernel_size // 2)
     taps = [p[::-1] for p in itertools.product(range(first, first + kernel_size), repeat=len(x.shape) - 2)]
@@ -497,8 +551,17 @@ def dynamic_convolution(
         # Eq. 6 and 7: one kernel for each group.
         kernels = []
         for d_g in parameters.kernel_weight.chunk(groups):
-            exponentials = [torch.exp(x_q @ d_jg) for d_jg in d_g]
+            logits = [x_q @ d_jg for d_jg in d_g]
+            if not weight_softmax:
+                kernels.append(logits)
+                continue
+            exponentials = [torch.exp(logit) for logit in logits]
+            if renorm_padding:
+                places = [tuple(a + b for a, b in zip(q, p_j, strict=True)) for p_j in taps]
+                nothing = x.new_zeros(x.shape[0])
+                exponentials = [e * present.get(k, nothing) for e, k in zip(exponentials, places, strict=True)]
             total = torch.stack(exponentials).sum(0)
+            total = total + (total == 0)  # without any key there is nothing to divide
             kernels.append([exponential / total for exponential in exponentials])
         y = parameters.out_bias.expand(x.shape[0], -1)
         for c in range(1, dim + 1):
@@ -508,6 +571,8 @@ def dynamic_convolution(
                 k = tuple(a + b for a, b in zip(q, p_j, strict=True))
                 if k in keys:
                     pooled = pooled + weight * keys[k][:, c - 1]
+            if parameters.conv_bias is not None:
+                pooled = pooled + parameters.conv_bias[c - 1]
             y = y + pooled[:, None] * parameters.out_weight[:, c - 1]
         outputs.append(y)
     result = torch.stack(outputs, dim=-1)

@@ -1,4 +1,4 @@
-"""What attention keeps between the steps of a sequence that is decoded token by token."""
+"""What every mechanism keeps between the steps of a sequence that is decoded token by token."""
 
 import math
 from typing import TYPE_CHECKING, Protocol
@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attn.attention.linear import PackedLinear, linear
+from lightning_attn.attention.cpu.linear import PackedLinear
+from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.projections import is_plain, without_autocast
 from lightning_attn.attention.spec import parse_terms
 
 if TYPE_CHECKING:
@@ -91,54 +93,104 @@ class AttentionCache:
 
         e1, e2, e3, e4 = parse_terms(attention.terms)
         self._content, self._query_position, self._position = e1, e2, e2 or e4
-        heads, scale = attention.num_heads, attention.scale
+        self._energy_only = e3 and not e1  # of the keys only E3 is stored
+        scale = attention.scale
         query_bias = attention.key_bias * scale if e1 and e3 else None  # u, which the projection adds to the query
         self._position_bias: Tensor | None = attention.position_bias * scale if e4 else None  # v, or v - u then
         if e2 and query_bias is not None:
             self._position_bias = -query_bias if self._position_bias is None else self._position_bias - query_bias
-        key_weights: list[Tensor] = [attention.value_proj.weight]
-        if e1:
-            key_weights.append(attention.key_proj.weight)
-        elif e3:
-            by_head = torch.unflatten(attention.key_proj.weight, 0, (heads, -1))
-            key_weights.append(torch.einsum("md,mdc->mc", attention.key_bias * scale, by_head))
-        weights = [attention.query_proj.weight * scale] if e1 or e2 else []
-        if memory is None:
-            weights = key_weights + weights  # one product makes all
-        else:
+        self._query_bias = None if query_bias is None else query_bias.flatten()
+        if memory is not None:
+            if key_padding_mask is not None:
+                memory = memory.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
             keys = memory[:, :: attention.kv_stride]
             self.num_keys = keys.shape[1]
-            for weight in key_weights:
-                by_head = torch.unflatten(linear(keys, weight), 2, (heads, -1)).transpose(1, 2)
-                self._stored.append(by_head.unsqueeze(3).contiguous())
+            self._stored = [x.unsqueeze(3).contiguous() for x in self._project_keys(keys)]
             if key_padding_mask is not None:
                 padding = key_padding_mask[:, None, :: attention.kv_stride, None]
                 zeros = torch.zeros_like(padding, dtype=self._stored[0].dtype)
                 self._hidden = zeros.masked_fill_(padding, -math.inf)
-        self._widths = [weight.shape[0] for weight in weights]
-        bias = None if query_bias is None else F.pad(query_bias.flatten(), (sum(self._widths[:-1]), 0))
-        self._in = PackedLinear(torch.cat(weights), bias) if weights else None
-        self._out = PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
+        self._packed = self._pack() if all(is_plain(layer) for layer in attention.children()) else None
 
     @property
     def rows(self) -> int | None:
         """R; None before the first token of a self-attention."""
         return self._stored[0].shape[0] * self.beams if self._stored else None
 
+    def _pack(self) -> "tuple[PackedLinear | None, PackedLinear, list[int]]":
+        """Plain projections laid out for many small products: of the token, one product for all, and W; widths."""
+        attention, scale = self.attention, self.attention.scale
+        weights: list[Tensor] = []
+        if not self.is_memory:
+            weights.append(attention.value_proj.weight)
+            if self._content:
+                weights.append(attention.key_proj.weight)
+            elif self._energy_only:
+                weights.append(attention.saliency())
+        if self._content or self._query_position:
+            weights.append(attention.query_proj.weight * scale)
+        widths = [weight.shape[0] for weight in weights]
+        bias = None if self._query_bias is None else F.pad(self._query_bias, (sum(widths[:-1]), 0))
+        dtype = attention.value_proj.weight.dtype
+        token = PackedLinear(torch.cat([weight.to(dtype) for weight in weights]), bias) if weights else None
+        return token, PackedLinear(attention.out_proj.weight, attention.out_proj.bias), widths
+
+    def _project_token(self, token: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """What is stored of the next token of every row, `[R, C or M]` each, and U z_q (+ u), `[R, C]`."""
+        asks = self._content or self._query_position
+        if self._packed is not None:
+            linear, _, widths = self._packed
+            projected = [] if linear is None else list(linear(token).split_with_sizes(widths, 1))
+            query = projected.pop() if asks else None
+            return projected, query
+        attention = self.attention
+        query = attention.query_proj(token) * attention.scale if asks else None
+        if query is not None and self._query_bias is not None:
+            query = query + self._query_bias.to(query.dtype)
+        keys = [] if self.is_memory else [x.flatten(1) for x in self._project_keys(token.unsqueeze(1))]
+        return keys, query
+
+    def _project_keys(self, keys: Tensor) -> list[Tensor]:
+        """Values and, with E1 or E3, keys or their energies, `[B, M, n, d or 1]`, of contents `[B, n, C]`."""
+        attention = self.attention
+        projected = [attention.project_value(keys)]
+        if self._content:
+            projected.append(attention.project_heads(attention.key_proj, keys))
+        elif self._energy_only:
+            projected.append(attention.key_energy(keys).unsqueeze(-1))
+        return projected
+
+    def _project_output(self, attended: Tensor) -> Tensor:
+        """W of the joined heads, `[R, C]`."""
+        if self._packed is not None:
+            return self._packed[1](attended)
+        out: Tensor = self.attention.out_proj(attended)
+        return out
+
     @torch.no_grad()
-    def attend(self, query: Tensor, causal: bool = False) -> Tensor:
+    def decode_step(
+        self, query: Tensor, causal: bool | None = None, owner: "TransformerAttention | None" = None
+    ) -> Tensor:
         """Attends from the next tokens of every row, one after the other.
 
         Args:
             query: `[R, T, C]`.
-            causal: Hide the keys of a memory that come after a token; a self-attention is always causal.
+            causal: Hide the keys of a memory that come after a token; None for what the module says. Self-attention is
+                always causal.
+            owner: The module that is called with the cache, to be compared with the one that made it.
 
         Returns:
             `[R, T, C]`.
 
         Raises:
-            ValueError: If the number of rows is not that of the cache.
+            ValueError: If the number of rows is not that of the cache, the cache is another module's, or it cannot
+                decode what is asked for.
         """
+        if owner not in (None, self.attention):
+            raise ValueError("cache: it was made by another module, whose weights it holds; take new_cache() of this.")
+        causal = self.attention.causal if causal is None else causal
+        if not causal and not self.is_memory:
+            raise ValueError("causal=False: with a cache self-attention is always causal, since later tokens follow.")
         if self.rows not in (None, query.shape[0]):
             raise ValueError(f"query has batch size {query.shape[0]}, the cache has {self.rows}: they must be equal.")
         if query.shape[1] == 1:
@@ -174,8 +226,7 @@ class AttentionCache:
     def _step(self, token: Tensor, causal: bool) -> Tensor:
         """Attends from the next token of every row, `[R, C]`."""
         attention, position, stride = self.attention, self.length, self.attention.kv_stride
-        projected = [] if self._in is None else list(self._in(token).split_with_sizes(self._widths, 1))
-        query = projected.pop() if self._content or self._query_position else None  # U z_q, [R, C]
+        projected, query = self._project_token(token)
         if not self.is_memory and position % stride == 0:
             self._append(projected)
         self.length += 1
@@ -183,12 +234,12 @@ class AttentionCache:
         first, stop = 0, self.num_keys
         if causal and self.is_memory:
             stop = min(stop, position // stride + 1)
-        if attention.window is not None:
+        if isinstance(attention.window, int):
             reach = attention.window // 2
             first = max(first, -((reach - position) // stride))
             stop = min(stop, (position + reach) // stride + 1)
         if first >= stop:
-            return self._out(torch.zeros_like(token))
+            return self._project_output(torch.zeros_like(token))
 
         energy = self._energy(query, position, first, stop)
         weights = torch.softmax(energy, dim=-1, dtype=torch.promote_types(energy.dtype, torch.float32))
@@ -196,9 +247,9 @@ class AttentionCache:
         attended = torch.bmm(weights.to(value.dtype), value.view(len(weights), -1, attention.head_dim))
         attended = attended.view(*value.shape[:2], -1, attention.head_dim)  # [B, M, W or 1, d]
         if self.is_memory and self._hidden is not None:
-            blind = (self._hidden[:, :, first:stop] == -math.inf).all(dim=2, keepdim=True)  # sees padding only
-            attended = attended.masked_fill(blind, 0.0)
-        out = self._out(attended.transpose(1, 2).reshape(-1, attention.dim))
+            fully_masked = (self._hidden[:, :, first:stop] == -math.inf).all(dim=2, keepdim=True)
+            attended = attended.masked_fill(fully_masked, 0.0)
+        out = self._project_output(attended.transpose(1, 2).reshape(-1, attention.dim))
         # Where no energy depends on the row, all rows of a sentence get the same.
         return out if len(out) == len(token) else out.repeat_interleave(self.beams, dim=0)
 
@@ -247,12 +298,11 @@ class AttentionCache:
 
     def _position_table(self, lowest: int, stop: int) -> Tensor:
         """V^R R for the relative positions `lowest:stop`, `[M, d, P]`; without E2 their energies, `[1, M, 1, P]`."""
-        weight = self.attention.position_proj.weight
-        table = self.attention._table(weight, lowest, stop - lowest, weight.device)
+        keys = self.attention.relative_keys_of(lowest, stop - lowest, self._stored[0].device)
         if self._query_position or self._position_bias is None:
-            return table
-        with torch.autocast(weight.device.type, enabled=False):
-            return torch.einsum("md,mdn->mn", self._position_bias.to(table.dtype), table)[None, :, None]
+            return keys.permute(1, 2, 0).contiguous()
+        with without_autocast(keys.device):
+            return torch.einsum("md,omd->mo", self._position_bias.to(keys.dtype), keys)[None, :, None]
 
     def _append(self, projected: list[Tensor]) -> None:
         """Stores values and keys `[R, C or M]` of the last token of every row in the row's slot."""
@@ -286,3 +336,77 @@ class AttentionCache:
             new[:, :, : self.num_keys, : used.shape[3]] = used
             new[:, :, : self.num_keys, used.shape[3] :] = 0.0  # hidden from every row, but it may not be NaN
             self._stored[i] = new
+
+
+class DynamicConvCache:
+    """The last gated inputs of a sentence that is decoded step by step; made by `DynamicConv.new_cache`.
+
+    Attributes:
+        value: GLU outputs of the last kernel_size - 1 tokens, `[B, kernel_size - 1, C]`, zeros before the first
+            token; None before the first step.
+        length: Number of tokens seen so far.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.length = 0
+
+    def reorder(self, index: Tensor, beams: int = 1) -> None:
+        """See `DecodingCache.reorder`."""
+        if self.value is not None:
+            self.value = self.value.index_select(0, index)
+
+
+class DeformableConvCache:
+    """The inputs of sequences that are decoded step by step; made by `DeformableConv.new_cache`.
+
+    Offsets may reach back to the first token, so all inputs are kept: once each, in the order in which they came, with
+    a table that says which belong to which sequence. Reordering for beam search copies the table only. For inference:
+    no gradient flows into earlier steps.
+
+    Attributes:
+        length: Number of tokens seen so far.
+        storage: Row 0 is zero, for what lies outside the sequence; then the inputs, then room for more. `[rows, C]`.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.storage = torch.empty(0, 0)
+        self._used = 0
+        self._table = torch.empty(0, 0, dtype=torch.long)
+
+    def append(self, x: Tensor) -> None:
+        """Adds the next tokens `[B, n, C]`.
+
+        Raises:
+            ValueError: If B is not the number of sequences in the cache.
+        """
+        batch, tokens, channels = x.shape
+        if self._used == 0:
+            self.storage = x.new_zeros(1, channels, dtype=computation_dtype(x))
+            self._used = 1
+            self._table = torch.empty(batch, 0, dtype=torch.long, device=x.device)
+        if batch != len(self._table):
+            raise ValueError(f"x has batch size {batch}, the cache has {len(self._table)}: they must be equal.")
+        end = self._used + batch * tokens
+        if end > len(self.storage):
+            grown = self.storage.new_empty(2 * end, channels)
+            grown[: self._used] = self.storage[: self._used]
+            self.storage = grown
+        self.storage[self._used : end] = x.detach().flatten(0, 1)
+        new = torch.arange(self._used, end, device=x.device).view(batch, tokens)
+        self._table = torch.cat((self._table, new), dim=1)
+        self._used = end
+        self.length += tokens
+
+    def read(self, start: int) -> Tensor:
+        """The inputs from position `start` on, `[B, length - start, C]`; zeros at negative positions."""
+        return self.storage[F.pad(self._table[:, max(0, start) :], (max(0, -start), 0))]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the storage for positions `[B, ...]` counted from 1; 0 stands for outside."""
+        return F.pad(self._table, (1, 0)).gather(1, index.flatten(1)).view_as(index)
+
+    def reorder(self, index: Tensor, beams: int = 1) -> None:
+        """See `DecodingCache.reorder`."""
+        self._table = self._table.index_select(0, index)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import deform_conv2d
 
-from lightning_attn.attention.definition import deformable_convolution, regular_convolution
+from lightning_attn.attention.reference import deformable_convolution, regular_convolution
 
 GEOMETRIES = [
     {"stride": 1, "dilation": 1, "padding": 1},

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_attn.attention.definition import DynamicParameters, dynamic_convolution
+from lightning_attn.attention.reference import DynamicParameters, dynamic_convolution
 
 
 def parameters(dim: int, kernel_weight: torch.Tensor, **changes: torch.Tensor) -> DynamicParameters:

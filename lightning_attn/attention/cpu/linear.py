@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
+
+from lightning_attn.attention.transforms import is_transformed
 
 # The operator that torch.compile puts in the place of a linear layer on a CPU, and the one that lays out a weight for
 # it. Both are private to torch: without either, everything here is `F.linear`.
@@ -91,8 +92,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # the compiler chooses for itself
         and not torch._C._is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not is_transformed()
     )
     if not suits:
         return F.linear(x, weight, bias)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_attn.attention import TransformerAttention
-from lightning_attn.attention import cache as cache_module
-from lightning_attn.attention.cache import AttentionCache
+from lightning_attn.attention import decoding as cache_module
+from lightning_attn.attention.decoding import AttentionCache
 from lightning_attn.attention.spec import TERM_SETS
 
 DIM = 8
@@ -35,7 +35,7 @@ class Search:
         token = torch.randn(len(self.prefixes), tokens, DIM, dtype=torch.float64, generator=self.generator)
         self.prefixes = torch.cat((self.prefixes, token), dim=1)
         with torch.no_grad():
-            found = self.cache.attend(token)
+            found = self.cache.decode_step(token)
             if self.memory is None:
                 expected = self.attention(self.prefixes)
             else:
@@ -115,32 +115,32 @@ def test_keys_of_a_sentence_do_not_move_with_its_rows():
     attention, memory = make(causal=True), torch.randn(2, 5, DIM).double()
     own, other = AttentionCache(attention), AttentionCache(attention, memory)
     for cache in (own, other):
-        cache.attend(torch.randn(2, 1, DIM).double())
+        cache.decode_step(torch.randn(2, 1, DIM).double())
         cache.reorder(torch.tensor([0, 0, 0, 1, 1, 1]), 3)
-        cache.attend(torch.randn(6, 1, DIM).double())
+        cache.decode_step(torch.randn(6, 1, DIM).double())
         before = [x.data_ptr() for x in cache._stored]
         for index in ([2, 0, 0, 3, 5, 4], [1, 1, 1, 4, 4, 4]):
             cache.reorder(torch.tensor(index), 3)
-            cache.attend(torch.randn(6, 1, DIM).double())
+            cache.decode_step(torch.randn(6, 1, DIM).double())
         assert [x.data_ptr() for x in cache._stored] == before
     assert other._stored[0].shape == (2, 2, 5, 1, DIM // 2), "one copy of the memory for all rows of a sentence"
 
 
 def test_a_row_that_is_not_a_number_stays_in_its_sentence():
     cache = AttentionCache(make(causal=True))
-    cache.attend(torch.zeros(2, 1, DIM).double())
+    cache.decode_step(torch.zeros(2, 1, DIM).double())
     cache.reorder(torch.tensor([0, 0, 1, 1]), 2)
     token = torch.zeros(4, 1, DIM).double()
     token[0] = torch.nan
-    assert cache.attend(token)[2:].isfinite().all()
-    assert cache.attend(torch.zeros(4, 1, DIM).double())[2:].isfinite().all()
+    assert cache.decode_step(token)[2:].isfinite().all()
+    assert cache.decode_step(torch.zeros(4, 1, DIM).double())[2:].isfinite().all()
 
 
 def test_no_gradients_and_no_parameter_is_touched():
     attention = make(causal=True)
     before = copy.deepcopy(attention.state_dict())
     cache = AttentionCache(attention)
-    assert not cache.attend(torch.randn(2, 3, DIM, dtype=torch.float64, requires_grad=True)).requires_grad
+    assert not cache.decode_step(torch.randn(2, 3, DIM, dtype=torch.float64, requires_grad=True)).requires_grad
     for name, value in attention.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -148,15 +148,15 @@ def test_no_gradients_and_no_parameter_is_touched():
 def test_nothing_to_attend_from():
     cache = AttentionCache(make(causal=True))
     assert cache.rows is None
-    assert cache.attend(torch.zeros(2, 0, DIM).double()).shape == (2, 0, DIM)
+    assert cache.decode_step(torch.zeros(2, 0, DIM).double()).shape == (2, 0, DIM)
     assert cache.length == 0
 
 
 def test_another_number_of_rows_is_refused():
     attention, x = make(causal=True), torch.zeros(2, 1, DIM).double()
     cache = AttentionCache(attention)
-    cache.attend(x)
+    cache.decode_step(x)
     cache.reorder(torch.tensor([0, 0, 1, 1]), 2)
     for wrong in (AttentionCache(attention, x), cache):
         with pytest.raises(ValueError, match=r"query has batch size 3, the cache has (2|4): they must be equal"):
-            wrong.attend(torch.zeros(3, 1, DIM).double())
+            wrong.decode_step(torch.zeros(3, 1, DIM).double())

@@ -1,0 +1,163 @@
+"""Any energies as the inner product of longer queries and keys, for torch's fused kernels.
+
+The encodings of K equidistant positions are sinusoids: wherever the query is, the energies E2 + E4 of K keys along an
+axis lie in one space whose dimension r is far below K, and which no weight decides. With an orthonormal basis Psi
+`[K, r]` of it the energies are c Psi^T, where c `[N_q, r]` is one small product. So with
+
+    q' = [U z_q + u, c_y, c_x, 1]    k' = [V^C x_k, Psi_y[k_y], Psi_x[k_x], E3 and padding]
+
+q' . k' is the sum of all energies, up to the rounding of the dtype. After FlashBias (arXiv 2505.12044), which
+approximates biases in general; here nothing is approximated.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
+from lightning_attn.attention.algorithms.sdpa import fused_attention, takes_flag_only
+from lightning_attn.attention.energies import Energies
+from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.projections import without_autocast
+
+_HIDDEN = -30000.0
+"""Energy of a key that is padding: exp of it vanishes in every dtype, and float16 holds it."""
+
+_BLOCK_QUERIES = 64
+"""Queries of a sentence whose position energies are held at once on their way to c."""
+
+
+class AugmentedSDPA(Algorithm):
+    """`scaled_dot_product_attention` of queries and keys with further features."""
+
+    name = "augmented_sdpa"
+
+    def unsupported_reason(self, problem: AttentionProblem) -> str | None:
+        """See `Algorithm.unsupported_reason`."""
+        e1, e2, _, _ = problem.uses
+        if not e1 and not e2:
+            return "it needs E1 or E2: without the query's content there are cheaper ways"
+        if not takes_flag_only(problem):
+            return "it has no window, no attention_mask, and a causal mask only where keys lie where queries do"
+        return None
+
+    def is_suitable(self, problem: AttentionProblem) -> bool:
+        """On devices other than CPUs, whose kernels lose more by the longer features than tiles cost."""
+        return problem.device not in ("cpu", "meta") and not (problem.transformed or problem.exported)
+
+    def compute(self, inputs: AttentionInputs) -> Tensor:
+        """See `Algorithm.compute`."""
+        value, padding = inputs.projected_value(), inputs.padding()
+        query, key = augmented(inputs.energies(), value, padding)
+        fully_masked = None
+        if padding is not None and inputs.layout.causal:
+            fully_masked = ((~padding).cumsum(dim=-1) == 0)[:, None, :, None]
+        elif padding is not None:
+            fully_masked = padding.all(dim=-1)[:, None, None, None]
+        width = value.shape[-1]
+        # The kernels of a CPU, and the fastest ones of CUDA, want one width for all three.
+        padded = F.pad(value, (0, query.shape[-1] - width)) if query.shape[-1] > width else value
+        out = fused_attention(
+            query, key, padded, inputs.dropout, is_causal=inputs.layout.causal, fully_masked=fully_masked
+        )
+        return out[..., :width]
+
+
+def augmented(energies: Energies, value: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Queries `[B, M, N_q, width]` and keys `[B, M, N_k, width]` whose inner products are the summed energies.
+
+    Args:
+        energies: What they are made of.
+        value: The projected values `[B, M, N_k, d]`: their dtype and device are taken.
+        padding: True where a key is padding, `[B, N_k]`; these get an energy that leaves them no weight.
+    """
+    layout, (batch, heads, num_keys, _), dtype = energies.layout, value.shape, value.dtype
+    queries, keys = [], []
+    with without_autocast(value.device):
+        if energies.content_query is not None and energies.key is not None:
+            queries.append(energies.content_query.to(dtype).expand(batch, -1, -1, -1))
+            keys.append(energies.key.to(dtype))
+        for axis in (0, 1):
+            coefficients = _coefficients(energies, axis, dtype)
+            if coefficients is not None:
+                c, basis = coefficients
+                queries.append(c.expand(batch, heads, *layout.query_sizes, -1).flatten(2, 3))
+                column = basis[:, None] if axis == 0 else basis[None]
+                keys.append(column.expand(batch, heads, *layout.key_sizes, -1).flatten(2, 3))
+        if energies.key_energy is not None or padding is not None:
+            energy = value.new_zeros(batch, heads, num_keys)
+            energy = energy if energies.key_energy is None else energies.key_energy.to(dtype)
+            energy = energy if padding is None else energy.masked_fill(padding[:, None], _HIDDEN)
+            queries.append(value.new_ones(batch, heads, layout.num_queries, 1))
+            keys.append(energy.unsqueeze(-1))
+        missing = -sum(part.shape[-1] for part in queries) % 8  # what the kernels of CUDA are made for
+        if missing:
+            queries.append(value.new_zeros(batch, heads, layout.num_queries, missing))
+            keys.append(value.new_zeros(batch, heads, num_keys, missing))
+        return torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)
+
+
+def _coefficients(energies: Energies, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """c `[B or 1, M, rows or 1, columns or 1, r]` and Psi `[K, r]` of one axis; None without an energy along it."""
+    if energies.position_query is None or energies.relative_keys is None or energies.relative_keys[axis] is None:
+        return None
+    layout, relative_keys = energies.layout, energies.relative_keys[axis]
+    assert relative_keys is not None, "checked above"
+    features = relative_keys.shape[1] * relative_keys.shape[2] // (1 if energies.relative_keys[0] is None else 2)
+    basis = position_basis(layout.key_sizes[axis], layout.stride, features, dtype, relative_keys.device)
+    if energies.position_is_shared:
+        along = energies.along(axis)
+        assert along is not None, "there is an energy along it"
+        return (along @ basis).to(dtype), basis.to(dtype)
+    if energies.relative_keys[0] is None:
+
+        def block(start: int) -> Tensor:
+            energy = energies.rows_of_position(start, min(start + _BLOCK_QUERIES, layout.num_queries))
+            assert energy is not None, "there is an energy along it"
+            return energy @ basis
+
+        c = torch.cat([block(start) for start in range(0, layout.num_queries, _BLOCK_QUERIES)], dim=2)
+        return c.unsqueeze(2).to(dtype), basis.to(dtype)
+    keys = torch.einsum("nkmd,kr->nrmd", energies.relative_keys_of_queries(axis), basis).to(dtype)
+    grid = torch.unflatten(energies.position_query.to(dtype), 2, layout.query_sizes)
+    equation = "bmhwd,hrmd->bmhwr" if axis == 0 else "bmhwd,wrmd->bmhwr"
+    return torch.einsum(equation, grid, keys), basis.to(dtype)
+
+
+def position_basis(num_keys: int, stride: int, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Psi: orthonormal in its columns, `[num_keys, r]`, in float32 or better; made once for each set of arguments.
+
+    Args:
+        num_keys: Keys along the axis.
+        stride: Their distance.
+        features: Width of the encoding of the axis.
+        dtype: Of what is computed with it: what lies below its rounding is left out.
+        device: Where it is wanted.
+    """
+    precision = torch.promote_types(dtype, torch.float32)
+    tolerance = {torch.float64: 1e-16, torch.float32: 1e-8}.get(dtype, 1e-6)
+    arguments = (num_keys, stride, features, tolerance)
+    place = (*arguments, precision, device)
+    basis = _on_device.get(place)
+    if basis is None:
+        basis = torch.from_numpy(_basis(*arguments)).to(device, precision)
+        if type(basis) is Tensor:  # not what stands for a tensor while a program is traced
+            if len(_on_device) >= 1024:
+                _on_device.clear()
+            _on_device[place] = basis
+    return basis
+
+
+_on_device: dict[tuple[object, ...], Tensor] = {}
+
+
+@functools.lru_cache(maxsize=1024)
+def _basis(num_keys: int, stride: int, features: int, tolerance: float) -> np.ndarray:
+    """`position_basis` in float64 on the host, by numpy: nothing that traces torch sees it."""
+    exponents = np.arange(features // 2) * (2.0 / features)
+    angles = np.arange(0, num_keys * stride, stride)[:, None] * 1000.0**-exponents
+    left, singular, _ = np.linalg.svd(np.concatenate((np.sin(angles), np.cos(angles)), axis=1), full_matrices=False)
+    return np.ascontiguousarray(left[:, singular > tolerance * singular[0]])

@@ -1,0 +1,154 @@
+"""The energies E1 to E4 of Eq. 2: the one place that computes them, for training and for pictures.
+
+Shapes: B samples, M heads, d features of a head; N_q queries and N_k keys on grids, flattened row by row.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from lightning_attn.attention.layout import Layout, row_and_column
+from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.projections import without_autocast
+
+
+@dataclasses.dataclass(frozen=True)
+class Energies:
+    """What the energies that are switched on are made of; what a term that is off needs is None.
+
+    E1 + E3 = (U z_q + u) . (V^C x_k) and E2 + E4 = (U z_q + v) . (V^R R): one query projection serves both.
+
+    Attributes:
+        content_query: U z_q (+ u) for E1 (+ E3), `[B, M, N_q, d]`.
+        key: V^C x_k, `[B, M, N_k, d]`, with `content_query` and of its dtype.
+        key_energy: E3 without E1, `[B, M, N_k]`, float32 or better.
+        position_query: U z_q (+ v) for E2 (+ E4), `[B, M, N_q, d]`; v for E4 alone, `[1, M, 1, d]`.
+        relative_keys: V^R R by axis (y, then x; None for the y of a sentence), `[offsets, M, d]` for the offsets of
+            `layout.offset_range` and one more, float32 or better.
+        layout: The grids.
+    """
+
+    content_query: Tensor | None
+    key: Tensor | None
+    key_energy: Tensor | None
+    position_query: Tensor | None
+    relative_keys: tuple[Tensor | None, Tensor] | None
+    layout: Layout
+
+    @property
+    def position_is_shared(self) -> bool:
+        """Whether the position energy is the same for every query of an offset: E4 without E2."""
+        return self.position_query is not None and tuple(self.position_query.shape[::2]) == (1, 1)
+
+    def along_axes(self) -> list[Tensor | None]:
+        """E2 + E4 as a sum over axes: of rows, and of columns.
+
+        Returns:
+            `[B, M, rows, columns, key rows]` (None for sentences and without these terms) and
+            `[B, M, rows, columns, key columns]`, float32 or better. For E4 alone, what does not depend on an index has
+            size 1 there.
+        """
+        return [self.along(axis) for axis in (0, 1)]
+
+    def along(self, axis: int) -> Tensor | None:
+        """E2 + E4 along one axis, 0 for rows and 1 for columns; see `along_axes`."""
+        if self.position_query is None or self.relative_keys is None or self.relative_keys[axis] is None:
+            return None
+        relative_keys = self.relative_keys[axis]
+        assert relative_keys is not None, "checked above"
+        with without_autocast(relative_keys.device):
+            query = self.position_query.to(relative_keys.dtype)
+            if self.position_is_shared:
+                energy = shared_position_energy(query[0, :, 0], relative_keys, self.layout, axis)
+                return energy[None, :, :, None] if axis == 0 else energy[None, :, None]
+            if self.relative_keys[0] is None:
+                return sentence_position_energy(query, relative_keys, self.layout).unsqueeze(2)
+            grid = torch.unflatten(query, 2, self.layout.query_sizes)
+            keys = self.relative_keys_of_queries(axis)
+            return torch.einsum("bmhwd,hkmd->bmhwk" if axis == 0 else "bmhwd,wkmd->bmhwk", grid, keys)
+
+    def relative_keys_of_queries(self, axis: int) -> Tensor:
+        """V^R R of every pair along one axis of a map, `[queries along it, keys along it, M, d]`."""
+        assert self.relative_keys is not None, "E2 or E4 is on"
+        relative_keys = self.relative_keys[axis]
+        assert relative_keys is not None, "maps have both"
+        column = self.layout.offsets(axis, relative_keys.device) - self.layout.offset_range(axis)[0]
+        return torch.unflatten(relative_keys.index_select(0, column.flatten()), 0, column.shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The summed energies of the queries `start:stop`, `[B or 1, M, stop - start, N_k]`, without masks."""
+        total: Tensor | None = None
+        if start == stop or self.layout.num_keys == 0:
+            some = next(t for t in (self.key, self.key_energy, self.position_query) if t is not None)
+            return some.new_zeros(1, some.shape[1], stop - start, self.layout.num_keys)
+        if self.content_query is not None and self.key is not None:
+            with without_autocast(self.key.device):
+                dtype = computation_dtype(self.key)
+                total = self.content_query[:, :, start:stop].to(dtype) @ self.key.to(dtype).transpose(2, 3)
+        if self.key_energy is not None:
+            total = self.key_energy.unsqueeze(2) if total is None else total + self.key_energy.unsqueeze(2)
+        position = self.rows_of_position(start, stop)
+        if position is not None:
+            total = position if total is None else total + position
+        assert total is not None, "a term string switches at least one energy on"
+        return total.expand(-1, -1, stop - start, -1)
+
+    def rows_of_position(self, start: int, stop: int) -> Tensor | None:
+        """E2 + E4 of the queries `start:stop`, `[B or 1, M, stop - start, N_k]`; for E4 alone of size 1 if all are."""
+        if self.position_query is None or self.relative_keys is None:
+            return None
+        layout, (keys_y, keys_x) = self.layout, self.relative_keys
+        if keys_y is None and not self.position_is_shared:
+            with without_autocast(keys_x.device):
+                query = self.position_query[:, :, start:stop].to(keys_x.dtype)
+                first = layout.query_sizes[1] - stop  # where the offset of the last of these queries to key 0 is
+                count = stop - start + (layout.key_sizes[1] - 1) * layout.stride + 1
+                return sentence_position_energy(query, keys_x[first : first + count], layout)
+        if (start, stop) == (0, layout.num_queries):
+            along_y, along_x = self.along_axes()
+        else:
+            along_y, along_x = self._along_axes_of_queries(start, stop)
+        assert along_x is not None, "E2 or E4 is on"
+        both = along_x.unsqueeze(-2) if along_y is None else along_y.unsqueeze(-1) + along_x.unsqueeze(-2)
+        return both.flatten(-2).flatten(2, 3)
+
+    def _along_axes_of_queries(self, start: int, stop: int) -> list[Tensor | None]:
+        """`along_axes` of the queries `start:stop` as if they were one row, query by query."""
+        assert self.position_query is not None, "E2 or E4 is on"
+        assert self.relative_keys is not None, "E2 or E4 is on"
+        query = self.position_query if self.position_is_shared else self.position_query[:, :, start:stop]
+        places = row_and_column(torch.arange(start, stop, device=query.device), self.layout.query_sizes[1])
+        along: list[Tensor | None] = []
+        with without_autocast(query.device):
+            for axis, (relative_keys, place) in enumerate(zip(self.relative_keys, places, strict=True)):
+                if relative_keys is None:
+                    along.append(None)
+                    continue
+                column = self.layout.offsets(axis, query.device)[place] - self.layout.offset_range(axis)[0]
+                keys = torch.unflatten(relative_keys.index_select(0, column.flatten()), 0, column.shape)
+                by_query = query.to(keys.dtype).expand(-1, -1, stop - start, -1)
+                along.append(torch.einsum("bmqd,qkmd->bmqk", by_query, keys).unsqueeze(2))
+        return along
+
+
+def shared_position_energy(query: Tensor, relative_keys: Tensor, layout: Layout, axis: int) -> Tensor:
+    """E4 along one axis, `[M, queries along it, keys along it]`, of v `[M, d]` and V^R R `[offsets, M, d]`."""
+    by_offset = torch.einsum("md,omd->mo", query.to(relative_keys.dtype), relative_keys)
+    column = layout.offsets(axis, query.device) - layout.offset_range(axis)[0]
+    return torch.unflatten(by_offset.index_select(1, column.flatten()), 1, column.shape)
+
+
+def sentence_position_energy(query: Tensor, relative_keys: Tensor, layout: Layout) -> Tensor:
+    """E2 (+ E4) in a sentence, `[B, M, L_q, L_k]`, of queries `[B, M, L_q, d]` and V^R R `[offsets + 1, M, d]`.
+
+    The first offset is that of the last of these queries to the first key.
+
+    The energies of all offsets are one product. What a query needs of them starts one place earlier than what the query
+    before it needs: with rows that are one element shorter, the same memory has a key in every column.
+    """
+    length, num_keys, stride = query.shape[2], layout.key_sizes[1], layout.stride
+    by_offset = torch.einsum("bmqd,omd->bmqo", query, relative_keys)
+    width = relative_keys.shape[0] - 1
+    shifted = torch.unflatten(by_offset.flatten(2)[..., length - 1 : length - 1 + length * width], 2, (length, width))
+    return shifted[..., : (num_keys - 1) * stride + 1 : stride]

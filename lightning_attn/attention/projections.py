@@ -1,0 +1,55 @@
+"""Linear layers of an attention, by the fastest product that gives what calling the layer gives.
+
+Other people replace, wrap and hook these layers: adapters (LoRA), quantisation, pruning, weight and spectral
+normalisation, FSDP, recorders of activations. Such a layer is always called; only an unmodified `nn.Linear` may have
+its weight multiplied directly.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from lightning_attn.attention.cpu.linear import Linear, linear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer does nothing but multiply with its weight: an `nn.Linear` without hooks of any kind."""
+    return (
+        type(layer) in (nn.Linear, Linear)
+        and "forward" not in vars(layer)
+        and not any(getattr(layer, name, None) for name in _HOOKS)
+        and not any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
+    )
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """Applies a layer to the features of `[..., in]`."""
+    if is_plain(layer):
+        return linear(x, layer.weight, layer.bias)
+    projected: Tensor = layer(x)
+    return projected
+
+
+def project_map(layer: nn.Module, x: Tensor) -> Tensor:
+    """Applies a layer to the features of `[B, in, N]`: `[B, out, N]`, in the memory layout that is fastest to make."""
+    if is_plain(layer) and x.shape[2] >= 4 * x.shape[1]:
+        weight = layer.weight.expand(x.shape[0], -1, -1)
+        return torch.bmm(weight, x) if layer.bias is None else torch.baddbmm(layer.bias[:, None], weight, x)
+    # Of many features at few places, torch's layer is faster, also where the features of a place lie apart.
+    tokens = x.transpose(1, 2)
+    projected: Tensor = F.linear(tokens, layer.weight, layer.bias) if is_plain(layer) else layer(tokens)
+    return projected.transpose(1, 2)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switches autocast off, on devices that have it (meta does not)."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
