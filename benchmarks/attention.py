@@ -212,7 +212,7 @@ def _build_deformable(side: str, channels: int) -> nn.Module:
     if side == "floor":
         return nn.Conv2d(channels, channels, 3, padding=1)
     ours = DeformableConv(channels, channels, 3, ndim=2)
-    nn.init.normal_(ours.offset.weight, std=2 / (9 * channels) ** 0.5)  # offsets of about two pixels
+    nn.init.normal_(ours.offset.get_parameter("weight"), std=2 / (9 * channels) ** 0.5)  # offsets of about two pixels
     if side == "ours":
         return ours
     theirs = TorchvisionDeformable(channels)

@@ -42,7 +42,7 @@ _FAR = 1e7
 """Further outside than any map is wide, and exact in float32."""
 
 _MMCV_NAMES = {"conv_offset.": "offset.", "conv_offset_mask.": "offset."}
-"""What mmcv's modules call the convolution that gives offsets: today, and in the first releases of the modulated one."""
+"""What mmcv's modules call the convolution that gives offsets: today, and in early releases of the modulated one."""
 
 
 class DeformableConv(nn.Module):
@@ -147,7 +147,7 @@ class DeformableConv(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.register_load_state_dict_pre_hook(_rename_from_mmcv)
+        self.register_load_state_dict_pre_hook(_rename_from_mmcv)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -253,7 +253,8 @@ class DeformableConv(nn.Module):
         first, past = cache.length, self._past()
         cache.append(x)
         offset, mask = self._offsets(cache.read(first - past))
-        move, mask = (t if t is None else _by_tap(t, self.offset_groups) for t in (offset, mask))
+        move = _by_tap(offset, self.offset_groups)
+        mask = None if mask is None else _by_tap(mask, self.offset_groups)
         start = _axis_taps(x.shape[1], self.kernel_size[0], 1, self.dilation[0], past - first, offset)
         last = torch.arange(first, cache.length, device=x.device)[:, None, None, None]
         index, weights = _corners([move + start.unsqueeze(-1)], [cache.length], last, mask)
@@ -441,7 +442,7 @@ def _geometry(
 
 def _sizes(name: str, value: Sizes, ndim: int, least: int) -> tuple[int, ...]:
     """One number for each axis."""
-    if isinstance(value, int) or not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, tuple | list):
         require_int(name, value, least)
         assert isinstance(value, int), "checked above"
         return (value,) * ndim
@@ -465,9 +466,7 @@ def _check_groups(in_channels: int, out_channels: int, groups: int, offset_group
     ):
         require_int(name, number)
         if channels % number:
-            raise ValueError(
-                f"{name}={number} must divide the {channels} channels: use one of {divisors(channels)}."
-            )
+            raise ValueError(f"{name}={number} must divide the {channels} channels: use one of {divisors(channels)}.")
 
 
 def _check_algorithm(algorithm: str, ndim: int) -> None:
@@ -645,7 +644,9 @@ def _by_reference(
     offset_groups: int,
 ) -> Tensor:
     """The equation in loops, which has one group and one number for all axes."""
-    uneven = [n for n in (geometry.kernel_size, geometry.stride, geometry.dilation, geometry.padding) if len(set(n)) > 1]
+    uneven = [
+        n for n in (geometry.kernel_size, geometry.stride, geometry.dilation, geometry.padding) if len(set(n)) > 1
+    ]
     if offset_groups > 1 or weight.shape[1] != x.shape[2 if x.dim() == 3 else 1] or uneven:
         raise ValueError("algorithm='reference' has one group and the same sizes along both axes; use 'gather'.")
     return reference.deformable_convolution(

@@ -198,7 +198,7 @@ class DynamicConv(nn.Module):
         return lambda start, stop: whole.narrow(1 if self.ndim == 1 else 3, start, stop - start)
 
     def _kernel(self, logits: Tensor, outside: Tensor | None) -> Tensor:
-        """The kernels of Eq. 6 and 7 from their logits, in float32 or better; `outside` is True where there is no key."""
+        """The kernels of Eq. 6 and 7 from logits, in float32 or better; `outside` is True where there is no key."""
         axis = -1 if self.ndim == 1 else 2
         # Half precision holds the logits, but not the sum of hundreds of exponentials.
         logits = logits.to(computation_dtype(logits))

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attn.attention.decoding import AttentionCache, DecodingCache, DeformableConvCache, DynamicConvCache
 from lightning_attn.attention.checks import require_ndim
+from lightning_attn.attention.decoding import AttentionCache, DecodingCache, DeformableConvCache, DynamicConvCache
 from lightning_attn.attention.deformable import DeformableConv
 from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.attention.spec import AttentionSpec

@@ -122,8 +122,11 @@ def _transformer(spec: AttentionSpec, dim: int, size: Sequence[int], key_size: S
         # k - q for k = 0, s, 2 s, ...: one run of integers, or one for each key if the stride leaves gaps.
         offsets = sum(min(q + (k - 1) * spec.kv_stride, q * k) for q, k in zip(size, strided, strict=True))
     else:
-        region = [math.ceil(spec.window / spec.kv_stride)] * len(size)
-        offsets = spec.window * len(size)
+        window = spec.window if isinstance(spec.window, tuple) else (spec.window,) * len(size)
+        if len(window) != len(size):
+            raise ValueError(f"window={spec.window} is for maps, but size={tuple(size)} is that of a sequence.")
+        region = [math.ceil(width / spec.kv_stride) for width in window]
+        offsets = sum(window)
     pairs = queries * math.prod(region)
     # Without a query in the energies and without a window all queries share one weighted sum.
     sums = keys if spec.terms == "0010" and spec.window is None else pairs

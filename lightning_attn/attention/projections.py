@@ -7,9 +7,9 @@ its weight multiplied directly.
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -19,14 +19,18 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer does nothing but multiply with its weight: an `nn.Linear` without hooks of any kind."""
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks would notice a call of a module, or its `forward` is not that of its class."""
     return (
-        type(layer) in (nn.Linear, Linear)
-        and "forward" not in vars(layer)
-        and not any(getattr(layer, name, None) for name in _HOOKS)
-        and not any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
+        "forward" in vars(module)
+        or any(getattr(module, name, None) for name in _HOOKS)
+        or any(getattr(torch_module, name, None) for name in _GLOBAL_HOOKS)
     )
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling a layer does nothing but multiply with its weight: an `nn.Linear` without hooks of any kind."""
+    return type(layer) in (nn.Linear, Linear) and not is_hooked(layer)
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -43,8 +47,7 @@ def project_map(layer: nn.Module, x: Tensor) -> Tensor:
         weight = layer.weight.expand(x.shape[0], -1, -1)
         return torch.bmm(weight, x) if layer.bias is None else torch.baddbmm(layer.bias[:, None], weight, x)
     # Of many features at few places, torch's layer is faster, also where the features of a place lie apart.
-    tokens = x.transpose(1, 2)
-    projected: Tensor = F.linear(tokens, layer.weight, layer.bias) if is_plain(layer) else layer(tokens)
+    projected: Tensor = layer(x.transpose(1, 2))
     return projected.transpose(1, 2)
 
 

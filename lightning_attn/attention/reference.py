@@ -212,8 +212,8 @@ def supporting_keys(
     Args:
         query: As in `term_energies`.
         key: As in `term_energies`.
-        window: Odd n_k: only keys within `n_k // 2` of the query along each axis. Of a map also `(n_y, n_x)`, along y and
-            along x. None: no limit.
+        window: Odd n_k: only keys within `n_k // 2` of the query along each axis; of a map also `(n_y, n_x)`. None: no
+            limit.
         kv_stride: As in `term_energies`.
         causal: No keys that come after the query in reading order (row by row, in a map).
         key_padding_mask: True where a key is padding, `[B, Lk]` or `[B, Hk, Wk]`, over all keys before the stride.
@@ -323,7 +323,9 @@ def weighted_values(
     weights = normalised_weights(energies, regions, None if attention_mask is None else attention_mask[..., keys])
     heads = []
     for m in range(num_heads):
-        pooled = weights.new_zeros(*weights.shape[:1], *weights.shape[2:3], parameters.value_weight.shape[0] // num_heads)
+        pooled = weights.new_zeros(
+            *weights.shape[:1], *weights.shape[2:3], parameters.value_weight.shape[0] // num_heads
+        )
         for number, k in enumerate(keys):
             projected = x[k] @ parameters.head_rows("value_weight", m, num_heads).T
             pooled = pooled + weights[:, m, :, number, None] * projected[:, None]
@@ -531,7 +533,7 @@ def dynamic_convolution(
     """
     inputs, positions = _elements(x)
     if x.numel() == 0:
-        return torch.zeros_like(x)
+        return x.clone()
     dim = inputs[0].shape[-1]
     contents = []
     for x_q in inputs:

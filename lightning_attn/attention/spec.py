@@ -84,7 +84,7 @@ class AttentionSpec:
             raise ValueError(f"convolution must be one of {list(get_args(Convolution))}, got {self.convolution!r}.")
         if self.window is not None:
             require_window(self.window)
-            if isinstance(self.window, list):  # as YAML and JSON have it
+            if not isinstance(self.window, int):  # YAML and JSON have lists
                 object.__setattr__(self, "window", tuple(self.window))
             if self.mechanism == "dynamic":
                 raise ValueError(

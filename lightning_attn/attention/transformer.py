@@ -432,7 +432,7 @@ class TransformerAttention(nn.Module):
         nothing = along_x.new_zeros(1, self.dim)
         # The factor is that of the released code.
         projected = self._project_positions(torch.cat((along_x, along_y, nothing))) / math.sqrt(2)
-        keys_x, keys_y, bias = projected.split([count_x + 1, count_y + 1, 1])
+        keys_x, keys_y, bias = torch.split(projected, [count_x + 1, count_y + 1, 1])
         has_no_bias = is_plain(self.position_proj) and self.position_proj.bias is None
         return keys_y if has_no_bias else keys_y - bias, keys_x
 

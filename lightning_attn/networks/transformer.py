@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_attn.attention import AttentionCache, AttentionSpec, DecodingCache, SelfAttention, build_attention
 from lightning_attn.attention.cpu.linear import Linear, PackedLinear, linear
+from lightning_attn.attention.projections import is_hooked, is_plain
 from lightning_attn.networks.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.dropout import Dropout
 
@@ -56,8 +57,8 @@ class FeedForward(nn.Sequential):
     def packed(self) -> Callable[[Tensor], Tensor]:
         """The same function without gradients, for many products with few rows; the weights must not change then."""
         expand, activation, dropout, contract = self
-        assert isinstance(expand, nn.Linear)
-        assert isinstance(contract, nn.Linear)
+        if is_hooked(self) or not (is_plain(expand) and is_plain(contract)):
+            return self
         first, last = PackedLinear(expand.weight, expand.bias), PackedLinear(contract.weight, contract.bias)
         return lambda x: last(dropout(activation(first(x))))
 
@@ -304,13 +305,12 @@ class _DecodingLayer:
         cross_cache = layer.cross_attention.new_cache(memory, memory_padding)
         self.caches: list[DecodingCache] = [cross_cache]
         self.sublayers: list[tuple[Residual, Callable[[Tensor], Tensor]]] = [
-            (layer.cross_attention_residual, cross_cache.decode_step),
+            (layer.cross_attention_residual, _decoding_step(layer.cross_attention, cross_cache)),
             (layer.feed_forward_residual, layer.feed_forward.packed()),
         ]
         if layer.self_attention is not None:
             cache = layer.self_attention.new_cache()
-            # Either does the same; calls of modules are a good part of the time of a step.
-            step = cache.decode_step if isinstance(cache, AttentionCache) else partial(layer.self_attention, cache=cache)
+            step = _decoding_step(layer.self_attention, cache)
             self.caches.append(cache)
             self.sublayers.insert(0, (layer.self_attention_residual, step))
 
@@ -324,6 +324,13 @@ class _DecodingLayer:
         """See `DecodingCache.reorder`."""
         for cache in self.caches:
             cache.reorder(index, beams)
+
+
+def _decoding_step(attention: SelfAttention, cache: DecodingCache) -> Callable[[Tensor], Tensor]:
+    """What attends from the next tokens; without a call of the module, a good part of a step, if no hook misses it."""
+    if isinstance(cache, AttentionCache) and not is_hooked(cache.attention):
+        return cache.decode_step
+    return partial(attention, cache=cache)
 
 
 class DecodingState:

@@ -74,7 +74,7 @@ def literal_sums(query, key, key_energy, along_y, along_x, value, padding, atten
 
 
 def leaves(layout: Layout, content: bool, key_energy: bool, position: bool, memory: str):
-    """Random inputs of `tiled_attention` in one of three memory layouts, float64: what has gradients, and the inputs."""
+    """Random inputs of `tiled_attention` in a memory layout, float64: what has gradients, and the inputs."""
     width = 4
 
     def make(count):

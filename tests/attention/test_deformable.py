@@ -4,8 +4,9 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import deform_conv2d
+from torchvision.ops import DeformConv2d, deform_conv2d
 
 from lightning_attn.attention import deformable
 from lightning_attn.attention.deformable import DeformableConv, deformable_conv, offset_parameters
@@ -411,3 +412,128 @@ def test_a_cache_is_for_causal_convolutions_without_padding():
         module(x, cache=cache)
     with pytest.raises(ValueError, match=r"key_padding_mask is not for decoding step by step"):
         causal(x, key_padding_mask=torch.zeros(2, 1, dtype=torch.bool), cache=cache)
+
+
+@pytest.mark.parametrize("algorithm", ["gather", "torchvision"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"groups": 2},
+        {"offset_groups": 3},
+        {"groups": 3, "offset_groups": 2},
+        {"kernel_size": (3, 5)},
+        {"kernel_size": (2, 4)},
+        {"kernel_size": 4, "stride": 2},
+        {"stride": (1, 2), "padding": (0, 3), "dilation": (2, 1)},
+        {"kernel_size": (1, 3), "padding": (2, 0), "groups": 6, "offset_groups": 6},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("modulated", [False, True])
+def test_what_torchvisions_operator_knows(settings, modulated, algorithm):
+    module = shaken(6, 6, modulated=modulated, algorithm=algorithm, **settings)
+    x = draw(2, 6, 7, 9)
+    channels = module.offset(x)
+    split = channels.shape[1] * 2 // 3 if modulated else channels.shape[1]
+    expected = deform_conv2d(
+        x,
+        channels[:, :split],
+        module.weight,
+        module.bias,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        mask=channels[:, split:].sigmoid() if modulated else None,
+    )
+    assert_same(module(x), expected, [x, *module.parameters()])
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_groups_of_a_sentence_are_convolutions_of_their_own(modulated, causal):
+    module = shaken(6, 4, ndim=1, groups=2, offset_groups=2, modulated=modulated, causal=causal, kernel_size=4)
+    x = draw(2, 7, 6)
+    parts = []
+    channels = module.offset(F.pad(x, (0, 0, 3, 0) if causal else (0, 0)).transpose(1, 2)).transpose(1, 2)
+    for group in range(2):
+        offset = channels[..., 4 * group : 4 * group + 4]
+        mask = channels[..., 8 + 4 * group : 12 + 4 * group].sigmoid() if modulated else None
+        part = slice(3 * group, 3 * group + 3), slice(2 * group, 2 * group + 2)
+        settings = {"causal": True} if causal else {"padding": 1}
+        parts.append(
+            deformable_conv(
+                x[..., part[0]],
+                offset,
+                module.weight[part[1]],
+                module.bias[part[1]],
+                mask=mask,
+                **settings,
+                algorithm="reference",
+            )
+        )
+    assert_same(module(x), torch.cat(parts, dim=2), [x, *module.parameters()])
+    if causal:
+        with torch.no_grad():
+            cache = module.new_cache()
+            stepwise = torch.cat([module(token, cache=cache) for token in x.detach().split([1, 3, 1, 2], dim=1)], dim=1)
+        torch.testing.assert_close(stepwise, module(x))
+
+
+def test_weights_of_published_modules_load():
+    # Names and shapes of mmcv.ops.DeformConv2dPack(4, 6, 3, groups=2, deform_groups=2) and its modulated form.
+    for modulated, name in ((False, "conv_offset"), (True, "conv_offset"), (True, "conv_offset_mask")):
+        channels = 2 * 9 * (3 if modulated else 2)
+        state = {
+            "weight": torch.randn(6, 2, 3, 3),
+            f"{name}.weight": torch.randn(channels, 4, 3, 3) / 10,
+            f"{name}.bias": torch.randn(channels),
+        }
+        if modulated:
+            state["bias"] = torch.randn(6)
+        module = DeformableConv(4, 6, 3, groups=2, offset_groups=2, modulated=modulated, bias=modulated)
+        outer = nn.Sequential(module)
+        outer.load_state_dict({f"0.{key}": value for key, value in state.items()})
+        x = torch.randn(2, 4, 5, 6)
+        moved = F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding=1)
+        # mmcv: o1, o2, mask = chunk(out, 3); offset = cat(o1, o2); mask = sigmoid(mask)
+        offset = torch.cat(moved.chunk(3, dim=1)[:2], dim=1) if modulated else moved
+        mask = moved.chunk(3, dim=1)[2].sigmoid() if modulated else None
+        expected = deform_conv2d(x, offset, state["weight"], state.get("bias"), padding=1, mask=mask)
+        torch.testing.assert_close(outer(x), expected, rtol=1e-4, atol=1e-5)
+        assert f"{name}.weight" in state, "the given state is left as it was"
+    peer = DeformConv2d(4, 6, 3, padding=1, groups=2)
+    module = DeformableConv(4, 6, 3, groups=2)
+    found = module.load_state_dict(peer.state_dict(), strict=False)
+    assert found.missing_keys == ["offset.weight", "offset.bias"]
+    assert not found.unexpected_keys
+    torch.testing.assert_close(module(x), peer(x, torch.zeros(2, 18, 5, 6)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"groups": 3}, r"groups=3 must divide the 4 channels: use one of \[1, 2, 4\]"),
+        ({"offset_groups": 3}, r"offset_groups=3 must divide the 4 channels"),
+        ({"groups": 0}, r"groups must be an integer of at least 1, got 0"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size must be one number or 2 for ndim=2, got \(3, 3, 3\)"),
+        ({"kernel_size": (3, 0)}, r"kernel_size must be an integer of at least 1, got 0"),
+        ({"stride": "2"}, r"stride must be an integer of at least 1, got '2'"),
+        ({"modulated": "no"}, r"modulated must be True or False, got 'no'"),
+        ({"groups": 2, "algorithm": "reference"}, r"algorithm='reference' has one group; .* groups=2"),
+    ],
+)
+def test_groups_and_sizes_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DeformableConv(**{"in_channels": 4, "out_channels": 4} | settings)
+
+
+def test_the_function_checks_its_sizes():
+    x, weight, offset = torch.zeros(1, 4, 5, 5), torch.zeros(4, 4, 3, 3), torch.zeros(1, 18, 5, 5)
+    for settings, message in (
+        ({"dilation": 0}, "dilation must be an integer of at least 1, got 0"),
+        ({"stride": 0}, "stride must be an integer of at least 1, got 0"),
+        ({"padding": -1}, "padding must be an integer of at least 0, got -1"),
+        ({"padding": 0, "dilation": 3}, r"x must have at least 7 positions .* dilation=3 and padding=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            deformable_conv(x, offset, weight, **settings)

@@ -407,3 +407,96 @@ def test_errors_of_dtypes_masks_and_caches():
     literal = make(causal=True, algorithm="reference")
     with pytest.raises(ValueError, match=r"algorithm='reference' has no cache; use algorithm='auto'"):
         literal(x, cache=literal.new_cache())
+
+
+def fairseq(module: DynamicConv, x: Tensor) -> Tensor:
+    """fairseq's DynamicConv1dTBC in its expanded form, between the projections of its layer; here batch comes first.
+
+    The kernels of T queries, each shifted by one against the last, are a T x (T + K - 1) band; what lies outside of the
+    sentence is cut off it before the softmax (`renorm_padding`) or after it.
+    """
+    batch, length, _ = x.shape
+    heads, size = module.groups, module.kernel_size
+    content = F.glu(module.input_proj(x), dim=-1)
+    weight = module.kernel_proj(content).view(batch, length, heads, size)
+    if not module.renorm_padding and module.weight_softmax:
+        weight = weight.softmax(-1)
+    left = size - 1 if module.causal else size // 2
+    empty = -torch.inf if module.renorm_padding else 0.0
+    band = weight.new_full((batch, heads, length, length + size - 1), empty)
+    for query in range(length):
+        band[:, :, query, query : query + size] = weight[:, query]
+    band = band[..., left : left + length]
+    if module.renorm_padding:
+        band = band.softmax(-1)
+    values = content.view(batch, length, heads, -1).transpose(1, 2)
+    out = (band @ values).transpose(1, 2).flatten(2)
+    return module.out_proj(out if module.conv_bias is None else out + module.conv_bias)
+
+
+OPTIONS = [
+    {"weight_softmax": False},
+    {"conv_bias": True},
+    {"renorm_padding": True},
+    {"renorm_padding": True, "conv_bias": True},
+    {"weight_softmax": False, "conv_bias": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kernel_size", [3, 9])
+def test_options_are_those_of_fairseq(options, causal, kernel_size):
+    module = make(kernel_size, causal=causal, **options)
+    x = draw(7)
+    grad = torch.randn_like(x)
+    expected = fairseq(module, x)
+    wanted = [expected, *torch.autograd.grad(expected, (x, *module.parameters()), grad)]
+    assert_same(results(module, x, grad), wanted)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("size", "causal"), [((7,), False), ((7,), True), ((3, 4), False)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_options_are_those_of_the_definition(options, size, causal, whole, request):
+    if not whole:
+        request.getfixturevalue("pieces")
+    module = make(3, len(size), causal=causal, **options)
+    x, mask = draw(*size), padding(*size)
+    grad = torch.randn_like(x)
+    for padded in (None, mask):
+        module.algorithm = "auto"
+        actual = results(module, x, grad, key_padding_mask=padded)
+        module.algorithm = "reference"
+        assert_same(actual, results(module, x, grad, key_padding_mask=padded))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("steps", [[1] * 9, [2, 5, 1, 1], [9]])
+def test_options_decode_as_the_full_pass(options, steps):
+    module = make(5, causal=True, **options)
+    x = draw(9).detach()
+    cache = module.new_cache()
+    with torch.no_grad():
+        found = torch.cat([module(piece, cache=cache) for piece in x.split(steps, dim=1)], dim=1)
+        torch.testing.assert_close(found, module(x))
+
+
+def test_options_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="renorm_padding=True needs weight_softmax=True"):
+        make(weight_softmax=False, renorm_padding=True)
+    with pytest.raises(ValueError, match="conv_bias must be True or False, got 1"):
+        make(conv_bias=1)
+    module = make(dropout=0.2, algorithm="reference")
+    with pytest.raises(ValueError, match=r"algorithm='reference' drops nothing, but dropout=0\.2"):
+        module.train()(draw(4))
+    module.eval()(draw(4))
+
+
+def test_batches_and_sentences_of_nothing():
+    for ndim, shape in ((1, (0, 5, DIM)), (1, (2, 0, DIM)), (2, (0, DIM, 3, 4)), (2, (2, DIM, 0, 4))):
+        for algorithm in ("auto", "reference"):
+            x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+            y = make(ndim=ndim, algorithm=algorithm)(x)
+            assert y.shape == shape
+            y.sum().backward()

@@ -18,8 +18,8 @@ from lightning_attn.attention import (
     GatedResidual,
     TransformerAttention,
     build_attention,
-    reference,
     offset_parameters,
+    reference,
 )
 
 DIM, LENGTH = 8, 7

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -458,6 +459,14 @@ def test_misuse_of_a_cache_is_refused():
         attention(x, x, cache=attention.new_cache())
     with pytest.raises(ValueError, match=r"cache.*no key or key_padding_mask"):
         attention(x, key_padding_mask=padding((3,)), cache=attention.new_cache())
+    with pytest.raises(ValueError, match=r"cache.*no attention_mask"):
+        attention(x, attention_mask=torch.zeros(3, 3, dtype=torch.bool), cache=attention.new_cache())
+    with pytest.raises(ValueError, match="cache: it was made by another module"):
+        make(causal=True)(x, cache=attention.new_cache())
+    with pytest.raises(ValueError, match="causal=False: with a cache self-attention is always causal"):
+        attention(x, cache=attention.new_cache(), causal=False)
+    with pytest.raises(ValueError, match=r"new_cache: only causal self-attention .*causal=True, or pass the memory"):
+        make().new_cache()
     with pytest.raises(ValueError, match=r"new_cache.*ndim=1"):
         make(ndim=2).new_cache()
     with pytest.raises(ValueError, match=r"memory must be \[B, L, C\] with C = dim = 8, got shape \(2, 3, 5\)"):
@@ -696,6 +705,90 @@ def test_the_memory_counter_would_notice_a_plain_softmax():
     assert memory.peak >= 2 * 2 * 256 * 256 * 4
 
 
+# --- Masks of pairs, other values, windows of two sizes ---------------------------------------------------------------
+
+
+def pair_masks(batch, queries, keys):
+    """One of each shape that is taken; every query keeps some key, save one."""
+    for shape in ((queries, keys), (batch, queries, keys), (batch, 1, queries, keys), (batch, HEADS, queries, keys)):
+        mask = torch.rand(shape) < 0.4
+        mask[..., 0, :] = True
+        yield mask
+
+
+@pytest.mark.parametrize("terms", TERM_SETS)
+@pytest.mark.parametrize("shape", ["sentence", "oblong"])
+def test_masks_of_pairs_and_other_values_are_those_of_the_definition(terms, shape):
+    size, key_size = SHAPES[shape], KEY_SHAPES[shape]
+    for stride, algorithm in itertools.product((1, 2), ("dense", "tiled")):
+        attention = make(terms, len(size), kv_stride=stride, window=5, scale=0.7, algorithm=algorithm)
+        query, key, value = (x.requires_grad_() for x in (draw(size), draw(key_size), draw(key_size)))
+        padded = padding(key_size)
+        for mask in pair_masks(2, math.prod(size), math.prod(key_size)):
+            whole = mask if mask.dim() == 4 else mask.view(-1, 1, *mask.shape[-2:])
+            actual = attention(query, key, value, key_padding_mask=padded, attention_mask=mask)
+            expected = reference.transformer_attention(
+                query,
+                key,
+                reference.parameters_of(attention),
+                value=value,
+                num_heads=HEADS,
+                terms=terms,
+                scale=0.7,
+                window=5,
+                kv_stride=stride,
+                key_padding_mask=padded,
+                attention_mask=whole.expand(2, HEADS, -1, -1),
+            )
+            torch.testing.assert_close(actual, expected)
+            variables = [query, key, value, *attention.parameters()]
+            direction = torch.randn_like(actual)
+            for a, e in zip(
+                *(torch.autograd.grad(y, variables, direction, materialize_grads=True) for y in (actual, expected)),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, e)
+            torch.testing.assert_close(
+                attention.weights(query, key, attention_mask=mask)[:, :, 0].abs().max().item(), 0.0
+            )
+
+
+def test_content_alone_is_torchs_multi_head_attention():
+    peer = nn.MultiheadAttention(DIM, HEADS, batch_first=True, bias=False, dtype=torch.float64)
+    ours = make("1000", scale=(DIM // HEADS) ** -0.5)
+    with torch.no_grad():
+        for name, weight in zip(("query", "key", "value"), peer.in_proj_weight.chunk(3), strict=True):
+            getattr(ours, f"{name}_proj").weight.copy_(weight)
+        ours.out_proj.weight.copy_(peer.out_proj.weight)
+        ours.out_proj.bias.zero_()
+    query, key, value = draw((5,)), draw((6,)), draw((6,))
+    padded = torch.zeros(2, 6, dtype=torch.bool)
+    padded[1, 4:] = True
+    mask = (torch.rand(5, 6) < 0.4).index_fill(1, torch.tensor([0]), False)
+    expected, weights = peer(query, key, value, key_padding_mask=padded, attn_mask=mask, average_attn_weights=False)
+    torch.testing.assert_close(ours(query, key, value, key_padding_mask=padded, attention_mask=mask), expected)
+    found = ours.weights(query, key, key_padding_mask=padded, attention_mask=mask)
+    torch.testing.assert_close(found, weights)
+
+
+def test_a_mask_of_later_keys_is_the_causal_mask():
+    for terms, ndim in itertools.product(TERM_SETS, (1, 2)):
+        attention, x = make(terms, ndim), draw((6,) if ndim == 1 else (2, 3))
+        later = torch.ones(6, 6, dtype=torch.bool).triu(1)
+        torch.testing.assert_close(attention(x, attention_mask=later), attention(x, causal=True))
+
+
+@pytest.mark.parametrize("terms", TERM_SETS)
+def test_a_window_of_two_sizes_is_that_of_the_definition(terms):
+    for window, stride, algorithm in itertools.product(((1, 5), (5, 3)), (1, 2), ("auto", "tiled")):
+        attention = make(terms, 2, window=window, kv_stride=stride, algorithm=algorithm)
+        x = draw((4, 5))
+        torch.testing.assert_close(attention(x), literal(attention, x))
+    both, one = make(terms, 2, window=(3, 3)), make(terms, 2, window=3)
+    one.load_state_dict(both.state_dict())
+    torch.testing.assert_close(both(x), one(x))
+
+
 # --- Dropout ---------------------------------------------------------------------------------------------------------
 
 
@@ -821,6 +914,18 @@ def test_call_errors():
         sentence(x, key_padding_mask=torch.zeros(2, 5))
     with refused(r"key_padding_mask must be bool.*torch\.int64"):
         sentence.weights(x, key_padding_mask=torch.zeros(2, 5, dtype=torch.int64))
+    with refused(r"key_padding_mask must be a torch.Tensor of bool, .*got ndarray; torch.as_tensor makes one"):
+        sentence(x, key_padding_mask=np.zeros((2, 5), dtype=bool))
+    with refused(r"query must be a torch.Tensor \[B, L, C\], got ndarray"):
+        sentence(x.numpy())
+    with refused(r"attention_mask must be bool, True where hidden, got torch\.float64"):
+        sentence(x, attention_mask=torch.zeros(5, 5).double())
+    with refused(r"attention_mask must have one of the shapes \(5, 5\), \(2, 5, 5\), \(2, 1, 5, 5\).*got \(5, 4\)"):
+        sentence(x, attention_mask=torch.zeros(5, 4, dtype=torch.bool))
+    with refused(r"value must have the shape \(2, 5, 8\) of the keys, got \(2, 4, 8\)"):
+        sentence(x, x, x[:, :4])
+    with refused(r"causal must be True or False, got 'no'"):
+        sentence(x, causal="no")
     with refused(r"query.*torch\.int64"):
         sentence(torch.zeros(2, 5, 8, dtype=torch.int64))
     with refused(r"key.*torch\.int64"):

@@ -20,7 +20,6 @@ from torch import Tensor
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
 from lightning_attn.attention.algorithms.sdpa import fused_attention, takes_flag_only
 from lightning_attn.attention.energies import Energies
-from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
 
 _HIDDEN = -30000.0
@@ -101,7 +100,7 @@ def augmented(energies: Energies, value: Tensor, padding: Tensor | None = None) 
 
 
 def _coefficients(energies: Energies, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """c `[B or 1, M, rows or 1, columns or 1, r]` and Psi `[K, r]` of one axis; None without an energy along it."""
+    """C `[B or 1, M, rows or 1, columns or 1, r]` and Psi `[K, r]` of one axis; None without an energy along it."""
     if energies.position_query is None or energies.relative_keys is None or energies.relative_keys[axis] is None:
         return None
     layout, relative_keys = energies.layout, energies.relative_keys[axis]

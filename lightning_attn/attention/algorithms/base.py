@@ -107,8 +107,8 @@ class AttentionInputs:
         """True where a key is padding, `[B, N_k]`."""
         if self.key_padding_mask is None:
             return None
-        stride = self.layout.stride
-        return self.key_padding_mask[(slice(None), *[slice(None, None, stride)] * (self.key.dim() - 2))].flatten(1)
+        mask, stride = self.key_padding_mask, self.layout.stride
+        return mask[:, ::stride] if mask.dim() == 2 else mask[:, ::stride, ::stride].flatten(1)
 
     def hidden_pairs(self, start: int = 0, stop: int | None = None) -> Tensor | None:
         """`attention_mask` of the keys that `kv_stride` leaves, and of the queries `start:stop`."""
@@ -117,9 +117,10 @@ class AttentionInputs:
         mask = self.attention_mask[:, :, start:stop]
         if self.layout.stride == 1:
             return mask
-        sizes = self.key.shape[1:2] if self.key.dim() == 3 else self.key.shape[2:]
-        grid = torch.unflatten(mask, 3, sizes)
-        return grid[(..., *[slice(None, None, self.layout.stride)] * len(sizes))].flatten(3)
+        stride = self.layout.stride
+        if self.key.dim() == 3:
+            return mask[..., ::stride]
+        return torch.unflatten(mask, 3, self.key.shape[2:])[..., ::stride, ::stride].flatten(3)
 
     def hidden(self, start: int, stop: int) -> Tensor | None:
         """True where a key is hidden from the queries `start:stop` for any reason, `[B or 1, M or 1, queries, N_k]`.

@@ -1,4 +1,4 @@
-"""Eq. 1 to 8 written literally, with loops over heads, queries and keys: the text that all others are tested against."""
+"""Eq. 1 to 8 written literally, with loops over heads, queries and keys: what all others are tested against."""
 
 from torch import Tensor
 

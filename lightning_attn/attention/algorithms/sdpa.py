@@ -7,7 +7,6 @@ from torch import Tensor
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
 from lightning_attn.attention.algorithms.dense import MAX_WEIGHTS
 
-
 _MIN_WEIGHTS_HALF = 8 * MAX_WEIGHTS
 """From here on the CPU's kernel is as fast as tiles in half precision."""
 

@@ -112,8 +112,8 @@ def softmax_and_logsumexp(energy: Tensor) -> tuple[Tensor, Tensor]:
     if is_transformed() or torch.compiler.is_exporting():
         total = torch.logsumexp(energy, dim=-1)
         return torch.exp(energy - total.unsqueeze(-1)), total
-    weights, total = _SoftmaxAndLogSumExp.apply(energy)
-    return weights, total
+    result: tuple[Tensor, Tensor] = _SoftmaxAndLogSumExp.apply(energy)
+    return result
 
 
 class _SoftmaxAndLogSumExp(torch.autograd.Function):
@@ -127,5 +127,6 @@ class _SoftmaxAndLogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> Tensor:
         (weights,) = ctx.saved_tensors  # an output: derivatives of this pass flow through it
-        mean = torch.linalg.vecdot(weights, grad).unsqueeze(-1)
-        return weights * (grad - mean + grad_total.unsqueeze(-1))
+        mean = torch.linalg.vecdot(weights, grad)
+        result: Tensor = weights * (grad + (grad_total - mean).unsqueeze(-1))
+        return result

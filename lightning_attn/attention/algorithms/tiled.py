@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_attn.attention.algorithms.augmented_sdpa import augmented
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
+from lightning_attn.attention.cpu.linear import has_fast_bfloat16
 from lightning_attn.attention.dropout import dropout_factors, new_seed
 from lightning_attn.attention.layout import Layout, Spans, masked_softmax, size_of
 from lightning_attn.attention.positions import computation_dtype
@@ -507,7 +508,10 @@ def _(
 def _(grad: Tensor, kept: Tensor, *inputs: Any) -> list[Tensor]:
     query, key, key_energy, along_y, along_x, value = inputs[:6]
     by_feature = [None if t is None else _empty(t, inputs[-1], t.dtype) for t in (query, key, value)]
-    others = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (key_energy, along_y, along_x)]
+    others = [
+        None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in (key_energy, along_y, along_x)
+    ]
     return [t for t in (*by_feature[:2], *others, by_feature[2]) if t is not None]
 
 
@@ -540,7 +544,7 @@ def _differentiable_gradients(grad: Tensor, inputs: list[Any]) -> list[Tensor]:
     """What `_tiled_attention_backward` gives, as a part of a graph that can be differentiated again."""
     with torch.enable_grad():
         # New leaves of the same graph, so that gradients stop here, but flow on from what is computed with them.
-        tensors = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs[:6]]
+        tensors: list[Any] = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs[:6]]
         output = dense_attention(*tensors, *inputs[6:])
         wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
@@ -604,7 +608,7 @@ def _threads(value: Tensor) -> int:
 def _multiplies_fast(value: Tensor) -> bool:
     """Whether products in the half precision of a tensor are faster than in float32."""
     if value.device.type == "cpu":
-        return value.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return value.dtype == torch.bfloat16 and has_fast_bfloat16()
     return value.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -612,7 +616,9 @@ def _layout(
     query_sizes: Sequence[int], key_sizes: Sequence[int], stride: int, causal: bool, window: Sequence[int] | None
 ) -> Layout:
     (rows, columns), (key_rows, key_columns) = query_sizes, key_sizes
-    return Layout((rows, columns), (key_rows, key_columns), stride, causal, None if window is None else (window[0], window[1]))
+    return Layout(
+        (rows, columns), (key_rows, key_columns), stride, causal, None if window is None else (window[0], window[1])
+    )
 
 
 def _empty_output(value: Tensor, query_sizes: Sequence[int], features_last: bool) -> Tensor:
