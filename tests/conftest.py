@@ -181,7 +181,7 @@ def run_process(in_folder) -> Callable[..., subprocess.CompletedProcess]:
             env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=1500,
             check=False,
         )
         assert done.returncode == status, done.stdout + done.stderr

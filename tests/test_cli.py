@@ -367,7 +367,7 @@ def test_the_other_names_of_the_command():
         [sys.executable, "-m", "lightning_attn", "fit", "--trainer.max_step", "1"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 2
@@ -460,7 +460,7 @@ def test_typed_lines_are_translated_one_by_one(run, tiny_config, in_folder):
             process.stdin.write(f"{sentence}\n".encode())
             process.stdin.flush()
             answers.append(process.stdout.readline().decode().removesuffix("\n"))
-        rest, errors = process.communicate(timeout=60)
+        rest, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors.decode()
     assert rest == b""
     assert answers == task.predict(sentences)

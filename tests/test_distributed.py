@@ -12,8 +12,19 @@ import torch
 from cityscapes_data import truth_from_predictions
 from coco_data import truth_from_detections
 
-pytestmark = pytest.mark.ddp
+# Starting a rank is seconds of imports, and many times that on a busy machine.
+pytestmark = [pytest.mark.ddp, pytest.mark.timeout(1800)]
 TWO_RANKS = ["--trainer.devices", 2, "--trainer.strategy", "ddp"]
+ONE_RANK = ["--trainer.devices", 1, "--trainer.strategy", "auto"]  # also for what two ranks have trained
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """In this process as in those that are started, so that sums are rounded alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def losses(path: Path) -> list[float]:
@@ -21,11 +32,11 @@ def losses(path: Path) -> list[float]:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
-def test_two_ranks_train_and_score_like_one(run_process, tiny_config, in_folder):
+def test_two_ranks_train_and_score_like_one(run, run_process, tiny_config, in_folder):
     """The same global batch: two batches accumulated on one rank, or one on each of two."""
     runs = in_folder / "checkpoints" / "translation"
     steps = ["-c", tiny_config, "--trainer.max_steps", 5, "--trainer.val_check_interval", 10]
-    run_process("fit", *steps, "--run.name", "one", "--trainer.accumulate_grad_batches", 2)
+    run("fit", *steps, "--run.name", "one", "--trainer.accumulate_grad_batches", 2)
     run_process("fit", *steps, "--run.name", "two", *TWO_RANKS)
     one, two = losses(runs / "one"), losses(runs / "two")
     assert len(one) == 5
@@ -39,7 +50,7 @@ def test_two_ranks_train_and_score_like_one(run_process, tiny_config, in_folder)
     # 31 test sentences: the ranks hold different numbers of them.
     stored = ["-c", runs / "one" / "config_fit.yaml", "--ckpt_path", runs / "one" / "last.ckpt"]
     few = ["--data.eval_max_tokens", 100]
-    run_process("test", *stored, *few)
+    run("test", *stored, *few)
     run_process("test", *stored, *few, *TWO_RANKS)
     run_process("predict", *stored, *few, *TWO_RANKS)
     first, second = (
@@ -73,7 +84,7 @@ def test_two_torchrun_nodes_are_ddp_with_two_devices(run_process, tiny_config, i
         )
         for rank in range(2)
     ]
-    printed = [node.communicate(timeout=200)[0] for node in nodes]
+    printed = [node.communicate(timeout=1500)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)
     runs = in_folder / "checkpoints" / "translation"
     assert sorted(path.name for path in runs.iterdir()) == ["devices", "nodes"]
@@ -98,20 +109,20 @@ def test_mid_epoch_resume_on_two_ranks(run_process, tiny_config, in_folder):
         assert torch.equal(value, second[name]), name
 
 
-def test_detection_on_two_ranks(run_process, detection_config, coco, in_folder):
+def test_detection_on_two_ranks(run, run_process, detection_config, coco, in_folder):
     """One image of five on a rank, or none: the same scores and files, and nobody waits for ever."""
     runs = in_folder / "checkpoints" / "detection"
     longer = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 2]
     run_process("fit", "-c", detection_config, "--run.name", "two", *longer, *TWO_RANKS)
     stored = ["-c", runs / "two" / "config_fit.yaml", "--ckpt_path", runs / "two" / "last.ckpt"]
     single = ["--data.eval_batch_size", 1]  # the padding of an image does not depend on its neighbours
-    run_process("predict", *stored, *single)
+    run("predict", *stored, *single, *ONE_RANK)
     detections = json.loads((runs / "two" / "predictions" / "detections.json").read_text())
     stored += ["--data.root", truth_from_detections(coco, "test2017", detections, in_folder / "truth")]
-    run_process("test", *stored, *single)
+    run("test", *stored, *single, *ONE_RANK)
     run_process("test", *stored, *single, *TWO_RANKS)
     whole = ["--data.eval_batch_size", 5]  # one batch: the other rank has none
-    run_process("test", *stored, *whole)
+    run("test", *stored, *whole, *ONE_RANK)
     run_process("test", *stored, *TWO_RANKS, *whole)
     run_process("predict", *stored, *TWO_RANKS, *single)
     found = runs / "two" / "predictions"
@@ -127,16 +138,16 @@ def test_detection_on_two_ranks(run_process, detection_config, coco, in_folder):
     assert texts[0] == texts[1] == texts[2] == texts[3]
 
 
-def test_segmentation_on_two_ranks(run_process, segmentation_config, cityscapes, in_folder):
+def test_segmentation_on_two_ranks(run, run_process, segmentation_config, cityscapes, in_folder):
     """The same confusion matrix and the same files, also where a rank has no image."""
     run_directory = in_folder / "checkpoints" / "segmentation" / "two"
     longer = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 2]
     run_process("fit", "-c", segmentation_config, "--run.name", "two", *longer, *TWO_RANKS)
     stored = ["-c", run_directory / "config_fit.yaml", "--ckpt_path", run_directory / "last.ckpt"]
-    run_process("predict", *stored)
+    run("predict", *stored, *ONE_RANK)
     labels = run_directory / "predictions" / "labels"
     stored += ["--data.root", truth_from_predictions(cityscapes, labels, in_folder / "truth")]
-    run_process("test", *stored)
+    run("test", *stored, *ONE_RANK)
     run_process("test", *stored, *TWO_RANKS)
     run_process("test", *stored, *TWO_RANKS, "--data.eval_batch_size", 5)  # one batch: the other rank has none
     one, two, uneven = (

@@ -44,6 +44,7 @@ def test_a_task_of_one_s_own(run, in_folder):
 
 
 @pytest.mark.ddp
+@pytest.mark.timeout(1800)
 def test_a_task_of_one_s_own_on_two_ranks(run_process, run, in_folder):
     """The same mean, also where one of the ranks has no samples."""
     two = ["--trainer.devices", 2, "--trainer.strategy", "ddp"]

@@ -70,7 +70,7 @@ print("one batch", flush=True)
 def test_a_script_ends_that_has_not_used_up_its_batches(coco):
     """Workers pass over SIGTERM, by which Python would end them, and wait for them."""
     done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(coco)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", LOADER, str(coco)], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.stdout == "one batch\n", done.stderr
     assert done.returncode == 0

@@ -69,7 +69,7 @@ def run_on_two_ranks(tmp_path, free_port) -> Callable[..., None]:
         ]
         try:
             for process in processes:
-                output, _ = process.communicate(timeout=200)
+                output, _ = process.communicate(timeout=900)
                 assert process.returncode == 0, output
         finally:
             for process in processes:

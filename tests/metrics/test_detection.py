@@ -297,7 +297,7 @@ def _compute_on_rank(rank: int) -> list[object]:
 
 
 @pytest.mark.ddp
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_two_ranks_give_the_scores_of_one_to_the_last_digit(on_two_ranks):
     expected = _compute(IDS)
     for *results, error in on_two_ranks(_compute_on_rank):
