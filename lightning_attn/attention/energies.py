@@ -4,13 +4,16 @@ Shapes: B samples, M heads, d features of a head; N_q queries and N_k keys on gr
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_attn.attention.cpu.linear import has_fast_bfloat16
 from lightning_attn.attention.layout import Layout, row_and_column
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
+from lightning_attn.attention.transforms import is_transformed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +87,7 @@ class Energies:
             return some.new_zeros(1, some.shape[1], stop - start, self.layout.num_keys)
         if self.content_query is not None and self.key is not None:
             with without_autocast(self.key.device):
-                dtype = computation_dtype(self.key)
-                total = self.content_query[:, :, start:stop].to(dtype) @ self.key.to(dtype).transpose(2, 3)
+                total = content_energy(self.content_query[:, :, start:stop], self.key)
         if self.key_energy is not None:
             total = self.key_energy.unsqueeze(2) if total is None else total + self.key_energy.unsqueeze(2)
         position = self.rows_of_position(start, stop)
@@ -130,6 +132,37 @@ class Energies:
                 by_query = query.to(keys.dtype).expand(-1, -1, stop - start, -1)
                 along.append(torch.einsum("bmqd,qkmd->bmqk", by_query, keys).unsqueeze(2))
         return along
+
+
+def content_energy(query: Tensor, key: Tensor) -> Tensor:
+    """E1 (+ E3) of queries `[B, M, N_q, d]` and keys `[B, M, N_k, d]`: their products, in float32 or better."""
+    if multiplies_fast_in_half(key) and not is_transformed():
+        energy: Tensor = _ContentEnergy.apply(query, key)
+        return energy
+    dtype = computation_dtype(key)
+    return query.to(dtype) @ key.to(dtype).transpose(2, 3)
+
+
+class _ContentEnergy(torch.autograd.Function):
+    """Products of half precision tensors that are not rounded to it; their gradients are."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return query.float() @ key.float().transpose(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors
+        grad = grad.to(key.dtype)
+        return grad @ key, grad.transpose(2, 3) @ query
+
+
+def multiplies_fast_in_half(tensor: Tensor) -> bool:
+    """Whether a tensor is of a half precision in which products are faster than in float32."""
+    if tensor.device.type == "cpu":
+        return tensor.dtype == torch.bfloat16 and has_fast_bfloat16()
+    return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def shared_position_energy(query: Tensor, relative_keys: Tensor, layout: Layout, axis: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
 from lightning_attn.attention.dropout import dropout_factors, new_seed
+from lightning_attn.attention.energies import multiplies_fast_in_half
 from lightning_attn.attention.layout import masked_softmax
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
@@ -40,6 +41,7 @@ class Dense(Algorithm):
         energies, value = inputs.energies(), inputs.projected_value()
         batch, heads, num_keys, _ = value.shape
         num_queries, device, dtype = inputs.layout.num_queries, value.device, computation_dtype(value)
+        product_dtype = value.dtype if multiplies_fast_in_half(value) else dtype
         seed = new_seed() if inputs.dropout > 0 else None
 
         def block(start: int, stop: int) -> Tensor:
@@ -48,7 +50,7 @@ class Dense(Algorithm):
                 rows = torch.arange(batch * heads, device=device).view(batch, heads, 1) * num_queries
                 rows = rows + torch.arange(start, stop, device=device)
                 weights = weights * dropout_factors(seed, inputs.dropout, dtype, rows, num_keys)
-            return torch.matmul(weights, value.to(dtype)).to(value.dtype)
+            return torch.matmul(weights.to(product_dtype), value.to(product_dtype)).to(value.dtype)
 
         with without_autocast(device):
             num_weights = batch * heads * num_queries * num_keys

@@ -2,8 +2,8 @@
 
 A tile is a rectangle of queries together with the rectangle of keys that they can see, for some pairs of a sample and a
 head. Its weights live in two buffers that stay in the caches; the backward pass makes them again. All cores work on a
-tile together. The two operators are registered with `torch.library`, so that `torch.compile` takes each as one node;
-where a backward pass is itself to be differentiated, it is made of the operations of `dense_attention`.
+tile together. What is compiled or traced gets operators that are registered with `torch.library`, one node each; where
+a backward pass is itself to be differentiated, it is made of the operations of `dense_attention`.
 
 Shapes: B samples, M heads, P = B M pairs; N_q queries and N_k keys on grids; d features of a head.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lightning_attn.attention.algorithms.augmented_sdpa import augmented
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
-from lightning_attn.attention.cpu.linear import has_fast_bfloat16
 from lightning_attn.attention.dropout import dropout_factors, new_seed
+from lightning_attn.attention.energies import multiplies_fast_in_half
 from lightning_attn.attention.layout import Layout, Spans, masked_softmax, size_of
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
@@ -81,8 +81,9 @@ class Tiled(Algorithm):
             if is_transformed() or torch.compiler.is_exporting():
                 return dense_attention(*arguments)
             keep_weights = batch * heads * layout.num_queries * layout.num_keys <= MAX_KEPT_WEIGHTS
+            apply = _TiledAttention.apply if _is_plain_tensor(value) else tiled_attention
             result: Tensor
-            result, _ = tiled_attention(*arguments, torch.is_grad_enabled() and keep_weights)
+            result, _ = apply(*arguments, torch.is_grad_enabled() and keep_weights)
             return result
 
 
@@ -212,7 +213,7 @@ class _Work:
         self.layout, self.dropout, self.seed = layout, dropout, seed
         self.dtype, self.device = computation_dtype(value), value.device
         # What weights, values and gradients are multiplied in; energies and softmax are float32 or better in any case.
-        self.product_dtype = value.dtype if _multiplies_fast(value) else self.dtype
+        self.product_dtype = value.dtype if multiplies_fast_in_half(value) else self.dtype
         self.batch, self.heads = value.shape[:2]
         pairs = self.batch * self.heads
         self.query = None if query is None else _Grid(query.to(self.dtype), layout.query_sizes)
@@ -335,8 +336,7 @@ class _Work:
         return dropout_factors(self.seed, self.dropout, self.product_dtype, places, tile.shape[2], keys)
 
 
-@torch.library.custom_op("lightning_attn::tiled_attention", mutates_args=())
-def tiled_attention(
+def _forward(
     query: Tensor | None,
     key: Tensor | None,
     key_energy: Tensor | None,
@@ -399,8 +399,7 @@ def tiled_attention(
     return output.tensor, kept
 
 
-@torch.library.custom_op("lightning_attn::tiled_attention_backward", mutates_args=())
-def _tiled_attention_backward(
+def _gradients(
     grad: Tensor,
     kept: Tensor,
     query: Tensor | None,
@@ -420,7 +419,7 @@ def _tiled_attention_backward(
     seed: Tensor | None,
     features_last: bool,
 ) -> list[Tensor]:
-    """Gradients of those that are tensors among query ... value, in that order."""
+    """Gradients of those that are tensors among query ... value, in that order; `kept` is what `_forward` kept."""
     layout = _layout(query_sizes, key_sizes, stride, causal, window)
     work = _Work(query, key, key_energy, along_y, along_x, value, padding, attention_mask, layout, dropout, seed)
     dtype = work.dtype
@@ -476,6 +475,13 @@ def _tiled_attention_backward(
     return [g.view(i.shape).to(i.dtype) for g, i in zip(gradients, inputs, strict=True) if g is not None is not i]
 
 
+# The same as operators, for what traces operations: torch.compile, and tensors that are none.
+tiled_attention = torch.library.custom_op("lightning_attn::tiled_attention", _forward, mutates_args=())
+_tiled_attention_backward = torch.library.custom_op(
+    "lightning_attn::tiled_attention_backward", _gradients, mutates_args=()
+)
+
+
 @tiled_attention.register_fake
 def _(
     query: Tensor | None,
@@ -500,7 +506,7 @@ def _(
     if keep_weights:
         layout = _layout(query_sizes, key_sizes, stride, causal, window)
         kept = sum(math.prod(tile.shape) for tile in cut(layout, value.shape[0] * value.shape[1], _threads(value)))
-    dtype = value.dtype if _multiplies_fast(value) or kept == 0 else computation_dtype(value)
+    dtype = value.dtype if multiplies_fast_in_half(value) or kept == 0 else computation_dtype(value)
     return _empty_output(value, query_sizes, features_last), value.new_empty(kept, dtype=dtype)
 
 
@@ -533,11 +539,31 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     if torch.is_grad_enabled() or is_transformed(grad):
         gradients = iter(_differentiable_gradients(grad, inputs))
     else:
-        gradients = iter(_tiled_attention_backward(grad, kept, *inputs))
+        compute = _gradients if _is_plain_tensor(grad) else _tiled_attention_backward
+        gradients = iter(compute(grad, kept, *inputs))
     return (*[next(gradients) if is_tensor else None for is_tensor in ctx.is_tensor[:6]], *[None] * (len(inputs) - 5))
 
 
 tiled_attention.register_autograd(_backward, setup_context=_save)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """The operator in eager mode: a call through torch's registry would take longer than a small attention."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, grad, _)
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether operations on a tensor run now, and are not recorded."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _differentiable_gradients(grad: Tensor, inputs: list[Any]) -> list[Tensor]:
@@ -603,13 +629,6 @@ def dense_attention(
 
 def _threads(value: Tensor) -> int:
     return torch.get_num_threads() if value.device.type == "cpu" else 1
-
-
-def _multiplies_fast(value: Tensor) -> bool:
-    """Whether products in the half precision of a tensor are faster than in float32."""
-    if value.device.type == "cpu":
-        return value.dtype == torch.bfloat16 and has_fast_bfloat16()
-    return value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _layout(
