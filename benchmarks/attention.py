@@ -1,22 +1,25 @@
 """Time and peak memory of every attention beside its peers, forward and backward, on this machine.
 
 ``python -m benchmarks.attention`` prints tables and writes JSON, Markdown and a figure. The peers are the authors'
-released module (mmcv's ``GeneralizedAttention``), torchvision's deformable convolution, and as the floor torch's
-``scaled_dot_product_attention`` with E1 alone between the same projections. Choose with ``--cases`` and ``--sets``:
+released module (mmcv's ``GeneralizedAttention``), the plain way of computing it, torchvision's deformable convolution,
+and as the floor torch's ``scaled_dot_product_attention`` with E1 alone between the same projections. Choose with
+``--cases`` and ``--sets``:
 
     python -m benchmarks.attention --cases 256x50x84s2 --sets 1111,0001 --no-memory
+    python -m benchmarks.attention --cases small --threads 1
 
-A case is ``CxHxWsS`` (channels, height, width, stride of keys and values; any values), ``growth`` (three sizes, each of
-four times the tokens of the one before) or ``deformable`` (a 3x3 convolution); ``growth:CxHxWsS`` and
-``deformable:CxHxW`` set their size. Sides run in turn in one process with the same input, weights and gradient of the
-output. Memory is that of a fresh process for each side. ``--report FILE...`` makes tables and figure again from files.
+A case is a map ``CxHxWsS`` (channels, height, width, stride of keys and values) or ``BxCxHxWsS``, ``sentences:BxLxC``,
+each with ``-bf16`` for autocast to bfloat16 (any values), ``growth`` (three sizes, each of four times the tokens of the
+one before), ``deformable`` (a 3x3 convolution), or ``small`` or ``large`` for all of ours of that kind;
+``growth:CxHxWsS`` and ``deformable:CxHxW`` set their size. Sides run in turn in one process with the same input,
+weights and gradient of the output. Memory is that of a fresh process for each side; small cases have none.
+``--report FILE...`` makes tables and figure again from files.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +27,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from benchmarks.attention_report import Row, Run, by_group, markdown, print_table, read_run
+from benchmarks.attention_sides import Shape, build
 from benchmarks.measure import (
     Side,
     Target,
@@ -48,83 +51,48 @@ from benchmarks.measure import (
     run_child,
     timed_in_turn,
 )
-from lightning_attn.attention import DeformableConv, GatedResidual, TransformerAttention
 from lightning_attn.attention.spec import TERM_SETS, parse_terms
 from lightning_attn.files import unused_path, write_json, write_text
-from lightning_attn.interop.mmcv import to_mmcv
 
-HEADS = 8
 QUICK_SETS = ("1111", "1000", "0100", "0011", "0010", "0001")
-CASES = ("256x50x84s2", "512x25x42s2", "256x50x84s1", "512x96x96s1", "growth", "deformable")
+LARGE_CASES = ("256x50x84s2", "512x25x42s2", "256x50x84s1", "512x96x96s1", "growth", "deformable")
+SMALL_CASES = (
+    "512x7x7s1",
+    "256x14x14s1",
+    "8x384x14x14s1",
+    "8x384x14x14s1-bf16",
+    "sentences:64x25x512",
+    "sentences:64x25x512-bf16",
+)
+CASES = LARGE_CASES + SMALL_CASES
 GROWTH_SETS = ("1111", "0011", "0010")
 GROWTH_DEFAULT, DEFORMABLE_DEFAULT = "256x25x42s2", "256x50x84"
 REPORT_WIDTH = 220  # characters
 
-# The least that is asked for: mmcv's time divided by ours, by case and term set.
+# The least that is asked for: mmcv's time divided by ours, by case and term set; of all others, that no peer is faster.
 SPEED = {
     "256x50x84s2": dict.fromkeys(("1111", "1101", "1011", "1001"), 3.0)
     | dict.fromkeys(("1000", "1010", "0101", "0111"), 2.5)
-    | dict.fromkeys(("0001", "0011"), 9.0)
-    | {"0010": 1.0},
-    "512x25x42s2": dict.fromkeys(TERM_SETS, 1.0),
+    | dict.fromkeys(("0001", "0011"), 9.0),
     "256x50x84s1": {"1111": 3.0},
 }
-FLOOR = {"256x50x84s2": {"1111": 1.6}}  # our time divided by the floor's, at most
+NOT_SLOWER = 0.95  # a peer's time divided by ours: less is more than noise
+# Our time divided by the floor's, at most.
+FLOOR = {
+    "256x50x84s2": {"1111": 1.4, "0111": 1.15},
+    "256x50x84s1": {"1111": 1.25},
+    "512x25x42s2": {"1111": 1.5},
+}
 MEMORY = {"256x50x84s1": {"1111": 8.0}}  # mmcv's increase divided by ours, at least
 PEAK_GB = {"512x96x96s1": 4.0}  # the whole process, every set
 GROWTH_TIME = {"0010": 4.6, "0011": 9.0, "1111": 18.0}  # for four times the tokens
 GROWTH_MEMORY = {"0010": 4.6, "0011": 8.5, "1111": 8.5}
 DEFORMABLE = 4.0
-TOLERANCE = 1e-4  # of outputs and gradients, relative to the largest; float32 through thousands of sums
+# Of outputs and gradients, relative to the largest: float32 through thousands of sums, and eight bits of bfloat16.
+TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 5e-2
 
 # A peer that needs more bytes runs once, alone, in a process with a limit.
 _ALONE = 2.5e9
-
-
-@dataclasses.dataclass(frozen=True)
-class MapShape:
-    """Size of the problem: a map of one image."""
-
-    channels: int
-    height: int
-    width: int
-    kv_stride: int = 1
-
-    @classmethod
-    def parse(cls, name: str) -> "MapShape":
-        """The shape of a name such as `256x50x84s2`; without the last part the stride is 1.
-
-        Raises:
-            ValueError: If the name does not read so.
-        """
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:s(\d+))?", name)
-        if match is None or "0" in match.groups():
-            raise ValueError(
-                f"case {name!r} is neither channels x height x width s stride, such as 256x50x84s2, nor one of "
-                f"{', '.join(CASES)}."
-            )
-        return cls(*(int(number) for number in match.groups(default="1")))
-
-    def __str__(self) -> str:
-        return f"{self.channels}x{self.height}x{self.width}s{self.kv_stride}"
-
-    @property
-    def energy_bytes(self) -> int:
-        """Size of an N_q x N_k map in float32 for all heads."""
-        keys = -(-self.height // self.kv_stride) * -(-self.width // self.kv_stride)
-        return 4 * HEADS * self.height * self.width * keys
-
-    def scaled(self, factor: float) -> "MapShape":
-        """The same with so many times the rows and columns."""
-        return dataclasses.replace(self, height=round(factor * self.height), width=round(factor * self.width))
-
-    def smallest(self) -> "MapShape":
-        """The same channels and stride on a map with 2 x 2 keys."""
-        return dataclasses.replace(self, height=2 * self.kv_stride, width=2 * self.kv_stride)
-
-    def tensor(self) -> Tensor:
-        """Values of this shape, `[1, C, H, W]`."""
-        return torch.randn(1, self.channels, self.height, self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,101 +106,20 @@ class Options:
     large_peers: bool = True
 
 
-class FloorAttention(nn.Module):
-    """E1 alone by torch's fused attention, with projections, gated residual and stride as in the modules compared."""
-
-    def __init__(self, dim: int, kv_stride: int) -> None:
-        super().__init__()
-        self.kv_stride = kv_stride
-        self.query, self.key, self.value = (nn.Conv2d(dim, dim, 1, bias=False) for _ in range(3))
-        self.out = nn.Conv2d(dim, dim, 1)
-        self.gamma = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` to the same."""
-        keys = x[..., :: self.kv_stride, :: self.kv_stride]
-        query, key, value = self._heads(self.query(x)), self._heads(self.key(keys)), self._heads(self.value(keys))
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        out: Tensor = self.out(attended.transpose(2, 3).reshape(x.shape))
-        return x + self.gamma * out
-
-    @staticmethod
-    def _heads(projected: Tensor) -> Tensor:
-        batch, dim = projected.shape[:2]
-        return projected.view(batch, HEADS, dim // HEADS, -1).transpose(2, 3).contiguous()
-
-
-class TorchvisionDeformable(nn.Module):
-    """torchvision's operator with a convolution that makes its offsets."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.offset = nn.Conv2d(channels, 18, 3, padding=1)
-        self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
-        self.bias = nn.Parameter(torch.empty(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` to the same."""
-        from torchvision.ops import deform_conv2d
-
-        out: Tensor = deform_conv2d(x, self.offset(x), self.weight, self.bias, padding=1)
-        return out
-
-
-def build(side: str, shape: MapShape, kind: str) -> nn.Module:
-    """The module of a side; the same seed gives all sides of a kind the same weights.
-
-    Args:
-        side: `"ours"`, `"mmcv"`, `"torchvision"` or `"floor"`.
-        shape: Size of the problem.
-        kind: Term set, or `"deformable"`.
-    """
-    torch.manual_seed(0)
-    if kind == "deformable":
-        return _build_deformable(side, shape.channels)
-    if side == "floor":
-        module: nn.Module = FloorAttention(shape.channels, shape.kv_stride)
-        module.get_parameter("gamma").data.fill_(0.5)
-        return module
-    attention = TransformerAttention(shape.channels, HEADS, kind, ndim=2, kv_stride=shape.kv_stride)
-    ours = GatedResidual(attention)
-    ours.gamma.data.fill_(0.5)  # at its start value, 0, the attention would have no gradient
-    if side == "ours":
-        return ours
-    from mmcv.cnn.bricks import GeneralizedAttention
-
-    theirs: nn.Module = GeneralizedAttention(
-        shape.channels, num_heads=HEADS, kv_stride=shape.kv_stride, attention_type=kind
-    )
-    theirs.load_state_dict(to_mmcv(ours))
-    return theirs
-
-
-def _build_deformable(side: str, channels: int) -> nn.Module:
-    if side == "floor":
-        return nn.Conv2d(channels, channels, 3, padding=1)
-    ours = DeformableConv(channels, channels, 3, ndim=2)
-    nn.init.normal_(ours.offset.get_parameter("weight"), std=2 / (9 * channels) ** 0.5)  # offsets of about two pixels
-    if side == "ours":
-        return ours
-    theirs = TorchvisionDeformable(channels)
-    theirs.load_state_dict(ours.state_dict())
-    return theirs
-
-
-def training_step(module: nn.Module, x: Tensor, gradient: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def training_step(module: nn.Module, x: Tensor, gradient: Tensor, bfloat16: bool) -> Callable[[], tuple[Tensor, ...]]:
     """A step forward and backward; returns the output, then the gradients of the input and of all parameters."""
     x = x.detach().requires_grad_()
     leaves = [x, *module.parameters()]
 
     def step() -> tuple[Tensor, ...]:
-        out = module(x)
-        return (out.detach(), *torch.autograd.grad(out, leaves, gradient))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            out = module(x)
+        return (out.detach(), *torch.autograd.grad(out, leaves, gradient.to(out.dtype)))
 
     return step
 
 
-def compare(shape: MapShape, kind: str, peer: str) -> float | str:
+def compare(shape: Shape, kind: str, peer: str) -> float | str:
     """How far output and input gradient of the peer lie from ours, relative to their largest value; or its error.
 
     On the map of the case, or one of the same form that is small enough to take no time.
@@ -241,15 +128,15 @@ def compare(shape: MapShape, kind: str, peer: str) -> float | str:
         shape = shape.scaled(0.5)
     torch.manual_seed(1)
     x, gradient = shape.tensor(), shape.tensor()
-    ours = training_step(build("ours", shape, kind), x, gradient)()[:2]
+    ours = training_step(build("ours", shape, kind), x, gradient, shape.bfloat16)()[:2]
     try:
-        theirs = training_step(build(peer, shape, kind), x, gradient)()[:2]
+        theirs = training_step(build(peer, shape, kind), x, gradient, shape.bfloat16)()[:2]
     except Exception as error:  # a peer that fails is a result
         return describe(error)
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def needed_by_peer(shape: MapShape, kind: str) -> int:
+def needed_by_peer(shape: Shape, kind: str) -> int:
     """Roughly the bytes that the peer adds at its peak: mmcv holds three to four N_q x N_k maps, save for E3 alone."""
     return 0 if kind in ("deformable", "0010") else 4 * shape.energy_bytes
 
@@ -262,7 +149,7 @@ def twin(kind: str) -> str | None:
     return kind[:-1] + "1" if e2 and not e4 else None
 
 
-def measure(group: str, shape: MapShape, kind: str, options: Options, floor: Side | None = None) -> Row:
+def measure(group: str, shape: Shape, kind: str, options: Options, floor: Side | None = None) -> Row:
     """Times all sides of one case in turn, once the peer's result has been found to be ours.
 
     Args:
@@ -272,23 +159,25 @@ def measure(group: str, shape: MapShape, kind: str, options: Options, floor: Sid
         options: How much is measured.
         floor: Of the same size; on a map that is so large that the peer runs alone, it is not measured again.
     """
-    peer = "torchvision" if kind == "deformable" else "mmcv"
-    row = Row(group=group, case=str(shape), kind=kind, peer=peer, sides={})
+    peers = _peers(shape, kind)
+    row = Row(group=group, case=str(shape), kind=kind, peer=peers[0], sides={})
     alone = needed_by_peer(shape, kind) > _ALONE
     names = {"ours": kind, "floor": kind}
-    difference = compare(shape, kind, peer)
-    if isinstance(difference, str):
-        row.sides[peer] = Side(error=f"fails: {difference}")
-    elif not difference <= TOLERANCE:  # NaN too
-        row.sides[peer] = Side(
-            error=f"wrong: {difference:.1g} of the largest value away from ours, which the tests hold to the definition"
-        )
-    else:
-        row.difference = difference
-        if not alone:
-            names = {"ours": kind, peer: kind, "floor": kind}
+    for peer in peers:
+        difference = compare(shape, kind, peer)
+        if isinstance(difference, str):
+            row.sides[peer] = Side(error=f"fails: {difference}")
+        elif not difference <= (TOLERANCE_BFLOAT16 if shape.bfloat16 else TOLERANCE):  # NaN too
+            row.sides[peer] = Side(
+                error=f"wrong: {difference:.1g} of the largest value away from ours, which the tests hold to the "
+                "definition"
+            )
+        else:
+            row.difference = max(difference, row.difference or 0.0)
+            if not alone:
+                names[peer] = kind
     other = twin(kind)
-    if peer in row.sides and other is not None and not alone:
+    if "mmcv" in row.sides and other is not None and not alone:
         names["twin"] = other
     if alone and floor is not None:
         row.sides["floor"] = dataclasses.replace(floor)
@@ -296,22 +185,34 @@ def measure(group: str, shape: MapShape, kind: str, options: Options, floor: Sid
     torch.manual_seed(1)
     x, gradient = shape.tensor(), shape.tensor()
     modules = {name: build("ours" if name == "twin" else name, shape, what) for name, what in names.items()}
-    steps = {name: training_step(module, x, gradient) for name, module in modules.items()}
+    steps = {name: training_step(module, x, gradient, shape.bfloat16) for name, module in modules.items()}
     if alone:  # steps of many seconds: a small map warms them up, and a few rounds tell enough
         small = shape.smallest()
         for module in modules.values():
-            training_step(module, small.tensor(), small.tensor())()
+            training_step(module, small.tensor(), small.tensor(), shape.bfloat16)()
         timings = timed_in_turn(steps, repetitions=min(2, options.repetitions), unmeasured=0)
+    elif group in SMALL_CASES:  # steps of milliseconds
+        timings = timed_in_turn(steps, repetitions=20 * options.repetitions, budget=options.budget / 3)
     else:
         timings = timed_in_turn(steps, repetitions=options.repetitions, budget=options.budget)
     for name, timing in timings.items():
         row.sides[name] = Side(timing=timing) if isinstance(timing, Timing) else Side(error=f"fails: {timing}")
-    if alone and peer not in row.sides:
-        row.sides[peer] = _measure_alone(shape, kind, peer, options)
+    if alone and row.peer not in row.sides:
+        row.sides[row.peer] = _measure_alone(shape, kind, row.peer, options)
     return row
 
 
-def _measure_alone(shape: MapShape, kind: str, peer: str, options: Options) -> Side:
+def _peers(shape: Shape, kind: str) -> tuple[str, ...]:
+    """Who computes the same; the first is the one that the row is about."""
+    if kind == "deformable":
+        return ("torchvision",)
+    if shape.ndim == 1:
+        return ("naive",)
+    # mmcv encodes positions in float32, and adds energies of them to those of bfloat16.
+    return ("mmcv",) if needed_by_peer(shape, kind) > _ALONE else ("mmcv", "naive")
+
+
+def _measure_alone(shape: Shape, kind: str, peer: str, options: Options) -> Side:
     """A peer that needs most of the machine: one step in the process that measures its memory, if it can fit."""
     import psutil
 
@@ -326,9 +227,7 @@ def _measure_alone(shape: MapShape, kind: str, peer: str, options: Options) -> S
     return figures
 
 
-def memory_of(
-    side: str, shape: MapShape, kinds: Sequence[str], threads: int, limit: int | None = None
-) -> dict[str, Side]:
+def memory_of(side: str, shape: Shape, kinds: Sequence[str], threads: int, limit: int | None = None) -> dict[str, Side]:
     """Peak memory of one side for several term sets, in a fresh process; also the times of the measured steps."""
     request = {"side": side, "case": str(shape), "kinds": list(kinds)}
     figures = run_child("benchmarks.attention", ["--child", json.dumps(request)], threads=threads, limit=limit)
@@ -339,21 +238,21 @@ def memory_of(
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What `memory_of` asks of its fresh process."""
-    shape = MapShape.parse(request["case"])
+    shape = Shape.parse(request["case"])
     small = shape.smallest()
     figures = {}
     for kind in request["kinds"]:
         module = build(request["side"], shape, kind)
-        warm_up = training_step(module, small.tensor(), small.tensor())
-        step = training_step(module, shape.tensor(), shape.tensor())
+        warm_up = training_step(module, small.tensor(), small.tensor(), shape.bfloat16)
+        step = training_step(module, shape.tensor(), shape.tensor(), shape.bfloat16)
         memory, timing = peak_memory(step, steps=1 if needed_by_peer(shape, kind) > _ALONE else 2, warm_up=warm_up)
         figures[kind] = dataclasses.asdict(Side(timing=timing, memory=memory))
     return figures
 
 
 def add_memory(rows: Sequence[Row], options: Options) -> None:
-    """Measures the memory of all rows of one case, one fresh process for each side."""
-    for side in {name: None for row in rows for name in row.sides if name != "twin"}:
+    """Measures the memory of all rows of one case, one fresh process for each side but the plain way."""
+    for side in {name: None for row in rows for name in row.sides if name not in ("twin", "naive")}:
         missing = [row for row in rows if side in row.sides and row.sides[side].error is None]
         missing = [row for row in missing if row.sides[side].memory is None]
         if not missing:
@@ -361,7 +260,7 @@ def add_memory(rows: Sequence[Row], options: Options) -> None:
         kinds = [row.kind for row in missing]
         if side == "floor" and kinds[0] != "deformable":
             kinds = kinds[:1]  # the floor is the same for every set
-        figures = memory_of(side, MapShape.parse(missing[0].case), kinds, options.threads)
+        figures = memory_of(side, Shape.parse(missing[0].case), kinds, options.threads)
         for row in missing:
             found = figures.get(row.kind, figures[kinds[0]])
             row.sides[side].memory = found.memory
@@ -380,26 +279,27 @@ def judge(rows: Sequence[Row]) -> None:
 
 def _targets(row: Row) -> list[Target]:
     targets = []
-    ours, peer, floor = (row.sides.get(name) for name in ("ours", row.peer, "floor"))
+    ours, floor = row.sides.get("ours"), row.sides.get("floor")
 
-    def speed(bound: float) -> Target:
-        noise = bound == 1.0 and overlap(peer, ours)
-        return Target(f"{row.peer} / ours", ratio(peer, ours, "time"), bound, at_least=True, noise=noise)
+    def speed(peer: str, bound: float) -> Target:
+        return Target(f"{peer} / ours", ratio(row.sides[peer], ours, "time"), bound, at_least=True)
 
     if row.group == "deformable":
-        targets.append(speed(DEFORMABLE))
+        targets.append(speed(row.peer, DEFORMABLE))
     elif row.group in CASES:
         if "twin" in row.sides:
             same, noise = ratio(row.sides["twin"], ours, "time"), overlap(row.sides["twin"], ours)
             targets.append(Target(f"ours {twin(row.kind)} / ours", same, 1.0, at_least=True, noise=noise))
-        elif row.kind in SPEED.get(row.group, {}):
-            targets.append(speed(SPEED[row.group][row.kind]))
+        for peer in ("mmcv", "naive"):
+            if peer in row.sides and row.sides[peer].error is None and row.group != "growth":
+                asked = SPEED.get(row.group, {}).get(row.kind, NOT_SLOWER) if peer == "mmcv" else NOT_SLOWER
+                targets.append(speed(peer, asked))
         if row.kind in FLOOR.get(row.group, {}):
             bound = FLOOR[row.group][row.kind]
             targets.append(Target("ours / floor", ratio(ours, floor, "time"), bound, at_least=False))
         if row.kind in MEMORY.get(row.group, {}):
             bound = MEMORY[row.group][row.kind]
-            less = ratio(peer, ours, "memory")
+            less = ratio(row.sides.get(row.peer), ours, "memory")
             targets.append(Target(f"memory {row.peer} / ours", less, bound, at_least=True))
         if row.group in PEAK_GB:
             peak = ours.memory.peak / 1e9 if ours is not None and ours.memory is not None else None
@@ -438,13 +338,13 @@ def run_case(case: str, sets: Sequence[str] | None, options: Options, advance: C
         floor = next((row.sides["floor"] for row in rows if row.case == str(shape)), None)
         rows.append(measure(group, shape, kind, options, floor))
         yield rows[-1]
-    if options.memory:
+    if options.memory and case not in SMALL_CASES:
         advance(f"{case}: memory")
         for size in dict.fromkeys(row.case for row in rows):
             add_memory([row for row in rows if row.case == size], options)
 
 
-def plan(case: str, sets: Sequence[str] | None) -> list[tuple[str, MapShape, str]]:
+def plan(case: str, sets: Sequence[str] | None) -> list[tuple[str, Shape, str]]:
     """Group, shape and term set of each row of a case.
 
     Raises:
@@ -454,12 +354,12 @@ def plan(case: str, sets: Sequence[str] | None) -> list[tuple[str, MapShape, str
         parse_terms(terms)
     group, _, size = case.partition(":")
     if group == "growth":
-        start = MapShape.parse(size or GROWTH_DEFAULT)
+        start = Shape.parse(size or GROWTH_DEFAULT)
         chosen = [terms for terms in sets or GROWTH_SETS if terms in GROWTH_SETS] or sets or GROWTH_SETS
         return [(case, start.scaled(2**step), terms) for terms in chosen for step in range(3)]
     if group == "deformable":
-        return [(case, MapShape.parse(size or DEFORMABLE_DEFAULT), group)]
-    return [(case, MapShape.parse(case), terms) for terms in sets or reversed(TERM_SETS)]
+        return [(case, Shape.parse(size or DEFORMABLE_DEFAULT), group)]
+    return [(case, Shape.parse(case), terms) for terms in sets or reversed(TERM_SETS)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -484,6 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(str(error))
         return
     require("mmcv", "psutil")
+    chosen.cases = [
+        case for name in chosen.cases for case in {"small": SMALL_CASES, "large": LARGE_CASES}.get(name, (name,))
+    ]
     if chosen.sets is None and chosen.quick:
         chosen.sets = QUICK_SETS
     try:

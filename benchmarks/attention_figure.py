@@ -9,13 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.attention_report import Row, Run, by_group, title
+from benchmarks.attention_sides import Shape
 from benchmarks.measure import Side
 from lightning_attn.files import write_file
 
 # Told apart by shape too, and by readers who do not see red and green apart.
-COLORS = {"ours": "#0072b2", "peer": "#d55e00", "floor": "#555555"}
+COLORS = {"ours": "#0072b2", "peer": "#d55e00", "naive": "#cc79a7", "floor": "#555555"}
 UNITS = {"time": "ms, forward + backward", "memory": "MB at the peak"}
-MARKERS = {"ours": "o", "peer": "s", "floor": "_"}
+MARKERS = {"ours": "o", "peer": "s", "naive": "^", "floor": "_"}
 
 
 def _seconds(side: Side) -> float | None:
@@ -28,7 +29,7 @@ def _increase(side: Side) -> float | None:
 
 def _draw_sets(axes: Axes, rows: Sequence[Row], figure: Callable[[Side], float | None], unit: str) -> None:
     """One position for each term set, one marker for each side."""
-    for name, label in ((rows[0].peer, "peer"), ("ours", "ours"), ("floor", "floor")):
+    for name, label in {rows[0].peer: "peer", "naive": "naive", "ours": "ours", "floor": "floor"}.items():
         found = [(index, figure(row.sides[name])) for index, row in enumerate(rows) if name in row.sides]
         points = [(index, value) for index, value in found if value is not None]
         if points:
@@ -101,8 +102,7 @@ def _draw_growth(axes: Axes, rows: Sequence[Row], figure: Callable[[Side], float
 
 
 def _queries(row: Row) -> int:
-    _, height, rest = row.case.split("x")
-    return int(height) * int(rest.partition("s")[0])
+    return Shape.parse(row.case).num_queries
 
 
 def write_figure(runs: Sequence[Run], path: Path) -> None:
@@ -118,11 +118,18 @@ def write_figure(runs: Sequence[Run], path: Path) -> None:
     panels = figure.subplots(height, 2, squeeze=False)
     for (group, rows), (left, right) in zip(sets.items(), panels, strict=False):
         _draw_sets(left, rows, _seconds, UNITS["time"])
-        _draw_sets(right, rows, _increase, UNITS["memory"])
         left.set_title(f"time: {title(group)}", loc="left", fontsize="medium")
+        if all(side.memory is None for row in rows for side in row.sides.values()):
+            right.set_axis_off()
+            continue
+        _draw_sets(right, rows, _increase, UNITS["memory"])
         right.set_title(f"memory: {title(group)}", loc="left", fontsize="medium")
     if sets:
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+        labelled = [axes.get_legend_handles_labels() for axes in panels[: len(sets), 0]]
+        by_label = {
+            label: handle for handles, labels in labelled for handle, label in zip(handles, labels, strict=True)
+        }
+        figure.legend(by_label.values(), by_label, loc="outside upper center", ncols=4, frameon=False)
     if growth:
         for axes, measure, quantity in zip(panels[-1], (_seconds, _increase), ("time", "memory"), strict=True):
             _draw_growth(axes, growth[-1], measure, UNITS[quantity])

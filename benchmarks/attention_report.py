@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.attention_sides import Shape
 from benchmarks.measure import Side, Target, markdown_settings, markdown_table, ratio
 
 
@@ -21,9 +22,9 @@ class Row:
         case: Its size, such as `256x50x84s2`.
         kind: Term set, or `deformable`.
         peer: Name of the side that ours is compared with.
-        sides: What each side cost: `ours`, the peer, `floor`, and where the peer fails `twin`.
-        difference: Largest difference of output and input gradient between ours and the peer, relative to the largest
-            value; None where the peer fails.
+        sides: What each side cost: `ours`, `naive`, the peer, `floor`, and where the peer fails `twin`.
+        difference: Largest difference of output and input gradient between ours and its peers, relative to the largest
+            value; None where all of them fail.
         targets: Figures beside their bounds.
     """
 
@@ -83,9 +84,7 @@ def title(group: str) -> str:
     if name in ("growth", "deformable"):
         heading = "growth with the size of the map" if name == "growth" else "deformable 3x3 convolution"
         return heading + (f", {size}" if size else "")
-    channels, height, rest = name.split("x")
-    width, _, stride = rest.partition("s")
-    return f"{channels} channels, {height}x{width}, kv stride {stride or 1}"
+    return Shape.parse(group).describe()
 
 
 def _milliseconds(side: Side | None) -> str:
@@ -94,7 +93,7 @@ def _milliseconds(side: Side | None) -> str:
     if side.timing is None:
         return (side.error or "-").split(":")[0]
     lower, upper = side.timing.quartiles
-    digits = 1 if side.timing.median < 0.1 else 0
+    digits = 2 if side.timing.median < 0.01 else 1 if side.timing.median < 0.1 else 0
     if len(side.timing.seconds) == 1:
         return f"{1e3 * side.timing.median:.{digits}f} (once)"
     return f"{1e3 * side.timing.median:.{digits}f} ({1e3 * lower:.{digits}f}-{1e3 * upper:.{digits}f})"
@@ -111,29 +110,27 @@ def _factor(value: float | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the rows of one case."""
-    peer = rows[0].peer
-    header = ["set", "ours ms", f"{peer} ms", "floor ms", f"{peer} / ours", "ours / floor"]
-    header += ["ours MB", f"{peer} MB", "floor MB", f"{peer} / ours MB", "targets"]
+    """Header and cells of the rows of one case; a side has columns where it was measured."""
+    peers = list(dict.fromkeys([rows[0].peer, *(name for row in rows for name in row.sides if name == "naive")]))
+    names = ["ours", *peers, "floor"]
+    weighed = [name for name in names if any(row.sides.get(name, Side()).memory is not None for row in rows)]
+    header = ["set", *(f"{name} ms" for name in names), *(f"{peer} / ours" for peer in peers), "ours / floor"]
+    header += [f"{name} MB" for name in weighed]
+    if {"ours", rows[0].peer} <= set(weighed):
+        header.append(f"{rows[0].peer} / ours MB")
+    header.append("targets")
     cells = []
     for row in rows:
-        ours, theirs, floor = (row.sides.get(name) for name in ("ours", row.peer, "floor"))
+        sides = {name: row.sides.get(name) for name in names}
+        ours, theirs = sides["ours"], sides[row.peer]
         name = f"{row.kind} at {row.case}" if row.group.partition(":")[0] == "growth" else row.kind
-        cells.append(
-            [
-                name,
-                _milliseconds(ours),
-                _milliseconds(theirs),
-                _milliseconds(floor),
-                _factor(ratio(theirs, ours, "time")),
-                _factor(ratio(ours, floor, "time")),
-                _megabytes(ours),
-                _megabytes(theirs),
-                _megabytes(floor),
-                _factor(ratio(theirs, ours, "memory")),
-                "; ".join(map(str, row.targets)),
-            ]
-        )
+        line = [name, *(_milliseconds(sides[name]) for name in names)]
+        line += [_factor(ratio(sides[peer], ours, "time")) for peer in peers]
+        line.append(_factor(ratio(ours, sides["floor"], "time")))
+        line += [_megabytes(sides[name]) for name in weighed]
+        if {"ours", rows[0].peer} <= set(weighed):
+            line.append(_factor(ratio(theirs, ours, "memory")))
+        cells.append([*line, "; ".join(map(str, row.targets))])
     return header, cells
 
 
@@ -145,7 +142,7 @@ def _notes(rows: Iterable[Row]) -> list[str]:
             if side.error is not None:
                 reasons.setdefault(f"{name} {side.error}", []).append(row.kind)
     notes = [f"{', '.join(dict.fromkeys(kinds))}: {reason}" for reason, kinds in reasons.items()]
-    differences = [row.difference for row in rows if row.difference is not None and row.sides[row.peer].error is None]
+    differences = [row.difference for row in rows if row.difference is not None]
     if differences:
         notes.append(
             f"Output and input gradient of ours and of the peer differ by at most {max(differences):.1g} of the "
@@ -188,8 +185,10 @@ def markdown(runs: Sequence[Run]) -> str:
     lines += [
         "",
         "Median of interleaved repetitions (lower to upper quartile); memory is what the steps add at their peak to a "
-        "process that has only made the module and its input. Batch 1, 8 heads, float32. The floor is E1 alone by "
-        "torch's scaled_dot_product_attention (for the deformable convolution: a regular one), which computes less. "
+        "process that has only made the module and its input. Batch 1 and float32 unless a heading says otherwise; 8 "
+        "heads. The floor is E1 alone by torch's scaled_dot_product_attention between the same projections (for the "
+        "deformable convolution: a regular one), which computes less; naive is all energies of a set added up, one "
+        "softmax, one product. "
         '"(once)": a peer too large to run beside the others, one step in the process that measures its memory.',
     ]
     for group, rows in by_group(runs).items():

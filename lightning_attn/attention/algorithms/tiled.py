@@ -9,6 +9,7 @@ Shapes: B samples, M heads, P = B M pairs; N_q queries and N_k keys on grids; d 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -165,10 +166,6 @@ class _Grid:
         else:
             self.write(pairs, spans, torch.bmm(left, right))
 
-    def to(self, dtype: torch.dtype) -> "_Grid":
-        """The same in another dtype."""
-        return self if self.tensor.dtype == dtype else _Grid(self.tensor.to(dtype), self.sizes)
-
     def add_product(self, pairs: slice, spans: Spans, left: Tensor, right: Tensor, first: bool) -> None:
         """Adds products to the matrices of a rectangle; the first product is set instead."""
         rows = self._rows(pairs, spans)
@@ -216,8 +213,9 @@ class _Work:
         self.product_dtype = value.dtype if multiplies_fast_in_half(value) else self.dtype
         self.batch, self.heads = value.shape[:2]
         pairs = self.batch * self.heads
-        self.query = None if query is None else _Grid(query.to(self.dtype), layout.query_sizes)
-        self.key = None if key is None else _Grid(key.to(self.dtype), layout.key_sizes)
+        self._given = query, key
+        self.query = None if query is None else _Grid(query.to(self.product_dtype), layout.query_sizes)
+        self.key = None if key is None else _Grid(key.to(self.product_dtype), layout.key_sizes)
         self.key_energy = None if key_energy is None else self._by_key(key_energy.to(self.dtype).flatten(0, 1))
         self.along = [
             None if along is None else along.to(self.dtype).flatten(0, 1) for along in (along_y, along_x)
@@ -266,6 +264,14 @@ class _Work:
             return None
         return along[tile.pairs, tile.queries[0], tile.queries[1], tile.keys[axis]].flatten(1, 2)
 
+    @functools.cached_property
+    def factors(self) -> tuple[_Grid, _Grid] | None:
+        """Query and key in the dtype of the energies; in half precision not needed where weights are kept."""
+        query, key = self._given
+        if query is None or key is None:
+            return None
+        return _Grid(query.to(self.dtype), self.layout.query_sizes), _Grid(key.to(self.dtype), self.layout.key_sizes)
+
     def weights(self, tile: Tile) -> Tensor:
         """The weights of a tile before dropout, `[pairs, queries, keys]`, in buffer 0."""
         energy = self.buffer(0, tile, self.dtype)
@@ -283,13 +289,13 @@ class _Work:
             grid.copy_(parts[0])
         if len(parts) > 2:
             grid.add_(parts[2])
-        if self.query is not None and self.key is not None:
-            query = self.query.read(tile.pairs, tile.queries)
-            key = self.key.read(tile.pairs, tile.keys).transpose(1, 2)
+        if self.factors is not None:
+            query, key = self.factors
+            matrices = (query.read(tile.pairs, tile.queries), key.read(tile.pairs, tile.keys).transpose(1, 2))
             if parts:
-                energy.baddbmm_(query, key)
+                energy.baddbmm_(*matrices)
             else:
-                torch.bmm(query, key, out=energy)
+                torch.bmm(*matrices, out=energy)
         hidden = self.hidden(tile)
         if hidden is not None:
             # The most negative finite number: -inf would make a row that is hidden completely NaN.
@@ -426,8 +432,9 @@ def _gradients(
     product_dtype = work.product_dtype
     grad_output = _Grid(grad.to(product_dtype), layout.query_sizes)
     # Sums over tiles with the features of a place side by side, which products are added to fastest.
-    grad_value = _Grid(value.new_empty(value.shape, dtype=dtype), layout.key_sizes)
-    grad_key = None if key is None else _Grid(key.new_empty(key.shape, dtype=dtype), layout.key_sizes)
+    sum_dtype = product_dtype if all(tile.shape[1] == layout.num_queries for tile in work.tiles) else dtype
+    grad_value = _Grid(value.new_empty(value.shape, dtype=sum_dtype), layout.key_sizes)
+    grad_key = None if key is None else _Grid(key.new_empty(key.shape, dtype=sum_dtype), layout.key_sizes)
     grad_query = None if query is None else _Grid(_empty(query, features_last, value.dtype), layout.query_sizes)
     # The first tile of some pairs sets the sums of all their keys, if it has all keys.
     sets_all = not any(0 in tile.shape for tile in work.tiles) and layout.window is None and not layout.causal
@@ -435,7 +442,6 @@ def _gradients(
         for grid in (grad_value, grad_key, grad_query):
             if grid is not None:
                 grid.tensor.zero_()
-    factor_query, factor_key = (None if g is None else g.to(product_dtype) for g in (work.query, work.key))
     grad_key_energy = None if work.key_energy is None else torch.zeros_like(work.key_energy)
     grad_along = [None if a is None else torch.zeros(a.shape, dtype=dtype, device=a.device) for a in work.along]
     for tile, place in zip(work.tiles, work.places(), strict=True):
@@ -454,10 +460,12 @@ def _gradients(
             grad_energy.mul_(factors)
         # weights * (grad - the mean of grad under the weights), in place: rows are read before they are written
         torch.ops.aten._softmax_backward_data.out(grad_energy, weights, -1, product_dtype, grad_input=grad_energy)
-        if factor_query is not None and factor_key is not None and grad_query is not None and grad_key is not None:
-            grad_query.write_product(pairs, queries, grad_energy, factor_key.read(pairs, keys))
-            asking = factor_query.read(pairs, queries)
+        if work.query is not None and work.key is not None and grad_query is not None and grad_key is not None:
+            grad_query.write_product(pairs, queries, grad_energy, work.key.read(pairs, keys))
+            asking = work.query.read(pairs, queries)
             grad_key.add_product(pairs, keys, grad_energy.transpose(1, 2), asking, first)
+        if product_dtype != dtype and (grad_key_energy is not None or any(g is not None for g in grad_along)):
+            grad_energy = work.buffer(0, tile, dtype).copy_(grad_energy)  # once, where each sum would for itself
         by_axis = work.by_axis(grad_energy, tile)
         for axis, grad_of_axis in enumerate(grad_along):
             if grad_of_axis is not None:

@@ -1,0 +1,301 @@
+"""The modules that `benchmarks.attention` compares, and the sizes at which it does."""
+
+import dataclasses
+import math
+import re
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_attn.attention import DeformableConv, GatedResidual, TransformerAttention
+from lightning_attn.attention.positions import relative_encoding
+from lightning_attn.attention.spec import parse_terms
+from lightning_attn.interop.mmcv import to_mmcv
+
+HEADS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Size of the problem.
+
+    Attributes:
+        batch: Number of maps or sentences.
+        channels: Features of a place.
+        size: Height and width of a map, or the length of a sentence.
+        kv_stride: Every which row and column has keys and values.
+        bfloat16: Whether the step runs under autocast to bfloat16, not in float32.
+    """
+
+    batch: int
+    channels: int
+    size: tuple[int, ...]
+    kv_stride: int = 1
+    bfloat16: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> "Shape":
+        """The shape of a name: `CxHxW` or `BxCxHxW` of maps or `sentences:BxLxC`, then `sS` for a stride, then `-bf16`.
+
+        Raises:
+            ValueError: If the name does not read so.
+        """
+        match = re.fullmatch(r"(sentences:)?(\d+(?:x\d+)+)(?:s(\d+))?(-bf16)?", name)
+        numbers = [int(number) for number in match[2].split("x")] if match else []
+        if match is None or len(numbers) not in ((3,) if match[1] else (3, 4)) or 0 in (*numbers, int(match[3] or 1)):
+            raise ValueError(
+                f"case {name!r} is neither channels x height x width s stride, such as 256x50x84s2 (with a batch size "
+                "in front: 8x256x50x84s2), nor sentences:batch x length x channels, such as sentences:64x25x512, each "
+                "with -bf16 for autocast to bfloat16, nor growth, deformable, small or large."
+            )
+        if match[1]:
+            batch, length, channels = numbers
+            size: tuple[int, ...] = (length,)
+        else:
+            batch, channels, *size_of_map = (1, *numbers) if len(numbers) == 3 else numbers
+            size = tuple(size_of_map)
+        return cls(batch, channels, size, int(match[3] or 1), match[4] is not None)
+
+    def __str__(self) -> str:
+        if self.ndim == 1:
+            text = f"sentences:{self.batch}x{self.size[0]}x{self.channels}"
+        else:
+            text = "x".join(map(str, (self.channels, *self.size) if self.batch == 1 else self.tensor_size))
+        stride = f"s{self.kv_stride}" if self.ndim == 2 or self.kv_stride > 1 else ""
+        return text + stride + ("-bf16" if self.bfloat16 else "")
+
+    def describe(self) -> str:
+        """In words."""
+        if self.ndim == 1:
+            text = f"{self.batch} sentences of {self.size[0]}, {self.channels} channels"
+        else:
+            text = f"{self.channels} channels, {'x'.join(map(str, self.size))}"
+            text += f", batch {self.batch}" if self.batch > 1 else ""
+        if self.ndim == 2 or self.kv_stride > 1:
+            text += f", kv stride {self.kv_stride}"
+        return text + (", bfloat16" if self.bfloat16 else "")
+
+    @property
+    def ndim(self) -> Literal[1, 2]:
+        """2 for maps, 1 for sentences."""
+        return 2 if len(self.size) == 2 else 1
+
+    @property
+    def num_queries(self) -> int:
+        """Of one map or sentence."""
+        return math.prod(self.size)
+
+    @property
+    def tensor_size(self) -> tuple[int, ...]:
+        """`[B, C, H, W]` or `[B, L, C]`."""
+        return (self.batch, self.channels, *self.size) if self.ndim == 2 else (self.batch, *self.size, self.channels)
+
+    @property
+    def energy_bytes(self) -> int:
+        """Size of the energies of all queries and keys in float32, for all heads."""
+        keys = math.prod(-(-n // self.kv_stride) for n in self.size)
+        return 4 * HEADS * self.batch * self.num_queries * keys
+
+    def scaled(self, factor: float) -> "Shape":
+        """The same with so many times the rows and columns."""
+        return dataclasses.replace(self, size=tuple(round(factor * n) for n in self.size))
+
+    def smallest(self) -> "Shape":
+        """The same channels and stride with two keys along each axis."""
+        return dataclasses.replace(self, size=(2 * self.kv_stride,) * self.ndim)
+
+    def tensor(self) -> Tensor:
+        """Values of this shape, `[B, C, H, W]` or `[B, L, C]`."""
+        return torch.randn(self.tensor_size)
+
+
+class FloorAttention(nn.Module):
+    """E1 alone by torch's fused attention, with the same four projections and stride as the modules compared."""
+
+    def __init__(self, dim: int, ndim: int, kv_stride: int) -> None:
+        super().__init__()
+        self.ndim, self.kv_stride = ndim, kv_stride
+        self.query, self.key, self.value = (self._projection(dim, bias=False) for _ in range(3))
+        self.out = self._projection(dim, bias=True)
+
+    def _projection(self, dim: int, bias: bool) -> nn.Module:
+        return nn.Conv2d(dim, dim, 1, bias=bias) if self.ndim == 2 else nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` or `[B, L, C]` to the same."""
+        step = slice(None, None, self.kv_stride)
+        keys = x[:, :, step, step] if self.ndim == 2 else x[:, step]
+        query, key, value = self._heads(self.query(x)), self._heads(self.key(keys)), self._heads(self.value(keys))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        if self.ndim == 1:
+            out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        else:
+            out = self.out(attended.transpose(2, 3).reshape(x.shape))
+        return out
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        if self.ndim == 1:
+            return torch.unflatten(projected, 2, (HEADS, -1)).transpose(1, 2)
+        return torch.unflatten(projected.flatten(2), 1, (HEADS, -1)).transpose(2, 3).contiguous()
+
+
+class NaiveAttention(nn.Module):
+    """The attention as one writes it first: the energies of all pairs, added term by term, one softmax, one product.
+
+    It has the parameters of a `TransformerAttention`, and gives the same.
+    """
+
+    def __init__(self, attention: TransformerAttention) -> None:
+        super().__init__()
+        self.e1, self.e2, self.e3, self.e4 = parse_terms(attention.terms)
+        self.ndim, self.kv_stride = attention.ndim, attention.kv_stride
+        self.parts = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` or `[B, L, C]` to the same."""
+        step = slice(None, None, self.kv_stride)
+        if self.ndim == 2:
+            z, keys = x.flatten(2).transpose(1, 2), x[:, :, step, step].flatten(2).transpose(1, 2)
+        else:
+            z, keys = x, x[:, step]
+        query = self._heads(self.parts.query_proj(z)) if self.e1 or self.e2 else None
+        parts = []
+        if self.e1 or self.e3:
+            parts.append(self._content(query, self._heads(self.parts.key_proj(keys))))
+        if self.e2 or self.e4:
+            parts.append(self._positions(query, x.shape[2:] if self.ndim == 2 else x.shape[1:2]))
+        energies = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        weights = energies.softmax(-1)
+        attended = weights @ self._heads(self.parts.value_proj(keys))
+        attended = attended.expand(len(x), -1, z.shape[1], -1).transpose(1, 2).flatten(2)
+        out: Tensor = self.parts.out_proj(attended)
+        return out if self.ndim == 1 else out.transpose(1, 2).reshape(x.shape)
+
+    def _content(self, query: Tensor | None, key: Tensor) -> Tensor:
+        """E1 and E3, `[B, M, N_q or 1, N_k]`."""
+        if not self.e1:
+            return (self.parts.key_bias[:, None] * key).sum(-1).unsqueeze(2)
+        assert query is not None
+        return (query + self.parts.key_bias[:, None] if self.e3 else query) @ key.mT
+
+    def _positions(self, query: Tensor | None, size: tuple[int, ...]) -> Tensor:
+        """E2 and E4, `[B or 1, M, N_q, N_k]`."""
+        content = query if self.e2 else None
+        if self.e4:
+            content = (
+                self.parts.position_bias[:, None] if content is None else content + self.parts.position_bias[:, None]
+            )
+        assert content is not None
+        if len(size) == 1:
+            return self._along_sentence(content, size[0])
+        offsets = [torch.arange(0, n, self.kv_stride) - torch.arange(n)[:, None] for n in size]
+        by_column, by_row = (self.parts.position_proj.weight / math.sqrt(2)).chunk(2, 1)  # x comes first
+        rows, columns = self._relative(offsets[0], by_row), self._relative(offsets[1], by_column)
+        if self.e2:
+            grid = torch.unflatten(content, 2, size)
+            along_y = torch.einsum("bmhwd,hkmd->bmhwk", grid, rows)
+            along_x = torch.einsum("bmhwd,wkmd->bmhwk", grid, columns)
+        else:
+            along_y = torch.einsum("md,hkmd->mhk", content[:, 0], rows)[None, :, :, None]
+            along_x = torch.einsum("md,wkmd->mwk", content[:, 0], columns)[None, :, None]
+        return (along_y.unsqueeze(-1) + along_x.unsqueeze(-2)).flatten(-2).flatten(2, 3)
+
+    def _along_sentence(self, content: Tensor, length: int) -> Tensor:
+        """The same of a sentence: by offset, then one for each pair."""
+        relative = self._relative(torch.arange(1 - length, length), self.parts.position_proj.weight)
+        by_offset = torch.einsum("bmqd,omd->bmqo", content if self.e2 else content.unsqueeze(0), relative)
+        offsets = torch.arange(0, length, self.kv_stride) - torch.arange(length)[:, None] + length - 1
+        return by_offset.expand(-1, -1, length, -1).gather(-1, offsets.expand(*by_offset.shape[:2], -1, -1))
+
+    def _relative(self, offset: Tensor, weight: Tensor) -> Tensor:
+        """V^R R by offset, or by pair of places along an axis, `[..., M, d]`."""
+        return torch.unflatten(F.linear(relative_encoding(offset, weight.shape[1]), weight), -1, (HEADS, -1))
+
+    @staticmethod
+    def _heads(projected: Tensor) -> Tensor:
+        return torch.unflatten(projected, 2, (HEADS, -1)).transpose(1, 2)
+
+
+class TorchvisionDeformable(nn.Module):
+    """torchvision's operator with a convolution that makes its offsets."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.offset = nn.Conv2d(channels, 18, 3, padding=1)
+        self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to the same."""
+        from torchvision.ops import deform_conv2d
+
+        out: Tensor = deform_conv2d(x, self.offset(x), self.weight, self.bias, padding=1)
+        return out
+
+
+def build(side: str, shape: Shape, kind: str) -> nn.Module:
+    """The module of a side; the same seed gives all sides of a kind, save the floor, the same weights.
+
+    A map's attention is in a gated residual, as mmcv's is.
+
+    Args:
+        side: `"ours"`, `"naive"`, `"mmcv"`, `"torchvision"` or `"floor"`.
+        shape: Size of the problem.
+        kind: Term set, or `"deformable"`.
+    """
+    torch.manual_seed(0)
+    if kind == "deformable":
+        return _build_deformable(side, shape.channels)
+    if side == "floor":
+        return _gated(FloorAttention(shape.channels, shape.ndim, shape.kv_stride), shape)
+    attention = TransformerAttention(shape.channels, HEADS, kind, ndim=shape.ndim, kv_stride=shape.kv_stride)
+    if side == "naive":
+        return _gated(NaiveAttention(attention), shape)
+    if side == "ours":
+        return _gated(attention, shape)
+    from mmcv.cnn.bricks import GeneralizedAttention
+
+    theirs: nn.Module = GeneralizedAttention(
+        shape.channels, num_heads=HEADS, kv_stride=shape.kv_stride, attention_type=kind
+    )
+    theirs.load_state_dict(to_mmcv(_with_gate(GatedResidual(attention))))
+    return theirs
+
+
+class Gated(nn.Module):
+    """The residual form of a side that is not ours, x + gamma f(x)."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.gamma = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to the same."""
+        out: Tensor = x + self.gamma * self.attention(x)
+        return out
+
+
+def _gated(attention: nn.Module, shape: Shape) -> nn.Module:
+    if shape.ndim == 1:
+        return attention
+    return _with_gate(GatedResidual(attention)) if isinstance(attention, TransformerAttention) else Gated(attention)
+
+
+def _with_gate(gated: GatedResidual) -> GatedResidual:
+    gated.gamma.data.fill_(0.5)  # at its start value, 0, the attention would have no gradient
+    return gated
+
+
+def _build_deformable(side: str, channels: int) -> nn.Module:
+    if side == "floor":
+        return nn.Conv2d(channels, channels, 3, padding=1)
+    ours = DeformableConv(channels, channels, 3, ndim=2)
+    nn.init.normal_(ours.offset.get_parameter("weight"), std=2 / (9 * channels) ** 0.5)  # offsets of about two pixels
+    if side == "ours":
+        return ours
+    theirs = TorchvisionDeformable(channels)
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
