@@ -11,6 +11,7 @@ from lightning_attn.attention.cpu.linear import PackedLinear
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import is_plain, without_autocast
 from lightning_attn.attention.spec import parse_terms
+from lightning_attn.attention.transforms import not_compiled
 
 if TYPE_CHECKING:
     from lightning_attn.attention.transformer import TransformerAttention
@@ -168,6 +169,7 @@ class AttentionCache:
         return out
 
     @torch.no_grad()
+    @not_compiled  # it keeps what it has seen, and lays out weights anew
     def decode_step(
         self, query: Tensor, causal: bool | None = None, owner: "TransformerAttention | None" = None
     ) -> Tensor:

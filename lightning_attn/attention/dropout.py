@@ -40,6 +40,15 @@ def dropout_factors(
     Returns:
         `[..., keys]`.
     """
+    if torch.compiler.is_compiling():  # one node: what the compiler makes of such integers crashes (torch 2.14, CPU)
+        factors: Tensor = _factors_operator(seed, probability, dtype, rows, num_keys, keys)
+        return factors
+    return _factors(seed, probability, dtype, rows, num_keys, keys)
+
+
+def _factors(
+    seed: Tensor, probability: float, dtype: torch.dtype, rows: Tensor, num_keys: int, keys: Tensor | None
+) -> Tensor:
     dropped = min(round(probability * _LEVELS), _LEVELS - 1)
     start = _mixed(rows * _INCREMENT + seed.to(rows.device)).unsqueeze(-1)
     if keys is None:
@@ -50,6 +59,14 @@ def dropout_factors(
         numbers = (words >> keys % _LANES * 16).to(torch.int16)
     kept = numbers >= dropped - _LEVELS // 2
     return kept.to(dtype).mul_(_LEVELS / (_LEVELS - dropped))
+
+
+_factors_operator = torch.library.custom_op("lightning_attn::dropout_factors", _factors, mutates_args=())
+
+
+@_factors_operator.register_fake
+def _(seed: Tensor, probability: float, dtype: torch.dtype, rows: Tensor, num_keys: int, keys: Tensor | None) -> Tensor:
+    return rows.new_empty((*rows.shape, num_keys if keys is None else keys.shape[0]), dtype=dtype)
 
 
 def _signed(number: int) -> int:

@@ -192,6 +192,8 @@ class TransformerAttention(nn.Module):
                     "and no attention_mask."
                 )
             check_input("query", query, self.ndim, self.dim)
+            if not isinstance(cache, AttentionCache):
+                raise TypeError(f"cache: it must be made by new_cache() of this module, got a {type(cache).__name__}.")
             return cache.decode_step(query, causal, owner=self)
         dropout = self.dropout if self.training else 0.0
         inputs = self._inputs(query, key, value, key_padding_mask, attention_mask, causal, dropout)
@@ -298,9 +300,16 @@ class TransformerAttention(nn.Module):
 
     def project_heads(self, projection: nn.Module, x: Tensor) -> Tensor:
         """Projects `[B, N, C]` of a sentence or `[B, C, N]` of a map to `[B, M, N, d]`, in the memory layout of `x`."""
-        if self.ndim == 1:
-            return torch.unflatten(project(projection, x), -1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        return torch.unflatten(project_map(projection, x), 1, (self.num_heads, self.head_dim)).transpose(2, 3)
+        axis = 2 if self.ndim == 1 else 1
+        projected = project(projection, x) if self.ndim == 1 else project_map(projection, x)
+        if projected.shape[axis] != self.dim:
+            name = next((name for name, child in self.named_children() if child is projection), "a projection")
+            raise ValueError(
+                f"{name} gives {projected.shape[axis]} features, but dim={self.dim}: what takes its place must keep "
+                "the number of features."
+            )
+        heads = torch.unflatten(projected, axis, (self.num_heads, self.head_dim))
+        return heads.transpose(1, 2) if self.ndim == 1 else heads.transpose(2, 3)
 
     def key_energy(self, key: Tensor) -> Tensor:
         """E3 of every key, `[B, M, N_k]`, float32 or better."""
@@ -364,6 +373,7 @@ class TransformerAttention(nn.Module):
                 raise ValueError(
                     f"value must have the shape {tuple(keys.shape)} of the keys, got {tuple(value.shape)}."
                 )
+        self._check_dtypes(query=query, key=keys, value=value)
         if key_padding_mask is not None:
             padding = key_padding_mask.unsqueeze(2 if self.ndim == 1 else 1)
             keys = keys.masked_fill(padding, 0.0)
@@ -374,6 +384,19 @@ class TransformerAttention(nn.Module):
         layout = self._layout(query, keys, causal)
         values = keys if value is None else value
         return AttentionInputs(self, query, keys, values, layout, key_padding_mask, attention_mask, dropout)
+
+    def _check_dtypes(self, **inputs: Tensor | None) -> None:
+        """Refuses what plain projections would fail to multiply, by the name of the argument."""
+        weight_dtype = self.value_proj.weight.dtype if is_plain(self.value_proj) else None
+        for name, x in inputs.items():
+            if x is None or weight_dtype is None or x.dtype == weight_dtype:
+                continue
+            if _is_autocast(x.device.type) and torch.float64 not in (x.dtype, weight_dtype):  # which it leaves alone
+                continue
+            raise ValueError(
+                f"{name} is {x.dtype}, but the module's parameters are {weight_dtype}: convert one of them, or compute "
+                "under torch.autocast."
+            )
 
     def _checked_attention_mask(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """`[B or 1, M or 1, N_q, N_k]`."""
@@ -470,9 +493,11 @@ class TransformerAttention(nn.Module):
 def _projected_dtype(x: Tensor) -> torch.dtype:
     """The dtype that linear layers give: autocast's, or that of their input."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(device) if _is_autocast(device) else x.dtype
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:

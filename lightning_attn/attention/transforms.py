@@ -4,13 +4,26 @@ Our own operators and torch's fused ones have no rule for these; the modules the
 asked of torch here is private to it. Where a part is missing, its answer is no, and torch itself raises an error.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _functorch: Any = getattr(torch._C, "_functorch", None)
+
+
+def not_compiled(function: F) -> F:
+    """A function around which `torch.compile` breaks its graph."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def constant_when_compiled(function: F) -> F:
+    """A function whose result is a constant of a compiled graph; its arguments must be none of the graph's values."""
+    return cast(F, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
 
 
 def is_transformed(*tensors: Tensor) -> bool:

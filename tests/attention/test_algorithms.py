@@ -423,6 +423,33 @@ class TestCompiled:
         for one, two in zip(*grads, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("algorithm", ["dense", "tiled"])
+    def test_by_inductor_with_dropout(self, algorithm):
+        torch._dynamo.reset()
+        attention = TransformerAttention(64, 8, dropout=0.25, algorithm=algorithm)
+        x = torch.randn(2, 12, 64, requires_grad=True)
+        compiled = torch.compile(attention)
+        torch.manual_seed(0)
+        one, two = compiled(x), compiled(x)
+        assert (one - two).abs().max() > 0.01, "each pass draws anew"
+        one.sum().backward()
+        assert x.grad.isfinite().all()
+        many = torch.stack([compiled(x.detach()) for _ in range(300)]).mean(0)
+        expected = attention.eval()(x)
+        assert (many - expected).abs().mean() < 0.1 * expected.std()
+
+    def test_by_inductor_long_sentences_and_decoding(self):
+        torch._dynamo.reset()
+        attention = TransformerAttention(32, 4, "1111", causal=True)
+        x = torch.randn(1, 300, 32)
+        compiled = torch.compile(attention, fullgraph=True)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), attention(x), rtol=1e-4, atol=1e-5)
+            compiled = torch.compile(attention)
+            cache, expected = attention.new_cache(), attention.new_cache()
+            for token in x[:, :3].split(1, dim=1):
+                torch.testing.assert_close(compiled(token, cache=cache), attention(token, cache=expected))
+
 
 def test_tiles_cover_every_query_once(monkeypatch):
     for weights in (50, 5000):

@@ -272,6 +272,52 @@ class TestDerivatives:
         torch.testing.assert_close(batched, torch.stack((expected, 2 * expected)))
 
 
+@pytest.mark.parametrize("settings", [{}, {"causal": True}, {"key_padding_mask": True}], ids=str)
+@pytest.mark.parametrize("terms", ["1000", "1010"])
+def test_second_derivatives_of_the_fused_kernels(terms, settings):
+    """Torch cannot differentiate the backward pass of its own."""
+    masked = settings.pop("key_padding_mask", False)
+    fused = TransformerAttention(16, 4, terms, algorithm="sdpa", **settings).double()
+    plain = TransformerAttention(16, 4, terms, algorithm="dense", **settings).double()
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 30, 16, dtype=torch.double, requires_grad=True)
+    mask = torch.arange(30) >= torch.tensor([[30], [20]]) if masked else None
+    found = []
+    for module in (fused, plain):
+        leaves = [x, *module.parameters()]
+        first = torch.autograd.grad(module(x, key_padding_mask=mask).pow(3).sum(), leaves, create_graph=True)
+        norm = torch.stack([one.pow(2).sum() for one in first]).sum()
+        found.append((*first, *torch.autograd.grad(norm, leaves, allow_unused=True, materialize_grads=True)))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives_with_dropout_of_a_fused_kernel_are_refused():
+    attention = TransformerAttention(16, 4, "1000", algorithm="sdpa", dropout=0.5)
+    x = torch.randn(2, 30, 16, requires_grad=True)
+    with pytest.raises(ValueError, match=r"dropout=0.5: derivatives of a backward pass need the mask"):
+        torch.autograd.grad(attention(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_inputs_of_another_dtype_and_layers_of_another_width_are_named(ndim):
+    attention = TransformerAttention(16, 4, ndim=ndim)
+    x = torch.randn(2, 5, 16) if ndim == 1 else torch.randn(2, 16, 3, 4)
+    with pytest.raises(ValueError, match=r"query is torch.float64, but the module's parameters are torch.float32"):
+        attention(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(x.bfloat16())
+    attention.key_proj = nn.Linear(16, 12)
+    with pytest.raises(ValueError, match=r"key_proj gives 12 features, but dim=16"):
+        attention(x)
+
+
+def test_a_cache_of_something_else_is_named():
+    attention = TransformerAttention(16, 4, causal=True)
+    with pytest.raises(TypeError, match=r"cache: it must be made by new_cache\(\) of this module, got a dict"):
+        attention(torch.randn(1, 1, 16), cache={})
+
+
 def test_whole_jacobians_agree():
     for module in (make("1111", 1, torch.float64), make("0011", 2, torch.float64), dynamic(2).double()):
         x = torch.randn(SHAPES[module.ndim], dtype=torch.float64)[:1]

@@ -21,6 +21,7 @@ from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs,
 from lightning_attn.attention.algorithms.sdpa import fused_attention, takes_flag_only
 from lightning_attn.attention.energies import Energies
 from lightning_attn.attention.projections import without_autocast
+from lightning_attn.attention.transforms import constant_when_compiled
 
 _HIDDEN = -30000.0
 """Energy of a key that is padding: exp of it vanishes in every dtype, and float16 holds it."""
@@ -126,6 +127,7 @@ def _coefficients(energies: Energies, axis: int, dtype: torch.dtype) -> tuple[Te
     return torch.einsum(equation, grid, keys), basis.to(dtype)
 
 
+@constant_when_compiled
 def position_basis(num_keys: int, stride: int, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Psi: orthonormal in its columns, `[num_keys, r]`, in float32 or better; made once for each set of arguments.
 

@@ -1,11 +1,16 @@
 """E1, alone or with E3, by torch's fused kernels: `scaled_dot_product_attention` of U z_q (+ u), V^C x_k and W' x_k."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
 from lightning_attn.attention.algorithms.dense import MAX_WEIGHTS
+from lightning_attn.attention.layout import masked_softmax
+from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.transforms import is_transformed
 
 _MIN_WEIGHTS_HALF = 8 * MAX_WEIGHTS
 """From here on the CPU's kernel is as fast as tiles in half precision."""
@@ -47,6 +52,59 @@ class SDPA(Algorithm):
         return fused_attention(energies.content_query, energies.key, value, inputs.dropout, hidden=hidden)
 
 
+class _TwiceDifferentiable(torch.autograd.Function):
+    """The fused kernel, whose backward pass torch cannot differentiate: then it is made of plain operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        dropout: float,
+        is_causal: bool,
+    ) -> Tensor:
+        ctx.options = visible, dropout, is_causal
+        ctx.save_for_backward(query, key, value)
+        with torch.enable_grad():
+            ctx.inner = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+            ctx.out = _kernel(*ctx.inner, *ctx.options)
+        out: Tensor = ctx.out.detach()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled() and not is_transformed(grad):
+            gradients = torch.autograd.grad(ctx.out, ctx.inner, grad, retain_graph=True)
+            return (*gradients, None, None, None)
+        visible, dropout, is_causal = ctx.options
+        if dropout > 0:
+            raise ValueError(
+                f"dropout={dropout:g}: derivatives of a backward pass need the mask of the fused kernel, which does "
+                'not give it. Use algorithm="dense" or "tiled", or the module in evaluation mode.'
+            )
+        with torch.enable_grad():
+            inputs = ctx.saved_tensors
+            dtype = computation_dtype(inputs[0])
+            query, key, value = (tensor.to(dtype) for tensor in inputs)
+            hidden = None if visible is None else ~visible
+            if is_causal:
+                hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+            out = masked_softmax(query @ key.transpose(2, 3), hidden) @ value
+            needed = [tensor for tensor in inputs if tensor.requires_grad]
+            found = iter(torch.autograd.grad(out, needed, grad.to(dtype), create_graph=True))
+            return (*(next(found) if tensor.requires_grad else None for tensor in inputs), None, None, None)
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, dropout: float, is_causal: bool
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, dropout_p=dropout, is_causal=is_causal, scale=1.0
+    )
+
+
 def takes_flag_only(problem: AttentionProblem) -> bool:
     """Whether the kernels need no mask of pairs, which would have to be held: at most their own causal flag."""
     if problem.layout.window is not None or problem.masked:
@@ -82,9 +140,12 @@ def fused_attention(
         visible = fully_masked | ~hidden
     # The features of a token side by side, or the CPU's kernel is several times slower.
     query, key, value = (tensor.contiguous() for tensor in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible, dropout_p=dropout, is_causal=is_causal, scale=1.0
-    )
+    options: tuple[Any, ...] = (visible, dropout, is_causal)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if needs_gradient and type(query) is Tensor and not torch.compiler.is_compiling() and not is_transformed():
+        out: Tensor = _TwiceDifferentiable.apply(query, key, value, *options)
+    else:
+        out = _kernel(query, key, value, *options)
     if query.device.type == "cpu":
         # That kernel takes a row of NaN energies for one that sees no key, and returns zeros. Zero times what is finite
         # is zero, so that nothing can overflow here; zero times anything else is NaN.
