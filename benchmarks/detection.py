@@ -77,8 +77,8 @@ from benchmarks.measure import (
     run_child,
     timed_in_turn,
 )
-from datamodules.coco import COCODataModule, DetectionBatch
-from datamodules.coco_annotations import Categories
+from datamodules.detection.annotations import Categories
+from datamodules.detection.coco import COCODataModule, DetectionBatch
 from lightning_attn.attention import AttentionSpec, DeformableConv
 from lightning_attn.callbacks import ExponentialAveraging
 from lightning_attn.cli import Parser, RunOptions

@@ -46,8 +46,8 @@ from benchmarks.measure import (
     timed_in_turn,
 )
 from datamodules.backgrounds import photograph
-from datamodules.cityscapes import CityscapesDataModule
-from datamodules.cityscapes_labels import HIGHEST_ID, IGNORED, SegmentationClasses
+from datamodules.segmentation.cityscapes import CityscapesDataModule
+from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, SegmentationClasses
 from lightning_attn.files import unused_path, write_json, write_text
 
 OURS, PILLOW, TENSORS = "lightning_attn", "torchvision, Pillow", "torchvision, tensors"

@@ -1,12 +1,12 @@
 """Data sets in their official layouts, as Lightning DataModules."""
 
-from datamodules.cityscapes import CityscapesDataModule, MiniatureSegmentationDataModule, SegmentationBatch
-from datamodules.cityscapes_labels import SegmentationClasses
-from datamodules.coco import COCODataModule, DetectionBatch, MiniatureDetectionDataModule
-from datamodules.coco_annotations import Categories
-from datamodules.image_transforms import Augmentation
+from datamodules.detection.annotations import Categories
+from datamodules.detection.coco import COCODataModule, DetectionBatch, MiniatureDetectionDataModule
+from datamodules.detection.transforms import Augmentation
 from datamodules.parallel_text import Cleaning
-from datamodules.segmentation_transforms import SegmentationAugmentation
+from datamodules.segmentation.cityscapes import CityscapesDataModule, MiniatureSegmentationDataModule, SegmentationBatch
+from datamodules.segmentation.classes import SegmentationClasses
+from datamodules.segmentation.transforms import SegmentationAugmentation
 from datamodules.vocabulary import Vocabulary
 from datamodules.wmt14 import MiniatureTranslationDataModule, TranslationBatch, WMT14DataModule
 

@@ -22,9 +22,9 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.cityscapes import SegmentationBatch
-from datamodules.cityscapes_labels import IGNORED, SegmentationClasses
-from datamodules.coco import DetectionBatch
+from datamodules.detection.coco import DetectionBatch
+from datamodules.segmentation.cityscapes import SegmentationBatch
+from datamodules.segmentation.classes import IGNORED, SegmentationClasses
 from datamodules.vocabulary import PAD_ID, Vocabulary
 from datamodules.wmt14 import TranslationBatch, WMT14DataModule
 from lightning_attn.files import unused_path

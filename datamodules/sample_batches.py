@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from datamodules.image_sampling import Draw, ImageDataset, evaluation_loader, training_loader
+from datamodules.images.sampling import Draw, ImageDataset, evaluation_loader, training_loader
 
 __all__ = ["sample_loader"]
 

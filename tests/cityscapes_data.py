@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datamodules.cityscapes_labels import CITYSCAPES_CLASSES
+from datamodules.segmentation.classes import CITYSCAPES_CLASSES
 
 COUNTS = {"train": 7, "val": 5}
 CITIES = ("aachen", "bochum", "ulm")

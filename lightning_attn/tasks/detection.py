@@ -8,10 +8,10 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from datamodules.coco import DetectionBatch
-from datamodules.coco_annotations import Categories
-from datamodules.image_transforms import resize_image, resized_size
-from datamodules.images import ImageArray, channels_first
+from datamodules.detection.annotations import Categories
+from datamodules.detection.coco import DetectionBatch
+from datamodules.images.files import ImageArray, channels_first
+from datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import write_json
 from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, coco_records, image_detections

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from datamodules.images import ImageArray, pixels_of
+from datamodules.images.files import ImageArray, pixels_of
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_json
 from lightning_attn.networks.resnet import ResNetSpec

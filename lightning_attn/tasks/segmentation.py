@@ -13,9 +13,9 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from datamodules.cityscapes import SegmentationBatch
-from datamodules.cityscapes_labels import SegmentationClasses
-from datamodules.images import ImageArray, channels_first
+from datamodules.images.files import ImageArray, channels_first
+from datamodules.segmentation.cityscapes import SegmentationBatch
+from datamodules.segmentation.classes import SegmentationClasses
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_file
 from lightning_attn.metrics.segmentation import SegmentationMetrics

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from datamodules import miniature_segmentation
-from datamodules.cityscapes_labels import SegmentationClasses
 from datamodules.miniature_segmentation import (
     MINIATURE_CLASSES,
     MINIATURE_PICTURES,
     write_miniature_segmentation,
 )
+from datamodules.segmentation.classes import SegmentationClasses
 
 COUNTS = {"train": 40, "val": 14, "test": 10}
 TINY = {"train": 3, "val": 2, "test": 1}

@@ -218,7 +218,7 @@ def test_offsets_are_a_group_of_their_own_with_a_tenth_of_the_rate():
     )
     with pytest.raises(RuntimeError, match="built when a Trainer starts"):
         task.built_network  # noqa: B018
-    from datamodules.coco_annotations import Categories
+    from datamodules.detection.annotations import Categories
 
     task._build(Categories(names=("a", "b"), ids=(3, 9)), task.backbone)
     groups = {group["name"]: group for group in task.optimizer.parameter_groups(task)}

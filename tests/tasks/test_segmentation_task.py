@@ -11,7 +11,7 @@ from cityscapes_data import label_path, name_of, truth_from_predictions
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.cityscapes_labels import CITYSCAPES_CLASSES
+from datamodules.segmentation.classes import CITYSCAPES_CLASSES
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.cli import main
 from lightning_attn.networks.segmentation import SegmenterSpec

@@ -3,15 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from datamodules.image_transforms import (
-    FILLING,
-    Augmentation,
-    EvaluationTransform,
-    TrainingTransform,
-    resize_boxes,
-    resize_image,
-    resized_size,
-)
+from datamodules.detection.transforms import Augmentation, EvaluationTransform, TrainingTransform, resize_boxes
+from datamodules.images.transforms import FILLING, resize_image, resized_size
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from datamodules.cityscapes_labels import IGNORED, LabelMap
-from datamodules.image_transforms import (
+from datamodules.images.files import ImageArray, Window
+from datamodules.images.transforms import (
     FILLING,
     ImageAugmentation,
     albumentations,
@@ -24,7 +24,7 @@ from datamodules.image_transforms import (
     drawn_by,
     resize_image,
 )
-from datamodules.images import ImageArray, Window
+from datamodules.segmentation.classes import IGNORED, LabelMap
 
 # So many parts are drawn for one without a dominating class; the last one is taken as it is.
 _MOST_DRAWS = 10

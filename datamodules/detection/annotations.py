@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.image_folders import PackedText, listed, predicted_images, spread
-from datamodules.image_transforms import Boxes, Labels
-from datamodules.images import ImageError, image_size
+from datamodules.detection.transforms import Boxes, Labels
+from datamodules.images.files import ImageError, image_size
+from datamodules.images.folders import PackedText, listed, predicted_images, spread
 
 __all__ = [
     "Categories",

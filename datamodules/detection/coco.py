@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_info
 from torch import LongTensor, Tensor
 
-from datamodules.coco_annotations import (
+from datamodules.detection.annotations import (
     Categories,
     CocoAnnotations,
     Integers,
@@ -19,11 +19,11 @@ from datamodules.coco_annotations import (
     check_images,
     of_image,
 )
-from datamodules.image_datamodule import STAGE_SPLITS, ImageDataModule, check_least
-from datamodules.image_folders import contents, listed
-from datamodules.image_sampling import Draw, ImageBatch, ImageDataset
-from datamodules.image_transforms import Augmentation, EvaluationTransform, TrainingTransform
-from datamodules.images import channels_first, read_image
+from datamodules.detection.transforms import Augmentation, EvaluationTransform, TrainingTransform
+from datamodules.images.datamodule import STAGE_SPLITS, ImageDataModule, check_least
+from datamodules.images.files import channels_first, read_image
+from datamodules.images.folders import contents, listed
+from datamodules.images.sampling import Draw, ImageBatch, ImageDataset
 from datamodules.token_cache import user_cache_folder
 
 __all__ = ["COCODataModule", "Categories", "DetectionBatch", "DetectionDataset", "MiniatureDetectionDataModule"]
@@ -215,7 +215,7 @@ class COCODataModule(ImageDataModule):
             ValueError: If COCO 2017 has no such split.
         """
         if self.download:
-            from datamodules.coco_sources import download_coco
+            from datamodules.detection.coco_sources import download_coco
 
             download_coco(self.root, splits)
 

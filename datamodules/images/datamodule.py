@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from datamodules.image_sampling import ImageDataset, evaluation_loader, training_loader
+from datamodules.images.sampling import ImageDataset, evaluation_loader, training_loader
 
 STAGE_SPLITS: Mapping[str, tuple[str, ...]] = {
     "fit": ("train", "val"),

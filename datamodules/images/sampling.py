@@ -13,7 +13,7 @@ import torch
 from torch import LongTensor, Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.images import ImageError
+from datamodules.images.files import ImageError
 from datamodules.planned_batches import (
     PlannedBatchSampler,
     ResumableLoader,

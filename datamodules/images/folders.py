@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.images import IMAGE_SUFFIXES
+from datamodules.images.files import IMAGE_SUFFIXES
 
 __all__ = ["PackedText", "contents", "listed", "predicted_images", "spread"]
 

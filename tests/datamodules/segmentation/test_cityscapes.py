@@ -31,10 +31,10 @@ from datamodules import (
     SegmentationBatch,
     SegmentationClasses,
 )
-from datamodules.cityscapes import SegmentationFiles, read_label_ids
-from datamodules.cityscapes_labels import CITYSCAPES_CLASSES, HIGHEST_ID, IGNORED
-from datamodules.image_sampling import Draw
-from datamodules.images import ImageError
+from datamodules.images.files import ImageError
+from datamodules.images.sampling import Draw
+from datamodules.segmentation.cityscapes import SegmentationFiles, read_label_ids
+from datamodules.segmentation.classes import CITYSCAPES_CLASSES, HIGHEST_ID, IGNORED
 
 NO_CHANGE = SegmentationAugmentation(horizontal_flip=0.0, scales=(1.0, 1.0))
 COLOURS = np.array([one.colour for one in CITYSCAPES_CLASSES] + [(0, 0, 0)])

@@ -23,9 +23,9 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 import datamodules
 from datamodules import Augmentation, Categories, COCODataModule, DetectionBatch, MiniatureDetectionDataModule
-from datamodules.coco_annotations import CocoAnnotations
-from datamodules.image_sampling import Draw
-from datamodules.images import ImageError
+from datamodules.detection.annotations import CocoAnnotations
+from datamodules.images.files import ImageError
+from datamodules.images.sampling import Draw
 
 LABELS = {1: 1, 13: 2, 90: 3}
 NO_CHANGE = Augmentation(horizontal_flip=0.0)
@@ -319,7 +319,7 @@ def test_annotations_hold_no_object_per_image(tmp_path):
 
     def ready_train_only(root):
         annotations = CocoAnnotations.read(annotation_path(root, "train2017"))
-        return datamodules.coco.DetectionDataset(annotations, root, None, annotations.with_targets())
+        return datamodules.detection.coco.DetectionDataset(annotations, root, None, annotations.with_targets())
 
     (few, small), (many, large) = objects(10), objects(210)
     assert many <= few + 5
@@ -578,7 +578,9 @@ def test_categories_before_setup(root):
 
 def test_download_fetches_what_the_stage_needs(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("datamodules.coco_sources.download_coco", lambda root, splits: calls.append((root, splits)))
+    monkeypatch.setattr(
+        "datamodules.detection.coco_sources.download_coco", lambda root, splits: calls.append((root, splits))
+    )
     module_of(tmp_path, download=True).prepare_data()
     module_of(tmp_path).prepare_data()
     assert calls == [(tmp_path, ["train2017", "val2017"])]

@@ -18,11 +18,8 @@ from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
-from datamodules.cityscapes_labels import HIGHEST_ID, IGNORED, LabelMap, SegmentationClasses
-from datamodules.image_datamodule import STAGE_SPLITS, ImageDataModule
-from datamodules.image_folders import PackedText, contents, listed, predicted_images, spread
-from datamodules.image_sampling import Draw, ImageBatch, ImageDataset
-from datamodules.images import (
+from datamodules.images.datamodule import STAGE_SPLITS, ImageDataModule
+from datamodules.images.files import (
     ImageArray,
     ImageError,
     Window,
@@ -32,7 +29,10 @@ from datamodules.images import (
     read_image,
     read_labels,
 )
-from datamodules.segmentation_transforms import SegmentationAugmentation, SegmentationTransform
+from datamodules.images.folders import PackedText, contents, listed, predicted_images, spread
+from datamodules.images.sampling import Draw, ImageBatch, ImageDataset
+from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, LabelMap, SegmentationClasses
+from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
 from datamodules.token_cache import user_cache_folder
 
 __all__ = [

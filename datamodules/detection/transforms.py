@@ -1,64 +1,29 @@
-"""What happens to an image and its boxes between the file and the network.
+"""What happens to an image and its boxes between the file and the network; for sizes see `images.transforms`."""
 
-An image is resized so that its short side gets a given length unless the long side would become too long, both rounded
-to whole pixels. What a `W x H` image shows then covers the new `W' x H'` pixels from edge to edge (their centres lie at
-halves), so x becomes `x * W' / W` with the rounded W', and `x' * W / W'` leads back. This is exact whatever rounding
-did to the aspect ratio; only the scale before rounding would be inexact, and it is used for nothing else.
-"""
-
-import os
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.images import ImageArray
+from datamodules.images.files import ImageArray
+from datamodules.images.transforms import (
+    FILLING,
+    ImageAugmentation,
+    albumentations,
+    check_range,
+    colour_changes,
+    drawn_by,
+    resize_image,
+    resized_size,
+)
 
 Boxes = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
-# The mean of ImageNet, which the network sees as nearly 0.
-FILLING = (124, 116, 104)
-
-# A box that is smaller than this on either side, after resizing, is no target.
-_MIN_BOX_SIDE = 1.0
-
-
-@dataclass(frozen=True)
-class ImageAugmentation:
-    """What is changed at random in training images, whatever is to be learnt from them.
-
-    Args:
-        horizontal_flip: Probability that left and right are exchanged.
-        brightness: A factor is drawn between 1 - this and 1 + this.
-        contrast: As brightness.
-        saturation: As brightness.
-        hue: A shift is drawn between -this and +this, in turns of the colour circle.
-        colour_probability: Probability that brightness, contrast, saturation and hue are changed at all.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    horizontal_flip: float = 0.5
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    colour_probability: float = 1.0
-
-    def __post_init__(self) -> None:
-        for field in fields(ImageAugmentation):
-            _check_range(field.name, getattr(self, field.name), 0.5 if field.name == "hue" else 1.0)
-
-    @property
-    def changes_colour(self) -> bool:
-        """Whether any colour is ever changed."""
-        return bool(self.colour_probability and (self.brightness or self.contrast or self.saturation or self.hue))
+MIN_BOX_SIDE = 1.0
+"""A box that is smaller than this on either side, after resizing, is no target; in pixels."""
 
 
 @dataclass(frozen=True)
@@ -88,80 +53,11 @@ class Augmentation(ImageAugmentation):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("vertical_flip", "transpose", "crop_visibility"):
-            _check_range(name, getattr(self, name), 1.0)
+            check_range(name, getattr(self, name), 1.0)
         if self.crop_size < 0:
             raise ValueError(f"augmentation.crop_size: {self.crop_size} is below 0; give pixels, or 0 for no crops.")
         if any(size < 1 for size in self.min_sizes):
             raise ValueError(f"augmentation.min_sizes: {list(self.min_sizes)} has a length below 1; give pixels.")
-
-
-def _check_range(name: str, value: float, most: float) -> None:
-    if not 0 <= value <= most:
-        raise ValueError(f"augmentation.{name}: {value} is not between 0 and {most:g}.")
-
-
-def albumentations() -> Any:
-    """The package, imported as late as this because it takes a second."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask a server for a newer version
-    import albumentations as package  # type: ignore[import-untyped]
-
-    return package
-
-
-def colour_changes(augmentation: ImageAugmentation) -> Any:
-    """What changes the colours of an image: an albumentations `Compose`."""
-    library = albumentations()
-    jitter = library.ColorJitter(
-        *(
-            (1 - strength, 1 + strength)
-            for strength in (augmentation.brightness, augmentation.contrast, augmentation.saturation)
-        ),
-        hue=(-augmentation.hue, augmentation.hue),
-        p=augmentation.colour_probability,
-    )
-    return library.Compose([jitter] if augmentation.changes_colour else [])
-
-
-def drawn_by(draw: Sequence[int], *steps: Any) -> np.random.Generator:
-    """Makes what albumentations' steps draw, and the generator that is returned, depend on some numbers alone.
-
-    Args:
-        draw: The numbers, such as seed, epoch, number of the image.
-        steps: Each an albumentations `Compose`.
-    """
-    generator = np.random.default_rng(draw)
-    # One stream for all steps. Compose.set_random_seed would give each step the same one, so that an image would be
-    # flipped whenever its colours are changed.
-    streams = generator, random.Random(int(generator.integers(1 << 32)))
-    for step in steps:
-        step.set_random_state(*streams)
-    return generator
-
-
-def resized_size(size: tuple[int, int], min_size: int, max_size: int) -> tuple[int, int]:
-    """Height and width after resizing.
-
-    Args:
-        size: Height and width of the image.
-        min_size: Length of the short side; 0 resizes only what is longer than `max_size`.
-        max_size: Bound of the long side, which goes before; 0 for none.
-    """
-    short, long = min(size), max(size)
-    scale = min_size / short if min_size else 1.0
-    if max_size:
-        scale = min(scale, max_size / long)
-    height, width = (max(1, int(side * scale + 0.5)) for side in size)
-    return height, width
-
-
-def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
-    """Resizes `[H, W, 3]` to a height and width: bilinear, or by the mean of the covered area where it shrinks."""
-    height, width = image.shape[:2]
-    if (height, width) == size:
-        return image
-    shrinks = size[0] < height or size[1] < width
-    resized = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return np.asarray(resized, dtype=np.uint8)
 
 
 def resize_boxes(boxes: npt.NDArray[Any], size: tuple[int, int], new_size: tuple[int, int]) -> Boxes:
@@ -226,8 +122,8 @@ class TrainingTransform:
             format="pascal_voc",
             label_fields=["labels"],
             clip=True,
-            min_width=_MIN_BOX_SIDE,
-            min_height=_MIN_BOX_SIDE,
+            min_width=MIN_BOX_SIDE,
+            min_height=MIN_BOX_SIDE,
             min_visibility=augmentation.crop_visibility if augmentation.crop_size else 0.0,
         )
         self.geometry = library.Compose(steps, bbox_params=boxes)

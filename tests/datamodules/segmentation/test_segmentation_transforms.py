@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules.cityscapes_labels import IGNORED
-from datamodules.segmentation_transforms import (
+from datamodules.segmentation.classes import IGNORED
+from datamodules.segmentation.transforms import (
     SegmentationAugmentation,
     SegmentationTransform,
     resize_labels,

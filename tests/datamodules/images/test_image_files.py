@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from datamodules.images import ImageError, channels_first, image_size, label_size, read_image, read_labels
+from datamodules.images.files import ImageError, channels_first, image_size, label_size, read_image, read_labels
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from datamodules.image_sampling import Draw, GroupedBatchSampler, ImageLoader
+from datamodules.images.sampling import Draw, GroupedBatchSampler, ImageLoader
 
 GROUPS = np.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0])  # 5 and 8
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import coco_sources
-from datamodules.coco_sources import COCO_PARTS, OFFICIAL_URL, CocoPart, download_coco
+from datamodules.detection import coco_sources
+from datamodules.detection.coco_sources import COCO_PARTS, OFFICIAL_URL, CocoPart, download_coco
 from datamodules.downloads import DownloadError
 
 COUNTS = {"annotations/annotations_trainval2017.zip": 2, "zips/val2017.zip": 3, "zips/train2017.zip": 25}

@@ -1,0 +1,1 @@
+"""Data sets of objects in boxes: COCO's layout and those that tools export."""
