@@ -14,20 +14,20 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pytorch_lightning as pl
-from jsonargparse import SUPPRESS, ArgumentParser
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.detection.coco import DetectionBatch
-from datamodules.segmentation.cityscapes import SegmentationBatch
+from datamodules.data_option import data_parser, parse_data
+from datamodules.detection.datamodule import DetectionBatch
 from datamodules.segmentation.classes import IGNORED, SegmentationClasses
+from datamodules.segmentation.datamodule import SegmentationBatch
 from datamodules.vocabulary import PAD_ID, Vocabulary
 from datamodules.wmt14 import TranslationBatch, WMT14DataModule
 from lightning_attn.files import unused_path
+from lightning_attn.visualization.detection import draw_detections
 from lightning_attn.visualization.segmentation import colour_labels
 
 SPLITS = {
@@ -38,11 +38,9 @@ SPLITS = {
 }
 """The stage and the loader of each split."""
 
-# Sections of a configuration that say nothing about the data.
-_OTHER_SECTIONS = ("seed_everything", "trainer", "model", "run")
-
 _COLUMNS = 4
-_PANEL_INCHES = 3.2
+_PANEL_INCHES = 4.0
+_DPI = 110
 _PADDING_COLOUR = "0.85"
 _IGNORED_COLOUR = (255, 255, 255)
 
@@ -108,16 +106,15 @@ def draw_detection_sheet(batches: Iterable[DetectionBatch], num: int, names: Seq
     )
     shown = list(itertools.islice(samples, num))
     figure, panels = _grid(len(shown), title)
-    colours = colormaps["tab10" if len(names) <= 10 else "tab20"]
     for axes, (image_id, name, image, target) in zip(panels, shown, strict=True):
         height, width = image.shape[1:]
-        axes.imshow(image.permute(1, 2, 0).numpy())
-        boxes = zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True) if target else ()
-        for box, label in boxes:
-            _draw_box(axes, box, names[label - 1], colours((label - 1) % colours.N))
-        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
-        count = f"{len(target['labels'])} boxes" if target else "no targets"
-        axes.set_title(f"{name} (id {image_id})\n{width} x {height}, {count}", fontsize=7)
+        boxes, labels = (target["boxes"], target["labels"].tolist()) if target else (np.empty((0, 4)), [])
+        called = [names[label - 1] for label in labels]
+        # In the pixels of the sheet, so that letters are as large as they are drawn.
+        axes.imshow(draw_detections(image, boxes, called, categories=names, longest_side=round(_DPI * _PANEL_INCHES)))
+        axes.set(xticks=[], yticks=[])
+        count = f"{len(labels)} boxes" if target else "no targets"
+        axes.set_title(f"{name} (id {image_id})\n{width} x {height}, {count}", fontsize=8, parse_math=False)
     return figure
 
 
@@ -153,7 +150,7 @@ def draw_segmentation_sheet(
         axes.imshow(pixels)
         axes.set(xticks=[], yticks=[])
         labelled = "no labels" if labels is None else f"{100 * (labels != IGNORED).float().mean():.0f} % labelled"
-        axes.set_title(f"{name} (id {number})\n{width} x {height}, {labelled}", fontsize=7)
+        axes.set_title(f"{name} (id {number})\n{width} x {height}, {labelled}", fontsize=8, parse_math=False)
     meanings = [*enumerate(zip(classes.names, classes.colours, strict=True)), (IGNORED, ("ignored", _IGNORED_COLOUR))]
     keys = [
         Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="0.6", label=name)
@@ -162,7 +159,7 @@ def draw_segmentation_sheet(
     ]
     if keys:
         columns = min(len(keys), 2 * max(1, min(_COLUMNS, len(shown))))
-        figure.legend(handles=keys, loc="outside lower center", ncols=columns, fontsize=7)
+        figure.legend(handles=keys, loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 
 
@@ -209,27 +206,12 @@ def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each of `count` samples."""
     columns = max(1, min(_COLUMNS, count))
     rows = max(1, -(-count // columns))
-    figure = Figure(figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * rows + 0.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * rows + 0.4), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontsize=10)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_axis_off()
     return figure, panels[:count]
-
-
-def _draw_box(axes: Axes, box: Sequence[float], name: str, colour: Any) -> None:
-    x1, y1, x2, y2 = np.asarray(box) - 0.5  # a pixel's centre is a whole number in the picture
-    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.2))
-    axes.text(
-        x1,
-        y1,
-        name,
-        parse_math=False,
-        fontsize=5,
-        va="bottom",
-        clip_on=True,
-        bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
-    )
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -258,19 +240,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 and a message on the standard error if an option or the data is wrong.
     """
-    parser = ArgumentParser(prog="python -m datamodules.browse", description="Draws what a model really sees.")
-    parser.add_argument("-c", "--config", action="config", help="configuration file; its data section is used")
-    parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True)
+    parser = data_parser("python -m datamodules.browse", "Draws what a model really sees.")
     parser.add_argument("--split", type=str, default="train", help=f"one of {', '.join(SPLITS)}")
     parser.add_argument("--num", type=int, default=16, help="most samples to show")
     parser.add_argument("--output", type=str, default="sheet.png", help="figure to write; a file of that name is kept")
-    for section in _OTHER_SECTIONS:
-        parser.add_argument(f"--{section}", type=Any, help=SUPPRESS)
-    options = parser.parse_args(args)
-    for section in _OTHER_SECTIONS:
-        options.pop(section)  # or a class named in it would be made
     try:
-        module = parser.instantiate(options).data
+        options, module = parse_data(parser, args)
         path = save(browse_figure(module, options.split, options.num), Path(options.output))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

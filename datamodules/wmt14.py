@@ -268,6 +268,24 @@ class WMT14DataModule(pl.LightningDataModule):
             )
         return self._vocabulary
 
+    def dataset(self, split: str) -> TranslationDataset:
+        """The sentences of a split as tokens.
+
+        Args:
+            split: "train", "valid", "test" or "predict".
+
+        Raises:
+            RuntimeError: If `setup` has not read that split.
+        """
+        if split not in self._splits:
+            raise RuntimeError(f"the sentences of {split!r} are there after prepare_data() and setup() of its stage.")
+        return self._splits[split]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many training pairs cleaning left out, by reason; there after ``setup``."""
+        return {} if self._cache is None else dict(self._cache.manifest["left_out"])
+
     @property
     def cache_folder(self) -> Path:
         """The folder that new token caches are written to."""

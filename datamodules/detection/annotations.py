@@ -1,7 +1,7 @@
-"""Annotation files of COCO, read into arrays and checked, and the images that they name."""
+"""Boxes of a split in arrays, whatever they are from, and what can be told of them and their images in advance."""
 
-import json
-import math
+import dataclasses
+import enum
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,15 +11,19 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.detection.transforms import Boxes, Labels
-from datamodules.images.files import ImageError, image_size
-from datamodules.images.folders import PackedText, listed, predicted_images, spread
+from datamodules.detection.transforms import MIN_BOX_SIDE, Boxes, Labels
+from datamodules.images.files import ExifPolicy, ImageError, ImageHeader, image_header, image_size
+from datamodules.images.folders import PackedText, listed, predicted_images, printable, spread
+from datamodules.images.sampling import BadImagePolicy
+from datamodules.images.transforms import resized_sizes
 
 __all__ = [
     "Categories",
-    "CocoAnnotations",
+    "DetectionAnnotations",
+    "Fate",
     "check_categories",
     "check_images",
+    "first_repeated",
     "of_image",
 ]
 
@@ -45,10 +49,16 @@ class Categories:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.ids):
             raise ValueError(f"categories: {len(self.names)} names for {len(self.ids)} ids; give one each.")
-        for what, values in (("name", self.names), ("id", self.ids)):
-            twice = _first_repeated(values)
-            if twice is not None:
-                raise ValueError(f"categories: two have the {what} {twice!r}; give each its own.")
+        twice = first_repeated(self.ids)
+        if twice is not None:
+            raise ValueError(f"categories: two have the id {twice!r}; give each its own.")
+        twice = first_repeated(self.names)
+        if twice is not None:
+            ids = [number for name, number in zip(self.names, self.ids, strict=True) if name == twice]
+            raise ValueError(
+                f"categories: the ids {listed(ids, 5)} all have the name {twice!r}; give each its own, or make them "
+                "one category."
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,11 +84,32 @@ class Categories:
         return self.ids[label - 1]
 
 
+class Fate(enum.IntEnum):
+    """What becomes of an annotation in training; the value is the order in which reasons count."""
+
+    TARGET = 0
+    CROWD = 1
+    WITHOUT_AREA = 2
+    OUTSIDE = 3
+    TOO_SMALL = 4
+
+    @property
+    def description(self) -> str:
+        """The reason, after a number of boxes."""
+        return {
+            Fate.TARGET: "used",
+            Fate.CROWD: "of crowds",
+            Fate.WITHOUT_AREA: "without area",
+            Fate.OUTSIDE: "outside of their image",
+            Fate.TOO_SMALL: "smaller than a pixel at the network's size",
+        }[self]
+
+
 @dataclass(frozen=True, eq=False)
-class CocoAnnotations:
+class DetectionAnnotations:
     """The annotations of a split in arrays, which worker processes share without copying.
 
-    N images in the order of the file, M annotations sorted by image, those of an image in the order of the file.
+    N images in the order of their file or folder, M annotations sorted by image.
 
     Args:
         path: Where they are from.
@@ -92,6 +123,7 @@ class CocoAnnotations:
         labels: 1..K, `[M]`.
         areas: `[M]`.
         crowd: Whether it is a crowd, `[M]`.
+        numbered: Whether image ids were counted here, so that they mean nothing to the user.
     """
 
     path: Path
@@ -102,88 +134,82 @@ class CocoAnnotations:
     starts: Integers
     annotation_ids: Integers
     bboxes: npt.NDArray[np.float64]
-    labels: npt.NDArray[np.int64]
+    labels: Labels
     areas: npt.NDArray[np.float64]
     crowd: npt.NDArray[np.bool_]
+    numbered: bool = False
 
     @classmethod
-    def read(cls, path: Path) -> "CocoAnnotations":
-        """Reads and checks an annotation file.
+    def of_objects(
+        cls,
+        path: Path,
+        categories: Categories,
+        *,
+        names: Sequence[str],
+        sizes: Integers,
+        owners: Integers,
+        bboxes: npt.NDArray[np.float64],
+        labels: Labels,
+        crowd: npt.NDArray[np.bool_] | None = None,
+        areas: npt.NDArray[np.float64] | None = None,
+        image_ids: Integers | None = None,
+        annotation_ids: Integers | None = None,
+    ) -> "DetectionAnnotations":
+        """From annotations in any order; those of an image keep theirs.
 
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is cut off or no such file, an id comes twice or refers to nothing, a file name leads out
-                of the folder, or a number is missing or none; the message names the file and the entry.
+        Args:
+            path: See the class, as all others.
+            categories: See the class.
+            names: File names of the images.
+            sizes: `[N, 2]`.
+            owners: Number of the image of each annotation, `[M]`.
+            bboxes: `[M, 4]`.
+            labels: `[M]`.
+            crowd: `[M]`; None for no crowds.
+            areas: `[M]`; None for those of the boxes.
+            image_ids: `[N]`; None for 1, 2, 3, ...
+            annotation_ids: `[M]`; None for 1, 2, 3, ...
         """
-        content = _read_json(path)
-        images, annotations = content["images"], content["annotations"]
-        categories = _categories(content["categories"], path)
-
-        image_ids = _integers(images, "id", "images", path)
-        _refuse_repeated(image_ids, "image id", path)
-        sizes = np.stack([_integers(images, key, "images", path) for key in ("height", "width")], axis=1)
-        for index in np.flatnonzero((sizes < 1).any(axis=1)):
-            height, width = sizes[index]
-            raise ValueError(
-                f"{path}: image id {image_ids[index]} has width {width} and height {height}; both must be at least 1. "
-                "Correct them."
-            )
-        names = _values(images, "file_name", "images", path)
-        for image_id, name in zip(image_ids, names, strict=True):
-            _check_name(name, image_id, path)
-
-        annotation_ids = _integers(annotations, "id", "annotations", path)
-        _refuse_repeated(annotation_ids, "annotation id", path)
-        owners = _lookup(
-            _integers(annotations, "image_id", "annotations", path), image_ids, annotation_ids, "image", path
-        )
-        labels = 1 + _lookup(
-            _integers(annotations, "category_id", "annotations", path),
-            np.array(categories.ids, dtype=np.int64),
-            annotation_ids,
-            "category",
-            path,
-        )
-        bboxes = _bboxes(annotations, annotation_ids, image_ids[owners], path)
-        areas = _areas(annotations, annotation_ids, bboxes, path)
-        crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in annotations], dtype=np.bool_)
-
         order = np.argsort(owners, kind="stable")
-        starts = np.searchsorted(owners[order], np.arange(len(images) + 1))
+        starts = np.searchsorted(owners[order], np.arange(len(names) + 1))
+        crowd = np.zeros(len(owners), dtype=np.bool_) if crowd is None else crowd
+        areas = np.asarray(bboxes[:, 2] * bboxes[:, 3]) if areas is None else areas
+        counted = np.arange(1, len(owners) + 1, dtype=np.int64) if annotation_ids is None else annotation_ids
         return cls(
             path,
             categories,
-            image_ids,
+            np.arange(1, len(names) + 1, dtype=np.int64) if image_ids is None else image_ids,
             sizes,
             PackedText(names),
-            starts,
-            annotation_ids[order],
+            np.asarray(starts, dtype=np.int64),
+            counted[order],
             bboxes[order],
             labels[order],
             areas[order],
             crowd[order],
+            numbered=image_ids is None,
         )
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "CocoAnnotations":
-        """The images of a folder, without annotations, by name.
+    def from_folder(cls, folder: Path, exif: ExifPolicy = "apply") -> "DetectionAnnotations":
+        """The images of a folder and of those in it, without annotations, by name.
 
         Image ids are the numbers in the names if all names are numbers, as those of COCO are; otherwise 1, 2, 3, ...
+        What is no image is only found when it is read.
 
         Raises:
-            FileNotFoundError: If there is no such folder, or it holds no image.
-            ImageError: If a file is no image.
+            FileNotFoundError: If there is no such folder, or it holds no file that is named as an image.
         """
-        names = predicted_images(folder)
+        names = predicted_images(folder, below=True)
         stems = [Path(name).stem for name in names]
         numbers = [int(stem) for stem in stems if stem.isdecimal() and len(stem) <= 18]
-        image_ids = numbers if len(set(numbers)) == len(names) else range(1, len(names) + 1)
+        by_name = len(set(numbers)) == len(names)
         none = np.empty(0, dtype=np.int64)
         return cls(
             folder,
             Categories((), ()),
-            np.array(image_ids, dtype=np.int64),
-            np.array([image_size(folder / name) for name in names], dtype=np.int64),
+            np.array(numbers if by_name else range(1, len(names) + 1), dtype=np.int64),
+            np.array([_size_or_one(folder / name, exif) for name in names], dtype=np.int64),
             PackedText(names),
             np.zeros(len(names) + 1, dtype=np.int64),
             annotation_ids=none,
@@ -191,6 +217,7 @@ class CocoAnnotations:
             labels=none,
             areas=np.empty(0),
             crowd=np.empty(0, dtype=np.bool_),
+            numbered=not by_name,
         )
 
     def __len__(self) -> int:
@@ -200,13 +227,50 @@ class CocoAnnotations:
         """Number of the image of each annotation, `[M]`."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
-    def usable(self) -> npt.NDArray[np.bool_]:
-        """Which annotations are training targets: those of single things with an area inside their image, `[M]`."""
-        return _clipped(self.bboxes, self.sizes[self.owners()])[1] & ~self.crowd
+    def fates(self, min_size: int = 0, max_size: int = 0) -> npt.NDArray[np.int8]:
+        """The `Fate` of each annotation in training, `[M]`.
 
-    def with_targets(self) -> Integers:
-        """Numbers of the images that have a training target."""
-        return np.unique(self.owners()[self.usable()])
+        Args:
+            min_size: Images are resized as `resized_size` says.
+            max_size: The same.
+        """
+        sizes = self.sizes[self.owners()]
+        boxes, inside = _clipped(self.bboxes, sizes)
+        scales = (resized_sizes(self.sizes, min_size, max_size) / self.sizes)[self.owners()][:, ::-1]
+        fates = np.full(len(self.bboxes), Fate.TARGET, dtype=np.int8)
+        fates[((boxes[:, 2:] - boxes[:, :2]) * scales < MIN_BOX_SIDE).any(axis=1)] = Fate.TOO_SMALL
+        fates[~inside] = Fate.OUTSIDE
+        fates[(self.bboxes[:, 2:] <= 0).any(axis=1)] = Fate.WITHOUT_AREA
+        fates[self.crowd] = Fate.CROWD
+        return fates
+
+    def with_targets(self, min_size: int = 0, max_size: int = 0) -> Integers:
+        """Numbers of the images that have a training target; arguments are those of `fates`."""
+        return np.unique(self.owners()[self.fates(min_size, max_size) == Fate.TARGET])
+
+    def cut_at_borders(self) -> npt.NDArray[np.bool_]:
+        """Which boxes reach beyond their image by more than a pixel, `[M]`."""
+        corners, borders = _corners(self.bboxes, self.sizes[self.owners()])
+        return np.asarray(((corners < -1) | (corners > borders + 1)).any(axis=1))
+
+    def suspicion(self) -> str:
+        """What the boxes look like if they are not x, y, width and height in pixels; empty if they are."""
+        if not len(self.bboxes):
+            return ""
+        if self.bboxes.max() <= 1 and self.sizes.min() > 2 and (self.bboxes[:, 2:] > 0).any():
+            return (
+                "All coordinates are between 0 and 1, so they look normalised by the size of the image: multiply them "
+                "with its width and height."
+            )
+        corners, borders = _corners(self.bboxes, self.sizes[self.owners()])
+        beyond = (corners[:, 2:] > 1.02 * borders[:, 2:] + 1).any(axis=1)
+        as_corners = (self.bboxes <= borders + 1).all(axis=1) & (self.bboxes[:, 2:] > self.bboxes[:, :2]).all(axis=1)
+        if beyond.sum() >= max(3, 0.1 * len(corners)) and as_corners.all():
+            return (
+                f"{int(beyond.sum()):,} of {len(corners):,} boxes reach beyond the right or lower border of their "
+                "image, and all would fit as x1, y1, x2, y2: they look like corners, where width and height are meant."
+            )
+        return ""
 
     def targets(self, index: int) -> tuple[Boxes, Labels]:
         """The training targets of an image: boxes (x1, y1, x2, y2), cut at its borders, `[n, 4]` and labels `[n]`."""
@@ -214,6 +278,15 @@ class CocoAnnotations:
         boxes, inside = _clipped(self.bboxes[part], self.sizes[index])
         kept = inside & ~self.crowd[part]
         return boxes[kept], self.labels[part][kept]
+
+    def with_categories(self, categories: Categories, label_of: Labels) -> "DetectionAnnotations":
+        """The same with other categories.
+
+        Args:
+            categories: The new ones.
+            label_of: The new label of each old one, `[K]`.
+        """
+        return dataclasses.replace(self, categories=categories, labels=label_of[self.labels - 1])
 
     def ground_truth(self) -> dict[str, Any]:
         """What COCO's scorer reads, with every annotation as it is in the file; outlines are left out.
@@ -243,6 +316,12 @@ class CocoAnnotations:
         }
 
 
+def _corners(bboxes: npt.NDArray[np.float64], sizes: Integers) -> tuple[npt.NDArray[np.float64], Integers]:
+    """Boxes as (x1, y1, x2, y2), and the right and lower borders that each of these may reach."""
+    corners = np.concatenate([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], axis=1)
+    return corners, np.concatenate([sizes[..., ::-1]] * 2, axis=-1)
+
+
 def _clipped(bboxes: npt.NDArray[np.float64], sizes: Integers) -> tuple[Boxes, npt.NDArray[np.bool_]]:
     """Boxes (x1, y1, x2, y2) cut at the borders of their images, and which of them then have an area.
 
@@ -250,122 +329,22 @@ def _clipped(bboxes: npt.NDArray[np.float64], sizes: Integers) -> tuple[Boxes, n
         bboxes: (x, y, width, height), `[m, 4]`.
         sizes: Height and width of each one's image `[m, 2]`, or of the image of all `[2]`.
     """
-    corners = np.concatenate([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], axis=1)
-    borders = np.concatenate([sizes[..., ::-1]] * 2, axis=-1)
+    corners, borders = _corners(bboxes, sizes)
     boxes = np.asarray(np.clip(corners, 0, borders), dtype=np.float32)
     inside: npt.NDArray[np.bool_] = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
     return boxes, inside
 
 
-def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
-    def without_outline(entry: dict[str, Any]) -> dict[str, Any]:
-        entry.pop("segmentation", None)  # most of the file; it need not be in memory all at once
-        return entry
-
+def _size_or_one(path: Path, exif: ExifPolicy) -> tuple[int, int]:
+    """The size of an image, or 1 x 1 of what is none: the error is told when it is read."""
     try:
-        with path.open(encoding="utf-8") as file:
-            content = json.load(file, object_hook=without_outline)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is no whole JSON file: {error.msg} at character {error.pos:,} of {len(error.doc):,}. It may be "
-            "cut off; copy or download it again."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start:,}). Copy or download it again.") from error
-    keys = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
-        found = f"an object with {listed(list(content), 8)}" if isinstance(content, dict) else "another kind of value"
-        raise ValueError(
-            f"{path} holds {found}; an annotation file is an object with the lists {', '.join(keys)}. Give annotations "
-            "in COCO's instances format."
-        )
-    if not content["images"]:
-        raise ValueError(f"{path} has no image in its list images. Give a split that holds some.")
-    return content
+        return image_size(path, exif=exif)
+    except (ImageError, OSError):
+        return 1, 1
 
 
-def _values(entries: list[dict[str, Any]], key: str, what: str, path: Path) -> list[Any]:
-    try:
-        return [entry[key] for entry in entries]
-    except (KeyError, TypeError) as error:
-        for number, entry in enumerate(entries):
-            if not isinstance(entry, dict) or key not in entry:
-                raise ValueError(
-                    f"{path}: {what}[{number}] has no {key!r}: {str(entry)[:100]}. Give it one, or take it out."
-                ) from error
-        raise
-
-
-def _integers(entries: list[dict[str, Any]], key: str, what: str, path: Path) -> Integers:
-    values = _values(entries, key, what, path)
-    try:
-        array = np.array(values)
-    except ValueError:  # lists of different lengths; the loop below finds the first
-        array = np.empty(0)
-    if array.dtype == np.int64 and array.ndim == 1:
-        return array
-    whole = np.zeros(len(values), dtype=np.int64)
-    for number, value in enumerate(values):
-        # Some tools write whole numbers as 1.0.
-        if not isinstance(value, int | float) or value != value // 1 or not abs(value) < 1 << 63:
-            raise ValueError(f"{path}: {what}[{number}] has {key} {value!r}; it must be a whole number. Correct it.")
-        whole[number] = value
-    return whole
-
-
-def _bboxes(
-    annotations: list[dict[str, Any]], annotation_ids: Integers, image_ids: Integers, path: Path
-) -> npt.NDArray[np.float64]:
-    """(x, y, width, height) of each annotation, `[M, 4]`."""
-    values = _values(annotations, "bbox", "annotations", path)
-    try:
-        bboxes = np.array(values, dtype=np.float64).reshape(len(values), 4)
-    except (TypeError, ValueError):  # not four numbers each; the loop below finds which
-        bboxes = np.full((len(values), 4), np.nan)
-    if np.isfinite(bboxes).all():
-        return bboxes
-    for value, annotation_id, image_id in zip(values, annotation_ids, image_ids, strict=True):
-        if not isinstance(value, list) or len(value) != 4 or not all(_is_finite(number) for number in value):
-            raise ValueError(
-                f"{path}: annotation id {annotation_id} of image id {image_id} has bbox {value!r}; it must be four "
-                "finite numbers: x, y, width, height. Correct it, or take the annotation out."
-            )
-    return bboxes
-
-
-def _areas(
-    annotations: list[dict[str, Any]], annotation_ids: Integers, bboxes: npt.NDArray[np.float64], path: Path
-) -> npt.NDArray[np.float64]:
-    """The area of each annotation, that of the box where none is given, `[M]`."""
-    products = (bboxes[:, 2] * bboxes[:, 3]).tolist()
-    values = [entry.get("area", product) for entry, product in zip(annotations, products, strict=True)]
-    for value, annotation_id in zip(values, annotation_ids, strict=True):
-        if not _is_finite(value):
-            raise ValueError(
-                f"{path}: annotation id {annotation_id} has area {value!r}; it must be a finite number. Correct it, or "
-                "take it out, which means the area of the box."
-            )
-    return np.array(values, dtype=np.float64)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _categories(entries: list[dict[str, Any]], path: Path) -> Categories:
-    """In the order of their ids, whatever the order in the file."""
-    ids = _integers(entries, "id", "categories", path).tolist()
-    names = [str(name) for name in _values(entries, "name", "categories", path)]
-    if not ids:
-        raise ValueError(f"{path} has no category in its list categories. Name there what its boxes show.")
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    try:
-        return Categories(tuple(names[index] for index in order), tuple(ids[index] for index in order))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _first_repeated(values: Sequence[Any]) -> Any:
+def first_repeated(values: Sequence[Any]) -> Any:
+    """The first of some values that was there before, or None."""
     seen = set()
     for value in values:
         if value in seen:
@@ -374,37 +353,7 @@ def _first_repeated(values: Sequence[Any]) -> Any:
     return None
 
 
-def _refuse_repeated(ids: Integers, what: str, path: Path) -> None:
-    if len(np.unique(ids)) != len(ids):
-        raise ValueError(
-            f"{path}: {what} {_first_repeated(ids.tolist())} comes twice. Give each its own, or remove one."
-        )
-
-
-def _lookup(wanted: Integers, known: Integers, annotation_ids: Integers, what: str, path: Path) -> Integers:
-    """Where each wanted id is in `known`."""
-    order = np.argsort(known)
-    place = np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)
-    unknown = np.flatnonzero(known[order[place]] != wanted)
-    if len(unknown):
-        first = unknown[0]
-        raise ValueError(
-            f"{path}: annotation id {annotation_ids[first]} has {what} id {wanted[first]}, which is not in the file's "
-            f"list of these ({len(unknown):,} such annotations). Add the {what} there, or take the annotations out."
-        )
-    return np.asarray(order[place], dtype=np.int64)
-
-
-def _check_name(name: Any, image_id: int, path: Path) -> None:
-    parts = str(name).replace("\\", "/").split("/")
-    if not isinstance(name, str) or not parts[-1] or parts[0] == "" or ".." in parts or ":" in parts[0]:
-        raise ValueError(
-            f"{path}: image id {image_id} has file_name {name!r}; it must be a path below the folder of the split, "
-            "without '..'. Correct it."
-        )
-
-
-def check_categories(annotations: CocoAnnotations, categories: Categories) -> None:
+def check_categories(annotations: DetectionAnnotations, categories: Categories) -> None:
     """Refuses annotations of other categories.
 
     Raises:
@@ -424,12 +373,21 @@ def check_categories(annotations: CocoAnnotations, categories: Categories) -> No
 # Images
 
 
-def check_images(annotations: CocoAnnotations, folder: Path) -> None:
+def check_images(
+    annotations: DetectionAnnotations,
+    folder: Path,
+    exif: ExifPolicy = "apply",
+    on_bad_image: BadImagePolicy = "stop",
+) -> list[ImageHeader]:
     """Looks for every image by listing folders, and into the headers of some.
+
+    Returns:
+        The headers of those that were looked into.
 
     Raises:
         FileNotFoundError: If images are missing; the message names the first five.
-        ImageError: If one of those that were looked into is no image, or of another size than annotated.
+        ImageError: If one of those that were looked into is no image, or of another size than annotated; not if these
+            are to be skipped.
     """
     names = [annotations.names[index] for index in range(len(annotations))]
     below = {os.path.dirname(name) for name in names}  # noqa: PTH120 (a hundred thousand names)
@@ -442,25 +400,43 @@ def check_images(annotations: CocoAnnotations, folder: Path) -> None:
     missing = [index for index, name in enumerate(names) if name not in present]
     if missing:
         first = listed([f"{names[index]} (image id {annotations.image_ids[index]})" for index in missing], 5)
+        hint = ""
+        if any("\\" in names[index] for index in missing):
+            hint = " Their names have backslashes, which are Windows' separators of folders: write / instead."
+        elif odd := next((name for name in sorted(present) if printable(name) != name), None):
+            hint = f" Names of files there are not UTF-8, such as {printable(odd)!r}: rename these."
         raise FileNotFoundError(
             f"{len(missing):,} of the {len(names):,} images of {annotations.path} are missing in {folder}: {first}. "
-            "Copy or download them, or take them out of the annotations."
+            f"Copy or download them, or take them out of the annotations.{hint}"
         )
+    headers = []
     for index in spread(len(annotations)):
-        of_image(annotations, index, image_size, folder)
+        try:
+            headers.append(of_image(annotations, index, image_header, folder, exif))
+        except ImageError:
+            if on_bad_image == "stop":
+                raise
+    return headers
 
 
-def of_image(annotations: CocoAnnotations, index: int, read: Callable[[Path, tuple[int, int]], T], folder: Path) -> T:
-    """Applies `read_image` or `image_size` to an image; an error then says its image id.
+def of_image(
+    annotations: DetectionAnnotations,
+    index: int,
+    read: Callable[..., T],
+    folder: Path,
+    exif: ExifPolicy = "apply",
+) -> T:
+    """Applies `read_image` or `image_header` to an image; an error then says its image id, if the user gave it one.
 
     Raises:
         ImageError: If the image cannot be used.
         FileNotFoundError: If it is not there (any more).
     """
     size = int(annotations.sizes[index, 0]), int(annotations.sizes[index, 1])
+    which = "" if annotations.numbered else f"image id {annotations.image_ids[index]}: "
     try:
-        return read(folder / annotations.names[index], size)
+        return read(folder / annotations.names[index], size, exif=exif)
     except ImageError as error:
-        raise ImageError(f"image id {annotations.image_ids[index]}: {error}") from error
+        raise ImageError(f"{which}{error}") from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"image id {annotations.image_ids[index]}: {error} Put it back.") from error
+        raise FileNotFoundError(f"{which}{error} Put it back.") from error

@@ -1,120 +1,34 @@
-"""Object detection data in the layout of COCO: `root/annotations/instances_{split}.json` and `root/{split}/`."""
+"""Object detection data in the layout of COCO, or as tools export it: annotation files beside folders of images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from pytorch_lightning.utilities import rank_zero_info
-from torch import LongTensor, Tensor
-
-from datamodules.detection.annotations import (
-    Categories,
-    CocoAnnotations,
-    Integers,
-    check_categories,
-    check_images,
-    of_image,
-)
-from datamodules.detection.transforms import Augmentation, EvaluationTransform, TrainingTransform
-from datamodules.images.datamodule import STAGE_SPLITS, ImageDataModule, check_least
-from datamodules.images.files import channels_first, read_image
-from datamodules.images.folders import contents, listed
-from datamodules.images.sampling import Draw, ImageBatch, ImageDataset
+from datamodules.detection.annotations import Categories, DetectionAnnotations
+from datamodules.detection.coco_files import read_coco
+from datamodules.detection.datamodule import DetectionDataModule
+from datamodules.detection.transforms import Augmentation
+from datamodules.images.files import ExifPolicy
+from datamodules.images.folders import contents
+from datamodules.images.sampling import BadImagePolicy
 from datamodules.token_cache import user_cache_folder
 
-__all__ = ["COCODataModule", "Categories", "DetectionBatch", "DetectionDataset", "MiniatureDetectionDataModule"]
+__all__ = ["COCODataModule", "MiniatureDetectionDataModule"]
+
+_ROBOFLOW_FILE = "_annotations.coco.json"
 
 
-@dataclass
-class DetectionBatch(ImageBatch):
-    """Images, each of its own size, and what is to be found in them. It may hold no image.
+class COCODataModule(DetectionDataModule):
+    """COCO, or any other detection data with annotations in COCO's format.
 
-    Args:
-        ids: Image ids, `[B]`.
-        images: RGB images as the network gets them, uint8 `[3, H, W]` each.
-        targets: For each image `boxes`, float32 `[n, 4]` (x1, y1, x2, y2) in pixels of that image, and `labels`,
-            `[n]` in 1..K; no entries at all in prediction.
-        sizes: Height and width of each image before it was resized, `[B, 2]`.
-        names: File names, below the folder of the split.
-    """
+    The files of a split are found in the first of these ways that fits:
 
-    targets: list[dict[str, Tensor]]
-    sizes: LongTensor
-    names: list[str] = field(default_factory=list)
+    - by the options: `train_annotations` and `train_images`, and so for the other splits;
+    - COCO's own layout: `root/annotations/instances_{split}.json` and the images in `root/{split}/`;
+    - Roboflow's: `root/{split}/_annotations.coco.json`, and the images beside it. The category above all others that
+      Roboflow adds is left out where nothing is annotated with it.
 
-
-class DetectionDataset(ImageDataset[DetectionBatch]):
-    """Images and their boxes, read and transformed a batch at a time.
-
-    Args:
-        annotations: What there is.
-        folder: Where the images are.
-        transform: What is done to each image.
-        chosen: Numbers of the images in `annotations` that this data set holds, `[images]`.
-        seed: What random changes start from, together with the epoch and the image.
-        with_targets: Whether batches hold boxes.
-    """
-
-    def __init__(
-        self,
-        annotations: CocoAnnotations,
-        folder: Path,
-        transform: TrainingTransform | EvaluationTransform,
-        chosen: Integers,
-        *,
-        seed: int = 0,
-        with_targets: bool = True,
-    ) -> None:
-        self.annotations = annotations
-        self.folder = folder
-        self.transform = transform
-        self.chosen = chosen
-        self.seed = seed
-        self.with_targets = with_targets
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def groups(self) -> Integers:
-        """1 for wide images and 0 for tall ones, `[images]`."""
-        sizes = self.annotations.sizes[self.chosen]
-        return np.asarray(sizes[:, 1] >= sizes[:, 0], dtype=np.int64)
-
-    def batch(self, draws: Sequence[Draw]) -> DetectionBatch:
-        """One batch.
-
-        Raises:
-            ImageError: If an image cannot be used; the message names the file and the image id.
-            OSError: If a file cannot be read.
-        """
-        annotations = self.annotations
-        chosen = [int(self.chosen[draw.image]) for draw in draws]
-        images, targets = [], []
-        for index, draw in zip(chosen, draws, strict=True):
-            pixels = of_image(annotations, index, read_image, self.folder)
-            boxes, labels = annotations.targets(index)
-            pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, draw.epoch, index))
-            images.append(channels_first(pixels))
-            targets.append({"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)})
-        return DetectionBatch(
-            torch.from_numpy(annotations.image_ids[chosen]),  # type: ignore[arg-type]
-            images,
-            targets if self.with_targets else [],
-            torch.from_numpy(annotations.sizes[chosen]),  # type: ignore[arg-type]
-            [annotations.names[index] for index in chosen],
-        )
-
-
-class COCODataModule(ImageDataModule):
-    """COCO, or any other detection data in the same layout.
-
-    `root` holds `annotations/instances_{split}.json` and, for each split, a folder of images. Training targets are the
-    boxes of single things, cut at the borders of their image; crowds, and boxes without an area inside the image, are
-    none. Evaluation reads every annotation.
+    Training targets are the boxes of single things, cut at the borders of their image; crowds, and boxes without an
+    area inside the image or smaller than a pixel when it has been resized, are none. Evaluation reads every annotation.
 
     Train with `Trainer(use_distributed_sampler=False)`: batches are planned here for all ranks.
 
@@ -123,7 +37,7 @@ class COCODataModule(ImageDataModule):
         batch_size: Training images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
         train_split: Name of the training split.
-        val_split: Name of the validation split.
+        val_split: Name of the validation split; "" for none.
         test_split: Name of the test split; "" means the validation split, as the boxes of COCO's own are not public.
         min_size: Length of the short side that images are resized to, in pixels; 0 leaves images as they are unless
             they are longer than `max_size`.
@@ -133,10 +47,22 @@ class COCODataModule(ImageDataModule):
         seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
         eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
         download: Fetches COCO 2017 into `root` first.
-        predict_folder: Folder of images for prediction; "" means the test split.
+        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
+        train_annotations: Annotation file of the training split, below `root` or anywhere; "" for those of the layouts.
+        train_images: Folder of its images, likewise.
+        val_annotations: Of the validation split.
+        val_images: Of the validation split.
+        test_annotations: Of the test split.
+        test_images: Of the test split.
+        exif: What is done about the orientation in the EXIF data of photos: `apply` turns images upright, as annotation
+            tools show them, wherever the annotated size fits; `ignore` takes the pixels as they are stored.
+        on_bad_image: What is done about a file that cannot be used: `stop` with its name, or `skip` it and say so.
+            Prediction always skips it.
+        repeat_threshold: Training images with a category that is in less than this share of the images come several
+            times in an epoch; see `DetectionDataModule`; 0 for once each.
 
     Raises:
-        ValueError: If a number is out of range, or no split is named.
+        ValueError: If a value is out of range, or no split is named.
     """
 
     def __init__(
@@ -155,54 +81,49 @@ class COCODataModule(ImageDataModule):
         eval_batch_size: int = 0,
         download: bool = False,
         predict_folder: str = "",
+        train_annotations: str = "",
+        train_images: str = "",
+        val_annotations: str = "",
+        val_images: str = "",
+        test_annotations: str = "",
+        test_images: str = "",
+        exif: ExifPolicy = "apply",
+        on_bad_image: BadImagePolicy = "stop",
+        repeat_threshold: float = 0.0,
     ) -> None:
+        given = {
+            "train": (train_annotations, train_images),
+            "val": (val_annotations, val_images),
+            "test": (test_annotations, test_images),
+        }
+        for split, (annotations, images) in given.items():
+            if bool(annotations) != bool(images):
+                named, missing = ("annotations", "images") if annotations else ("images", "annotations")
+                raise ValueError(
+                    f"{split}_{missing}: it is empty, but {split}_{named} is given; a split needs both "
+                    f"(--data.{split}_{missing} PATH)."
+                )
         super().__init__(
             root,
-            {"train": train_split, "val": val_split, "test": test_split},
+            {"train": train_split, "val": val_split, "test": test_split or ("test" if test_annotations else "")},
             batch_size=batch_size,
             num_workers=num_workers,
+            min_size=min_size,
+            max_size=max_size,
+            augmentation=augmentation,
+            keep_empty=keep_empty,
             seed=seed,
             eval_batch_size=eval_batch_size,
             predict_folder=predict_folder,
+            exif=exif,
+            on_bad_image=on_bad_image,
+            repeat_threshold=repeat_threshold,
         )
-        check_least("min_size", min_size, 0)
-        check_least("max_size", max_size, 0)
-        self.min_size = min_size
-        self.max_size = max_size
-        self.augmentation = augmentation
-        self.keep_empty = keep_empty
         self.download = download
-        self._annotations: dict[str, CocoAnnotations] = {}
-        self._categories: Categories | None = None
-
-    @property
-    def categories(self) -> Categories | None:
-        """What is annotated; there after `setup`, and None where a folder is predicted and `root` has no annotations.
-
-        Raises:
-            RuntimeError: Before `setup`.
-        """
-        if not self._annotations:
-            raise RuntimeError("the categories are there after setup(); the Trainer calls it, or do so yourself.")
-        return self._categories
-
-    @property
-    def preprocessing(self) -> dict[str, int]:
-        """The lengths that images are resized to."""
-        return {"min_size": self.min_size, "max_size": self.max_size}
-
-    def ground_truth(self, split: str) -> dict[str, Any]:
-        """What COCO's scorer reads: `images`, `annotations` and `categories`.
-
-        Args:
-            split: "train", "val" or "test".
-
-        Raises:
-            RuntimeError: If `setup` has not read that split.
-        """
-        if split not in self.split_names or self.split_names[split] not in self._annotations:
-            raise RuntimeError(f"the annotations of {split!r} are there after setup() of its stage.")
-        return self._annotations[self.split_names[split]].ground_truth()
+        # A split that takes the place of another has its files too.
+        if not test_split and not test_annotations:
+            given["test"] = given["val"]
+        self._given = given
 
     def prepare_files(self, splits: Sequence[str]) -> None:
         """Fetches COCO 2017, if asked to.
@@ -219,87 +140,30 @@ class COCODataModule(ImageDataModule):
 
             download_coco(self.root, splits)
 
-    def setup(self, stage: str) -> None:
-        """Reads and checks the annotations that a stage needs, and what can be told of the images without decoding.
-
-        Args:
-            stage: "fit", "validate", "test" or "predict".
-
-        Raises:
-            FileNotFoundError: If annotations or images are missing.
-            ValueError: On bad annotations or images; the message names the file and the entry or image id.
-        """
-        for split in STAGE_SPLITS[stage]:
-            if split == "predict" and self.predict_folder:
-                self._annotations[""] = CocoAnnotations.from_folder(Path(self.predict_folder))
-                path = self._annotation_path("val")
-                if self._categories is None and path.is_file():
-                    self._categories = CocoAnnotations.read(path).categories
-            elif split == "predict":
-                self._load("test")
-            else:
-                self._load(split)
-        if stage == "fit":
-            self._check_training()
-
-    def training_dataset(self) -> DetectionDataset:
-        """The training images, randomly changed, in groups of wide and of tall ones."""
-        annotations = self._annotations[self.split_names["train"]]
-        return DetectionDataset(
-            annotations,
-            self.root / self.split_names["train"],
-            TrainingTransform(self.augmentation, self.min_size, self.max_size),
-            np.arange(len(annotations)) if self.keep_empty else annotations.with_targets(),
-            seed=self.seed,
-        )
-
-    def evaluation_dataset(self, split: str) -> DetectionDataset:
-        """All images of "val", "test" or "predict", resized; without targets in prediction."""
-        of_folder = split == "predict" and self.predict_folder
-        name = "" if of_folder else self.split_names["test" if split == "predict" else split]
-        annotations = self._annotations[name]
-        return DetectionDataset(
-            annotations,
-            Path(self.predict_folder) if of_folder else self.root / name,
-            EvaluationTransform(self.min_size, self.max_size),
-            np.arange(len(annotations)),
-            with_targets=split != "predict",
-        )
-
-    def browse_figure(self, split: str, num: int) -> Figure:
-        """A sheet of the first `num` images of a split as the network gets them, with their boxes.
-
-        Args:
-            split: "train", "val", "test" or "predict".
-            num: Most images to show.
-        """
-        from datamodules.browse import draw_detection_sheet, split_loader
-
-        loader = split_loader(self, split)
-        names = self.categories.names if self.categories is not None else ()
-        return draw_detection_sheet(loader, num, names, f"{split} images of {self.root}")
-
-    def _annotation_path(self, split: str) -> Path:
-        return self.root / "annotations" / f"instances_{self.split_names[split]}.json"
-
-    def _load(self, split: str) -> None:
-        name = self.split_names[split]
-        if name in self._annotations:
-            return
-        path, folder = self._annotation_path(split), self.root / name
+    def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
+        """See `DetectionDataModule.read_split`."""
+        path, folder = self._files(split)
         for needed, there in ((path, path.is_file()), (folder, folder.is_dir())):
             if not there:
                 self._raise_missing(split, needed)
-        annotations = CocoAnnotations.read(path)
-        if self._categories is None:
-            self._categories = annotations.categories
-        check_categories(annotations, self._categories)
-        check_images(annotations, folder)
-        self._annotations[name] = annotations
-        rank_zero_info(
-            f"{name}: {len(annotations):,} images, {len(annotations.labels):,} annotations, "
-            f"{len(annotations.categories)} categories ({path})"
-        )
+        return read_coco(path, drop_root=path.name == _ROBOFLOW_FILE), folder
+
+    def read_categories(self) -> Categories | None:
+        """See `DetectionDataModule.read_categories`; they are those of the validation split."""
+        path, _ = self._files("val" if self.split_names["val"] else "train")
+        return read_coco(path, drop_root=path.name == _ROBOFLOW_FILE).categories if path.is_file() else None
+
+    def _files(self, split: str) -> tuple[Path, Path]:
+        """Annotation file and folder of images of a split, which need not be there."""
+        annotations, images = self._given[split]
+        if annotations:
+            return self.root / annotations, self.root / images
+        name = self.split_names[split]
+        official = self.root / "annotations" / f"instances_{name}.json"
+        roboflow = self.root / name / _ROBOFLOW_FILE
+        if not official.is_file() and roboflow.is_file():
+            return roboflow, roboflow.parent
+        return official, self.root / name
 
     def _raise_missing(self, split: str, path: Path) -> None:
         if not self.root.is_dir():
@@ -312,29 +176,11 @@ class COCODataModule(ImageDataModule):
             there = f"{path.parent} holds {contents(path.parent)}"
         raise FileNotFoundError(
             f"{split}_split: {path} is not there; {there}. Give the folder that holds annotations/ and the images "
-            f"(--data.root FOLDER) and the name of a split in it (--data.{split}_split NAME), or fetch COCO 2017 "
-            "(--data.download true)."
+            f"(--data.root FOLDER) and the name of a split in it (--data.{split}_split NAME), or the files themselves "
+            f"(--data.{split}_annotations FILE --data.{split}_images FOLDER), or fetch COCO 2017 (--data.download "
+            "true). Data in other formats have DataModules of their own: VOCDetectionDataModule, "
+            "YOLODetectionDataModule."
         )
-
-    def _check_training(self) -> None:
-        """Says what is left out of training, and refuses data that nothing can be learnt from."""
-        annotations = self._annotations[self.split_names["train"]]
-        usable = annotations.usable()
-        if not usable.any():
-            found = f"{len(annotations.labels)} annotations, but no box of a single thing with an area in its image"
-            raise ValueError(
-                f"{annotations.path} has {found if len(annotations.labels) else 'no annotation'}: there is nothing to "
-                "learn from. Give another training split (--data.train_split NAME)."
-            )
-        flat = (annotations.bboxes[:, 2:] <= 0).any(axis=1)
-        outside = ~usable & ~flat & ~annotations.crowd
-        left_out = [f"{int(annotations.crowd.sum()):,} crowds"]
-        for what, which in (("without area", flat & ~annotations.crowd), ("outside of their image", outside)):
-            ids = annotations.annotation_ids[which]
-            left_out.append(f"{len(ids):,} boxes {what}" + (f" (annotations {listed(ids, 5)})" if len(ids) else ""))
-        empty = len(annotations) - len(annotations.with_targets())
-        left_out.append(f"{empty:,} images without a box" + (" (kept)" if self.keep_empty else ""))
-        rank_zero_info(f"{self.split_names['train']}: left out of training: {', '.join(left_out)}")
 
 
 class MiniatureDetectionDataModule(COCODataModule):

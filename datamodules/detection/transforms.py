@@ -22,8 +22,8 @@ from datamodules.images.transforms import (
 Boxes = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
-MIN_BOX_SIDE = 1.0
-"""A box that is smaller than this on either side, after resizing, is no target; in pixels."""
+MIN_BOX_SIDE = 0.999
+"""A box that is smaller than this on either side, after resizing, is no target: a pixel, less what rounding costs."""
 
 
 @dataclass(frozen=True)

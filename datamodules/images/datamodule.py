@@ -3,12 +3,13 @@
 import abc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from datamodules.images.sampling import ImageDataset, evaluation_loader, training_loader
+from datamodules.images.files import ExifPolicy
+from datamodules.images.sampling import BadImagePolicy, ImageDataset, evaluation_loader, training_loader
 
 STAGE_SPLITS: Mapping[str, tuple[str, ...]] = {
     "fit": ("train", "val"),
@@ -36,15 +37,19 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
 
     Args:
         root: Folder of the data.
-        split_names: Names of the splits "train", "val" and "test"; that of "test" may be "", which means "val".
+        split_names: Names of the splits "train", "val" and "test". That of "val" may be "" for none, and that of "test"
+            for the one of "val".
         batch_size: Training images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
         seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
         eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
-        predict_folder: Folder of images for prediction; "" means the test split.
+        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
+        exif: What is done about the orientation in the EXIF data of photos; see `ExifPolicy`.
+        on_bad_image: What is done about a file that cannot be used; see `BadImagePolicy`. Prediction always passes over
+            it, and lists it in the end.
 
     Raises:
-        ValueError: If a number is out of range, or no split is named.
+        ValueError: If a value is out of range, or no split is named.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         seed: int,
         eval_batch_size: int,
         predict_folder: str,
+        exif: ExifPolicy = "apply",
+        on_bad_image: BadImagePolicy = "stop",
     ) -> None:
         super().__init__()
         check_least("batch_size", batch_size, 1)
@@ -64,7 +71,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         check_least("seed", seed, 0)
         check_least("eval_batch_size", eval_batch_size, 0)
         for split, name in split_names.items():
-            if (not name and split != "test") or "/" in name or "\\" in name or name in (".", ".."):
+            if (not name and split == "train") or "/" in name or "\\" in name or name in (".", ".."):
                 raise ValueError(
                     f"{split}_split: {name!r} is not the name of a split; give that of a folder of images, such as "
                     f"those in root (--data.{split}_split NAME)."
@@ -76,11 +83,34 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         self.seed = seed
         self.eval_batch_size = eval_batch_size or batch_size
         self.predict_folder = predict_folder
+        for name, value, known in (
+            ("exif", exif, get_args(ExifPolicy)),
+            ("on_bad_image", on_bad_image, get_args(BadImagePolicy)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r} is unknown; give {' or '.join(known)} (--data.{name} {known[0]}).")
+        self.exif: ExifPolicy = exif
+        self.on_bad_image: BadImagePolicy = on_bad_image
 
     @property
-    def preprocessing(self) -> dict[str, int]:
+    def preprocessing(self) -> dict[str, int | str]:
         """What is done to every image before the network sees it, by arguments of the DataModule."""
-        return {}
+        return {"exif": self.exif}
+
+    def splits_of(self, stage: str) -> list[str]:
+        """The splits that a stage reads: of `STAGE_SPLITS`, without a validation that there is none for.
+
+        Raises:
+            ValueError: If the stage needs a split that is not named.
+        """
+        splits = [split for split in STAGE_SPLITS[stage] if self.split_names.get(split, "-") or stage != "fit"]
+        for split in splits:
+            role = "test" if split == "predict" and not self.predict_folder else split
+            if not self.split_names.get(role, "-"):
+                raise ValueError(
+                    f"{role}_split: there is none, and {stage} needs it. Name one (--data.{role}_split NAME)."
+                )
+        return splits
 
     @abc.abstractmethod
     def training_dataset(self) -> ImageDataset[Any]:
@@ -110,7 +140,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         if "predict" in needed:
             needed.remove("predict")
             needed |= set() if self.predict_folder else {"test"}
-        self.prepare_files(sorted({self.split_names[split] for split in needed}))
+        self.prepare_files(sorted({self.split_names[split] for split in needed} - {""}))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training images of one group each, randomly changed."""
@@ -118,9 +148,9 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
             self, self.training_dataset(), batch_size=self.batch_size, num_workers=self.num_workers, seed=self.seed
         )
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Batches of all validation images, once each."""
-        return self._evaluation_loader("val")
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches of all validation images, once each; no loader where there is no validation split."""
+        return self._evaluation_loader("val") if self.split_names["val"] else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of all test images, once each."""

@@ -1,9 +1,11 @@
 """Image files as RGB arrays, whatever they hold, and label files, or an error that names the file."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,10 +16,14 @@ from torch import Tensor
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "ExifPolicy",
     "ImageArray",
     "ImageError",
+    "ImageHeader",
     "Window",
     "channels_first",
+    "decoding",
+    "image_header",
     "image_size",
     "label_size",
     "pixels_of",
@@ -25,9 +31,18 @@ __all__ = [
     "read_labels",
 ]
 
+logger = logging.getLogger(__name__)
+
 ImageArray = npt.NDArray[np.uint8]
 Window = tuple[int, int, int, int]
 """A part of an image: top, left, height, width."""
+
+ExifPolicy = Literal["apply", "ignore"]
+"""What is done about the orientation in the EXIF data of a photo.
+
+`apply` turns it upright, as viewers and most annotation tools do; only where annotations have another size than the
+upright image and that of the stored pixels, these are taken. `ignore` always takes the stored pixels.
+"""
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Endings of the files that count as images in a folder, in lower case."""
@@ -49,36 +64,49 @@ class ImageError(ValueError):
     """An image file cannot be used; the message names it and a way out."""
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None, window: Window | None = None) -> ImageArray:
+class ImageHeader(NamedTuple):
+    """What `read_image` would give, as far as the header of a file says it.
+
+    Attributes:
+        size: Height and width.
+        turned: Whether the stored pixels are turned or mirrored, by the EXIF orientation.
+    """
+
+    size: tuple[int, int]
+    turned: bool
+
+
+def read_image(
+    path: Path,
+    size: tuple[int, int] | None = None,
+    window: Window | None = None,
+    exif: ExifPolicy = "apply",
+) -> ImageArray:
     """Reads an image file.
 
-    Grey, palette and CMYK images become RGB, 16 bits become 8, transparency is dropped. An EXIF orientation is applied,
-    so that the image is upright, unless `size` says that the stored pixels are meant.
+    Grey, palette and CMYK images become RGB, 16 bits become 8, transparency is dropped.
 
     Args:
         path: The file.
-        size: Height and width that the annotations were made for. Stored pixels of this size are taken as they are; if
-            only the upright image has it, that is taken.
+        size: Height and width that the annotations were made for; None for those of the image.
         window: The part that is wanted, inside the image; None for all of it. A file is always decoded as a whole, but
             making an array of all its pixels takes a fifth of the time of a large PNG file.
+        exif: What is done about an EXIF orientation; Pillow itself turns TIFF files in any case.
 
     Returns:
         RGB, `[H, W, 3]`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImageError: If it is damaged, no image, too large (more than 178 million pixels), has 32-bit pixels, or has
-            neither stored nor upright the size that was asked for.
+        ImageError: If it is damaged, no image, too large (more than 178 million pixels), has 32-bit pixels, or has not
+            the size that was asked for.
         OSError: If the file cannot be read.
     """
-    with _decoding(path) as image:
+    with decoding(path) as image:
         image.load()
         orientation = _orientation(image)
         converted = _rgb(image, path)
-    stored, upright = _sizes(converted, orientation)
-    if size is not None:
-        _check_size(path, size, stored, upright)
-    if orientation in _UPRIGHT and size != stored:
+    if _header(path, converted.size, orientation, size, exif).turned:
         converted = converted.transpose(_UPRIGHT[orientation])
     if window is not None:
         top, left, height, width = window
@@ -86,11 +114,12 @@ def read_image(path: Path, size: tuple[int, int] | None = None, window: Window |
     return np.array(converted)
 
 
-def pixels_of(image: Image.Image | ImageArray | str | Path) -> ImageArray:
-    """An image in any of the usual forms, upright, as `read_image` would give it.
+def pixels_of(image: Image.Image | ImageArray | str | Path, exif: ExifPolicy = "apply") -> ImageArray:
+    """An image in any of the usual forms, as `read_image` would give it.
 
     Args:
         image: A Pillow image, RGB pixels as uint8 `[H, W, 3]`, or the path of a file.
+        exif: As in `read_image`.
 
     Returns:
         RGB, `[H, W, 3]`.
@@ -101,12 +130,13 @@ def pixels_of(image: Image.Image | ImageArray | str | Path) -> ImageArray:
         ImageError: If it cannot be used.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image))
+        return read_image(Path(image), exif=exif)
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or "The image"
         orientation = _orientation(image)
-        upright = _rgb(image, name)
-        return np.array(upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright)
+        converted = _rgb(image, name)
+        turned = _header(name, converted.size, orientation, None, exif).turned
+        return np.array(converted.transpose(_UPRIGHT[orientation]) if turned else converted)
     if (
         isinstance(image, np.ndarray)
         and image.dtype == np.uint8
@@ -119,24 +149,26 @@ def pixels_of(image: Image.Image | ImageArray | str | Path) -> ImageArray:
     raise TypeError(f"An image must be a Pillow image, a path, or uint8 [H, W, 3] in RGB; got {found}.")
 
 
-def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """Height and width that `read_image` would give, from the header of the file.
+def image_header(path: Path, size: tuple[int, int] | None = None, exif: ExifPolicy = "apply") -> ImageHeader:
+    """What `read_image` would give, from the header of the file.
 
     Args:
         path: As in `read_image`.
         size: As in `read_image`.
+        exif: As in `read_image`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ImageError: If it is no image, too large, or has not the size that was asked for.
         OSError: If the file cannot be read.
     """
-    with _decoding(path) as image:
-        stored, upright = _sizes(image, _orientation(image))
-    if size is not None:
-        _check_size(path, size, stored, upright)
-        return size
-    return upright
+    with decoding(path) as image:
+        return _header(path, image.size, _orientation(image), size, exif)
+
+
+def image_size(path: Path, size: tuple[int, int] | None = None, exif: ExifPolicy = "apply") -> tuple[int, int]:
+    """Height and width of what `read_image` would give; arguments and errors are those of `image_header`."""
+    return image_header(path, size, exif).size
 
 
 def read_labels(path: Path) -> ImageArray:
@@ -153,7 +185,7 @@ def read_labels(path: Path) -> ImageArray:
         ImageError: If it is damaged, no image, too large, or has not one channel of 8 bits.
         OSError: If the file cannot be read.
     """
-    with _decoding(path) as image:
+    with decoding(path) as image:
         _check_labels(image, path)
         image.load()
     return np.array(image)
@@ -161,7 +193,7 @@ def read_labels(path: Path) -> ImageArray:
 
 def label_size(path: Path) -> tuple[int, int]:
     """Height and width of what `read_labels` would give, from the header of the file; the errors are the same."""
-    with _decoding(path) as image:
+    with decoding(path) as image:
         _check_labels(image, path)
         return image.height, image.width
 
@@ -190,25 +222,34 @@ def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(_ORIENTATION, 1)) if tagged and image.format != "TIFF" else 1
 
 
-def _sizes(image: Image.Image, orientation: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width as stored, and upright."""
-    stored = image.height, image.width
-    return stored, stored[::-1] if orientation in _SIDEWAYS else stored
-
-
-def _check_size(path: Path, size: tuple[int, int], stored: tuple[int, int], upright: tuple[int, int]) -> None:
-    if size in (stored, upright):
-        return
+def _header(
+    path: Path | str,
+    width_and_height: tuple[int, int],
+    orientation: int,
+    size: tuple[int, int] | None,
+    exif: ExifPolicy,
+) -> ImageHeader:
+    """Decides whether an image is turned: in training and evaluation, of files, Pillow images and headers alike."""
+    stored = width_and_height[::-1]
+    upright = width_and_height if orientation in _SIDEWAYS else stored
+    oriented = orientation in _UPRIGHT
+    if exif == "apply" and oriented and size in (None, upright):
+        return ImageHeader(upright, turned=True)
+    if size in (None, stored):
+        return ImageHeader(stored, turned=False)
     found, turned, wanted = (f"{width}x{height}" for height, width in (stored, upright, size))
-    turned = f" ({turned} upright, by its EXIF orientation)" if upright != stored else ""
-    raise ImageError(
-        f"{path} is {found} pixels{turned}, but its annotation says {wanted} (width x height). Use the images that the "
-        "annotations were made for, or correct the annotations."
-    )
+    way_out = "Use the images that the annotations were made for, or correct the annotations."
+    if upright != stored:
+        found += f" pixels ({turned} upright, by its EXIF orientation)"
+        if size == upright:
+            way_out = "The annotations were made for the upright image: use --data.exif apply."
+    else:
+        found += " pixels"
+    raise ImageError(f"{path} is {found}, but its annotation says {wanted} (width x height). {way_out}")
 
 
 @contextmanager
-def _decoding(path: Path) -> Iterator[Image.Image]:
+def decoding(path: Path) -> Iterator[Image.Image]:
     """Opens an image, and makes one kind of error of all that a decoder may raise on a damaged file."""
     try:
         with warnings.catch_warnings():
@@ -237,9 +278,24 @@ def _rgb(image: Image.Image, path: str | Path) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        pixels = np.asarray(image)
+        _report_few_bits(int(pixels.max(initial=0)), path)
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ImageError(f"{path} has 32-bit pixels, whose range is not known. Convert it to 8 or 16 bits.")
     if image.mode == "P":
         image = image.convert("RGBA")  # a palette may hold transparency
     return image.convert("RGB")
+
+
+_reported_few_bits: list[str | Path] = []
+
+
+def _report_few_bits(highest: int, path: str | Path) -> None:
+    """Says, once in a process, that an image of 16 bits is nearly black since its values use fewer."""
+    if highest < 1 << 14 and not _reported_few_bits:
+        _reported_few_bits.append(path)
+        logger.warning(
+            f"{path} has 16-bit pixels, of which the largest is {highest:,} of 65,535: it becomes nearly black in 8 "
+            "bits. Stretch such images to all 16 bits, or store them with 8."
+        )

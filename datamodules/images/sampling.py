@@ -2,8 +2,8 @@
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import cv2
 import numpy as np
@@ -23,6 +23,25 @@ from datamodules.planned_batches import (
     resumable,
     share_of,
 )
+
+BadImagePolicy = Literal["stop", "skip"]
+"""What is done about a file that is damaged or no image while a stage runs.
+
+`stop` ends the run with an error that names it. `skip` passes over it and says so: training takes the next image in its
+place, and evaluation leaves it out of the scores.
+"""
+
+
+class BadImage(NamedTuple):
+    """A file that could not be used.
+
+    Args:
+        name: Its name below the folder of the split.
+        reason: Why.
+    """
+
+    name: str
+    reason: str
 
 
 class Draw(NamedTuple):
@@ -46,10 +65,16 @@ class ImageBatch:
     Args:
         ids: One for each image, `[B]`.
         images: RGB images as the network gets them, uint8 `[3, H, W]` each.
+        outputs: For each image a name for what is written about it, each once in a split and fit for a file.
+        paths: The files.
+        bad: Images that would be here, but could not be used.
     """
 
     ids: LongTensor
     images: list[Tensor]
+    outputs: list[str] = field(default_factory=list, kw_only=True)
+    paths: list[str] = field(default_factory=list, kw_only=True)
+    bad: list[BadImage] = field(default_factory=list, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,7 +89,7 @@ class ImageBatch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(**{field.name: _changed(getattr(self, field.name), change) for field in fields(self)})
+        return type(self)(**{one.name: _changed(getattr(self, one.name), change) for one in fields(self)})
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -79,10 +104,23 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 BatchType = TypeVar("BatchType", bound=ImageBatch)
+T = TypeVar("T")
+
+_MOST_REPLACEMENTS = 100  # bad images in a row after which there is something wrong with all of them
 
 
 class ImageDataset(Dataset[BatchType], abc.ABC):
-    """Images that are read and transformed a batch at a time."""
+    """Images that are read and transformed a batch at a time.
+
+    Attributes:
+        on_bad_image: See `BadImagePolicy`; a subclass reads by `read_each` to keep to it.
+        replaces_bad_images: Whether the next image is taken for a bad one, as in training.
+        repeats: How often each image comes in an epoch of training, in the mean, `[images]`; None for once.
+    """
+
+    on_bad_image: BadImagePolicy = "stop"
+    replaces_bad_images: bool = False
+    repeats: npt.NDArray[np.float64] | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -100,6 +138,41 @@ class ImageDataset(Dataset[BatchType], abc.ABC):
             ImageError: If an image cannot be used; the message names the file.
             OSError: If a file cannot be read.
         """
+
+    def name(self, image: int) -> str:
+        """What an image is called in messages."""
+        return f"image {image}"
+
+    def read_each(self, draws: Sequence[Draw], read: Callable[[Draw], T]) -> tuple[list[Draw], list[T], list[BadImage]]:
+        """Reads images by `on_bad_image`.
+
+        Args:
+            draws: Which images.
+            read: Reads one.
+
+        Returns:
+            The images that were read, what `read` gave of each, and those that could not be used.
+
+        Raises:
+            ImageError: If an image cannot be used and is not to be passed over, or no image can be used.
+            OSError: If a file cannot be read, likewise.
+        """
+        used, results, bad = [], [], []
+        turns = min(len(self), _MOST_REPLACEMENTS) if self.replaces_bad_images else 1
+        for draw in draws:
+            for turn in range(turns):
+                chosen = draw._replace(image=(draw.image + turn) % len(self))
+                try:
+                    result = read(chosen)
+                except (ImageError, OSError) as error:
+                    if self.on_bad_image == "stop" or (self.replaces_bad_images and turn == turns - 1):
+                        raise
+                    bad.append(BadImage(self.name(chosen.image), str(error)))
+                else:
+                    used.append(chosen)
+                    results.append(result)
+                    break
+        return used, results, bad
 
     def __getitem__(self, image: int) -> BatchType:
         return self.batch([Draw(image, 0)])
@@ -132,6 +205,8 @@ class GroupedBatchSampler(PlannedBatchSampler[Draw]):
         reshuffle: Whether each epoch is drawn anew; otherwise all are like the first.
         rank: Which share to yield.
         world_size: Number of shares.
+        repeats: How often each image comes in an epoch of training, in the mean, `[images]`: as often as the whole
+            numbers around it, so that all epochs are equally long. None for once.
 
     Raises:
         ValueError: If there is nothing to train on, or a number is out of range.
@@ -147,6 +222,7 @@ class GroupedBatchSampler(PlannedBatchSampler[Draw]):
         reshuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        repeats: npt.NDArray[np.float64] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: {batch_size} is too small; give 1 or more.")
@@ -155,7 +231,13 @@ class GroupedBatchSampler(PlannedBatchSampler[Draw]):
             raise ValueError("there is nothing to train on: the data set is empty.")
         self.groups = groups
         self.batch_size = batch_size
-        sizes = _sizes(len(groups), batch_size)
+        self.repeats = repeats if shuffle else None
+        if self.repeats is not None and not (
+            np.isfinite(self.repeats).all() and self.repeats.min() >= 0 < self.repeats.sum()
+        ):
+            raise ValueError("repeats: they must be finite numbers from 0, not all 0.")
+        self.num_draws = len(groups) if self.repeats is None else max(1, round(float(self.repeats.sum())))
+        sizes = _sizes(self.num_draws, batch_size)
         while shuffle and len(sizes) % world_size:
             sizes = _one_more(sizes)
         self.bounds = np.cumsum([0, *sizes])
@@ -163,7 +245,7 @@ class GroupedBatchSampler(PlannedBatchSampler[Draw]):
     @property
     def settings(self) -> dict[str, int]:
         """What the plan depends on."""
-        return {"batch_size": self.batch_size, "seed": self.seed, "images": len(self.groups)}
+        return {"batch_size": self.batch_size, "seed": self.seed, "images": self.num_draws}
 
     def __len__(self) -> int:
         """As in `PlannedBatchSampler`, but at least the one without images."""
@@ -173,7 +255,12 @@ class GroupedBatchSampler(PlannedBatchSampler[Draw]):
         """The batches of an epoch whose numbers are in `share`, or the one without images."""
         if self.shuffle:
             generator = np.random.default_rng((self.seed, epoch))
-            order = _leftovers_last(generator.permutation(len(self.groups)), self.groups, self.batch_size)
+            drawn = (
+                np.arange(len(self.groups))
+                if self.repeats is None
+                else _repeated(self.repeats, self.num_draws, generator)
+            )
+            order = _leftovers_last(generator.permutation(drawn), self.groups, self.batch_size)
             order = np.resize(order, self.bounds[-1])  # begins again where images come twice
             turn = generator.permutation(self.num_batches)
         else:
@@ -234,6 +321,7 @@ def training_loader(
         reshuffle=reshuffles(module),
         rank=rank,
         world_size=world_size,
+        repeats=dataset.repeats,
     )
     options = loader_options(module, num_workers) | {"worker_init_fn": _begin_worker}
     if module.trainer is None:
@@ -266,6 +354,14 @@ def _raising(batches: Iterator[Any]) -> Iterator[Any]:
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def _repeated(repeats: npt.NDArray[np.float64], number: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Numbers of images, each as often as one of the two whole numbers around its repeats, `number` in all."""
+    ends = np.cumsum(repeats)
+    places = (np.arange(number) + generator.random()) * (ends[-1] / number)
+    drawn = np.searchsorted(ends, places, side="right")
+    return np.asarray(np.minimum(drawn, len(repeats) - 1), dtype=np.int64)
 
 
 def _sizes(images: int, batch_size: int) -> list[int]:

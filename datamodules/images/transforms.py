@@ -14,6 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from datamodules.images.files import ImageArray
 
@@ -102,19 +103,23 @@ def drawn_by(draw: Sequence[int], *steps: Any) -> np.random.Generator:
     return generator
 
 
-def resized_size(size: tuple[int, int], min_size: int, max_size: int) -> tuple[int, int]:
-    """Height and width after resizing.
+def resized_sizes(sizes: npt.NDArray[np.int64], min_size: int, max_size: int) -> npt.NDArray[np.int64]:
+    """Heights and widths after resizing, `[n, 2]`.
 
     Args:
-        size: Height and width of the image.
+        sizes: Heights and widths of images, `[n, 2]`.
         min_size: Length of the short side; 0 resizes only what is longer than `max_size`.
         max_size: Bound of the long side, which goes before; 0 for none.
     """
-    short, long = min(size), max(size)
-    scale = min_size / short if min_size else 1.0
+    scales = min_size / sizes.min(axis=1) if min_size else np.ones(len(sizes))
     if max_size:
-        scale = min(scale, max_size / long)
-    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+        scales = np.minimum(scales, max_size / sizes.max(axis=1))
+    return np.maximum(1, (sizes * scales[:, None] + 0.5).astype(np.int64))
+
+
+def resized_size(size: tuple[int, int], min_size: int, max_size: int) -> tuple[int, int]:
+    """Height and width of one image after resizing; arguments are those of `resized_sizes`."""
+    height, width = resized_sizes(np.array([size], dtype=np.int64), min_size, max_size)[0].tolist()
     return height, width
 
 

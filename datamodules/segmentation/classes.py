@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -87,6 +88,10 @@ class SegmentationClasses:
                 f"classes: {len(self.names)} names, {len(self.ids)} ids and {len(self.colours)} colours; give one of "
                 "each for every class, and at least one class."
             )
+        if not all(0 <= number < 1 << 16 for number in self.ids):
+            raise ValueError(f"classes: the ids {list(self.ids)} must be from 0 to 65535.")
+        if len(self.names) > IGNORED:
+            raise ValueError(f"classes: there are {len(self.names)}, and at most {IGNORED} can be told apart.")
         for what, values in (("name", self.names), ("id", self.ids)):
             twice = [value for place, value in enumerate(values) if value in values[:place]]
             if twice:
@@ -121,20 +126,24 @@ class SegmentationClasses:
             label_ids: As in a label file, `[H, W]`.
         """
         table = np.full(256, IGNORED, dtype=np.uint8)
-        table[list(self.ids)] = np.arange(len(self))
+        for label, number in enumerate(self.ids):
+            if number < 256:
+                table[number] = label
         return _looked_up(table, label_ids)
 
-    def to_ids(self, labels: LabelMap) -> LabelMap:
+    def to_ids(self, labels: LabelMap) -> npt.NDArray[Any]:
         """The ids of labels, as a label file and the scorer have them; of all but 0..K-1 that is 0, "unlabeled".
+
+        They are uint8, or uint16 where an id is above 255.
 
         Args:
             labels: `[H, W]`.
         """
-        table = np.full(256, _UNLABELLED_ID, dtype=np.uint8)
+        table = np.full(256, _UNLABELLED_ID, dtype=np.uint8 if max(self.ids) < 256 else np.uint16)
         table[: len(self)] = self.ids
         return _looked_up(table, labels)
 
 
-def _looked_up(table: LabelMap, values: LabelMap) -> LabelMap:
+def _looked_up(table: npt.NDArray[Any], values: LabelMap) -> npt.NDArray[Any]:
     # NumPy would make eight bytes of every index first; OpenCV takes a tenth of its time.
-    return np.asarray(cv2.LUT(values, table), dtype=np.uint8)
+    return np.asarray(cv2.LUT(values, table))

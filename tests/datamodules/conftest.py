@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
-from pathlib import Path
 
 import pytest
 
@@ -49,13 +48,13 @@ def mirror(serve) -> Mirror:
 
 
 @pytest.fixture
-def run_on_two_ranks(tmp_path, free_port) -> Callable[..., None]:
-    """Runs a script as both ranks; it finds this folder in its first argument."""
+def run_on_two_ranks(tmp_path, free_port, request) -> Callable[..., None]:
+    """Runs a script as both ranks; it finds the folder of the test in its first argument."""
 
     def call(script: str, *arguments: object) -> None:
         path = tmp_path / "two_ranks.py"
         path.write_text(script)
-        command = [sys.executable, str(path), str(Path(__file__).parent), *map(str, arguments)]
+        command = [sys.executable, str(path), str(request.path.parent), *map(str, arguments)]
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "NODE_RANK": "0"}
         processes = [
             subprocess.Popen(

@@ -33,8 +33,9 @@ from datamodules import (
 )
 from datamodules.images.files import ImageError
 from datamodules.images.sampling import Draw
-from datamodules.segmentation.cityscapes import SegmentationFiles, read_label_ids
+from datamodules.segmentation.cityscapes import read_label_ids
 from datamodules.segmentation.classes import CITYSCAPES_CLASSES, HIGHEST_ID, IGNORED
+from datamodules.segmentation.datamodule import SegmentationFiles
 
 NO_CHANGE = SegmentationAugmentation(horizontal_flip=0.0, scales=(1.0, 1.0))
 COLOURS = np.array([one.colour for one in CITYSCAPES_CLASSES] + [(0, 0, 0)])
@@ -229,7 +230,8 @@ def test_coarse_labels_are_added(tmp_path, caplog):
         module = ready(root, coarse=True, crop_size=0, augmentation=NO_CHANGE)
     found = by_name(module.train_dataloader())
     assert sorted(found, key=lambda name: found[name][0]) == names_of("train", 7) + names_of("train_extra", 4)
-    assert "train: 7 images and 4 of train_extra with coarse labels, 19 classes" in caplog.text
+    assert "train: 4 images of train_extra with coarse labels are added" in caplog.text
+    assert "train: 11 images, 19 classes" in caplog.text
     _, image, labels = found[name_of("train_extra", 1)]
     pixels, ids = stored(root, "train_extra", 1, "gtCoarse")
     assert (image == pixels).all()
@@ -290,7 +292,8 @@ def test_prediction_of_a_folder(tmp_path):
     module = ready(tmp_path / "nowhere", "predict", predict_folder=str(folder), eval_batch_size=2)
     found = by_name(module.predict_dataloader())
     # In the order of their paths: a.jpeg, b.JPG, e.png, e.tif, x/b.png, x/d_leftImg8bit.png, x/y/c.png, x_b.png.
-    names = ["a", "b", "e", "e-2", "x_b", "d", "c", "x_b-2"]
+    # x/b.png and x_b.png are told apart by their endings, since both would be x_b.
+    names = ["a", "b", "e.png", "e.tif", "x_b.png", "d", "c", "x_b"]
     assert sorted(found, key=lambda name: found[name][0]) == names
     assert all(image.shape == (20, 30, 3) for _, image, _ in found.values())
     assert len(module.classes) == 19
@@ -301,13 +304,11 @@ def test_prediction_of_a_folder(tmp_path):
     [
         ("nowhere", FileNotFoundError, r"predict_folder: .*nowhere is not a folder.*--data\.predict_folder"),
         ("empty", FileNotFoundError, r"predict_folder: .* holds no image .*, but notes\.txt"),
-        ("bad", ImageError, r"bad/a\.jpg is damaged, cut short, or no image"),
     ],
 )
 def test_bad_folders(tmp_path, name, error, message):
-    for part, file in (("bad", "a.jpg"), ("empty", "notes.txt")):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / file).write_bytes(b"no")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_bytes(b"no")
     with pytest.raises(error, match=message):
         ready(tmp_path, "predict", predict_folder=str(tmp_path / name))
 
@@ -466,12 +467,12 @@ def test_ids_out_of_range(root):
     pixels, ids = stored(root, "val", 1)
     ids[0, :4] = (34, 200, 255, 34)
     write_sample(root, "val", 1, pixels, ids)
-    module = ready(root)
     text = r"gtFine_labelIds\.png holds 34, 200, but the ids of Cityscapes' classes are 0 to 33 .* labelIds\.png, or"
     with pytest.raises(ImageError, match=text):
-        list(module.val_dataloader())
+        ready(root)
     ids[0, :4] = 255  # a license plate
     write_sample(root, "val", 1, pixels, ids)
+    module = ready(root)
     assert read_label_ids(label_path(root, "val", 1))[0, :4].tolist() == [255] * 4
     found = by_name(module.val_dataloader())
     assert (found[name_of("val", 1)][2][0, :4] == IGNORED).all()
@@ -483,8 +484,8 @@ def test_damaged_files_are_named(root, num_workers, path_of):
     values = np.random.default_rng(0).integers(0, 33, (40, 64, 3), dtype=np.uint8)
     write_sample(root, "train", 5, values, values[:, :, 0].copy())
     path = path_of(root, "train", 5)
-    path.write_bytes(path.read_bytes()[:-1000])
     module = ready(root, num_workers=num_workers)
+    path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ImageError, match="^" + re.escape(str(path)) + " is damaged, cut short, or no image"):
         list(module.train_dataloader())
 

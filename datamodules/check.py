@@ -1,0 +1,420 @@
+"""Looks through all data before a long run: `python -m datamodules.check -c CONFIG`.
+
+Every image and label is decoded, on all cores. What training would see is printed as tables and drawn, and every file
+that cannot be used is named. The exit status is 2 if there is one.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytorch_lightning as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.browse import save
+from datamodules.data_option import data_parser, parse_data
+from datamodules.detection.annotations import Fate, of_image
+from datamodules.detection.datamodule import DetectionDataModule
+from datamodules.images.files import ImageError, image_header, read_image
+from datamodules.images.folders import listed
+from datamodules.images.transforms import resized_sizes
+from datamodules.planned_batches import ignore_stop_signals
+from datamodules.segmentation.classes import IGNORED
+from datamodules.segmentation.datamodule import SegmentationDataModule
+from datamodules.vocabulary import UNK_ID
+from datamodules.wmt14 import WMT14DataModule
+
+__all__ = ["SplitReport", "check_data", "draw_reports"]
+
+_MOST_CLASSES = 30  # bars of a figure
+_COLOUR = "#0072b2"
+_SMALL, _LARGE = 32.0, 96.0  # sides that part small, medium and large objects in COCO's scores, in pixels
+
+
+@dataclasses.dataclass
+class SplitReport:
+    """What there is in a split.
+
+    Attributes:
+        name: Of the split.
+        facts: Rows of a table: what, and how much.
+        classes: How often each class comes: boxes, or pixels as a share.
+        unit: What `classes` counts.
+        images_with: How many images each class is in.
+        distributions: Values to draw as histograms, by what they are.
+        problems: Files that cannot be used, with the reason.
+    """
+
+    name: str
+    facts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    classes: dict[str, float] = dataclasses.field(default_factory=dict)
+    unit: str = ""
+    images_with: dict[str, int] = dataclasses.field(default_factory=dict)
+    distributions: dict[str, npt.NDArray[Any]] = dataclasses.field(default_factory=dict)
+    problems: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def check_data(
+    module: pl.LightningDataModule, workers: int | None = None, advance: Callable[[str, int], None] | None = None
+) -> list[SplitReport]:
+    """Looks through all splits that a DataModule has.
+
+    Args:
+        module: The DataModule; its `prepare_data` and `setup` are called.
+        workers: Processes that decode; None for one per core.
+        advance: Is told the split and how many files more were decoded.
+
+    Raises:
+        ValueError: If the DataModule is none of detection, segmentation or translation, or its data cannot be read at
+            all.
+        OSError: If the data are not there.
+    """
+    progress = advance or (lambda *_: None)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = cores if workers is None else workers
+    if isinstance(module, DetectionDataModule):
+        return [_of_detection(module, split, processes, progress) for split in _splits(module)]
+    if isinstance(module, SegmentationDataModule):
+        return [_of_segmentation(module, split, processes, progress) for split in _splits(module)]
+    if isinstance(module, WMT14DataModule):
+        return list(_of_translation(module))
+    raise ValueError(
+        f"{type(module).__name__} cannot be checked: it is no DataModule of detection, segmentation or translation."
+    )
+
+
+def _splits(module: DetectionDataModule | SegmentationDataModule) -> Iterator[str]:
+    """The splits of a DataModule, each ready."""
+    module.prepare_data()
+    names = module.split_names
+    for split, stage in (("train", "fit"), ("val", "validate"), ("test", "test")):
+        if names[split] and not (split == "test" and names["test"] == names["val"]):
+            module.setup(stage)
+            yield split
+
+
+# Images
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoded:
+    """What a file was found to be."""
+
+    number: int
+    problem: str = ""
+    turned: bool = False
+    values: dict[int, int] = dataclasses.field(default_factory=dict)  # pixels of each label
+
+
+class _Files(Dataset[_Decoded]):
+    """The files of a split, decoded one by one."""
+
+    def __init__(self, count: int, decode: Callable[[int], _Decoded]) -> None:
+        self.count = count
+        self.decode = decode
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> _Decoded:
+        try:
+            return self.decode(number)
+        except (ImageError, OSError) as error:
+            return _Decoded(number, problem=str(error))
+
+
+def _decoded(files: _Files, split: str, processes: int, advance: Callable[[str, int], None]) -> Iterator[_Decoded]:
+    loader = DataLoader(
+        files,
+        batch_size=16,
+        collate_fn=list,
+        num_workers=processes if len(files) > 64 else 0,
+        worker_init_fn=ignore_stop_signals,
+    )
+    for batch in loader:
+        advance(split, len(batch))
+        yield from batch
+
+
+def _sizes_text(sizes: npt.NDArray[np.int64]) -> str:
+    """Widths and heights: the most usual, and the range."""
+    counts = Counter(f"{width}x{height}" for height, width in sizes.tolist())
+    usual, number = counts.most_common(1)[0]
+    low, high = sizes.min(axis=0), sizes.max(axis=0)
+    if len(counts) == 1:
+        return f"all {usual}"
+    return f"{len(counts):,} sizes, {low[1]} to {high[1]} wide, {low[0]} to {high[0]} high; {number:,} are {usual}"
+
+
+def _range_text(values: npt.NDArray[Any], unit: str = "") -> str:
+    if not len(values):
+        return "-"
+    low, middle, high = np.percentile(values, (0, 50, 100))
+    return f"{np.mean(values):.1f} in the mean, {low:.0f} to {high:.0f}, half of them up to {middle:.0f}{unit}"
+
+
+def _of_detection(
+    module: DetectionDataModule, split: str, processes: int, advance: Callable[[str, int], None]
+) -> SplitReport:
+    annotations = module.annotations(split)
+    report = SplitReport(module.split_names[split])
+    turned = 0
+    decode = functools.partial(_decode_image, module, split)
+    for one in _decoded(_Files(len(annotations), decode), report.name, processes, advance):
+        turned += one.turned
+        if one.problem:
+            report.problems[annotations.names[one.number]] = one.problem
+    lengths = module.training_size if split == "train" else (module.min_size, module.max_size)
+    fates = annotations.fates(*lengths)
+    names = annotations.categories.names
+    counts = np.bincount(annotations.labels[fates != Fate.CROWD], minlength=len(names) + 1)[1:]
+    report.classes, report.unit = dict(zip(names, counts.tolist(), strict=True)), "boxes"
+    pairs = np.unique(np.stack([annotations.owners(), annotations.labels], axis=1)[fates != Fate.CROWD], axis=0)
+    present = np.bincount(pairs[:, 1], minlength=len(names) + 1)[1:]
+    report.images_with = dict(zip(names, present.tolist(), strict=True))
+    per_image = np.diff(annotations.starts)
+    seen = resized_sizes(annotations.sizes, *lengths)
+    scale = (seen / annotations.sizes)[annotations.owners()]
+    sides = np.sqrt(np.maximum(0, np.prod(annotations.bboxes[:, 2:] * scale[:, ::-1], axis=1)))
+    original = np.sqrt(np.maximum(0, annotations.areas))
+    report.distributions = {
+        "boxes of an image": per_image,
+        "side of a box, square root of its area, in pixels that the network sees": sides,
+        "longer side of an image in pixels": annotations.sizes.max(axis=1),
+    }
+    small, large = int((original < _SMALL).sum()), int((original > _LARGE).sum())
+    report.facts = [
+        ("images", f"{len(annotations):,}"),
+        ("sizes", _sizes_text(annotations.sizes)),
+        ("sizes that the network sees", _sizes_text(seen)),
+        ("turned upright by EXIF", f"{turned:,}"),
+        ("annotations", f"{len(annotations.labels):,}"),
+        ("small, medium, large", f"{small:,}, {len(original) - small - large:,}, {large:,}"),
+        ("boxes of an image", _range_text(per_image)),
+        ("images without a box", f"{int((per_image == 0).sum()):,}"),
+        ("boxes cut at a border", f"{int(annotations.cut_at_borders().sum()):,}"),
+    ]
+    report.facts += [
+        (f"boxes {fate.description}", f"{int((fates == fate).sum()):,}")
+        for fate in Fate
+        if fate == Fate.TARGET or (fates == fate).any()
+    ]
+    absent = [name for name, count in report.classes.items() if not count]
+    if absent:
+        report.facts.append(("classes without a box", listed(absent, 20)))
+    return report
+
+
+def _decode_image(module: DetectionDataModule, split: str, number: int) -> _Decoded:
+    annotations, folder = module.annotations(split), module.images_folder(split)
+    header = of_image(annotations, number, image_header, folder, module.exif)
+    of_image(annotations, number, read_image, folder, module.exif)
+    return _Decoded(number, turned=header.turned)
+
+
+def _of_segmentation(
+    module: SegmentationDataModule, split: str, processes: int, advance: Callable[[str, int], None]
+) -> SplitReport:
+    files = module.files(split)
+    report = SplitReport(module.split_names[split])
+    counts, images_with = np.zeros(256, dtype=np.int64), np.zeros(256, dtype=np.int64)
+    turned = empty = 0
+    for one in _decoded(
+        _Files(len(files), functools.partial(_decode_labelled, module, split)), report.name, processes, advance
+    ):
+        turned += one.turned
+        if one.problem:
+            report.problems[files.images[one.number]] = one.problem
+        empty += not one.problem and set(one.values) <= {IGNORED}
+        for label, count in one.values.items():
+            counts[label] += count
+            images_with[label] += 1
+    names = module.classes.names
+    total = max(1, int(counts.sum()))
+    report.classes = {name: 100 * counts[label] / total for label, name in enumerate(names)}
+    report.unit = "% of the pixels"
+    sizes = files.sizes(module.exif)
+    report.distributions = {"longer side of an image in pixels": sizes.max(axis=1)}
+    report.facts = [
+        ("images", f"{len(files):,}"),
+        ("sizes", _sizes_text(sizes)),
+        ("turned upright by EXIF", f"{turned:,}"),
+        ("ignored pixels", f"{100 * counts[IGNORED] / total:.2f} %"),
+        ("images without a labelled pixel", f"{empty:,}"),
+    ]
+    report.images_with = {name: int(images_with[label]) for label, name in enumerate(names)}
+    absent = [name for name, count in report.images_with.items() if not count]
+    if absent:
+        report.facts.append(("classes without a pixel", listed(absent, 20)))
+    return report
+
+
+def _decode_labelled(module: SegmentationDataModule, split: str, number: int) -> _Decoded:
+    files = module.files(split)
+    labels = files.read_labels(number)
+    size = labels.shape[0], labels.shape[1]
+    header = files.of_labels(number, functools.partial(image_header, size=size, exif=module.exif))
+    files.of_labels(number, functools.partial(read_image, size=size, exif=module.exif))
+    present = np.bincount(labels.ravel(), minlength=256)
+    values = {int(label): int(present[label]) for label in np.flatnonzero(present)}
+    return _Decoded(number, turned=header.turned, values=values)
+
+
+# Text
+
+
+def _of_translation(module: WMT14DataModule) -> Iterator[SplitReport]:
+    module.prepare_data()
+    for split, stage in (("train", "fit"), ("valid", "fit"), ("test", "test")):
+        try:
+            module.setup(stage)
+        except FileNotFoundError:
+            if split != "test":
+                raise
+            continue
+        yield _of_sentences(module, split)
+
+
+def _of_sentences(module: WMT14DataModule, split: str) -> SplitReport:
+    dataset = module.dataset(split)
+    source, target = dataset.lengths()
+    report = SplitReport(split)
+    unknown = sum(int((dataset.source[index] == UNK_ID).sum()) for index in range(len(dataset)))
+    report.facts = [
+        ("pairs", f"{len(dataset):,}"),
+        (f"tokens of a sentence, {module.source_language}", _range_text(source)),
+        (f"tokens of a sentence, {module.target_language}", _range_text(target)),
+        ("unknown pieces of the source", f"{unknown:,} of {int(source.sum()):,}"),
+    ]
+    if split == "train":
+        report.facts += [(f"left out: {reason}", f"{count:,}") for reason, count in module.left_out.items()]
+    report.distributions = {
+        f"tokens of a sentence, {module.source_language}": source,
+        f"tokens of a sentence, {module.target_language}": target,
+    }
+    return report
+
+
+# Output
+
+
+def print_report(console: Console, report: SplitReport) -> None:
+    """Tables of a split, and its problems."""
+    table = Table(title=report.name, title_justify="left", show_header=False)
+    for what, fact in report.facts:
+        table.add_row(what, fact)
+    console.print(table)
+    if report.classes:
+        total = sum(report.classes.values()) or 1
+        classes = Table("class", report.unit, *(("share",) if report.unit == "boxes" else ()), "images")
+        for name, value in sorted(report.classes.items(), key=lambda pair: -pair[1]):
+            shown = (f"{value:,.0f}", f"{100 * value / total:.1f} %") if report.unit == "boxes" else (f"{value:.2f}",)
+            classes.add_row(name, *shown, f"{report.images_with[name]:,}")
+        console.print(classes)
+    for name, reason in report.problems.items():
+        console.print(f"{name}: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def draw_reports(reports: Sequence[SplitReport]) -> Figure:
+    """Classes and distributions of all splits, a row for each."""
+    panels = [max(1, bool(one.classes) + len(one.distributions)) for one in reports]
+    columns, rows = max(panels, default=1), max(1, len(reports))
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), dpi=110, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for line, report in zip(grid, reports, strict=False):
+        drawn = 0
+        if report.classes:
+            _draw_classes(line[0], report)
+            drawn = 1
+        for axes, (what, values) in zip(line[drawn:], report.distributions.items(), strict=False):
+            _draw_histogram(axes, what, values)
+            axes.set_title(report.name, fontsize=9, loc="left")
+            drawn += 1
+        for axes in line[drawn:]:
+            axes.set_axis_off()
+    return figure
+
+
+def _draw_classes(axes: Axes, report: SplitReport) -> None:
+    largest = sorted(report.classes.items(), key=lambda pair: -pair[1])[:_MOST_CLASSES]
+    axes.barh([name for name, _ in largest], [value for _, value in largest], color=_COLOUR)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=max(4, min(9, 180 / max(1, len(largest)))))
+    axes.set_xlabel(report.unit, fontsize=9)
+    left_out = len(report.classes) - len(largest)
+    axes.set_title(report.name + (f" (without the {left_out} rarest)" if left_out else ""), fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_histogram(axes: Axes, what: str, values: npt.NDArray[Any]) -> None:
+    if len(values):
+        low, high = float(values.min()), float(values.max())
+        if high > 50 * max(1.0, low) and low >= 0:
+            edges = np.geomspace(max(1.0, low), high + 1, 41)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        else:  # whole numbers in each, in the middle of the bars
+            step = max(1, math.ceil((high - low + 1) / 40))
+            edges = np.arange(math.floor(low), high + step + 1, step) - 0.5
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.hist(np.maximum(values, edges[0]), bins=edges.tolist(), color=_COLOUR)
+    axes.set_xlabel(what, fontsize=9, wrap=True)
+    axes.set_ylabel("number", fontsize=9)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        args: Command-line arguments; None for those of the process.
+
+    Raises:
+        SystemExit: With status 2 if an option or the data is wrong, or a file cannot be used.
+    """
+    parser = data_parser("python -m datamodules.check", "Looks through all data before a long run.")
+    parser.add_argument("--output", type=str, default="data.png", help="figure to write; a file of that name is kept")
+    parser.add_argument("--workers", type=int, default=-1, help="processes that decode; -1 for one per core")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        options, module = parse_data(parser, args)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            tasks: dict[str, Any] = {}
+
+            def advance(split: str, count: int) -> None:
+                if split not in tasks:
+                    tasks[split] = bar.add_task(f"{split}: files decoded", total=None)
+                bar.update(tasks[split], advance=count)
+
+            reports = check_data(module, None if options.workers < 0 else options.workers, advance)
+        path = save(draw_reports(reports), Path(options.output))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    console = Console()
+    for report in reports:
+        print_report(console, report)
+    problems = sum(len(report.problems) for report in reports)
+    console.print(f"{problems:,} files cannot be used. Statistics drawn into {path}", markup=False, highlight=False)
+    if problems:
+        raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

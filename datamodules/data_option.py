@@ -1,0 +1,43 @@
+"""The `data` section of a configuration for commands that look at data alone, without a model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import SUPPRESS, ArgumentParser
+
+__all__ = ["data_parser", "parse_data"]
+
+# Sections of a configuration that say nothing about the data.
+_OTHER_SECTIONS = ("seed_everything", "trainer", "model", "run")
+
+
+def data_parser(program: str, description: str) -> ArgumentParser:
+    """A parser that takes configurations of training, and uses their section `data`; options can be added.
+
+    Args:
+        program: How it is called.
+        description: What it does.
+    """
+    parser = ArgumentParser(prog=program, description=description)
+    parser.add_argument("-c", "--config", action="config", help="configuration file; its data section is used")
+    parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True)
+    for section in _OTHER_SECTIONS:
+        parser.add_argument(f"--{section}", type=Any, help=SUPPRESS)
+    return parser
+
+
+def parse_data(parser: ArgumentParser, args: Sequence[str] | None) -> tuple[Any, pl.LightningDataModule]:
+    """The options, and the DataModule that they describe.
+
+    Args:
+        parser: From `data_parser`.
+        args: Command-line arguments; None for those of the process.
+
+    Raises:
+        ValueError: If an argument of the DataModule is wrong.
+    """
+    options = parser.parse_args(args)
+    for section in _OTHER_SECTIONS:
+        options.pop(section)  # or a class named in it would be made
+    return options, parser.instantiate(options).data

@@ -1,0 +1,422 @@
+"""What the DataModules of objects in boxes share, whatever layout their files have."""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning.utilities import rank_zero_info
+from torch import LongTensor, Tensor
+
+from datamodules.detection.annotations import (
+    Categories,
+    DetectionAnnotations,
+    Fate,
+    Integers,
+    check_categories,
+    check_images,
+    of_image,
+)
+from datamodules.detection.transforms import Augmentation, EvaluationTransform, TrainingTransform
+from datamodules.images.datamodule import ImageDataModule, check_least
+from datamodules.images.files import ExifPolicy, ImageHeader, channels_first, read_image
+from datamodules.images.folders import PackedText, listed, printable, unique_stems
+from datamodules.images.sampling import BadImagePolicy, Draw, ImageBatch, ImageDataset
+
+__all__ = ["DetectionBatch", "DetectionDataModule", "DetectionDataset"]
+
+
+@dataclass
+class DetectionBatch(ImageBatch):
+    """Images, each of its own size, and what is to be found in them. It may hold no image.
+
+    Args:
+        ids: Image ids, `[B]`.
+        images: RGB images as the network gets them, uint8 `[3, H, W]` each.
+        targets: For each image `boxes`, float32 `[n, 4]` (x1, y1, x2, y2) in pixels of that image, and `labels`,
+            `[n]` in 1..K; no entries at all in prediction.
+        sizes: Height and width of each image before it was resized, `[B, 2]`.
+        names: File names, below the folder of the split.
+    """
+
+    targets: list[dict[str, Tensor]]
+    sizes: LongTensor
+    names: list[str] = field(default_factory=list)
+
+
+class DetectionDataset(ImageDataset[DetectionBatch]):
+    """Images and their boxes, read and transformed a batch at a time.
+
+    Args:
+        annotations: What there is.
+        folder: Where the images are.
+        transform: What is done to each image.
+        chosen: Numbers of the images in `annotations` that this data set holds, `[images]`.
+        seed: What random changes start from, together with the epoch and the image.
+        with_targets: Whether batches hold boxes.
+        exif: What is done about an EXIF orientation.
+        on_bad_image: What is done about a file that cannot be used.
+        replaces_bad_images: See `ImageDataset`.
+        repeats: See `ImageDataset`.
+    """
+
+    def __init__(
+        self,
+        annotations: DetectionAnnotations,
+        folder: Path,
+        transform: TrainingTransform | EvaluationTransform,
+        chosen: Integers,
+        *,
+        seed: int = 0,
+        with_targets: bool = True,
+        exif: ExifPolicy = "apply",
+        on_bad_image: BadImagePolicy = "stop",
+        replaces_bad_images: bool = False,
+        repeats: npt.NDArray[np.float64] | None = None,
+    ) -> None:
+        self.annotations = annotations
+        self.folder = folder
+        self.transform = transform
+        self.chosen = chosen
+        self.seed = seed
+        self.with_targets = with_targets
+        self.exif = exif
+        self.on_bad_image = on_bad_image
+        self.replaces_bad_images = replaces_bad_images
+        self.repeats = repeats
+        self.outputs = PackedText(unique_stems([annotations.names[index] for index in range(len(annotations))]))
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def groups(self) -> Integers:
+        """1 for wide images and 0 for tall ones, `[images]`."""
+        sizes = self.annotations.sizes[self.chosen]
+        return np.asarray(sizes[:, 1] >= sizes[:, 0], dtype=np.int64)
+
+    def name(self, image: int) -> str:
+        """File name below the folder of the split."""
+        return printable(self.annotations.names[int(self.chosen[image])])
+
+    def batch(self, draws: Sequence[Draw]) -> DetectionBatch:
+        """One batch.
+
+        Raises:
+            ImageError: If an image cannot be used; the message names the file and the image id.
+            OSError: If a file cannot be read.
+        """
+        annotations = self.annotations
+        used, samples, bad = self.read_each(draws, self._sample)
+        chosen = [int(self.chosen[draw.image]) for draw in used]
+        return DetectionBatch(
+            torch.from_numpy(annotations.image_ids[chosen]),  # type: ignore[arg-type]
+            [image for image, _ in samples],
+            [target for _, target in samples] if self.with_targets else [],
+            torch.from_numpy(annotations.sizes[chosen].reshape(-1, 2)),  # type: ignore[arg-type]
+            [self.name(draw.image) for draw in used],
+            outputs=[self.outputs[index] for index in chosen],
+            paths=[str(self.folder / annotations.names[index]) for index in chosen],
+            bad=bad,
+        )
+
+    def _sample(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """An image `[3, H, W]` and its target."""
+        index = int(self.chosen[draw.image])
+        pixels = of_image(self.annotations, index, read_image, self.folder, self.exif)
+        boxes, labels = self.annotations.targets(index)
+        pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, draw.epoch, index))
+        return channels_first(pixels), {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+
+
+class DetectionDataModule(ImageDataModule, abc.ABC):
+    """Base of the DataModules of objects in boxes: a subclass says where the annotations and images of a split are.
+
+    Training targets are the boxes of single things, cut at the borders of their image; crowds, and boxes without an
+    area inside the image or smaller than a pixel when it has been resized, are none. Evaluation reads every annotation.
+
+    Train with `Trainer(use_distributed_sampler=False)`: batches are planned here for all ranks.
+
+    Args:
+        root: Folder of the data.
+        split_names: Names of the splits "train", "val" and "test"; see `ImageDataModule`.
+        batch_size: Training images in a batch on one rank.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        min_size: Length of the short side that images are resized to, in pixels; 0 leaves images as they are unless
+            they are longer than `max_size`.
+        max_size: Bound of the long side; 0 for none.
+        augmentation: What is changed at random in training images.
+        keep_empty: Whether training images without a box are used.
+        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
+        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
+        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
+        exif: What is done about the orientation in the EXIF data of photos.
+        on_bad_image: What is done about a file that cannot be used.
+        repeat_threshold: Training images with a category that is in less than this share of the images come several
+            times in an epoch: sqrt(threshold / share) times, by the rarest of their categories (repeat-factor sampling,
+            Gupta et al., LVIS, 2019, which has 0.001); 0 for once each.
+
+    Raises:
+        ValueError: If a value is out of range, or no split is named.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split_names: dict[str, str],
+        *,
+        batch_size: int,
+        num_workers: int,
+        min_size: int,
+        max_size: int,
+        augmentation: Augmentation,
+        keep_empty: bool,
+        seed: int,
+        eval_batch_size: int,
+        predict_folder: str,
+        exif: ExifPolicy,
+        on_bad_image: BadImagePolicy,
+        repeat_threshold: float,
+    ) -> None:
+        super().__init__(
+            root,
+            split_names,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            predict_folder=predict_folder,
+            exif=exif,
+            on_bad_image=on_bad_image,
+        )
+        check_least("min_size", min_size, 0)
+        check_least("max_size", max_size, 0)
+        if not 0 <= repeat_threshold <= 1:
+            raise ValueError(f"repeat_threshold: {repeat_threshold} is not between 0 and 1.")
+        self.min_size = min_size
+        self.max_size = max_size
+        self.augmentation = augmentation
+        self.keep_empty = keep_empty
+        self.repeat_threshold = repeat_threshold
+        self._splits: dict[str, tuple[DetectionAnnotations, Path]] = {}
+        self._categories: Categories | None = None
+
+    @abc.abstractmethod
+    def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
+        """The annotations of "train", "val" or "test", and the folder that the names of its images are below.
+
+        Raises:
+            FileNotFoundError: If annotations or images are missing.
+            ValueError: On bad annotations; the message names the file and the entry.
+        """
+
+    def read_categories(self) -> Categories | None:
+        """What is annotated, where a folder is predicted; None if no annotations are at hand."""
+        return None
+
+    def image_weights(self) -> npt.NDArray[np.float64] | None:
+        """How often each training image should come in an epoch beside what `repeat_threshold` says, `[N]`."""
+        return None
+
+    @property
+    def categories(self) -> Categories | None:
+        """What is annotated; there after `setup`, and None where a folder is predicted and `root` has no annotations.
+
+        Raises:
+            RuntimeError: Before `setup`.
+        """
+        if not self._splits:
+            raise RuntimeError("the categories are there after setup(); the Trainer calls it, or do so yourself.")
+        return self._categories
+
+    @property
+    def preprocessing(self) -> dict[str, int | str]:
+        """The lengths that images are resized to, and what is done about EXIF orientations."""
+        return {"min_size": self.min_size, "max_size": self.max_size} | super().preprocessing
+
+    def annotations(self, split: str) -> DetectionAnnotations:
+        """The annotations of a split as arrays.
+
+        Args:
+            split: "train", "val", "test" or "predict".
+
+        Raises:
+            RuntimeError: If `setup` has not read that split.
+        """
+        return self._split(split)[0]
+
+    def images_folder(self, split: str) -> Path:
+        """The folder that the names of the images of a split are below; arguments and errors as of `annotations`."""
+        return self._split(split)[1]
+
+    def ground_truth(self, split: str) -> dict[str, Any]:
+        """What COCO's scorer reads: `images`, `annotations` and `categories`.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Raises:
+            RuntimeError: If `setup` has not read that split.
+        """
+        return self._split(split)[0].ground_truth()
+
+    def setup(self, stage: str) -> None:
+        """Reads and checks the annotations that a stage needs, and what can be told of the images without decoding.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            FileNotFoundError: If annotations or images are missing.
+            ValueError: On bad annotations or images; the message names the file and the entry or image id.
+        """
+        for split in self.splits_of(stage):
+            if split == "predict" and self.predict_folder:
+                folder = Path(self.predict_folder)
+                self._splits[self._key(split)] = DetectionAnnotations.from_folder(folder, self.exif), folder
+                if self._categories is None:
+                    self._categories = self.read_categories()
+            else:
+                self._load("test" if split == "predict" else split)
+        if stage == "fit":
+            self._check_training()
+            if not self.split_names["val"]:
+                rank_zero_info("There is no validation split: best.ckpt is not written, and last.ckpt is the result.")
+
+    def training_dataset(self) -> DetectionDataset:
+        """The training images, randomly changed, in groups of wide and of tall ones."""
+        annotations, folder = self._split("train")
+        chosen = np.arange(len(annotations)) if self.keep_empty else annotations.with_targets(*self.training_size)
+        repeats = self._repeats(annotations)
+        return DetectionDataset(
+            annotations,
+            folder,
+            TrainingTransform(self.augmentation, self.min_size, self.max_size),
+            chosen,
+            seed=self.seed,
+            exif=self.exif,
+            on_bad_image=self.on_bad_image,
+            replaces_bad_images=True,
+            repeats=None if repeats is None else repeats[chosen],
+        )
+
+    def evaluation_dataset(self, split: str) -> DetectionDataset:
+        """All images of "val", "test" or "predict", resized; without targets in prediction."""
+        annotations, folder = self._split(split)
+        return DetectionDataset(
+            annotations,
+            folder,
+            EvaluationTransform(self.min_size, self.max_size),
+            np.arange(len(annotations)),
+            with_targets=split != "predict",
+            exif=self.exif,
+            on_bad_image="skip" if split == "predict" else self.on_bad_image,
+        )
+
+    def browse_figure(self, split: str, num: int) -> Figure:
+        """A sheet of the first `num` images of a split as the network gets them, with their boxes.
+
+        Args:
+            split: "train", "val", "test" or "predict".
+            num: Most images to show.
+        """
+        from datamodules.browse import draw_detection_sheet, split_loader
+
+        loader = split_loader(self, split)
+        names = self.categories.names if self.categories is not None else ()
+        return draw_detection_sheet(loader, num, names, f"{split} images of {self.root}")
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """The largest `min_size` that training images are resized to, and `max_size`."""
+        return max(self.augmentation.min_sizes or (self.min_size,)), self.max_size
+
+    def _key(self, split: str) -> str:
+        """Under which name a split is kept."""
+        if split == "predict":
+            return "" if self.predict_folder else self.split_names["test"]
+        return self.split_names[split]
+
+    def _split(self, split: str) -> tuple[DetectionAnnotations, Path]:
+        if split not in (*self.split_names, "predict") or self._key(split) not in self._splits:
+            raise RuntimeError(f"the annotations of {split!r} are there after setup() of its stage.")
+        return self._splits[self._key(split)]
+
+    def _load(self, split: str) -> None:
+        name = self.split_names[split]
+        if name in self._splits:
+            return
+        annotations, folder = self.read_split(split)
+        if self._categories is None:
+            self._categories = annotations.categories
+        check_categories(annotations, self._categories)
+        headers = check_images(annotations, folder, self.exif, self.on_bad_image)
+        self._splits[name] = annotations, folder
+        rank_zero_info(
+            f"{name}: {len(annotations):,} images, {len(annotations.labels):,} annotations, "
+            f"{len(annotations.categories)} categories ({annotations.path})"
+        )
+        for remark in _remarks(annotations, headers, self.exif):
+            rank_zero_info(f"{name}: note: {remark}")
+
+    def _check_training(self) -> None:
+        """Says what is left out of training, and refuses data that nothing can be learnt from."""
+        annotations, _ = self._split("train")
+        fates = annotations.fates(*self.training_size)
+        left_out = []
+        for fate in list(Fate)[1:]:
+            ids = annotations.annotation_ids[fates == fate]
+            named = f" (annotations {listed(ids, 5)})" if len(ids) and fate != Fate.CROWD else ""
+            left_out.append(f"{len(ids):,} boxes {fate.description}{named}")
+        if not (fates == Fate.TARGET).any():
+            found = f"{len(fates):,} annotations that cannot be learnt ({', '.join(left_out)})" if len(fates) else ""
+            advice = "Correct it, or give another training split (--data.train_split NAME)."
+            raise ValueError(
+                f"{annotations.path} has {found or 'no annotation'}: there is nothing to learn from. "
+                f"{annotations.suspicion()} {advice}".replace("  ", " ")
+            )
+        cut = int((annotations.cut_at_borders() & (fates == Fate.TARGET)).sum())
+        empty = len(annotations) - len(annotations.with_targets(*self.training_size))
+        left_out.append(f"{empty:,} images without a box" + (" (kept)" if self.keep_empty else ""))
+        rank_zero_info(
+            f"{self.split_names['train']}: left out of training: {', '.join(left_out)}; "
+            f"{cut:,} boxes are cut at a border of their image"
+        )
+
+    def _repeats(self, annotations: DetectionAnnotations) -> npt.NDArray[np.float64] | None:
+        """How often each training image comes in an epoch, `[N]`."""
+        weights = self.image_weights()
+        if not self.repeat_threshold:
+            return weights
+        owners, targets = annotations.owners(), annotations.fates(*self.training_size) == Fate.TARGET
+        pairs = np.unique(np.stack([owners[targets], annotations.labels[targets]], axis=1), axis=0)
+        share = np.bincount(pairs[:, 1], minlength=len(annotations.categories) + 1) / len(annotations)
+        with np.errstate(divide="ignore"):
+            factors = np.maximum(1.0, np.sqrt(self.repeat_threshold / share))
+        repeats = np.ones(len(annotations))
+        np.maximum.at(repeats, pairs[:, 0], factors[pairs[:, 1]])
+        return repeats if weights is None else repeats * weights
+
+
+def _remarks(annotations: DetectionAnnotations, headers: Sequence[ImageHeader], exif: ExifPolicy) -> list[str]:
+    """What a user should know of a split, though it can be used."""
+    remarks = []
+    if suspicion := annotations.suspicion():
+        remarks.append(suspicion)
+    large = annotations.areas > 1.05 * np.prod(annotations.bboxes[:, 2:], axis=1) + 1
+    if large.any():
+        remarks.append(
+            f"{int(large.sum()):,} annotations have an area larger than their box (such as annotation "
+            f"{annotations.annotation_ids[large][0]}), by which the scores sort small, medium and large objects."
+        )
+    turned = sum(header.turned for header in headers)
+    if turned:
+        remarks.append(
+            f"{turned:,} of the {len(headers):,} images that were looked into have an EXIF orientation and are turned "
+            "upright, as annotation tools show them; if yours annotated the stored pixels, use --data.exif ignore."
+        )
+    return remarks

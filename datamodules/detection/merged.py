@@ -1,0 +1,186 @@
+"""Several data sets of objects in boxes as one, with the classes of all."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.detection.annotations import Categories, DetectionAnnotations
+from datamodules.detection.datamodule import DetectionDataModule
+from datamodules.detection.transforms import Augmentation
+from datamodules.images.files import ExifPolicy
+from datamodules.images.folders import listed
+from datamodules.images.sampling import BadImagePolicy
+
+__all__ = ["MergedDetectionDataModule", "merged_annotations"]
+
+
+class MergedDetectionDataModule(DetectionDataModule):
+    """Several data sets as one: their images together, and every class of any of them by its name.
+
+    Images and annotations are numbered anew. Mind that a data set in which a class is not annotated teaches that its
+    objects are background.
+
+    The other arguments are those of `COCODataModule`, and go before those of the members.
+
+    Args:
+        members: The data sets; each reads its own splits. A member without a validation or test split has no part in
+            these.
+        weights: How often the training images of each member come in an epoch, in the mean: 1 for once, 0.5 for half of
+            them; none for once each.
+        rename: New names of classes by their old ones, such as `{automobile: car}`; those of one new name become one.
+        batch_size: Training images in a batch on one rank.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        min_size: See `COCODataModule`.
+        max_size: See `COCODataModule`.
+        augmentation: See `COCODataModule`.
+        keep_empty: See `COCODataModule`.
+        seed: See `COCODataModule`.
+        eval_batch_size: See `COCODataModule`.
+        predict_folder: See `COCODataModule`.
+        exif: See `COCODataModule`.
+        on_bad_image: See `COCODataModule`.
+        repeat_threshold: See `COCODataModule`.
+
+    Raises:
+        ValueError: If a value is out of range, there is no member, or weights and members differ in number.
+    """
+
+    def __init__(
+        self,
+        members: list[DetectionDataModule],
+        weights: tuple[float, ...] = (),
+        rename: dict[str, str] | None = None,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        min_size: int = 800,
+        max_size: int = 1333,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+        keep_empty: bool = False,
+        seed: int = 0,
+        eval_batch_size: int = 0,
+        predict_folder: str = "",
+        exif: ExifPolicy = "apply",
+        on_bad_image: BadImagePolicy = "stop",
+        repeat_threshold: float = 0.0,
+    ) -> None:
+        if not members:
+            raise ValueError("members: there is none; give at least one DataModule of detection.")
+        if weights and len(weights) != len(members):
+            raise ValueError(f"weights: there are {len(weights)} for {len(members)} members; give one for each.")
+        if any(not 0 <= weight < 1000 for weight in weights) or (weights and not any(weights)):
+            raise ValueError(f"weights: {list(weights)} must be from 0 to below 1000, not all 0.")
+        names = {split: split if any(one.split_names[split] for one in members) else "" for split in ("val", "test")}
+        super().__init__(
+            str(members[0].root),
+            {"train": "train"} | names,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            min_size=min_size,
+            max_size=max_size,
+            augmentation=augmentation,
+            keep_empty=keep_empty,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            predict_folder=predict_folder,
+            exif=exif,
+            on_bad_image=on_bad_image,
+            repeat_threshold=repeat_threshold,
+        )
+        self.members = members
+        self.weights = tuple(weights)
+        self.rename = dict(rename or {})
+        self._member_sizes: list[int] = []
+
+    def prepare_files(self, splits: Sequence[str]) -> None:
+        """Lets each member fetch or make its files.
+
+        Args:
+            splits: Of "train", "val" and "test", those that are needed.
+        """
+        for member in self.members:
+            member.prepare_files(sorted({member.split_names[split] for split in splits} - {""}))
+
+    def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
+        """See `DetectionDataModule.read_split`."""
+        parts = [member.read_split(split) for member in self.members if member.split_names[split]]
+        if split == "train":
+            self._member_sizes = [len(annotations) for annotations, _ in parts]
+        # The classes are those of all training splits, whatever a split has.
+        known = [annotations.categories for annotations, _ in parts] if split == "train" else self._member_categories()
+        return merged_annotations(parts, self.rename, known)
+
+    def read_categories(self) -> Categories | None:
+        """See `DetectionDataModule.read_categories`."""
+        found = [member.read_categories() for member in self.members]
+        return None if None in found else _united([one for one in found if one is not None], self.rename)
+
+    def image_weights(self) -> npt.NDArray[np.float64] | None:
+        """See `DetectionDataModule.image_weights`."""
+        return np.repeat(np.array(self.weights, dtype=np.float64), self._member_sizes) if self.weights else None
+
+    def _member_categories(self) -> list[Categories]:
+        """The classes of all members, by their training splits or what stands for these."""
+        if self._categories is not None:
+            return [self._categories]
+        found = []
+        for member in self.members:
+            categories = member.read_categories()
+            found.append(member.read_split("train")[0].categories if categories is None else categories)
+        return found
+
+
+def merged_annotations(
+    parts: Sequence[tuple[DetectionAnnotations, Path]],
+    rename: Mapping[str, str],
+    categories: Sequence[Categories],
+) -> tuple[DetectionAnnotations, Path]:
+    """The annotations of several data sets as one, and the folder that all their images are below.
+
+    Args:
+        parts: Annotations, each with the folder of their images.
+        rename: New names of classes by their old ones.
+        categories: Those whose classes there are to be, beside the parts' own.
+
+    Raises:
+        ValueError: If a class that is to be renamed is in none of the data sets.
+    """
+    own = [annotations.categories for annotations, _ in parts]
+    known = {name for one in (*categories, *own) for name in one.names}
+    unknown = [name for name in rename if name not in known and rename[name] not in known]
+    if unknown:
+        raise ValueError(f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(known), 90)}.")
+    united = _united([*categories, *own], rename)
+    label = {name: place for place, name in enumerate(united.names, start=1)}
+    folder = Path(os.path.commonpath([path.absolute() for _, path in parts]))
+    names = [
+        (path.absolute() / annotations.names[index]).relative_to(folder).as_posix()
+        for annotations, path in parts
+        for index in range(len(annotations))
+    ]
+    labels = [
+        np.array([label[rename.get(name, name)] for name in annotations.categories.names])[annotations.labels - 1]
+        for annotations, _ in parts
+    ]
+    columns = [annotations for annotations, _ in parts]
+    sizes = np.cumsum([0, *map(len, columns)])
+    annotations = DetectionAnnotations.of_objects(
+        folder,
+        united,
+        names=names,
+        sizes=np.concatenate([one.sizes for one in columns]),
+        owners=np.concatenate([one.owners() + start for one, start in zip(columns, sizes, strict=False)]),
+        bboxes=np.concatenate([one.bboxes for one in columns]),
+        labels=np.concatenate(labels).astype(np.int64),
+        crowd=np.concatenate([one.crowd for one in columns]),
+        areas=np.concatenate([one.areas for one in columns]),
+    )
+    return annotations, folder
+
+
+def _united(categories: Sequence[Categories], rename: Mapping[str, str]) -> Categories:
+    """Every name once, in the order in which they come."""
+    names = tuple(dict.fromkeys(rename.get(name, name) for one in categories for name in one.names))
+    return Categories(names, tuple(range(1, len(names) + 1)))

@@ -1,0 +1,286 @@
+"""Object detection data in the layout of YOLO: a text file of normalised boxes for each image, and `data.yaml`."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from datamodules.detection.annotations import Categories, DetectionAnnotations
+from datamodules.detection.datamodule import DetectionDataModule
+from datamodules.detection.transforms import Augmentation
+from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy, image_size
+from datamodules.images.folders import contents, listed
+from datamodules.images.sampling import BadImagePolicy
+
+__all__ = ["YOLODetectionDataModule", "read_yolo", "read_yolo_description"]
+
+_SPLITS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+
+
+class YOLODetectionDataModule(DetectionDataModule):
+    """Detection data as the YOLO family of detectors reads it.
+
+    `root/data.yaml` (or the only other YAML file in `root`) names the classes and, for each split, a folder of images,
+    a list of them in a text file, or several of these. Labels are in text files of the same names, in the folder whose
+    path has `labels` in the place of the last `images` (or beside the images): a line `class x y width height` for
+    each box, its centre and size as shares of the image's, or a class and the corners of an outline, whose bounding box
+    is taken. An image without a file has no objects.
+
+    The other arguments are those of `COCODataModule`.
+
+    Args:
+        root: Folder of the data.
+        batch_size: Training images in a batch on one rank.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        train_split: Name of the training split in `data.yaml`.
+        val_split: Name of the validation split in `data.yaml` (`val` finds `valid` too); "" for none.
+        test_split: Name of the test split; "" means the validation split.
+        min_size: See `COCODataModule`.
+        max_size: See `COCODataModule`.
+        augmentation: See `COCODataModule`.
+        keep_empty: See `COCODataModule`.
+        seed: See `COCODataModule`.
+        eval_batch_size: See `COCODataModule`.
+        predict_folder: See `COCODataModule`.
+        exif: See `COCODataModule`.
+        on_bad_image: See `COCODataModule`.
+        repeat_threshold: See `COCODataModule`.
+
+    Raises:
+        ValueError: If a value is out of range, or no split is named.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        train_split: str = "train",
+        val_split: str = "val",
+        test_split: str = "",
+        min_size: int = 800,
+        max_size: int = 1333,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+        keep_empty: bool = False,
+        seed: int = 0,
+        eval_batch_size: int = 0,
+        predict_folder: str = "",
+        exif: ExifPolicy = "apply",
+        on_bad_image: BadImagePolicy = "stop",
+        repeat_threshold: float = 0.0,
+    ) -> None:
+        super().__init__(
+            root,
+            {"train": train_split, "val": val_split, "test": test_split},
+            batch_size=batch_size,
+            num_workers=num_workers,
+            min_size=min_size,
+            max_size=max_size,
+            augmentation=augmentation,
+            keep_empty=keep_empty,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            predict_folder=predict_folder,
+            exif=exif,
+            on_bad_image=on_bad_image,
+            repeat_threshold=repeat_threshold,
+        )
+
+    def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
+        """See `DetectionDataModule.read_split`."""
+        return read_yolo(self.root, self.split_names[split], self.exif)
+
+    def read_categories(self) -> Categories | None:
+        """See `DetectionDataModule.read_categories`."""
+        return read_yolo_description(self.root)[1] if self.root.is_dir() else None
+
+
+def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]:
+    """What `data.yaml` says, the classes in it, and its path.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it names no classes.
+    """
+    path = root / "data.yaml"
+    if not path.is_file():
+        others = sorted([*root.glob("*.yaml"), *root.glob("*.yml")]) if root.is_dir() else []
+        if len(others) != 1:
+            holds = f"; {root} holds {contents(root)}" if root.is_dir() else ""
+            raise FileNotFoundError(
+                f"root: {path} is not there{holds}. Give the folder that holds data.yaml (--data.root FOLDER)."
+            )
+        path = others[0]
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}. Correct it.") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+        names = [names[number] for number in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise ValueError(
+            f"{path}: names is {names!r}; it must be a list of the names of the classes, or a mapping from 0, 1, 2, "
+            "... to them. Correct it."
+        )
+    count = content.get("nc", len(names))
+    if count != len(names):
+        raise ValueError(f"{path}: nc is {count!r}, but there are {len(names)} names. Correct one of them.")
+    try:
+        return content, Categories(tuple(map(str, names)), tuple(range(len(names)))), path
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_yolo(root: Path, split: str, exif: ExifPolicy = "apply") -> tuple[DetectionAnnotations, Path]:
+    """Reads the annotations of a split of YOLO's layout.
+
+    Args:
+        root: Folder that holds `data.yaml`.
+        split: Name of the split there.
+        exif: How the sizes of images are read.
+
+    Returns:
+        The annotations, whose category ids are YOLO's, from 0, and the folder that the names of images are below.
+
+    Raises:
+        FileNotFoundError: If there is no such split, or a folder or file is not there.
+        ValueError: If a file cannot be read; the message names it and the line.
+    """
+    content, categories, description = read_yolo_description(root)
+    images = _images(root, content, split, description)
+    folder = _common_folder(images)
+    sizes = np.array([image_size(path, exif=exif) for path in images], dtype=np.int64)
+    owners: list[int] = []
+    rows: list[tuple[int, float, float, float, float]] = []
+    for number, path in enumerate(images):
+        for row in _read_labels(_label_path(path), len(categories)):
+            owners.append(number)
+            rows.append(row)
+    values = np.array(rows, dtype=np.float64).reshape(-1, 5)
+    owner = np.array(owners, dtype=np.int64)
+    scale = np.tile(sizes[owner][:, ::-1], 2)
+    centres, sides = values[:, 1:3], values[:, 3:5]
+    annotations = DetectionAnnotations.of_objects(
+        description,
+        categories,
+        names=[path.relative_to(folder).as_posix() for path in images],
+        sizes=sizes,
+        owners=owner,
+        bboxes=np.concatenate([centres - sides / 2, sides], axis=1) * scale,
+        labels=values[:, 0].astype(np.int64) + 1,
+    )
+    return annotations, folder
+
+
+def _images(root: Path, content: dict[str, Any], split: str, description: Path) -> list[Path]:
+    """The images of a split, sorted."""
+    key = next((name for name in _SPLITS.get(split, (split,)) if content.get(name)), None)
+    if key is None:
+        known = [name for name, value in content.items() if isinstance(value, str | list) and name != "names"]
+        raise FileNotFoundError(
+            f"{description} names no split {split!r}, but {listed(known, 8) or 'none at all'}. Give one of them "
+            "(--data.train_split, --data.val_split or --data.test_split NAME)."
+        )
+    named = content[key] if isinstance(content[key], list) else [content[key]]
+    found = [path for one in named for path in _images_of(_resolved(root, content, str(one), description), description)]
+    if not found:
+        raise FileNotFoundError(f"{description}: {key}: {named} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+    return sorted(set(found))
+
+
+def _resolved(root: Path, content: dict[str, Any], named: str, description: Path) -> Path:
+    """A path of `data.yaml`: below `path` there, below `root`, or as tools write it, from a folder beside `root`."""
+    base = Path(str(content.get("path") or ""))
+    without_dots = named
+    while without_dots.startswith("../"):  # exports say ../train/images where train/ is beside data.yaml
+        without_dots = without_dots.removeprefix("../")
+    candidates = [
+        root / base / named,
+        root / named,
+        root / without_dots,
+        root / Path(named).name,
+        root / base.name / named,
+    ]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    tried = listed(list(dict.fromkeys(map(str, candidates[:3]))), 3)
+    raise FileNotFoundError(
+        f"{description} names {named!r}, and none of {tried} is there; {root} holds {contents(root)}. Correct the path."
+    )
+
+
+def _images_of(place: Path, description: Path) -> Iterable[Path]:
+    """The images of a folder and of those in it, or of a list."""
+    if place.is_dir():
+        return (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    lines = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    paths = [place.parent / line for line in lines]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{place} (of {description}) lists {len(missing):,} images that are not there: {listed(missing, 3)}. Put "
+            "them there, or take them out of the list."
+        )
+    return paths
+
+
+def _label_path(image: Path) -> Path:
+    """Where the labels of an image are."""
+    parts = list(image.parts)
+    for place in range(len(parts) - 2, -1, -1):
+        if parts[place] == "images":
+            parts[place] = "labels"
+            return Path(*parts).with_suffix(".txt")
+    return image.with_suffix(".txt")
+
+
+def _read_labels(path: Path, num_classes: int) -> list[tuple[int, float, float, float, float]]:
+    """Class, centre and size of each object; none if there is no file."""
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}: {line.strip()[:60]!r}"
+        try:
+            values = [float(word) for word in line.split()]
+        except ValueError:
+            values = []
+        if not np.isfinite(values).all() or not (len(values) == 5 or (len(values) >= 7 and len(values) % 2)):
+            raise ValueError(
+                f"{where} is neither a class with x, y, width and height nor a class with the corners of an outline. "
+                "Correct it."
+            )
+        label, *numbers = values
+        if label != int(label) or not 0 <= label < num_classes:
+            raise ValueError(
+                f"{where} has the class {label:g}, but data.yaml names the classes 0 to {num_classes - 1}. Correct one "
+                "of them."
+            )
+        if max(numbers) > 2:
+            raise ValueError(
+                f"{where} has numbers far above 1, but YOLO's are shares of the image's width and height. Divide them "
+                "by these."
+            )
+        x, y, width, height = numbers if len(numbers) == 4 else _bounds(numbers)
+        rows.append((int(label), x, y, width, height))
+    return rows
+
+
+def _bounds(outline: Sequence[float]) -> tuple[float, float, float, float]:
+    """Centre and size of what is around an outline x1 y1 x2 y2 ..."""
+    xs, ys = outline[::2], outline[1::2]
+    return (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
+
+
+def _common_folder(paths: Sequence[Path]) -> Path:
+    """The lowest folder that all are below."""
+    folder = paths[0].parent
+    while not all(path.is_relative_to(folder) for path in paths):
+        folder = folder.parent
+    return folder

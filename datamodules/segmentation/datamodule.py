@@ -1,0 +1,594 @@
+"""What the DataModules of segmentation share, whatever layout their files have."""
+
+import abc
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+
+from datamodules.images.datamodule import ImageDataModule
+from datamodules.images.files import (
+    ExifPolicy,
+    ImageArray,
+    ImageError,
+    ImageHeader,
+    Window,
+    channels_first,
+    image_header,
+    image_size,
+    read_image,
+)
+from datamodules.images.folders import PackedText, listed, predicted_images, spread, unique_stems
+from datamodules.images.sampling import BadImagePolicy, Draw, ImageBatch, ImageDataset
+from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses
+from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
+
+__all__ = [
+    "LabelCensus",
+    "LabelReader",
+    "SegmentationBatch",
+    "SegmentationDataModule",
+    "SegmentationDataset",
+    "SegmentationFiles",
+]
+
+T = TypeVar("T")
+
+_LABELS_CHECKED = 64  # files whose pixels are counted before a stage begins
+
+
+@dataclass
+class SegmentationBatch(ImageBatch):
+    """Images, each of its own size, and the class of every pixel. It may hold no image.
+
+    Args:
+        ids: Place of each image in its split, `[B]`.
+        images: RGB images as the network gets them, uint8 `[3, H, W]` each.
+        labels: For each image a label 0..K-1 or 255 (ignored), uint8 `[H, W]`; no entries at all in prediction.
+        names: Names such as "frankfurt_000000_000294", each once in a split.
+    """
+
+    labels: list[Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+
+# Files
+
+
+class LabelReader(Protocol):
+    """How the files with labels are read; it must be possible to pickle it, for worker processes."""
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """Height and width, from the header of a file.
+
+        Raises:
+            ImageError: If it is no file with labels.
+        """
+
+    def values(self, path: Path) -> npt.NDArray[Any]:
+        """What the file says of each pixel, `[H, W]`: numbers, or colours as 65536 red + 256 green + blue.
+
+        Raises:
+            ImageError: If it is no file with labels.
+        """
+
+    def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
+        """The labels 0..K-1 and `IGNORED` of such values, `[H, W]`.
+
+        Raises:
+            ImageError: If a value is unknown, and unknown ones are refused.
+        """
+
+    @property
+    def refuses_unknown(self) -> bool:
+        """Whether `labels` raises an error on unknown values, and does not ignore them."""
+
+    def is_known(self, value: int) -> bool:
+        """Whether a value is that of a class, or one that is meant to be ignored."""
+
+    def described(self, value: int) -> str:
+        """A value for people."""
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationFiles:
+    """The files of a split; worker processes share the arrays that name them.
+
+    Args:
+        folder: What the paths are below.
+        images: Paths of the images.
+        labels: Paths of the files with their labels; none where only images are wanted.
+        names: A name for each image, each once.
+        readers: How labels are read.
+        reader_of: Which reader is that of each image, `[images]`; None for the first.
+    """
+
+    folder: Path
+    images: PackedText
+    labels: PackedText
+    names: PackedText
+    readers: tuple[LabelReader, ...] = ()
+    reader_of: npt.NDArray[np.int64] | None = None
+
+    @classmethod
+    def of_paths(
+        cls,
+        folder: Path,
+        images: Sequence[str],
+        labels: Sequence[str] = (),
+        readers: Sequence[LabelReader] = (),
+        reader_of: npt.NDArray[np.int64] | None = None,
+        *,
+        ending: str = "_leftImg8bit",
+    ) -> "SegmentationFiles":
+        """Images, and the files with their labels in the same order or none, by their paths below a folder.
+
+        Args:
+            folder: That folder.
+            images: Paths of the images.
+            labels: Paths of the files with their labels.
+            readers: See the class.
+            reader_of: See the class.
+            ending: What the names of images may end in, before the last point, and their names here do not.
+        """
+        names = PackedText(unique_stems(images, ending=ending))
+        return cls(folder, PackedText(images), PackedText(labels), names, tuple(readers), reader_of)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are files with labels."""
+        return len(self.labels) > 0
+
+    def image(self, index: int) -> Path:
+        """Path of an image."""
+        return self.folder / self.images[index]
+
+    def label(self, index: int) -> Path:
+        """Path of the file with its labels."""
+        return self.folder / self.labels[index]
+
+    def reader(self, index: int) -> LabelReader:
+        """How its labels are read."""
+        return self.readers[0 if self.reader_of is None else int(self.reader_of[index])]
+
+    def read_labels(self, index: int) -> LabelMap:
+        """The labels 0..K-1 and `IGNORED` of an image, `[H, W]`.
+
+        Raises:
+            ImageError: If they cannot be used.
+        """
+        path, reader = self.label(index), self.reader(index)
+        return reader.labels(reader.values(path), path)
+
+    def sizes(self, exif: ExifPolicy) -> npt.NDArray[np.int64]:
+        """Height and width of each image, `[images, 2]`, from the headers of all files; 0 of what is no image."""
+
+        def size(index: int) -> tuple[int, int]:
+            try:
+                return image_size(self.image(index), exif=exif)
+            except (ImageError, OSError):  # told when it is read
+                return 0, 0
+
+        return np.array([size(index) for index in range(len(self))], dtype=np.int64).reshape(-1, 2)
+
+    def check(self, exif: ExifPolicy, on_bad_image: BadImagePolicy = "stop") -> list[ImageHeader]:
+        """Looks into the headers of some images and files with labels.
+
+        Returns:
+            Those of the images.
+
+        Raises:
+            ImageError: If one of them is no image, or no file with labels, or their sizes differ; not if these are to
+                be skipped.
+            OSError: If one of them cannot be read, likewise.
+        """
+        headers = []
+        for index in spread(len(self)):
+            try:
+                size = self.reader(index).size(self.label(index)) if self.has_labels else None
+                headers.append(self.of_labels(index, functools.partial(image_header, size=size, exif=exif)))
+            except (ImageError, OSError):
+                if on_bad_image == "stop":
+                    raise
+        return headers
+
+    def of_labels(self, index: int, read: Callable[[Path], T]) -> T:
+        """Reads an image that should have the size of its labels; an error then names these too.
+
+        Raises:
+            ImageError: If the image cannot be used.
+        """
+        try:
+            return read(self.image(index))
+        except ImageError as error:
+            if not self.has_labels:
+                raise
+            raise ImageError(f"{error} (Its labels are {self.label(index)}.)") from error
+
+
+@dataclass(frozen=True)
+class LabelCensus:
+    """How many pixels of some files have which label.
+
+    Attributes:
+        files: How many files were read.
+        labels: Pixels of each label 0..K-1, and last those that are ignored, `[K + 1]`.
+        values: Pixels of each value that the files hold.
+        unknown: The values among these that are no class's and not meant to be ignored, as people read them.
+    """
+
+    files: int
+    labels: npt.NDArray[np.int64]
+    values: Mapping[int, int]
+    unknown: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls,
+        files: SegmentationFiles,
+        num_classes: int,
+        chosen: Sequence[int],
+        on_bad_image: BadImagePolicy = "stop",
+    ) -> "LabelCensus":
+        """Counts the pixels of some files.
+
+        Raises:
+            ImageError: If one of them cannot be used, and is not to be skipped.
+            OSError: If one of them cannot be read, likewise.
+        """
+        counts = np.zeros(256, dtype=np.int64)
+        values: dict[int, int] = {}
+        unknown: dict[str, int] = {}
+        read = 0
+        for index in chosen:
+            reader, path = files.reader(index), files.label(index)
+            try:
+                found = reader.values(path)
+            except (ImageError, OSError):
+                if on_bad_image == "stop":
+                    raise
+                continue
+            read += 1
+            for value, count in zip(*np.unique(found, return_counts=True), strict=True):
+                values[int(value)] = values.get(int(value), 0) + int(count)
+                if not reader.is_known(int(value)):
+                    text = reader.described(int(value))
+                    unknown[text] = unknown.get(text, 0) + int(count)
+            try:
+                counts += np.bincount(reader.labels(found, path).ravel(), minlength=256)
+            except ImageError:  # of unknown values, which are told of all files together
+                counts[IGNORED] += found.size
+        return cls(read, np.append(counts[:num_classes], counts[IGNORED]), values, unknown)
+
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """Each label's share of all pixels, `[K + 1]`."""
+        return self.labels / max(1, int(self.labels.sum()))
+
+    def described(self, names: Sequence[str]) -> str:
+        """The shares in a line, largest first."""
+        pairs = sorted(zip((*names, "ignored"), self.shares.tolist(), strict=True), key=lambda pair: -pair[1])
+        text = ", ".join(f"{name} {100 * share:.2g} %" for name, share in pairs if share)
+        absent = [name for name, count in zip(names, self.labels.tolist(), strict=False) if not count]
+        return text + (f"; without a pixel: {listed(absent, 20)}" if absent else "")
+
+    def described_unknown(self) -> str:
+        """The unknown values and their shares."""
+        total = max(1, int(self.labels.sum()))
+        pairs = sorted(self.unknown.items(), key=lambda pair: -pair[1])
+        return listed([f"{value} ({100 * count / total:.2g} %)" for value, count in pairs], 10)
+
+    def likely_encoding(self) -> str:
+        """What files of such numbers usually are, and what reads them; empty if nothing is known of them."""
+        found = set(self.values) - {IGNORED}
+        by_folder = "SegmentationFolderDataModule reads them, with your own names, ids and colours of classes"
+        if len(self.values) == 2 and (set(self.values) == {0, 255} or set(self.values) == {0, 1}):
+            return f"All values are {' and '.join(map(str, sorted(self.values)))}: these are binary masks. {by_folder}."
+        if found and max(found) <= 18:
+            return (
+                f"All values are 0 to {max(found)} and 255, as in Cityscapes' *_labelTrainIds.png, or a numbering of "
+                f"your own. {by_folder}."
+            )
+        if found and max(found) <= 20:
+            return f"All values are 0 to {max(found)} and 255, as in Pascal VOC. {by_folder}."
+        if max(self.values, default=0) > 255:
+            return f"The files hold colours. {by_folder}."
+        return ""
+
+
+# Batches
+
+
+class SegmentationDataset(ImageDataset[SegmentationBatch]):
+    """Images and their labels, read and transformed a batch at a time.
+
+    Args:
+        files: What there is.
+        transform: What is done to each image; None for nothing.
+        seed: What random changes start from, together with the epoch and the image.
+        by_size: Whether images of one size make batches.
+        exif: What is done about an EXIF orientation.
+        on_bad_image: What is done about a file that cannot be used.
+        replaces_bad_images: See `ImageDataset`.
+        repeats: See `ImageDataset`.
+    """
+
+    def __init__(
+        self,
+        files: SegmentationFiles,
+        transform: SegmentationTransform | None = None,
+        *,
+        seed: int = 0,
+        by_size: bool = False,
+        exif: ExifPolicy = "apply",
+        on_bad_image: BadImagePolicy = "stop",
+        replaces_bad_images: bool = False,
+        repeats: npt.NDArray[np.float64] | None = None,
+    ) -> None:
+        self.files = files
+        self.transform = transform
+        self.seed = seed
+        self.by_size = by_size
+        self.exif = exif
+        self.on_bad_image = on_bad_image
+        self.replaces_bad_images = replaces_bad_images
+        self.repeats = repeats
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def groups(self) -> npt.NDArray[np.int64]:
+        """A number for each size of images, or 0 for all, `[images]`."""
+        if not self.by_size:
+            return np.zeros(len(self), dtype=np.int64)
+        return np.unique(self.files.sizes(self.exif), axis=0, return_inverse=True)[1].reshape(-1)
+
+    def name(self, image: int) -> str:
+        """Path of the image below the folder of the data."""
+        return self.files.images[image]
+
+    def batch(self, draws: Sequence[Draw]) -> SegmentationBatch:
+        """One batch.
+
+        Raises:
+            ImageError: If an image or its labels cannot be used; the message names the file.
+            OSError: If a file cannot be read.
+        """
+        used, samples, bad = self.read_each(draws, self._sample)
+        names = [self.files.names[draw.image] for draw in used]
+        return SegmentationBatch(
+            torch.tensor([draw.image for draw in used], dtype=torch.int64),  # type: ignore[arg-type]
+            [image for image, _ in samples],
+            [labels for _, labels in samples if labels is not None],
+            names,
+            outputs=names,
+            paths=[str(self.files.image(draw.image)) for draw in used],
+            bad=bad,
+        )
+
+    def _sample(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
+        """An image `[3, H, W]` and, if there are any, its labels `[H, W]`."""
+        if not self.files.has_labels:
+            return channels_first(read_image(self.files.image(draw.image), exif=self.exif)), None
+        pixels, labels = self._labelled(draw)
+        return channels_first(pixels), torch.from_numpy(labels)
+
+    def _labelled(self, draw: Draw) -> tuple[ImageArray, LabelMap]:
+        """An image `[H, W, 3]` and its labels `[H, W]`."""
+        labels = self.files.read_labels(draw.image)
+        size = labels.shape[0], labels.shape[1]
+
+        def read(window: Window | None) -> ImageArray:
+            return self.files.of_labels(draw.image, lambda path: read_image(path, size, window, self.exif))
+
+        if self.transform is None:
+            return read(None), labels
+        return self.transform(read, labels, (self.seed, draw.epoch, draw.image))
+
+
+class SegmentationDataModule(ImageDataModule, abc.ABC):
+    """Base of the DataModules of segmentation: a subclass says which files a split has, and how labels are read.
+
+    Training images are scaled, cropped, flipped and changed in colour at random; see `SegmentationTransform`.
+    Evaluation has them as they are. Pixels of no class are ignored.
+
+    Train with `Trainer(use_distributed_sampler=False)`: batches are planned here for all ranks.
+
+    Args:
+        root: Folder of the data.
+        split_names: Names of the splits "train", "val" and "test"; see `ImageDataModule`.
+        classes: What is told apart.
+        batch_size: Training images in a batch on one rank.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
+            smaller, the rest is filled and ignored. 0 means the height and width of each image.
+        augmentation: What is changed at random in training images.
+        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
+        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`. Images of one size
+            come together.
+        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
+        exif: What is done about the orientation in the EXIF data of photos.
+        on_bad_image: What is done about a file that cannot be used.
+
+    Raises:
+        ValueError: If a value is out of range, or no split is named.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        split_names: dict[str, str],
+        classes: SegmentationClasses,
+        *,
+        batch_size: int,
+        num_workers: int,
+        crop_size: int | tuple[int, int],
+        augmentation: SegmentationAugmentation,
+        seed: int,
+        eval_batch_size: int,
+        predict_folder: str,
+        exif: ExifPolicy,
+        on_bad_image: BadImagePolicy,
+    ) -> None:
+        super().__init__(
+            root,
+            split_names,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            predict_folder=predict_folder,
+            exif=exif,
+            on_bad_image=on_bad_image,
+        )
+        sides = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
+        if min(sides) < (0 if isinstance(crop_size, int) else 1):
+            raise ValueError(
+                f"crop_size: {crop_size} is too small; give height and width in pixels, or 0 for those of the images "
+                "(--data.crop_size 769)."
+            )
+        self.classes = classes
+        self.crop_size = sides if min(sides) else None
+        self.augmentation = augmentation
+        self._files: dict[str, SegmentationFiles] = {}
+
+    @abc.abstractmethod
+    def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
+        """The files of "train", "val" or "test".
+
+        Raises:
+            FileNotFoundError: If data are missing; the message says where they come from.
+        """
+
+    def image_weights(self) -> npt.NDArray[np.float64] | None:
+        """How often each training image should come in an epoch, `[images]`; None for once."""
+        return None
+
+    def encoding_hint(self, census: LabelCensus) -> str:
+        """What to do about labels that seem to mean something else; empty if nothing is known."""
+        return census.likely_encoding()
+
+    def setup(self, stage: str) -> None:
+        """Lists the files that a stage needs, looks into the headers of some, and counts the labels of a few.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+
+        Raises:
+            FileNotFoundError: If data are missing; the message says where they come from.
+            ImageError: If one of the files that were looked into is no image, or no file with labels, or an image and
+                its labels differ in size.
+            ValueError: If no pixel of the training labels that were counted is of a class.
+        """
+        for split in self.splits_of(stage):
+            if split in self._files:
+                continue
+            if split == "predict" and self.predict_folder:
+                folder = Path(self.predict_folder)
+                self._files[split] = SegmentationFiles.of_paths(folder, predicted_images(folder, below=True))
+                continue
+            role = "test" if split == "predict" else split
+            files = self.list_files(role, with_labels=split != "predict")
+            name = self.split_names[role]
+            rank_zero_info(f"{name}: {len(files):,} images, {len(self.classes)} classes ({files.folder})")
+            headers = [] if split == "predict" else files.check(self.exif, self.on_bad_image)
+            turned = sum(header.turned for header in headers)
+            if turned:
+                rank_zero_info(
+                    f"{name}: note: {turned:,} of the {len(headers):,} images that were looked into have an EXIF "
+                    "orientation and are turned upright; if masks were made for the stored pixels, use --data.exif "
+                    "ignore."
+                )
+            if files.has_labels:
+                self._count_labels(split, files)
+            self._files[split] = files
+        if stage == "fit" and not self.split_names["val"]:
+            rank_zero_info("There is no validation split: best.ckpt is not written, and last.ckpt is the result.")
+
+    def files(self, split: str) -> SegmentationFiles:
+        """The files of a split.
+
+        Args:
+            split: "train", "val", "test" or "predict".
+
+        Raises:
+            RuntimeError: If `setup` has not listed that split.
+        """
+        if split not in self._files:
+            raise RuntimeError(f"the files of {split!r} are there after setup() of its stage.")
+        return self._files[split]
+
+    def training_dataset(self) -> SegmentationDataset:
+        """The training images, randomly changed."""
+        return SegmentationDataset(
+            self.files("train"),
+            SegmentationTransform(self.augmentation, self.crop_size),
+            seed=self.seed,
+            by_size=self.crop_size is None and self.batch_size > 1,
+            exif=self.exif,
+            on_bad_image=self.on_bad_image,
+            replaces_bad_images=True,
+            repeats=self.image_weights(),
+        )
+
+    def evaluation_dataset(self, split: str) -> SegmentationDataset:
+        """All images of "val", "test" or "predict" as they are; without labels in prediction."""
+        return SegmentationDataset(
+            self.files(split),
+            by_size=self.eval_batch_size > 1,
+            exif=self.exif,
+            on_bad_image="skip" if split == "predict" else self.on_bad_image,
+        )
+
+    def browse_figure(self, split: str, num: int) -> Figure:
+        """A sheet of the first `num` images of a split as the network gets them, with their labels in colours.
+
+        Args:
+            split: "train", "val", "test" or "predict".
+            num: Most images to show.
+        """
+        from datamodules.browse import draw_segmentation_sheet, split_loader
+
+        return draw_segmentation_sheet(
+            split_loader(self, split), num, self.classes, f"{split} images of {self.predict_folder or self.root}"
+        )
+
+    def _count_labels(self, split: str, files: SegmentationFiles) -> None:
+        """Says what the labels of some files are, and refuses those that nothing can be learnt from."""
+        chosen = spread(len(files), _LABELS_CHECKED)
+        census = LabelCensus.of(files, len(self.classes), chosen, self.on_bad_image)
+        where = f"{split}_split: {census.files} files with labels were read in {files.folder}"
+        hint = self.encoding_hint(census)
+        if census.unknown and any(reader.refuses_unknown for reader in files.readers):
+            raise ValueError(f"{where}, which hold values of no class: {census.described_unknown()}. {hint}")
+        name = self.split_names[split]
+        if not census.labels[:-1].any():
+            empty = (
+                f"{where}, and no pixel is of one of the classes {listed(self.classes.names, 20)}: they hold "
+                f"{_values(files, census)}. {hint}"
+            )
+            if split == "test":  # data sets are given out with empty labels for their tests
+                rank_zero_info(f"{name}: note: {empty}")
+                return
+            raise ValueError(empty)
+        rank_zero_info(f"{name}: pixels of {census.files} files: {census.described(self.classes.names)}")
+        if census.unknown:
+            rank_zero_info(f"{name}: note: values that are of no class: {census.described_unknown()}. {hint}".rstrip())
+        elif hint and census.shares[-1] > 0.5:
+            rank_zero_info(f"{name}: note: {100 * census.shares[-1]:.2g} % of the pixels are ignored. {hint}")
+
+
+def _values(files: SegmentationFiles, census: LabelCensus) -> str:
+    reader = files.reader(0)
+    return listed([reader.described(value) for value in sorted(census.values)], 10)

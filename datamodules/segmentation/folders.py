@@ -1,0 +1,424 @@
+"""Semantic segmentation data as people have them: folders of images and of masks, with classes of their own."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps
+from PIL import Image
+
+from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy, ImageError, decoding
+from datamodules.images.folders import contents, listed
+from datamodules.images.sampling import BadImagePolicy
+from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses
+from datamodules.segmentation.datamodule import LabelCensus, SegmentationDataModule, SegmentationFiles
+from datamodules.segmentation.transforms import SegmentationAugmentation
+
+__all__ = ["MaskLabels", "MaskValues", "SegmentationFolderDataModule"]
+
+MaskValues = Literal["auto", "ids", "colours"]
+"""What masks say of a pixel: `ids` the number of its class, `colours` its colour; `auto` is colours for RGB files."""
+
+Colour = tuple[int, int, int]
+
+_LOSSY = (".jpg", ".jpeg")
+_JPEG_DISTANCE = 48  # how far compression moves a value or a part of a colour, at most
+
+
+class SegmentationFolderDataModule(SegmentationDataModule):
+    """Images and masks in folders or lists, with names, ids and colours of your own.
+
+    The mask of an image has its name, but for endings and `mask_suffix`, in the same place below the folder of masks.
+    It is a grey or palette image whose numbers are the `ids` of classes, or an RGB image of their `colours`; palettes
+    and binary masks (1 bit, or 0 and 255) are numbers too. Masks in JPEG, whose numbers compression has blurred, are
+    read by the nearest id or colour.
+
+    Args:
+        root: Folder that the other paths are below.
+        classes: Names of the classes.
+        ids: The number of each class in the masks; none for 0, 1, 2, ...
+        colours: Red, green and blue of each class, 0 to 255, in RGB masks and in pictures; none for colours that are
+            made up for pictures.
+        ignored_ids: Numbers of pixels that do not count, such as borders.
+        ignored_colours: Colours of pixels that do not count.
+        others: What is done about all other numbers and colours: `error`, `ignore`, or the name of the class that they
+            belong to, such as a background.
+        mask_values: What masks say of a pixel: `ids`, `colours`, or `auto`, which is colours for RGB files.
+        mask_suffix: What the names of masks have behind those of their images, such as `_mask`.
+        batch_size: Training images in a batch on one rank.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        train_images: Folder of the training images, with those in its folders.
+        train_masks: Folder of their masks.
+        train_list: A text file of the images of the split, one in a line: its path below `train_images`, with or
+            without ending; or path of the image and path of its mask, both below `root`, parted by blanks or a comma.
+            "" for all images of the folder.
+        val_images: Of the validation split; "" for none, unless there is a `val_list`.
+        val_masks: Of the validation split; "" means `train_masks`.
+        val_list: Of the validation split; with it, `val_images` may be "" and means `train_images`.
+        test_images: Of the test split; "" means the validation split, unless there is a `test_list`.
+        test_masks: Of the test split; "" means `train_masks`.
+        test_list: Of the test split; with it, `test_images` may be "" and means `train_images`.
+        crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
+            smaller, the rest is filled and ignored. 0 means the height and width of each image.
+        augmentation: What is changed at random in training images.
+        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
+        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
+        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
+        exif: What is done about the orientation in the EXIF data of photos; see `CityscapesDataModule`.
+        on_bad_image: What is done about a file that cannot be used; see `CityscapesDataModule`.
+
+    Raises:
+        ValueError: If a value is out of range, or classes, ids and colours do not fit each other.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        classes: tuple[str, ...],
+        ids: tuple[int, ...] = (),
+        colours: tuple[tuple[int, int, int], ...] = (),
+        ignored_ids: tuple[int, ...] = (255,),
+        ignored_colours: tuple[tuple[int, int, int], ...] = (),
+        others: str = "error",
+        mask_values: MaskValues = "auto",
+        mask_suffix: str = "",
+        batch_size: int = 2,
+        num_workers: int = 0,
+        train_images: str = "images/train",
+        train_masks: str = "masks/train",
+        train_list: str = "",
+        val_images: str = "images/val",
+        val_masks: str = "masks/val",
+        val_list: str = "",
+        test_images: str = "",
+        test_masks: str = "",
+        test_list: str = "",
+        crop_size: int | tuple[int, int] = 0,
+        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        eval_batch_size: int = 1,
+        predict_folder: str = "",
+        exif: ExifPolicy = "apply",
+        on_bad_image: BadImagePolicy = "stop",
+    ) -> None:
+        given = {
+            "train": (train_images, train_masks, train_list),
+            "val": (val_images or (train_images if val_list else ""), val_masks or train_masks, val_list),
+            "test": (test_images or (train_images if test_list else ""), test_masks or train_masks, test_list),
+        }
+        if not given["test"][0]:
+            given["test"] = given["val"]
+        names = {split: split if folder else "" for split, (folder, _, _) in given.items()}
+        if not names["train"]:
+            raise ValueError("train_images: it is empty; give the folder of the training images below root.")
+        if given["test"] == given["val"] and names["val"]:
+            names["test"] = "val"
+        own = _classes(classes, ids, colours)
+        super().__init__(
+            root,
+            names,
+            own,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            crop_size=crop_size,
+            augmentation=augmentation,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            predict_folder=predict_folder,
+            exif=exif,
+            on_bad_image=on_bad_image,
+        )
+        if mask_values not in get_args(MaskValues):
+            raise ValueError(f"mask_values: {mask_values!r} is unknown; give {', '.join(get_args(MaskValues))}.")
+        if mask_values == "colours" and not colours:
+            raise ValueError("mask_values: 'colours' needs the colours of the classes (--data.colours).")
+        if others not in ("error", "ignore", *own.names):
+            raise ValueError(
+                f"others: {others!r} is neither 'error' nor 'ignore' nor a class; the classes are "
+                f"{listed(own.names, 30)}."
+            )
+        self.mask_suffix = mask_suffix
+        self._given = given
+        self.reader = MaskLabels(
+            own,
+            has_colours=bool(colours),
+            ignored_ids=tuple(ignored_ids),
+            ignored_colours=tuple(map(tuple, ignored_colours)),  # type: ignore[arg-type]
+            others=others,
+            values_are=mask_values,
+        )
+
+    def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
+        """See `SegmentationDataModule.list_files`."""
+        images, masks, listing = self._given[split]
+        if listing:
+            pairs = self._listed(split, images, masks, listing)
+        else:
+            folder = self._folder(f"{split}_images", images)
+            names = _images_below(folder)
+            if not names:
+                raise FileNotFoundError(
+                    f"{split}_images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {contents(folder)}."
+                )
+            pairs = [(f"{images}/{name}", None) for name in names]
+        if with_labels:
+            found = self._masks(split, images, masks, [image for image, mask in pairs if mask is None])
+            pairs = [(image, found.get(image) if mask is None else mask) for image, mask in pairs]
+        return SegmentationFiles.of_paths(
+            self.root,
+            [image for image, _ in pairs],
+            [mask for _, mask in pairs if mask is not None] if with_labels else [],
+            (self.reader,),
+        )
+
+    def encoding_hint(self, census: LabelCensus) -> str:
+        """See `SegmentationDataModule.encoding_hint`."""
+        if not census.unknown:
+            return ""
+        return (
+            "Correct ids or colours, name them in ignored_ids or ignored_colours, or say what all others are (others)."
+        )
+
+    def _folder(self, option: str, name: str) -> Path:
+        folder = self.root / name
+        if not folder.is_dir():
+            above = next((parent for parent in folder.parents if parent.is_dir()), None)
+            holds = "" if above is None else f"; {above} holds {contents(above)}"
+            raise FileNotFoundError(
+                f"{option}: {folder} is not a folder{holds}. Give one below root (--data.{option} FOLDER, --data.root "
+                "FOLDER)."
+            )
+        return folder
+
+    def _listed(self, split: str, images: str, masks: str, listing: str) -> list[tuple[str, str | None]]:
+        """Image, and mask if it is named, of each line of a list."""
+        path = self.root / listing
+        if not path.is_file():
+            raise FileNotFoundError(f"{split}_list: {path} is not there. Give a text file (--data.{split}_list FILE).")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{split}_list: {path} lists no image.")
+        by_stem: dict[str, str] = {}
+        pairs: list[tuple[str, str | None]] = []
+        for line in lines:
+            columns = line.replace(",", " ").split()
+            if len(columns) == 2 and all((self.root / one.lstrip("/")).is_file() for one in columns):
+                pairs.append((columns[0].lstrip("/"), columns[1].lstrip("/")))
+                continue
+            if not by_stem:
+                by_stem = {_stem(name): name for name in _images_below(self._folder(f"{split}_images", images))}
+            name = line if line in by_stem.values() else by_stem.get(line) or by_stem.get(_stem(line))
+            if name is None:
+                raise FileNotFoundError(
+                    f"{split}_list: {path} lists {line!r}, which is no image of {self.root / images}, and not the "
+                    "paths of an image and its mask below root."
+                )
+            pairs.append((f"{images}/{name}", None))
+        return pairs
+
+    def _masks(self, split: str, images: str, masks: str, wanted: Sequence[str]) -> dict[str, str]:
+        """The mask of each image."""
+        if not wanted:
+            return {}
+        folder = self._folder(f"{split}_masks", masks)
+        by_stem = {_stem(name): name for name in _images_below(folder)}
+        found, missing = {}, []
+        for image in wanted:
+            stem = _stem(image.removeprefix(f"{images}/"))
+            mask = by_stem.get(stem + self.mask_suffix)
+            if mask is None:
+                missing.append(f"{stem}{self.mask_suffix}.*")
+            else:
+                found[image] = f"{masks}/{mask}"
+        if missing:
+            raise FileNotFoundError(
+                f"{split}_masks: {len(missing):,} of the {len(wanted):,} images have no mask in {folder}, which holds "
+                f"{contents(folder)}. Missing: {listed(missing, 5)}. Copy these there, say what the names of masks end "
+                f"in (--data.mask_suffix _mask), or list the images that have one (--data.{split}_list FILE)."
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class MaskLabels:
+    """Reads masks of numbers or colours; see `LabelReader`.
+
+    Args:
+        classes: What is told apart.
+        has_colours: Whether the colours of the classes are those of masks.
+        ignored_ids: Numbers of pixels that do not count.
+        ignored_colours: Colours of pixels that do not count.
+        others: What all other values are: `error`, `ignore`, or the name of a class.
+        values_are: What masks say of a pixel.
+    """
+
+    classes: SegmentationClasses
+    has_colours: bool = False
+    ignored_ids: tuple[int, ...] = (255,)
+    ignored_colours: tuple[Colour, ...] = ()
+    others: str = "error"
+    values_are: MaskValues = "auto"
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """See `LabelReader.size`."""
+        with decoding(path) as image:
+            self._by_colour(image, path)
+            return image.height, image.width
+
+    def values(self, path: Path) -> npt.NDArray[Any]:
+        """See `LabelReader.values`."""
+        with decoding(path) as image:
+            by_colour = self._by_colour(image, path)
+            image.load()
+            if by_colour:
+                red, green, blue = (np.asarray(band, dtype=np.int32) for band in image.convert("RGB").split())
+                # Above all numbers that 16 bits hold, so that a value is never both.
+                values: npt.NDArray[Any] = (red << 16) + (green << 8) + blue + _FIRST_COLOUR
+            else:
+                values = np.asarray(
+                    image if image.mode in ("L", "P", "1") or image.mode[0] == "I" else image.getchannel(0)
+                )
+                values = values.astype(np.uint8 if image.mode in ("L", "P", "1", "LA") else np.int32)
+        if path.suffix.lower() in _LOSSY:
+            values = self._nearest(values)
+        return values
+
+    def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
+        """See `LabelReader.labels`."""
+        known = self._known()
+        if values.dtype == np.uint8:
+            table = np.full(256, self._other(), dtype=np.uint8)
+            for value, label in known.items():
+                if value < 256:
+                    table[value] = label
+            labels = np.asarray(cv2.LUT(values, table), dtype=np.uint8)
+        else:
+            order = np.array(sorted(known), dtype=np.int64)
+            place = np.minimum(np.searchsorted(order, values), len(order) - 1)
+            label_of = np.array([known[value] for value in order.tolist()], dtype=np.uint8)
+            labels = np.where(order[place] == values, label_of[place], np.uint8(self._other()))
+        if self.refuses_unknown:
+            present = np.unique(values).tolist()
+            unknown = [self.described(value) for value in present if not self.is_known(value)]
+            if unknown:
+                raise ImageError(
+                    f"{path} holds {listed(unknown, 5)}, which no class has. Correct ids or colours, name them in "
+                    "ignored_ids or ignored_colours, or say what all others are (--data.others ignore, or the name of "
+                    "a class)."
+                )
+        return labels
+
+    @property
+    def refuses_unknown(self) -> bool:
+        """See `LabelReader.refuses_unknown`."""
+        return self.others == "error"
+
+    def is_known(self, value: int) -> bool:
+        """See `LabelReader.is_known`."""
+        return value in self._known() or self.others not in ("error", "ignore")
+
+    def described(self, value: int) -> str:
+        """See `LabelReader.described`."""
+        if value < _FIRST_COLOUR:
+            return str(value)
+        value -= _FIRST_COLOUR
+        return f"({value >> 16}, {value >> 8 & 255}, {value & 255})"
+
+    def _by_colour(self, image: Image.Image, path: Path) -> bool:
+        """Whether a mask is of colours."""
+        is_rgb = image.mode in ("RGB", "RGBA", "CMYK", "YCbCr")
+        if self.values_are == "ids":
+            if is_rgb:
+                raise ImageError(
+                    f"{path} has pixels of {image.mode}, but mask_values is 'ids'. Give grey masks, or the colours of "
+                    "the classes with mask_values 'colours'."
+                )
+            return False
+        if self.values_are == "colours":
+            return True
+        if is_rgb and not self.has_colours:
+            raise ImageError(
+                f"{path} has pixels of {image.mode}, and the classes have no colours. Give them (--data.colours), or "
+                "masks of one channel with the ids of classes."
+            )
+        return is_rgb
+
+    def _known(self) -> dict[int, int]:
+        """The label of every value that is told apart, numbers and colours alike."""
+        known = dict.fromkeys(self.ignored_ids, IGNORED)
+        known |= {number: label for label, number in enumerate(self.classes.ids)}
+        if self.has_colours:
+            known |= {_packed(colour): IGNORED for colour in self.ignored_colours}
+            known |= {_packed(colour): label for label, colour in enumerate(self.classes.colours)}
+        return known
+
+    def _other(self) -> int:
+        return IGNORED if self.others in ("error", "ignore") else self.classes.names.index(self.others)
+
+    def _nearest(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Values of a lossy file, each moved to the nearest that is known, if one is near."""
+        present = np.unique(values)
+        of_colours = bool(len(present)) and present[0] >= _FIRST_COLOUR
+        known = np.array([value for value in self._known() if (value >= _FIRST_COLOUR) == of_colours], dtype=np.int64)
+        if not len(known):
+            return values
+        distances = np.abs(_parts(present)[:, None] - _parts(known)[None]).max(axis=2)
+        nearest = distances.argmin(axis=1)
+        moved = np.where(distances.min(axis=1) <= _JPEG_DISTANCE, known[nearest], present)
+        return np.asarray(moved[np.searchsorted(present, values)], dtype=np.int64)
+
+
+_FIRST_COLOUR = 1 << 16
+
+
+def _packed(colour: Colour) -> int:
+    red, green, blue = colour
+    return _FIRST_COLOUR + (red << 16) + (green << 8) + blue
+
+
+def _parts(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Red, green and blue of packed colours, or numbers as they are, `[n, 1 or 3]`."""
+    values = values.astype(np.int64)
+    if len(values) and values[0] < _FIRST_COLOUR:
+        return values[:, None]
+    values = values - _FIRST_COLOUR
+    return np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1)
+
+
+def _classes(names: Sequence[str], ids: Sequence[int], colours: Sequence[Sequence[int]]) -> SegmentationClasses:
+    if not names:
+        raise ValueError("classes: there is none; give the names of the classes (--data.classes '[road, sky]').")
+    for what, values in (("ids", ids), ("colours", colours)):
+        if values and len(values) != len(names):
+            raise ValueError(f"{what}: there are {len(values)} for {len(names)} classes; give one for each.")
+    for colour in colours:
+        if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
+            raise ValueError(f"colours: {list(colour)} must be red, green and blue from 0 to 255.")
+    twice = [colour for place, colour in enumerate(colours) if colour in colours[:place]]
+    if twice:
+        raise ValueError(f"colours: two classes have {list(twice[0])}; give each its own.")
+    made_up = colormaps["tab20"]
+    shown = [tuple(map(int, colour)) for colour in colours] or [
+        tuple(round(255 * part) for part in made_up(place % 20)[:3]) for place in range(len(names))
+    ]
+    return SegmentationClasses(tuple(names), tuple(ids) or tuple(range(len(names))), tuple(shown))  # type: ignore[arg-type]
+
+
+def _images_below(folder: Path) -> list[str]:
+    """Images of a folder and of those in it, as paths below it, sorted."""
+    found = []
+    for above, _, files in os.walk(folder):
+        below = Path(above).relative_to(folder)
+        found += [(below / name).as_posix() for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
+def _stem(path: str) -> str:
+    """A path without the ending of an image."""
+    suffix = Path(path).suffix
+    return path[: -len(suffix)] if suffix.lower() in IMAGE_SUFFIXES else path

@@ -1,0 +1,182 @@
+"""Several data sets of segmentation as one, with the classes of all."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.images.files import ExifPolicy
+from datamodules.images.folders import listed
+from datamodules.images.sampling import BadImagePolicy
+from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses
+from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
+from datamodules.segmentation.transforms import SegmentationAugmentation
+
+__all__ = ["MergedSegmentationDataModule", "RenamedLabels"]
+
+
+class MergedSegmentationDataModule(SegmentationDataModule):
+    """Several data sets as one: their images together, and every class of any of them by its name.
+
+    The other arguments are those of `CityscapesDataModule`, and go before those of the members.
+
+    Args:
+        members: The data sets; each lists its own splits. A member without a validation or test split has no part in
+            these.
+        weights: How often the training images of each member come in an epoch, in the mean: 1 for once, 0.5 for half of
+            them; none for once each.
+        rename: New names of classes by their old ones, such as `{automobile: car}`; those of one new name become one.
+            The new name "" ignores the pixels of a class.
+        batch_size: Training images in a batch on one rank.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        crop_size: See `CityscapesDataModule`.
+        augmentation: See `CityscapesDataModule`.
+        seed: See `CityscapesDataModule`.
+        eval_batch_size: See `CityscapesDataModule`.
+        predict_folder: See `CityscapesDataModule`.
+        exif: See `CityscapesDataModule`.
+        on_bad_image: See `CityscapesDataModule`.
+
+    Raises:
+        ValueError: If a value is out of range, there is no member, or weights and members differ in number.
+    """
+
+    def __init__(
+        self,
+        members: list[SegmentationDataModule],
+        weights: tuple[float, ...] = (),
+        rename: dict[str, str] | None = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        crop_size: int | tuple[int, int] = 769,
+        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        eval_batch_size: int = 1,
+        predict_folder: str = "",
+        exif: ExifPolicy = "apply",
+        on_bad_image: BadImagePolicy = "stop",
+    ) -> None:
+        if not members:
+            raise ValueError("members: there is none; give at least one DataModule of segmentation.")
+        if weights and len(weights) != len(members):
+            raise ValueError(f"weights: there are {len(weights)} for {len(members)} members; give one for each.")
+        if any(not 0 <= weight < 1000 for weight in weights) or (weights and not any(weights)):
+            raise ValueError(f"weights: {list(weights)} must be from 0 to below 1000, not all 0.")
+        new_names = dict(rename or {})
+        names = {split: split if any(one.split_names[split] for one in members) else "" for split in ("val", "test")}
+        super().__init__(
+            str(members[0].root),
+            {"train": "train"} | names,
+            _united([member.classes for member in members], new_names),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            crop_size=crop_size,
+            augmentation=augmentation,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            predict_folder=predict_folder,
+            exif=exif,
+            on_bad_image=on_bad_image,
+        )
+        self.members = members
+        self.weights = tuple(weights)
+        self.rename = new_names
+        self._member_sizes: list[int] = []
+
+    def prepare_files(self, splits: Sequence[str]) -> None:
+        """Lets each member fetch or make its files.
+
+        Args:
+            splits: Of "train", "val" and "test", those that are needed.
+        """
+        for member in self.members:
+            member.prepare_files(sorted({member.split_names[split] for split in splits} - {""}))
+
+    def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
+        """See `SegmentationDataModule.list_files`."""
+        members = [member for member in self.members if member.split_names[split]]
+        parts = [member.list_files(split, with_labels=with_labels) for member in members]
+        if split == "train":
+            self._member_sizes = list(map(len, parts))
+        folder = Path(os.path.commonpath([part.folder.absolute() for part in parts]))
+        readers: list[LabelReader] = []
+        reader_of = []
+        for member, part in zip(members, parts, strict=True):
+            own = np.zeros(len(part), dtype=np.int64) if part.reader_of is None else part.reader_of
+            reader_of.append(own + len(readers))
+            labels = np.full(256, IGNORED, dtype=np.uint8)
+            for label, name in enumerate(member.classes.names):
+                new = self.rename.get(name, name)
+                labels[label] = self.classes.names.index(new) if new else IGNORED
+            readers += [RenamedLabels(reader, labels) for reader in part.readers]
+        return SegmentationFiles.of_paths(
+            folder,
+            [_below(folder, part.image(index)) for part in parts for index in range(len(part))],
+            [_below(folder, part.label(index)) for part in parts for index in range(len(part))] if with_labels else [],
+            readers,
+            np.concatenate(reader_of),
+        )
+
+    def image_weights(self) -> npt.NDArray[np.float64] | None:
+        """See `SegmentationDataModule.image_weights`."""
+        return np.repeat(np.array(self.weights, dtype=np.float64), self._member_sizes) if self.weights else None
+
+
+@dataclass(frozen=True, eq=False)
+class RenamedLabels:
+    """Reads the labels of a data set as those of another; see `LabelReader`.
+
+    Args:
+        reader: Reads its own.
+        new_labels: The new label of each of these, `[256]`.
+    """
+
+    reader: LabelReader
+    new_labels: LabelMap
+
+    @property
+    def refuses_unknown(self) -> bool:
+        """See `LabelReader.refuses_unknown`."""
+        return self.reader.refuses_unknown
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """See `LabelReader.size`."""
+        return self.reader.size(path)
+
+    def values(self, path: Path) -> npt.NDArray[Any]:
+        """See `LabelReader.values`."""
+        return self.reader.values(path)
+
+    def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
+        """See `LabelReader.labels`."""
+        return self.new_labels[self.reader.labels(values, path)]
+
+    def is_known(self, value: int) -> bool:
+        """See `LabelReader.is_known`."""
+        return self.reader.is_known(value)
+
+    def described(self, value: int) -> str:
+        """See `LabelReader.described`."""
+        return self.reader.described(value)
+
+
+def _united(classes: Sequence[SegmentationClasses], rename: dict[str, str]) -> SegmentationClasses:
+    """Every name once, in the order in which they come, with the colour that it has first and ids from 0."""
+    colours = {name: colour for one in reversed(classes) for name, colour in zip(one.names, one.colours, strict=True)}
+    known = set(colours) | set(rename.values())
+    unknown = [name for name in rename if name not in known]
+    if unknown:
+        raise ValueError(f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(known), 90)}.")
+    names = tuple(
+        dict.fromkeys(rename.get(name, name) for one in classes for name in one.names if rename.get(name, name))
+    )
+    first = {rename.get(name, name): colour for name, colour in reversed(colours.items())} | colours
+    return SegmentationClasses(names, tuple(range(len(names))), tuple(first[name] for name in names))
+
+
+def _below(folder: Path, path: Path) -> str:
+    return path.absolute().relative_to(folder).as_posix()
