@@ -207,9 +207,13 @@ class CocoDetectionMetrics:
         Raises:
             RuntimeError: If `compute` was not called since the last `update` or `reset`.
         """
+        return coco_records(self.gathered())
+
+    def gathered(self) -> dict[int, ImageDetections]:
+        """What `compute` scored, of all ranks, by image id; as `records` says."""
         if self._gathered is None:
             raise RuntimeError("call compute() on every rank first: it brings the detections of all ranks together")
-        return coco_records(self._gathered)
+        return self._gathered
 
     def reset(self) -> None:
         """Forget all images."""
@@ -221,30 +225,48 @@ def _score(
     ground_truth: Mapping[str, Any], detections: Mapping[int, ImageDetections], names: Mapping[int, str]
 ) -> dict[str, Any]:
     """COCO's evaluation of the images in `detections`."""
+    # The evaluator holds ids as doubles, which are exact up to 2^53 only, and takes 0 for "no match". So everything is
+    # numbered from 1, in the order of its ids, which decides between equal scores.
+    image_numbers = {image_id: number for number, image_id in enumerate(sorted(detections), start=1)}
+    category_numbers = {category_id: number for number, category_id in enumerate(sorted(names), start=1)}
     objects = (one for one in ground_truth["annotations"] if one["image_id"] in detections)
     truth = COCO(
         {
-            "images": [{"id": image_id} for image_id in detections],
-            "categories": [{"id": category_id, "name": name} for category_id, name in names.items()],
-            # Copies, because the evaluator writes into them. Ids from 1: it takes 0 for "no match".
+            "images": [{"id": number} for number in image_numbers.values()],
+            "categories": [{"id": number, "name": names[one]} for one, number in category_numbers.items()],
+            # Copies, because the evaluator writes into them.
             "annotations": [
-                {key: one[key] for key in ("image_id", "category_id", "bbox", "area", "iscrowd")} | {"id": number}
+                {key: one[key] for key in ("bbox", "area", "iscrowd")}
+                | {
+                    "id": number,
+                    "image_id": image_numbers[one["image_id"]],
+                    "category_id": category_numbers[one["category_id"]],
+                }
                 for number, one in enumerate(objects, start=1)
             ],
         }
     )
     # A segmentation, which boxes do not need, would be made up for each record that has none.
-    results = [{**record, "segmentation": []} for record in coco_records(detections)]
+    results = [
+        {
+            **record,
+            "image_id": image_numbers[record["image_id"]],
+            "category_id": category_numbers[record["category_id"]],
+            "segmentation": [],
+        }
+        for record in coco_records(detections)
+    ]
     # Without a function it prints by the root of all loggers.
     evaluation = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=lambda *_: None)
     evaluation.run()
     # [IoU thresholds, recalls, categories, areas, numbers of detections]; -1 where there is no object.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     per_category = {}
+    by_number = {number: names[category_id] for category_id, number in category_numbers.items()}
     for place, category_id in enumerate(evaluation.params.catIds):
         values = precision[:, :, place]
         if (values > -1).any():
-            per_category[names[int(category_id)]] = float(values[values > -1].mean())
+            per_category[by_number[int(category_id)]] = float(values[values > -1].mean())
     numbers = {
         name: float(value) if value > -1 else math.nan
         for name, value in zip(COCO_NUMBERS, evaluation.stats, strict=True)

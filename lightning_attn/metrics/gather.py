@@ -5,10 +5,11 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+K = TypeVar("K", int, str)
 T = TypeVar("T")
 
 
-def add_record(records: dict[int, T], sample: int, record: T, same: Callable[[T], object] | None = None) -> None:
+def add_record(records: dict[K, T], sample: K, record: T, same: Callable[[T], object] | None = None) -> None:
     """Add a record under its sample id, unless there is one already: of a repeated sample the first record counts.
 
     Args:
@@ -28,7 +29,7 @@ def add_record(records: dict[int, T], sample: int, record: T, same: Callable[[T]
         )
 
 
-def gather_by_id(records: Mapping[int, T], same: Callable[[T], object] | None = None) -> dict[int, T]:
+def gather_by_id(records: Mapping[K, T], same: Callable[[T], object] | None = None) -> dict[K, T]:
     """Collect the records of all ranks, on all ranks.
 
     Samplers that give every rank as many samples as the others repeat some. Here each sample counts once, so that what
@@ -49,11 +50,11 @@ def gather_by_id(records: Mapping[int, T], same: Callable[[T], object] | None = 
     Raises:
         ValueError: on every rank, if `same` differs between two records of a sample.
     """
-    parts: list[Mapping[int, T]] = [records]
+    parts: list[Mapping[K, T]] = [records]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         parts *= dist.get_world_size()
         dist.all_gather_object(parts, dict(records))
-    union: dict[int, T] = {}
+    union: dict[K, T] = {}
     for part in parts:  # in the order of the ranks
         for sample, record in part.items():
             add_record(union, sample, record, same)
