@@ -78,7 +78,8 @@ from benchmarks.measure import (
     timed_in_turn,
 )
 from datamodules.detection.annotations import Categories
-from datamodules.detection.coco import COCODataModule, DetectionBatch
+from datamodules.detection.coco import COCODataModule
+from datamodules.detection.datamodule import DetectionBatch
 from lightning_attn.attention import AttentionSpec, DeformableConv
 from lightning_attn.callbacks import ExponentialAveraging
 from lightning_attn.cli import Parser, RunOptions

@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -21,6 +21,27 @@ from lightning_attn.tasks.base import BaseTask
 from lightning_attn.tasks.checkpoints import load_initial_weights
 
 RUN_KEY = "run"
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt` by a monitored score; the latest network, with a word about it, as long as the score is not a number.
+
+    A score is NaN where there is nothing to score, such as validation images without any object.
+    """
+
+    _told = False
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Whether the network is to be saved."""
+        if current is None or not torch.isnan(current):
+            return super().check_monitor_top_k(trainer, current)
+        if not self._told:
+            rank_zero_info(
+                f"{self.monitor} is not a number: the validation data has nothing to score, such as images without any "
+                "object. best.ckpt is the latest network until there is a score."
+            )
+        self._told = True
+        return self.best_model_score is None or not bool(torch.isfinite(self.best_model_score))
 
 
 class _Clock:

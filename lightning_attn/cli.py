@@ -23,14 +23,21 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import namespace_to_dict
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_attn import run_directory
 from lightning_attn.averaging import average_checkpoints
-from lightning_attn.callbacks import RUN_KEY, InitialWeights, ProgressLines, SaveConfiguration, TrainingBar
+from lightning_attn.callbacks import (
+    RUN_KEY,
+    BestCheckpoint,
+    InitialWeights,
+    ProgressLines,
+    SaveConfiguration,
+    TrainingBar,
+)
 from lightning_attn.export import ExportFormat, export_checkpoint
 from lightning_attn.loggers import MetricsLogger
 from lightning_attn.resuming import LINES_KEY, LastCheckpoint, TrainingStopped
@@ -313,7 +320,7 @@ def _loggers(path: Path, stored: dict[str, Any]) -> list[Any]:
 
 def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[Callback]:
     """`best.ckpt` by the task's monitored value; `last.ckpt` after validations, at ends of epochs and every n steps."""
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         dirpath=path,
         filename="best",
         monitor=task.monitor,
@@ -389,8 +396,9 @@ def main(args: ArgsType = None) -> None:
         args: Command-line arguments; None for those of the process.
 
     Raises:
-        SystemExit: With status 2 and a message on the standard error if an option or the data is wrong; with 128 and
-            the signal's number if a signal stopped a training, whose state is saved.
+        SystemExit: With status 2 and a message on the standard error if an option or the data is wrong, or some images
+            of a prediction, which is complete without them; with 128 and the signal's number if a signal stopped a
+            training, whose state is saved.
     """
     _configure_messages()
     if str(Path.cwd()) not in sys.path:
@@ -400,7 +408,7 @@ def main(args: ArgsType = None) -> None:
         if isinstance(arguments, list) and arguments and arguments[0] in _FURTHER_COMMANDS:
             _FURTHER_COMMANDS[arguments[0]](arguments[1:])
             return
-        CommandLine(
+        command = CommandLine(
             BaseTask,
             pl.LightningDataModule,
             subclass_mode_model=True,
@@ -418,6 +426,8 @@ def main(args: ArgsType = None) -> None:
             },
             args=args,
         )
+        if command.subcommand == "predict" and getattr(command.model, "bad_images", None):
+            raise SystemExit(2)  # everything else was predicted; the log says what was not
     except TrainingStopped as stopped:
         if run_directory.is_rank_zero():
             print(stopped, file=sys.stderr)

@@ -1,30 +1,41 @@
 """Object detection with an attended ResNet whose attention is chosen by spec (paper, sections 3 and 4)."""
 
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.detection.annotations import Categories
-from datamodules.detection.coco import DetectionBatch
-from datamodules.images.files import ImageArray, channels_first
+from datamodules.detection.datamodule import DetectionBatch
+from datamodules.images.files import ExifPolicy, ImageArray, ImageError, channels_first, read_image
+from datamodules.images.folders import unique_stems
 from datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import write_json
-from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, coco_records, image_detections
-from lightning_attn.metrics.gather import gather_by_id
+from lightning_attn.files import unused_path, write_json
+from lightning_attn.metrics.detection import (
+    COCO_NUMBERS,
+    CocoDetectionMetrics,
+    ImageDetections,
+    coco_records,
+    image_detections,
+)
+from lightning_attn.metrics.detection_analysis import DetectionAnalysis, analyse_detections
 from lightning_attn.networks.detection import Detection, Detector, DetectorProgram, DetectorSpec
 from lightning_attn.networks.detector_weights import is_torchvision_detector, read_torchvision_detector
+from lightning_attn.networks.images.detection_inference import DetectionInferenceSpec, detect
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.programs import Program
 from lightning_attn.tasks.checkpoints import CheckpointError
+from lightning_attn.tasks.detection_files import DetectionFiles, write_analysis
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
-from lightning_attn.visualization.pictures import Picture
+from lightning_attn.visualization.pictures import Picture, save_picture
 
 
 class DetectionTask(ImageTask[Categories, Detector]):
@@ -39,7 +50,8 @@ class DetectionTask(ImageTask[Categories, Detector]):
         optimizer: The optimizer.
         schedule: The learning rate's course.
         num_pictures: How many images of a validation, test or prediction are drawn with their boxes.
-        picture_score: Detections of a lower score are not drawn.
+        picture_score: Detections of a lower score are not drawn, and do not count in the confusion of categories.
+        inference: How the objects of an image are found in validation, test and prediction.
     """
 
     task_name: ClassVar[str] = "detection"
@@ -61,15 +73,17 @@ class DetectionTask(ImageTask[Categories, Detector]):
         ),
         num_pictures: int = 8,
         picture_score: float = 0.5,
+        inference: DetectionInferenceSpec = DetectionInferenceSpec(),  # noqa: B008 - a frozen value
     ) -> None:
         super().__init__(attention, backbone, optimizer, schedule, num_pictures)
         if not 0 <= picture_score <= 1:
             raise ValueError(f"picture_score must be between 0 and 1, got {picture_score}.")
         self.detector = detector
         self.picture_score = picture_score
+        self.inference = inference
         self.check_sizes()
         self._metrics: CocoDetectionMetrics | None = None
-        self._predictions: dict[int, tuple[str, Detection]] = {}
+        self._files: DetectionFiles | None = None
 
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Detector:
         """The detector."""
@@ -119,40 +133,50 @@ class DetectionTask(ImageTask[Categories, Detector]):
 
     def _detect(self, batch: DetectionBatch) -> list[Detection]:
         """What is in the images; a rank that has none of them gets an empty batch."""
-        return self.built_network(batch.images) if len(batch) else []
+        return detect(self.built_network, batch.images, self.inference)
 
     def _in_original_pixels(self, batch: DetectionBatch, found: list[Detection]) -> list[Detection]:
         """Boxes in the image as it is stored, and the data's category ids in place of labels."""
         ids = torch.tensor((0, *self.known_classes.ids), device=self.device)
-        moved = []
-        for image, (height, width), detection in zip(batch.images, batch.sizes.tolist(), found, strict=True):
-            factors = detection["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]] * 2)
-            moved.append(
-                {
-                    "boxes": detection["boxes"] * factors,
-                    "labels": ids[detection["labels"]],
-                    "scores": detection["scores"],
-                }
-            )
-        return moved
+        return [
+            one | {"labels": ids[one["labels"]]}
+            for one in (self._enlarged(batch, place, detection) for place, detection in enumerate(found))
+        ]
+
+    @staticmethod
+    def _enlarged(batch: DetectionBatch, place: int, boxes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with boxes in pixels of the image as it is stored."""
+        (height, width), image = batch.sizes[place].tolist(), batch.images[place]
+        factors = boxes["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]] * 2)
+        return boxes | {"boxes": boxes["boxes"] * factors}
 
     def _keep_pictures(self, batch: DetectionBatch, found: list[Detection]) -> None:
         targets: list[dict[str, Tensor] | None] = [*batch.targets] or [None] * len(batch)
-        for name, image, detection, target in zip(batch.names, batch.images, found, targets, strict=True):
+        outputs = batch.outputs or [Path(name).stem for name in batch.names]
+        for place, (output, detection, target) in enumerate(zip(outputs, found, targets, strict=True)):
             if not self.wants_pictures:
                 return
-            draw = functools.partial(
-                self._drawn, image.cpu(), _on_cpu(detection), None if target is None else _on_cpu(target)
-            )
-            self.keep_picture(Path(name).stem, draw)
+            if batch.paths:  # drawn on the image itself, which has more to see than what the network gets
+                size = batch.sizes[place].tolist()
+                detection = self._enlarged(batch, place, detection)
+                target = None if target is None else self._enlarged(batch, place, target)
+                image: Callable[[], ImageArray | Tensor] = functools.partial(
+                    _original, batch.paths[place], (size[0], size[1]), self.exif
+                )
+            else:
+                image = functools.partial(Tensor.cpu, batch.images[place])
+            truth = None if target is None else _on_cpu(target)
+            self.keep_picture(output, functools.partial(self._drawn, image, _on_cpu(detection), truth))
 
-    def _drawn(self, image: Tensor, found: Detection, target: dict[str, Tensor] | None) -> Picture:
+    def _drawn(
+        self, image: Callable[[], ImageArray | Tensor], found: Detection, target: dict[str, Tensor] | None
+    ) -> Picture:
         categories = self.known_classes.names
         names, true_names = (
             [] if boxes is None else [categories[label - 1] for label in boxes["labels"].tolist()]
             for boxes in (found, target)
         )
-        detected = (image, found["boxes"], names, found["scores"])
+        detected = (image(), found["boxes"], names, found["scores"])
         if target is None:
             return draw_detections(*detected, categories=categories, min_score=self.picture_score)
         truth = (target["boxes"], true_names)
@@ -169,10 +193,51 @@ class DetectionTask(ImageTask[Categories, Detector]):
         return {f"{stage}/{name}": number_or_none(value) for name, value in scores.items()}
 
     def write_scores(self, results: dict[str, Any]) -> None:
-        """Also writes the detections."""
+        """Also writes the detections, and what is wrong with them."""
         assert self._metrics is not None
-        write_json(self.output_directory / "predictions" / "test_detections.json", self._metrics.records())
+        folder = self.output_directory / "predictions"
+        write_json(folder / "test_detections.json", self._metrics.records())
         self.write_metrics(results, ("category", "AP"), "ap_per_category", COCO_NUMBERS)
+        truth = self.trainer.datamodule.ground_truth("test")  # type: ignore[attr-defined]
+        found = self._metrics.gathered()
+        analysis = analyse_detections(truth, found, min_score=self.picture_score)
+        errors = unused_path(folder / "test_errors")
+        write_analysis(errors, analysis, {image["id"]: image["file_name"] for image in truth["images"]})
+        self._draw_worst(errors / "worst_images", analysis, truth, found)
+        rank_zero_info(f"Confusion, precision by recall and the images with most errors: {errors}")
+
+    def _draw_worst(
+        self,
+        folder: Path,
+        analysis: DetectionAnalysis,
+        truth: Mapping[str, Any],
+        found: Mapping[int, ImageDetections],
+    ) -> None:
+        """Pictures of the images with most errors, the worst first, where the data says which files they are."""
+        locate = getattr(self.trainer.datamodule, "images_folder", None)  # type: ignore[attr-defined]
+        if locate is None:
+            return
+        images = {image["id"]: image for image in truth["images"]}
+        names = {category["id"]: category["name"] for category in truth["categories"]}
+        for place, errors in enumerate(analysis.images[: self.num_pictures], start=1):
+            if not errors.errors:
+                return
+            image, detections = images[errors.image_id], found[errors.image_id]
+            objects = [one for one in truth["annotations"] if one["image_id"] == errors.image_id]
+            boxes = np.array([one["bbox"] for one in objects], dtype=np.float64).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            path = locate("test") / image["file_name"]
+            picture = draw_detections_beside_truth(
+                _original(str(path), (image["height"], image["width"]), self.exif),
+                detections.boxes,
+                [names[number] for number in detections.category_ids.tolist()],
+                detections.scores,
+                boxes,
+                [names[one["category_id"]] for one in objects],
+                categories=self.known_classes.names,
+                min_score=self.picture_score,
+            )
+            save_picture(picture, folder / f"{place:03d}_{unique_stems([image['file_name']])[0]}.png")
 
     # Prediction
 
@@ -182,11 +247,12 @@ class DetectionTask(ImageTask[Categories, Detector]):
         Raises:
             CheckpointError: If the checkpoint does not say how images are resized.
         """
-        if not self.preprocessing:
+        if "min_size" not in self.preprocessing:
             raise CheckpointError("The checkpoint does not say how images are resized; evaluate it by the command.")
         sizes = [(image.shape[0], image.shape[1]) for image in images]
+        lengths = int(self.preprocessing["min_size"]), int(self.preprocessing["max_size"])
         resized = [
-            channels_first(resize_image(image, resized_size(size, **self.preprocessing))).to(self.device)
+            channels_first(resize_image(image, resized_size(size, *lengths))).to(self.device)
             for image, size in zip(images, sizes, strict=True)
         ]
         ids = torch.arange(len(images))
@@ -203,31 +269,45 @@ class DetectionTask(ImageTask[Categories, Detector]):
         ]
 
     def on_predict_epoch_start(self) -> None:
-        """Forgets the images of an earlier pass."""
-        self._predictions = {}
+        """Chooses where the detections of all ranks are written."""
+        self.bad_images = {}
         self.forget_pictures()
+        folder = unused_path(self.output_directory / "predictions" / "detections_so_far")
+        # Rank 0 decides: by the time that another looks, it may have begun to write.
+        self._files = DetectionFiles(Path(self.trainer.strategy.broadcast(str(folder))), self.global_rank)
 
     def predict_step(self, batch: DetectionBatch, batch_idx: int) -> None:
-        """Detects the objects of a batch; all are kept until the end of the epoch."""
+        """Detects the objects of a batch, and writes them."""
+        assert self._files is not None
+        self.note_bad_images(batch)
         found = self._detect(batch)
         self._keep_pictures(batch, found)
         for image_id, name, detection in zip(
             batch.ids.tolist(), batch.names, self._in_original_pixels(batch, found), strict=True
         ):
-            self._predictions[image_id] = (name, _on_cpu(detection))
+            self._files.add(image_id, name, coco_records({image_id: image_detections(image_id, detection)}))
+        self._files.flush()
 
     def on_predict_epoch_end(self) -> None:
-        """Writes `predictions/detections.json` as COCO's scorers read it, the images' names, and pictures."""
-        predictions = gather_by_id(self._predictions)
+        """Writes `predictions/detections.json` as COCO's scorers read it, the images' names, a table, and pictures."""
+        assert self._files is not None
+        self._files.close()
+        self.report_bad_images(self.output_directory / "predictions" / "bad_images.csv")
+        self.trainer.strategy.barrier()
         if not self.trainer.is_global_zero:
             return
-        folder = self.output_directory / "predictions"
-        found = {image_id: image_detections(image_id, detection) for image_id, (_, detection) in predictions.items()}
-        path = write_json(folder / "detections.json", coco_records(found))
-        images = [{"id": image_id, "file_name": name} for image_id, (name, _) in predictions.items()]
-        write_json(folder / "images.json", images)
-        rank_zero_info(f"Detections in {len(predictions)} images written to {path}")
+        classes = self.known_classes
+        path, count = self._files.join(dict(zip(classes.ids, classes.names, strict=True)))
+        rank_zero_info(f"Detections in {count:,} images written to {path} and {path.with_suffix('.csv').name}")
         self.save_pictures("predict")
+
+
+def _original(path: str, size: tuple[int, int], exif: ExifPolicy) -> ImageArray:
+    """The pixels of an image that was read before; grey if it is gone."""
+    try:
+        return read_image(Path(path), size, exif=exif)
+    except (ImageError, OSError):
+        return np.full((*size, 3), 128, dtype=np.uint8)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,10 +1,13 @@
 """What the tasks on images share: a network for the data's classes, stored in checkpoints, and pictures of results."""
 
+import csv
 import dataclasses
+import io
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -13,9 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from datamodules.images.files import ImageArray, pixels_of
+from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
+from datamodules.images.folders import listed
+from datamodules.images.sampling import ImageBatch
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_json
+from lightning_attn.files import unused_path, write_file, write_json
+from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.tasks.base import BaseTask, evaluating, require_network
 from lightning_attn.tasks.checkpoints import CheckpointError, read_checkpoint
@@ -36,6 +42,8 @@ class Classes(Protocol):
 
 
 PREPROCESSING_KEY = "preprocessing"
+
+_logger = logging.getLogger(__name__)
 
 ClassesType = TypeVar("ClassesType", bound=Classes)
 NetworkType = TypeVar("NetworkType", bound=nn.Module)
@@ -61,6 +69,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         classes_type: The dataclass that holds them.
         classes: They themselves, as soon as there is a network.
         preprocessing: What the DataModule does to every image first; stored in checkpoints too, for `predict`.
+        bad_images: Names of the images that could not be used in the last stage, with the reasons.
         network: The network, as soon as it is built.
     """
 
@@ -81,7 +90,8 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         self.attention, self.backbone = attention, backbone
         self.num_pictures = num_pictures
         self.classes: ClassesType | None = None
-        self.preprocessing: dict[str, int] = {}
+        self.preprocessing: dict[str, int | str] = {}
+        self.bad_images: dict[str, str] = {}
         self.network: NetworkType | None = None
         self._pictures: dict[str, Callable[[], Picture]] = {}
 
@@ -193,6 +203,47 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         pairs = [f"{name} ({number})" for name, number in zip(classes.names, classes.ids, strict=True)]
         return f"{len(pairs)} {self.classes_word}: {', '.join(pairs[:6])}{', ...' if len(pairs) > 6 else ''}"
 
+    # Images that cannot be used
+
+    def note_bad_images(self, batch: ImageBatch) -> None:
+        """Keeps in mind, and says, which images of a batch could not be used."""
+        for image in batch.bad:
+            if image.name not in self.bad_images:
+                self.bad_images[image.name] = image.reason
+                _logger.warning(f"Skipped: {image.reason}")
+
+    def report_bad_images(self, path: Path | None = None) -> None:
+        """Says at the end of a stage which images of all ranks could not be used; a collective.
+
+        Args:
+            path: A CSV file to write their names and the reasons into; None for none.
+        """
+        self.bad_images = gather_by_id(self.bad_images)
+        if not self.bad_images or not self.trainer.is_global_zero:
+            return
+        where = ""
+        if path is not None:
+            text = io.StringIO()
+            csv.writer(text).writerows([("file_name", "reason"), *self.bad_images.items()])
+            where = f", which {write_file(path, lambda file: file.write(text.getvalue().encode()))} lists"
+        _logger.warning(
+            f"{len(self.bad_images):,} images could not be used and were skipped{where}: "
+            f"{listed(list(self.bad_images), 20)}"
+        )
+
+    def on_fit_start(self) -> None:
+        """Forgets the images of an earlier stage."""
+        super().on_fit_start()
+        self.bad_images = {}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Says which images were replaced."""
+        self.note_bad_images(batch)
+
+    def on_fit_end(self) -> None:
+        """Says which images were replaced in the whole training."""
+        self.report_bad_images()
+
     # Validation and test
 
     def start_scoring(self, split: str) -> None:
@@ -215,18 +266,23 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         """Forgets the images of an earlier pass."""
         self.start_scoring("val")
         self.forget_pictures()
+        if not self.trainer.training and not self.trainer.sanity_checking:
+            self.bad_images = {}
 
     def on_test_epoch_start(self) -> None:
         """Forgets the images of an earlier pass."""
         self.start_scoring("test")
         self.forget_pictures()
+        self.bad_images = {}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Scores a batch."""
+        self.note_bad_images(batch)
         self.score(batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Scores a batch."""
+        self.note_bad_images(batch)
         self.score(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -237,6 +293,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     def on_test_epoch_end(self) -> None:
         """Logs the scores of the whole set, and writes them and pictures into the run directory."""
         results = self.log_scores("test")
+        self.report_bad_images()
         if self.trainer.is_global_zero:
             self.write_scores(results)
             self.save_pictures("test")
@@ -271,7 +328,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             ValueError: If no size is known or it is not positive.
         """
         if size is None and "min_size" in self.preprocessing:
-            size = self.preprocessing["min_size"], self.preprocessing["max_size"]
+            size = int(self.preprocessing["min_size"]), int(self.preprocessing["max_size"])
         if size is None or min(size) < 1:
             given = "none was given" if size is None else f"got {size[0]} {size[1]}"
             raise ValueError(
@@ -303,8 +360,14 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         found: list[Any] = []
         with evaluating(self):
             for begin in range(0, len(inputs), batch_size):
-                found += self.predict_images([pixels_of(image) for image in inputs[begin : begin + batch_size]])
+                chosen = inputs[begin : begin + batch_size]
+                found += self.predict_images([pixels_of(image, self.exif) for image in chosen])
         return found
+
+    @property
+    def exif(self) -> ExifPolicy:
+        """What the data that the network was trained with did about EXIF orientations."""
+        return cast(ExifPolicy, self.preprocessing.get("exif", "apply"))
 
     def predict_images(self, images: list[ImageArray]) -> list[Any]:
         """What is in images `[H, W, 3]` as they were taken; `predict` calls it, in evaluation mode."""
@@ -321,7 +384,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         """Keeps a picture, if more are wanted, to be drawn at the end of the pass.
 
         Args:
-            name: Name of the image.
+            name: Name of the image, each once and fit for a file; see `ImageBatch.outputs`.
             draw: Draws it; what it needs should be on the CPU.
         """
         if self.wants_pictures:
@@ -344,7 +407,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             return
         folder = unused_path(self.output_directory / "predictions" / f"{stage}_pictures")
         for name, draw in self._pictures.items():
-            save_picture(draw(), folder / f"{Path(name).stem}.png")
+            save_picture(draw(), folder / f"{name}.png")
         rank_zero_info(f"{len(self._pictures)} pictures drawn into {folder}")
         self.forget_pictures()
 

@@ -14,8 +14,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from datamodules.images.files import ImageArray, channels_first
-from datamodules.segmentation.cityscapes import SegmentationBatch
 from datamodules.segmentation.classes import SegmentationClasses
+from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_file
 from lightning_attn.metrics.segmentation import SegmentationMetrics
@@ -149,6 +149,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
 
     def on_predict_epoch_start(self) -> None:
         """Chooses the folder for the labels, one for all ranks."""
+        self.bad_images = {}
         self.forget_pictures()
         folder = unused_path(self.output_directory / "predictions" / "labels")
         # Rank 0 decides: by the time that another looks, it may have begun to write.
@@ -157,6 +158,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     def predict_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
         """Segments a batch and writes `<name>_pred_labelIds.png` of each image, as Cityscapes' scorer reads them."""
         assert self._label_folder is not None
+        self.note_bad_images(batch)
         predicted = self._segment(batch)
         self._keep_pictures(batch, predicted)
         for name, labels in zip(batch.names, predicted, strict=True):
@@ -164,10 +166,11 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
             write_file(self._label_folder / f"{name}_pred_labelIds.png", _png(ids), replace=True)
 
     def on_predict_epoch_end(self) -> None:
-        """Draws pictures."""
+        """Says which images could not be used, and draws pictures."""
+        self.report_bad_images(self.output_directory / "predictions" / "bad_images.csv")
         rank_zero_info(f"Label ids written into {self._label_folder}")
         self.save_pictures("predict")
 
 
-def _png(ids: npt.NDArray[np.uint8]) -> Callable[[BinaryIO], object]:
+def _png(ids: npt.NDArray[Any]) -> Callable[[BinaryIO], object]:
     return lambda file: Image.fromarray(ids).save(file, format="PNG")

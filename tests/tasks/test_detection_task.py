@@ -189,6 +189,152 @@ def test_predict_says_what_the_command_writes(run, coco, trained):
     assert task.training, "the mode is the caller's"
 
 
+@pytest.fixture
+def photos(coco, tmp_path) -> Path:
+    """Seven pictures with names as exports give them, of which two are damaged and one is none."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    source = sorted((coco / "test2017").iterdir())
+    for number, name in enumerate(("frame.0001.png", "frame.0002.png", "more/frame.0001.png", "a.png")):
+        (folder / name).write_bytes(source[number].read_bytes())
+    for name in ("cut.png", "more/cut.png"):
+        (folder / name).write_bytes(source[0].read_bytes()[:200])
+    (folder / "text.jpg").write_text("no picture")
+    return folder
+
+
+def test_damaged_pictures_lose_nothing_but_themselves(run, trained, photos):
+    """The pictures drawn of the others are as many as there are, whatever their names."""
+    arguments = ["--data.predict_folder", photos, "--model.num_pictures", 9]
+    printed = run("predict", "--ckpt_path", trained / "last.ckpt", *arguments, status=2)
+    assert "3 images could not be used and were skipped" in printed
+    bad = ("cut.png", "more/cut.png", "text.jpg")
+    good = ("a.png", "frame.0001.png", "frame.0002.png", "more/frame.0001.png")
+    folder = trained / "predictions"
+    with (folder / "bad_images.csv").open(encoding="utf-8") as file:
+        listed = list(csv.DictReader(file))
+    assert tuple(row["file_name"] for row in listed) == bad
+    for row in listed:
+        assert row["file_name"] in row["reason"]
+        assert "image id" not in row["reason"], "the user never gave one"
+    names = {image["id"]: image["file_name"] for image in json.loads((folder / "images.json").read_text())}
+    assert sorted(names.values()) == sorted(good)
+    records = json.loads((folder / "detections.json").read_text())
+    assert {names[record["image_id"]] for record in records} == set(good)
+    with (folder / "detections.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(records)
+    for row, record in zip(rows, records, strict=True):
+        x, y, width, height = record["bbox"]
+        assert row["file_name"] == names[record["image_id"]]
+        assert row["category"] == CATEGORIES[record["category_id"]]
+        corners = [float(row[key]) for key in ("x1", "y1", "x2", "y2")]
+        assert corners == pytest.approx([x, y, x + width, y + height], abs=0.006)
+    assert not (folder / "detections_so_far").exists()
+    drawn = sorted(path.name for path in (folder / "predict_pictures").iterdir())
+    assert drawn == ["a.png", "frame.0001.png", "frame.0002.png", "more_frame.0001.png"]
+
+
+def test_predictions_are_written_as_they_come(run, trained, coco, monkeypatch):
+    """A prediction that is broken off has what it found until then."""
+    step, calls = DetectionTask.predict_step, []
+
+    def broken_off(task, batch, batch_idx):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(batch)
+        step(task, batch, batch_idx)
+
+    monkeypatch.setattr(DetectionTask, "predict_step", broken_off)
+    run("predict", "--ckpt_path", trained / "last.ckpt", "--data.predict_folder", coco / "test2017", status=1)
+    (part,) = (trained / "predictions" / "detections_so_far").iterdir()
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    assert [line["file_name"] for line in lines] == calls[0].names
+
+
+def test_what_is_wrong_is_written_after_a_test(run, coco, trained, tmp_path):
+    run("test", "--ckpt_path", trained / "last.ckpt")
+    records = json.loads((trained / "predictions" / "test_detections.json").read_text())
+    root = truth_from_detections(coco, "test2017", records, tmp_path / "found")
+    arguments = ["--data.root", root, "--run.name", "errors", "--run.root", tmp_path, "--model.picture_score", 0.0]
+    run("test", "--ckpt_path", trained / "last.ckpt", *arguments)
+    folder = tmp_path / "detection" / "errors" / "predictions" / "test_errors"
+    truth = json.loads(annotation_path(root, "test2017").read_text())
+    with (folder / "confusion.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["object"] for row in rows] == [*(CATEGORIES[number] for number in sorted(CATEGORIES)), "no object"]
+    objects = sum(int(value) for row in rows[:-1] for name, value in row.items() if name != "object")
+    assert objects == len(truth["annotations"])
+    with (folder / "images.csv").open(encoding="utf-8") as file:
+        images = list(csv.DictReader(file))
+    assert {row["file_name"] for row in images} == {image["file_name"] for image in truth["images"]}
+    errors = [sum(int(row[key]) for key in ("wrong category", "not detected", "no object")) for row in images]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0
+    worst = sorted(path.name for path in (folder / "worst_images").iterdir())
+    assert worst[0] == f"001_{Path(images[0]['file_name']).stem}.png"
+    for name in ("confusion.png", "precision_recall.png"):
+        with Image.open(folder / name) as figure:
+            assert min(figure.size) > 300
+
+
+def test_mirror_images_scales_and_tiles_by_option(run, trained, coco, tmp_path):
+    found = {}
+    for name, options in {
+        "once": (),
+        "flip": ("--model.inference.flip", "true"),
+        "tiles": ("--model.inference.mode", "sliding", "--model.inference.tile", 32),
+    }.items():
+        where = ["--run.name", name, "--run.root", tmp_path]
+        run(
+            "predict",
+            "--ckpt_path",
+            trained / "last.ckpt",
+            "--data.predict_folder",
+            coco / "test2017",
+            *options,
+            *where,
+        )
+        found[name] = json.loads((tmp_path / "detection" / name / "predictions" / "detections.json").read_text())
+    assert found["flip"] != found["once"] != found["tiles"]
+    assert all(len(records) > 0 for records in found.values())
+
+
+def test_validation_without_a_box_is_told_and_keeps_the_latest(run, coco, detection_config, tmp_path, caplog):
+    root = shutil.copytree(coco, tmp_path / "data")
+    change_coco(root, "val2017", lambda content: content["annotations"].clear())
+    arguments = ["--data.root", root, "--run.root", tmp_path / "runs", "--trainer.max_steps", 4]
+    run("fit", "-c", detection_config, *arguments, "--trainer.val_check_interval", 2)
+    folder = tmp_path / "runs" / "detection" / "tiny"
+    steps = [torch.load(folder / name, weights_only=True)["global_step"] for name in ("best.ckpt", "last.ckpt")]
+    assert steps == [4, 4]
+    assert "val/ap is not a number: the validation data has nothing to score" in caplog.text
+
+
+def test_training_without_validation(run, detection_config, tmp_path):
+    arguments = ["--data.val_split", "", "--run.root", tmp_path / "runs", "--trainer.max_steps", 2]
+    run("fit", "-c", detection_config, *arguments, "--trainer.val_check_interval", 2)
+    folder = tmp_path / "runs" / "detection" / "tiny"
+    assert (folder / "last.ckpt").is_file()
+    assert not (folder / "best.ckpt").exists()
+
+
+def test_what_is_done_about_orientations_is_part_of_a_checkpoint(run, coco, detection_config, tmp_path):
+    arguments = ["--data.exif", "ignore", "--run.root", tmp_path, "--trainer.max_steps", 1]
+    run("fit", "-c", detection_config, *arguments, "--trainer.limit_val_batches", 0)
+    task = DetectionTask.load(tmp_path / "detection" / "tiny" / "last.ckpt")
+    assert task.exif == "ignore"
+    data = Image.Exif()
+    data[0x0112] = 3
+    photo = tmp_path / "photo.png"
+    with Image.open(sorted((coco / "test2017").iterdir())[0]) as image:
+        image.save(photo, exif=data)
+        plain = image.convert("RGB")
+    assert task.predict([photo]) == task.predict([plain])
+    task.preprocessing["exif"] = "apply"
+    assert task.predict([photo]) == task.predict([plain.transpose(Image.Transpose.ROTATE_180)])
+
+
 def test_predict_refuses_what_is_no_image(trained, tmp_path):
     task = DetectionTask.load(trained / "last.ckpt")
     assert task.predict([]) == []
