@@ -134,8 +134,8 @@ def test_detection_on_two_ranks(run, run_process, detection_config, coco, in_fol
     assert uneven["test/num_images"] == 5
     assert uneven == together
     names = ("detections.json", "test_detections.json", "test_detections-2.json", "detections-2.json")
-    texts = [(found / name).read_text() for name in names]
-    assert texts[0] == texts[1] == texts[2] == texts[3]
+    records = [json.loads((found / name).read_text()) for name in names]
+    assert records[0] == records[1] == records[2] == records[3]
 
 
 def test_segmentation_on_two_ranks(run, run_process, segmentation_config, cityscapes, in_folder):

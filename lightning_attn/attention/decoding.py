@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_attn.attention.cpu.linear import PackedLinear
 from lightning_attn.attention.positions import computation_dtype
-from lightning_attn.attention.projections import is_plain, without_autocast
+from lightning_attn.attention.projections import has_only_weight, is_plain, without_autocast
 from lightning_attn.attention.spec import parse_terms
 from lightning_attn.attention.transforms import not_compiled
 
@@ -111,7 +111,9 @@ class AttentionCache:
                 padding = key_padding_mask[:, None, :: attention.kv_stride, None]
                 zeros = torch.zeros_like(padding, dtype=self._stored[0].dtype)
                 self._hidden = zeros.masked_fill_(padding, -math.inf)
-        self._packed = self._pack() if all(is_plain(layer) for layer in attention.children()) else None
+        inner = (layer for name, layer in attention.named_children() if name != "out_proj")
+        usual = is_plain(attention.out_proj) and all(has_only_weight(layer) for layer in inner)
+        self._packed = self._pack() if usual else None
 
     @property
     def rows(self) -> int | None:
@@ -347,9 +349,11 @@ class DynamicConvCache:
         value: GLU outputs of the last kernel_size - 1 tokens, `[B, kernel_size - 1, C]`, zeros before the first
             token; None before the first step.
         length: Number of tokens seen so far.
+        owner: The module that made it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: object = None) -> None:
+        self.owner = owner
         self.value: Tensor | None = None
         self.length = 0
 

@@ -250,6 +250,8 @@ class DeformableConv(nn.Module):
             raise ValueError("cache: only a causal convolution is decoded step by step; build it with causal=True.")
         if key_padding_mask is not None:
             raise ValueError("cache: key_padding_mask is not for decoding step by step; pass None.")
+        if not isinstance(cache, DeformableConvCache):
+            raise ValueError(f"cache: it must be made by new_cache() of this module, got a {type(cache).__name__}.")
         first, past = cache.length, self._past()
         cache.append(x)
         offset, mask = self._offsets(cache.read(first - past))
@@ -368,6 +370,8 @@ def deformable_conv(
         return product
     result = torch.unflatten(product.transpose(1, 2), 2, outputs)
     # In the memory format of x: what follows is slow on formats that alternate.
+    if is_transformed():  # formats are not known there
+        return result
     return result if x.is_contiguous(memory_format=torch.channels_last) else result.contiguous()
 
 

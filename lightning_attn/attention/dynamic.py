@@ -137,7 +137,7 @@ class DynamicConv(nn.Module):
                 "new_cache: only a causal sequence can be decoded step by step; build DynamicConv with ndim=1 and "
                 f"causal=True (here ndim={self.ndim}, causal={self.causal})."
             )
-        return DynamicConvCache()
+        return DynamicConvCache(self)
 
     def forward(
         self, x: Tensor, *, key_padding_mask: Tensor | None = None, cache: DynamicConvCache | None = None
@@ -166,7 +166,12 @@ class DynamicConv(nn.Module):
             x = x.masked_fill(padding, 0.0)
         if self.algorithm == "reference":
             return self._by_reference(x, key_padding_mask, cache)
-        content = F.glu(self._project(self.input_proj, x), dim=channel).contiguous()
+        projected = self._project(self.input_proj, x)
+        if is_transformed():  # torch's operator has no forward derivative of its forward derivative
+            kept, gate = projected.chunk(2, dim=channel)
+            content = (kept * torch.sigmoid(gate)).contiguous()
+        else:
+            content = F.glu(projected, dim=channel).contiguous()
         value = content if padding is None else content.masked_fill(padding, 0.0)
         if self.ndim == 1:
             aggregated = self._aggregate_sequence(content, value, key_padding_mask, cache)
@@ -224,19 +229,22 @@ class DynamicConv(nn.Module):
 
         def block(start: int, stop: int) -> Tensor:
             low, high = max(0, start + first), min(value.shape[1], stop - 1 + first + self.kernel_size)
-            outside = self._outside_of_sequence(start, stop, first, value.shape[1], padding, seen)
+            outside = self._outside_of_sequence(start, stop, first, value, padding, seen)
             kernel = self._kernel(logits(start, stop), outside).to(value.dtype)
+            if torch.compiler.is_compiling():
+                # Sizes of bands follow from lengths by divisions that the compiler takes minutes for.
+                return _aggregate_by_shifts(kernel, value, start + first)
             return aggregate_with_bands(kernel, value[:, low:high], start + first - low)
 
         return self._in_blocks(block, content.shape[1], content.shape[0], dim=1).flatten(2)
 
     def _outside_of_sequence(
-        self, start: int, stop: int, first: int, length: int, padding: Tensor | None, seen: int
+        self, start: int, stop: int, first: int, value: Tensor, padding: Tensor | None, seen: int
     ) -> Tensor | None:
         """True at kernel positions without a key, `[B or 1, stop - start, 1, N_k]`, if these are to be left out."""
         if not self.renorm_padding:
             return None
-        device = self.kernel_proj.weight.device if padding is None else padding.device
+        length, device = value.shape[1], value.device
         places = torch.arange(start, stop, device=device)[:, None] + first
         places = places + torch.arange(self.kernel_size, device=device)
         if self.causal and first == 0:  # the values begin with those of earlier steps, and with zeros before these
@@ -316,6 +324,8 @@ class DynamicConv(nn.Module):
                 self.new_cache()  # says why there is no cache
             if mask is not None:
                 raise ValueError("key_padding_mask: a sequence that is decoded step by step has no padding; pass None.")
+            if not isinstance(cache, DynamicConvCache) or cache.owner is not self:
+                raise ValueError("cache: it was made by another module; take new_cache() of this one.")
             if cache.value is not None and cache.value.shape[0] != x.shape[0]:
                 raise ValueError(
                     f"x has batch size {x.shape[0]}, the cache has {cache.value.shape[0]}: they must be equal."
@@ -357,6 +367,17 @@ def aggregate_with_bands(kernel: Tensor, value: Tensor, first: int) -> Tensor:
         windows = padded.unfold(1, keys, queries).transpose(-1, -2)
     out = torch.matmul(band, windows)  # [B, pieces, G, queries, d]
     return out.transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+def _aggregate_by_shifts(kernel: Tensor, value: Tensor, first: int) -> Tensor:
+    """`aggregate_with_bands` as a sum over taps of shifted values."""
+    rows, taps = kernel.shape[1], kernel.shape[3]
+    after = rows - 1 + first + taps - value.shape[1]
+    padded = F.pad(value, (0, 0, 0, 0, -first, after))  # a negative number cuts off
+    total = kernel[..., 0, None] * padded[:, :rows]
+    for tap in range(1, taps):
+        total = total + kernel[..., tap, None] * padded[:, tap : tap + rows]
+    return total
 
 
 @torch.library.custom_op("lightning_attn::dynamic_taps", mutates_args=())

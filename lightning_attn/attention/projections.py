@@ -11,11 +11,13 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from lightning_attn.attention.cpu.linear import Linear, linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN_TYPES = (Tensor, nn.Parameter, FakeTensor)
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
@@ -29,8 +31,18 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling a layer does nothing but multiply with its weight: an `nn.Linear` without hooks of any kind."""
-    return type(layer) in (nn.Linear, Linear) and not is_hooked(layer)
+    """Whether calling a layer does nothing but multiply with its weight: an `nn.Linear` without hooks of any kind.
+
+    Weights that are subclasses of tensors, as those of quantised layers, multiply in their own way.
+    """
+    if type(layer) not in (nn.Linear, Linear) or is_hooked(layer):
+        return False
+    return all(tensor is None or type(tensor) in _OWN_TYPES for tensor in (layer.weight, layer.bias))
+
+
+def has_only_weight(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is plain and adds no bias, so that its weight says all."""
+    return is_plain(layer) and getattr(layer, "bias", None) is None
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from lightning_attn.attention.decoding import AttentionCache
 from lightning_attn.attention.energies import Energies
 from lightning_attn.attention.layout import Layout, masked_softmax
 from lightning_attn.attention.positions import computation_dtype, relative_encoding
-from lightning_attn.attention.projections import is_plain, project, project_map, without_autocast
+from lightning_attn.attention.projections import has_only_weight, is_plain, project, project_map, without_autocast
 from lightning_attn.attention.spec import TERM_NAMES, AlgorithmName, AttentionSpec, parse_terms
 from lightning_attn.attention.transforms import is_transformed
 
@@ -199,7 +199,10 @@ class TransformerAttention(nn.Module):
         inputs = self._inputs(query, key, value, key_padding_mask, attention_mask, causal, dropout)
         layout, batch = inputs.layout, query.shape[0]
         if 0 in (batch, layout.num_queries, layout.num_keys):
-            attended = inputs.projected_value().new_zeros(batch, self.num_heads, layout.num_queries, self.head_dim)
+            value = inputs.projected_value()
+            attended = value.new_zeros(batch, self.num_heads, layout.num_queries, self.head_dim)
+            # Zero gradients, not none: DistributedDataParallel waits for every parameter.
+            attended = attended + 0.0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
         else:
             attended = select_algorithm(self.algorithm, self._problem(inputs)).compute(inputs)
         return self._output(attended, query)
@@ -313,11 +316,12 @@ class TransformerAttention(nn.Module):
 
     def key_energy(self, key: Tensor) -> Tensor:
         """E3 of every key, `[B, M, N_k]`, float32 or better."""
-        with without_autocast(key.device):
-            if not is_plain(self.key_proj):
-                projected = self.project_heads(self.key_proj, key)
+        if not has_only_weight(self.key_proj):
+            projected = self.project_heads(self.key_proj, key)
+            with without_autocast(key.device):
                 bias = self._by_head(self.key_bias, projected)
                 return (projected * bias).to(computation_dtype(projected)).sum(dim=-1)
+        with without_autocast(key.device):
             saliency = self.saliency()  # so that the keys are not projected
             key = key.to(saliency.dtype)
             if self.ndim == 1:
@@ -337,7 +341,7 @@ class TransformerAttention(nn.Module):
 
     def pool_value(self, content: Tensor, weights: Tensor) -> Tensor:
         """The sums of W' x_k with weights `[B, M, N_k]`, `[B, M, 1, d]`; before projecting if that is the same."""
-        if not is_plain(self.value_proj):
+        if not has_only_weight(self.value_proj):
             return weights.unsqueeze(2).to(content.dtype) @ self.project_value(content)
         content = content if self.ndim == 1 else content.transpose(1, 2)
         means = torch.bmm(weights.to(content.dtype), content)  # [B, M, C]
@@ -408,7 +412,7 @@ class TransformerAttention(nn.Module):
                 f"attention_mask must have one of the shapes {', '.join(map(str, shapes))} "
                 f"([N_q, N_k], [B, N_q, N_k], [B, 1 or M, N_q, N_k]), got {tuple(mask.shape)}."
             )
-        return mask if mask.dim() == 4 else mask.view(-1, 1, *pairs)
+        return mask if mask.dim() == 4 else mask.view(len(mask) if mask.dim() == 3 else 1, 1, *pairs)
 
     def _sizes(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns; a sentence is one row."""

@@ -138,7 +138,7 @@ def test_tiles_give_the_literal_sums_and_gradients(tiles, query_sizes, key_sizes
             wanted = torch.autograd.grad(expected, inputs, grad)
             arguments = (query_sizes, key_sizes, stride, causal, window, 0.0, None, memory != "features outside")
             for keep in (False, True):
-                out, _ = tiled_attention(*tensors, padding, mask, *arguments, keep)
+                out, _ = tiled_attention(*tensors, padding, mask, *arguments, torch.get_num_threads(), keep)
                 torch.testing.assert_close(out, expected, atol=1e-11, rtol=0)
                 for one, two in zip(torch.autograd.grad(out, inputs, grad), wanted, strict=True):
                     torch.testing.assert_close(one, two, atol=1e-10, rtol=0)
@@ -157,7 +157,7 @@ def test_the_operator_is_well_formed_for_compilers():
         mask = torch.rand(1, 1, 12, 4) < 0.3 if padded else None
         padding = some_padding(layout) if padded else None
         for features_last in (False, True):
-            arguments = ((3, 4), (2, 2), 2, False, None, 0.0, None, features_last, keep)
+            arguments = ((3, 4), (2, 2), 2, False, None, 0.0, None, features_last, 1, keep)
             torch.library.opcheck(tiled_attention, (*tensors, padding, mask, *arguments))
 
 

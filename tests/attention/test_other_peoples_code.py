@@ -318,6 +318,147 @@ def test_a_cache_of_something_else_is_named():
         attention(torch.randn(1, 1, 16), cache={})
 
 
+# --- Found by others --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [(1, 2), (2, 1)])
+def test_the_number_of_threads_may_change_between_both_passes(threads):
+    before = torch.get_num_threads()
+    attention = TransformerAttention(64, 2, scale=0.1, algorithm="tiled")
+    gradients = []
+    try:
+        for first, second in (threads, (threads[0],) * 2):
+            x = torch.linspace(-1, 1, 1400 * 64).view(1, 1400, 64).requires_grad_()
+            torch.set_num_threads(first)
+            out = attention(x)
+            torch.set_num_threads(second)
+            out.square().sum().backward()
+            gradients.append(x.grad)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("terms", TERM_SETS)
+def test_layers_with_biases_in_the_place_of_projections(terms):
+    attention = TransformerAttention(8, 2, terms, causal=True).double().eval()
+    for name in dict(attention.named_children()):
+        if name != "position_proj":
+            setattr(attention, name, nn.Linear(8, 8, dtype=torch.double))
+    x = torch.randn(2, 5, 8, dtype=torch.double)
+    value = attention.value_proj(x).view(2, 5, 2, 4).transpose(1, 2)
+    for causal in (True, False):
+        expected = attention.out_proj((attention.weights(x, causal=causal) @ value).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(attention(x, causal=causal), expected)
+    cache = attention.new_cache()
+    steps = torch.cat([attention(token, cache=cache) for token in x.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(steps, attention(x))
+
+
+def test_padding_is_hidden_by_augmented_keys_whatever_the_energies():
+    attention = TransformerAttention(8, 1, "1000", algorithm="augmented_sdpa")
+    nn.init.eye_(attention.query_proj.weight)
+    attention.key_proj.weight.data = -torch.eye(8)
+    x = torch.full((1, 4, 8), 80.0) + 0.01 * torch.randn(1, 4, 8)
+    mask = torch.tensor([[False, False, True, True]])
+    found = attention(x, key_padding_mask=mask)[:, :2]
+    torch.testing.assert_close(found, attention(x[:, :2]), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [3, 100, 300])
+def test_outputs_may_be_changed_in_place_in_training(length):
+    for module in (TransformerAttention(16, 2), DynamicConv(16, 3, 4)):
+        x = torch.randn(2, length, 16, requires_grad=True)
+        out = module(x)
+        out += x
+        nn.functional.relu(out, inplace=True).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_training_after_inference_mode():
+    attention = TransformerAttention(16, 4)
+    x = torch.randn(1, 611, 16)
+    with torch.inference_mode():
+        attention(x)
+    attention(x).sum().backward()
+    assert attention.position_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("ndim", [1, 2])
+@pytest.mark.parametrize("terms", ["0010", "0011", "0110", "0111"])
+def test_hooked_keys_under_autocast(terms, ndim):
+    attention = TransformerAttention(8, 2, terms, ndim=ndim)
+    x = torch.randn(2, 5, 8) if ndim == 1 else torch.randn(2, 8, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = attention(x.bfloat16())
+        attention.key_proj.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(attention(x.bfloat16()), expected, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
+def test_empty_inputs_give_every_parameter_a_gradient(shape):
+    attention = TransformerAttention(8, 2)
+    attention(torch.randn(*shape)).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in attention.parameters())
+
+
+def test_masks_without_queries():
+    attention = TransformerAttention(8, 2)
+    mask = torch.zeros(0, 4, dtype=torch.bool)
+    assert attention(torch.randn(2, 0, 8), torch.randn(2, 4, 8), attention_mask=mask).shape == (2, 0, 8)
+
+
+def test_weights_that_multiply_in_their_own_way_are_called():
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, cls) else arg for arg in args]
+            if function is nn.functional.linear:
+                return 2 * function(plain[0], plain[1], *plain[2:], **kwargs or {})
+            return function(*plain, **kwargs or {})
+
+    attention = TransformerAttention(8, 2, "0010")
+    x = torch.randn(2, 5, 8)
+    bias = attention.out_proj.bias
+    expected = 2 * (attention(x) - bias) + bias
+    attention.value_proj._parameters["weight"] = attention.value_proj.weight.detach().as_subclass(Doubled)
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_caches_of_others_are_refused():
+    one, two = DynamicConv(16, 3, 4, causal=True), DynamicConv(16, 5, 4, causal=True)
+    with pytest.raises(ValueError, match="cache: it was made by another module"):
+        one(torch.randn(1, 1, 16), cache=two.new_cache())
+    with pytest.raises(ValueError, match="cache: it must be made by new_cache"):
+        DeformableConv(4, 4, ndim=1, causal=True)(torch.randn(1, 1, 4), cache=one.new_cache())
+
+
+def test_deformable_convolution_of_maps_under_vmap():
+    conv = DeformableConv(4, 4)
+    x = torch.randn(2, 1, 4, 2, 3)
+    torch.testing.assert_close(vmap(conv)(x), torch.stack([conv(one) for one in x]))
+
+
+def test_forward_over_forward_through_dynamic_convolution():
+    conv = DynamicConv(4, 3, 2).double()
+    x = torch.randn(1, 3, 4, dtype=torch.double)
+
+    def f(value):
+        return conv(value).square().sum()
+
+    torch.testing.assert_close(torch.func.jacfwd(torch.func.jacfwd(f))(x), torch.func.hessian(f)(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"renorm_padding": True}], ids=str)
+def test_dynamic_convolution_of_sentences_by_inductor(options):
+    torch._dynamo.reset()
+    conv = DynamicConv(16, 5, 4, **options)
+    compiled = torch.compile(conv)
+    for length in (40, 77, 3, 90):
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(compiled(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
 def test_whole_jacobians_agree():
     for module in (make("1111", 1, torch.float64), make("0011", 2, torch.float64), dynamic(2).double()):
         x = torch.randn(SHAPES[module.ndim], dtype=torch.float64)[:1]

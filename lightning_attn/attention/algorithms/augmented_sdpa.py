@@ -23,8 +23,8 @@ from lightning_attn.attention.energies import Energies
 from lightning_attn.attention.projections import without_autocast
 from lightning_attn.attention.transforms import constant_when_compiled
 
-_HIDDEN = -30000.0
-"""Energy of a key that is padding: exp of it vanishes in every dtype, and float16 holds it."""
+_HIDDEN, _HIDDEN_FLOAT16 = -1e30, -30000.0
+"""Energy of a key that is padding: far below any other, and in float16 as far as it goes, of which a sum still fits."""
 
 _BLOCK_QUERIES = 64
 """Queries of a sentence whose position energies are held at once on their way to c."""
@@ -90,7 +90,11 @@ def augmented(energies: Energies, value: Tensor, padding: Tensor | None = None) 
         if energies.key_energy is not None or padding is not None:
             energy = value.new_zeros(batch, heads, num_keys)
             energy = energy if energies.key_energy is None else energies.key_energy.to(dtype)
-            energy = energy if padding is None else energy.masked_fill(padding[:, None], _HIDDEN)
+            energy = (
+                energy
+                if padding is None
+                else energy.masked_fill(padding[:, None], _HIDDEN_FLOAT16 if dtype == torch.float16 else _HIDDEN)
+            )
             queries.append(value.new_ones(batch, heads, layout.num_queries, 1))
             keys.append(energy.unsqueeze(-1))
         missing = -sum(part.shape[-1] for part in queries) % 8  # what the kernels of CUDA are made for
@@ -144,7 +148,8 @@ def position_basis(num_keys: int, stride: int, features: int, dtype: torch.dtype
     place = (*arguments, precision, device)
     basis = _on_device.get(place)
     if basis is None:
-        basis = torch.from_numpy(_basis(*arguments)).to(device, precision)
+        with torch.inference_mode(False):  # what is kept may be a part of a training later
+            basis = torch.from_numpy(_basis(*arguments)).to(device, precision)
         if type(basis) is Tensor:  # not what stands for a tensor while a program is traced
             if len(_on_device) >= 1024:
                 _on_device.clear()

@@ -25,7 +25,7 @@ from lightning_attn.attention.energies import multiplies_fast_in_half
 from lightning_attn.attention.layout import Layout, Spans, masked_softmax, size_of
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
-from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.attention.transforms import constant_when_compiled, is_transformed
 
 TILE_WEIGHTS = 640 * 1024
 """Weights of a tile for each thread: two buffers of them stay in a core's caches, and each operation is long enough for
@@ -84,7 +84,7 @@ class Tiled(Algorithm):
             keep_weights = batch * heads * layout.num_queries * layout.num_keys <= MAX_KEPT_WEIGHTS
             apply = _TiledAttention.apply if _is_plain_tensor(value) else tiled_attention
             result: Tensor
-            result, _ = apply(*arguments, torch.is_grad_enabled() and keep_weights)
+            result, _ = apply(*arguments, _threads(value), torch.is_grad_enabled() and keep_weights)
             return result
 
 
@@ -206,6 +206,7 @@ class _Work:
         layout: Layout,
         dropout: float,
         seed: Tensor | None,
+        threads: int,
     ) -> None:
         self.layout, self.dropout, self.seed = layout, dropout, seed
         self.dtype, self.device = computation_dtype(value), value.device
@@ -229,7 +230,7 @@ class _Work:
             sizes = (*layout.query_sizes, *layout.key_sizes)
             mask = attention_mask.expand(self.batch, self.heads, -1, -1)
             self.attention_mask = torch.unflatten(torch.unflatten(mask, 3, sizes[2:]), 2, sizes[:2])
-        self.tiles = cut(layout, pairs, _threads(value))
+        self.tiles = cut(layout, pairs, threads)
         self._buffers: dict[int, Tensor] = {}
 
     def _by_key(self, tensor: Tensor) -> Tensor:
@@ -359,6 +360,7 @@ def _forward(
     dropout: float,
     seed: Tensor | None,
     features_last: bool,
+    threads: int,
     keep_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums of values, with the softmax of summed energies as weights.
@@ -383,13 +385,16 @@ def _forward(
         seed: With dropout, a number that decides which are dropped, an integer tensor without dimensions.
         features_last: Whether results have the features of a place side by side in memory; else the places of a
             feature.
+        threads: For how many threads the tiles are cut; the same in both passes, whatever torch is set to meanwhile.
         keep_weights: Keep all weights for the backward pass, which otherwise makes them again.
 
     Returns:
         `[B, M, N_q, d]` in the dtype of `value`, zeros for a query that sees no key; and what is kept, tile by tile.
     """
     layout = _layout(query_sizes, key_sizes, stride, causal, window)
-    work = _Work(query, key, key_energy, along_y, along_x, value, padding, attention_mask, layout, dropout, seed)
+    work = _Work(
+        query, key, key_energy, along_y, along_x, value, padding, attention_mask, layout, dropout, seed, threads
+    )
     output = _Grid(_empty_output(value, query_sizes, features_last), layout.query_sizes)
     kept = work.empty_weights() if keep_weights else value.new_empty(0)
     for tile, place in zip(work.tiles, work.places(), strict=True):
@@ -424,10 +429,13 @@ def _gradients(
     dropout: float,
     seed: Tensor | None,
     features_last: bool,
+    threads: int,
 ) -> list[Tensor]:
     """Gradients of those that are tensors among query ... value, in that order; `kept` is what `_forward` kept."""
     layout = _layout(query_sizes, key_sizes, stride, causal, window)
-    work = _Work(query, key, key_energy, along_y, along_x, value, padding, attention_mask, layout, dropout, seed)
+    work = _Work(
+        query, key, key_energy, along_y, along_x, value, padding, attention_mask, layout, dropout, seed, threads
+    )
     dtype = work.dtype
     product_dtype = work.product_dtype
     grad_output = _Grid(grad.to(product_dtype), layout.query_sizes)
@@ -508,12 +516,13 @@ def _(
     dropout: float,
     seed: Tensor | None,
     features_last: bool,
+    threads: int,
     keep_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     kept = 0
     if keep_weights:
         layout = _layout(query_sizes, key_sizes, stride, causal, window)
-        kept = sum(math.prod(tile.shape) for tile in cut(layout, value.shape[0] * value.shape[1], _threads(value)))
+        kept = sum(math.prod(tile.shape) for tile in cut(layout, value.shape[0] * value.shape[1], threads))
     dtype = value.dtype if multiplies_fast_in_half(value) or kept == 0 else computation_dtype(value)
     return _empty_output(value, query_sizes, features_last), value.new_empty(kept, dtype=dtype)
 
@@ -521,7 +530,7 @@ def _(
 @_tiled_attention_backward.register_fake
 def _(grad: Tensor, kept: Tensor, *inputs: Any) -> list[Tensor]:
     query, key, key_energy, along_y, along_x, value = inputs[:6]
-    by_feature = [None if t is None else _empty(t, inputs[-1], t.dtype) for t in (query, key, value)]
+    by_feature = [None if t is None else _empty(t, inputs[-2], t.dtype) for t in (query, key, value)]
     others = [
         None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
         for t in (key_energy, along_y, along_x)
@@ -579,7 +588,7 @@ def _differentiable_gradients(grad: Tensor, inputs: list[Any]) -> list[Tensor]:
     with torch.enable_grad():
         # New leaves of the same graph, so that gradients stop here, but flow on from what is computed with them.
         tensors: list[Any] = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs[:6]]
-        output = dense_attention(*tensors, *inputs[6:])
+        output = dense_attention(*tensors, *inputs[6:-1])
         wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
         return [next(found) if t.requires_grad else torch.zeros_like(t) for t in tensors if isinstance(t, Tensor)]
@@ -636,7 +645,12 @@ def dense_attention(
 
 
 def _threads(value: Tensor) -> int:
-    return torch.get_num_threads() if value.device.type == "cpu" else 1
+    return _torch_threads() if value.device.type == "cpu" else 1
+
+
+@constant_when_compiled
+def _torch_threads() -> int:
+    return torch.get_num_threads()
 
 
 def _layout(

@@ -103,8 +103,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not suits:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        y: Tensor = _Linear.apply(x, weight, bias)
-        return y
+        # A function's own output may be changed in place, a view that it made may not.
+        y: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
     return _split_product(x, weight, bias)
 
 
@@ -135,7 +136,8 @@ def _split_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     first, rest = x.flatten(0, -2).tensor_split([rows - left])
     parts = [_product(first, weight, bias), F.linear(rest, weight, bias)]
-    return torch.cat(parts).view(*x.shape[:-1], weight.shape[0])
+    joined = torch.cat(parts)
+    return joined if x.dim() == 2 else joined.view(*x.shape[:-1], weight.shape[0])
 
 
 def _step(rows: int, least: int) -> int:

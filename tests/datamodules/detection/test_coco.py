@@ -728,7 +728,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 here = Path(sys.argv[1])
-sys.path[:0] = [str(folder) for folder in (here, here.parent, here.parent.parent)]
+sys.path[:0] = [str(folder) for folder in (here, here.parents[1], here.parents[2])]
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from test_coco import Recorder, fit, module_of, trainer_of
