@@ -208,7 +208,6 @@ def _peers(shape: Shape, kind: str) -> tuple[str, ...]:
         return ("torchvision",)
     if shape.ndim == 1:
         return ("naive",)
-    # mmcv encodes positions in float32, and adds energies of them to those of bfloat16.
     return ("mmcv",) if needed_by_peer(shape, kind) > _ALONE else ("mmcv", "naive")
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from datamodules.images.transforms import resized_sizes
 from datamodules.planned_batches import ignore_stop_signals
 from datamodules.segmentation.classes import IGNORED
 from datamodules.segmentation.datamodule import SegmentationDataModule
+from datamodules.token_cache import available_cores
 from datamodules.vocabulary import UNK_ID
 from datamodules.wmt14 import WMT14DataModule
 
@@ -85,8 +85,7 @@ def check_data(
         OSError: If the data are not there.
     """
     progress = advance or (lambda *_: None)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = cores if workers is None else workers
+    processes = available_cores() if workers is None else workers
     if isinstance(module, DetectionDataModule):
         return [_of_detection(module, split, processes, progress) for split in _splits(module)]
     if isinstance(module, SegmentationDataModule):
@@ -161,11 +160,11 @@ def _sizes_text(sizes: npt.NDArray[np.int64]) -> str:
     return f"{len(counts):,} sizes, {low[1]} to {high[1]} wide, {low[0]} to {high[0]} high; {number:,} are {usual}"
 
 
-def _range_text(values: npt.NDArray[Any], unit: str = "") -> str:
+def _range_text(values: npt.NDArray[Any]) -> str:
     if not len(values):
         return "-"
     low, middle, high = np.percentile(values, (0, 50, 100))
-    return f"{np.mean(values):.1f} in the mean, {low:.0f} to {high:.0f}, half of them up to {middle:.0f}{unit}"
+    return f"{np.mean(values):.1f} in the mean, {low:.0f} to {high:.0f}, half of them up to {middle:.0f}"
 
 
 def _of_detection(
@@ -184,7 +183,7 @@ def _of_detection(
     names = annotations.categories.names
     counts = np.bincount(annotations.labels[fates != Fate.CROWD], minlength=len(names) + 1)[1:]
     report.classes, report.unit = dict(zip(names, counts.tolist(), strict=True)), "boxes"
-    pairs = np.unique(np.stack([annotations.owners(), annotations.labels], axis=1)[fates != Fate.CROWD], axis=0)
+    pairs = annotations.images_of_labels(fates != Fate.CROWD)
     present = np.bincount(pairs[:, 1], minlength=len(names) + 1)[1:]
     report.images_with = dict(zip(names, present.tolist(), strict=True))
     per_image = np.diff(annotations.starts)

@@ -1,9 +1,11 @@
 """Writing results so that nothing is half-written, and nothing is overwritten unless that is asked for."""
 
+import csv
+import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,6 +71,13 @@ def remove_parts(folder: Path) -> None:
 def write_text(path: Path, text: str) -> Path:
     """Writes a new file in UTF-8, line ends as they are in `text`; as `write_file`, without `replace`."""
     return write_file(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """Writes a new CSV file; as `write_text`."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    return write_text(path, text.getvalue())
 
 
 def write_json(path: Path, value: Any) -> Path:

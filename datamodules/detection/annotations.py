@@ -1,6 +1,5 @@
 """Boxes of a split in arrays, whatever they are from, and what can be told of them and their images in advance."""
 
-import dataclasses
 import enum
 import os
 from collections.abc import Callable, Sequence
@@ -248,6 +247,14 @@ class DetectionAnnotations:
         """Numbers of the images that have a training target; arguments are those of `fates`."""
         return np.unique(self.owners()[self.fates(min_size, max_size) == Fate.TARGET])
 
+    def images_of_labels(self, chosen: npt.NDArray[np.bool_]) -> Integers:
+        """The pairs of an image and a label that some annotations have, each once, `[n, 2]`.
+
+        Args:
+            chosen: Which annotations, `[M]`.
+        """
+        return np.unique(np.stack([self.owners(), self.labels], axis=1)[chosen], axis=0)
+
     def cut_at_borders(self) -> npt.NDArray[np.bool_]:
         """Which boxes reach beyond their image by more than a pixel, `[M]`."""
         corners, borders = _corners(self.bboxes, self.sizes[self.owners()])
@@ -278,15 +285,6 @@ class DetectionAnnotations:
         boxes, inside = _clipped(self.bboxes[part], self.sizes[index])
         kept = inside & ~self.crowd[part]
         return boxes[kept], self.labels[part][kept]
-
-    def with_categories(self, categories: Categories, label_of: Labels) -> "DetectionAnnotations":
-        """The same with other categories.
-
-        Args:
-            categories: The new ones.
-            label_of: The new label of each old one, `[K]`.
-        """
-        return dataclasses.replace(self, categories=categories, labels=label_of[self.labels - 1])
 
     def ground_truth(self) -> dict[str, Any]:
         """What COCO's scorer reads, with every annotation as it is in the file; outlines are left out.

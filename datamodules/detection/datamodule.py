@@ -284,8 +284,6 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
                 self._load("test" if split == "predict" else split)
         if stage == "fit":
             self._check_training()
-            if not self.split_names["val"]:
-                rank_zero_info("There is no validation split: best.ckpt is not written, and last.ckpt is the result.")
 
     def training_dataset(self) -> DetectionDataset:
         """The training images, randomly changed, in groups of wide and of tall ones."""
@@ -392,8 +390,7 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         weights = self.image_weights()
         if not self.repeat_threshold:
             return weights
-        owners, targets = annotations.owners(), annotations.fates(*self.training_size) == Fate.TARGET
-        pairs = np.unique(np.stack([owners[targets], annotations.labels[targets]], axis=1), axis=0)
+        pairs = annotations.images_of_labels(annotations.fates(*self.training_size) == Fate.TARGET)
         share = np.bincount(pairs[:, 1], minlength=len(annotations.categories) + 1) / len(annotations)
         with np.errstate(divide="ignore"):
             factors = np.maximum(1.0, np.sqrt(self.repeat_threshold / share))

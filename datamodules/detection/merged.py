@@ -12,6 +12,7 @@ from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
+from datamodules.images.members import check_members, member_splits, member_weights, prepare_members
 from datamodules.images.sampling import BadImagePolicy
 
 __all__ = ["MergedDetectionDataModule", "merged_annotations"]
@@ -66,16 +67,10 @@ class MergedDetectionDataModule(DetectionDataModule):
         on_bad_image: BadImagePolicy = "stop",
         repeat_threshold: float = 0.0,
     ) -> None:
-        if not members:
-            raise ValueError("members: there is none; give at least one DataModule of detection.")
-        if weights and len(weights) != len(members):
-            raise ValueError(f"weights: there are {len(weights)} for {len(members)} members; give one for each.")
-        if any(not 0 <= weight < 1000 for weight in weights) or (weights and not any(weights)):
-            raise ValueError(f"weights: {list(weights)} must be from 0 to below 1000, not all 0.")
-        names = {split: split if any(one.split_names[split] for one in members) else "" for split in ("val", "test")}
+        check_members(members, weights, "detection")
         super().__init__(
             str(members[0].root),
-            {"train": "train"} | names,
+            member_splits(members),
             batch_size=batch_size,
             num_workers=num_workers,
             min_size=min_size,
@@ -100,8 +95,7 @@ class MergedDetectionDataModule(DetectionDataModule):
         Args:
             splits: Of "train", "val" and "test", those that are needed.
         """
-        for member in self.members:
-            member.prepare_files(sorted({member.split_names[split] for split in splits} - {""}))
+        prepare_members(self.members, splits)
 
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
         """See `DetectionDataModule.read_split`."""
@@ -119,10 +113,10 @@ class MergedDetectionDataModule(DetectionDataModule):
 
     def image_weights(self) -> npt.NDArray[np.float64] | None:
         """See `DetectionDataModule.image_weights`."""
-        return np.repeat(np.array(self.weights, dtype=np.float64), self._member_sizes) if self.weights else None
+        return member_weights(self.weights, self._member_sizes)
 
     def _member_categories(self) -> list[Categories]:
-        """The classes of all members, by their training splits or what stands for these."""
+        """The categories of all members: those that are known, or those of their training splits."""
         if self._categories is not None:
             return [self._categories]
         found = []

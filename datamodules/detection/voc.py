@@ -128,7 +128,9 @@ class VOCDetectionDataModule(DetectionDataModule):
                     f"{_IMAGES}/ and {_SETS.as_posix()}/ (--data.root FOLDER), and the name of a list in the last "
                     f"(--data.{split}_split NAME)."
                 )
-        return read_voc(self.root, name, self.classes, self.corners_from, self.exif), self.root / _IMAGES
+        # Found once for all splits: to find them, every annotation is read.
+        classes = self.classes or (() if self._categories is None else self._categories.names)
+        return read_voc(self.root, name, classes, self.corners_from, self.exif), self.root / _IMAGES
 
     def read_categories(self) -> Categories | None:
         """See `DetectionDataModule.read_categories`."""

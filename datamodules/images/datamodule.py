@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.images.files import ExifPolicy
@@ -110,6 +111,8 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
                 raise ValueError(
                     f"{role}_split: there is none, and {stage} needs it. Name one (--data.{role}_split NAME)."
                 )
+        if stage == "fit" and "val" not in splits:
+            rank_zero_info("There is no validation split: best.ckpt is not written, and last.ckpt is the result.")
         return splits
 
     @abc.abstractmethod

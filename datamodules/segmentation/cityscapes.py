@@ -63,7 +63,7 @@ class CityscapesLabels:
     """Reads Cityscapes' files with ids; see `LabelReader`.
 
     Args:
-        classes: What is told apart; all other ids are ignored.
+        classes: The classes that the network learns; all other ids are ignored.
     """
 
     classes: SegmentationClasses

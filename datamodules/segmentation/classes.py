@@ -8,7 +8,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CITYSCAPES_CLASSES", "HIGHEST_ID", "IGNORED", "LabelClass", "LabelMap", "SegmentationClasses"]
+__all__ = [
+    "CITYSCAPES_CLASSES",
+    "HIGHEST_ID",
+    "IGNORED",
+    "LabelClass",
+    "LabelMap",
+    "SegmentationClasses",
+    "value_counts",
+]
 
 LabelMap = npt.NDArray[np.uint8]
 
@@ -91,7 +99,7 @@ class SegmentationClasses:
         if not all(0 <= number < 1 << 16 for number in self.ids):
             raise ValueError(f"classes: the ids {list(self.ids)} must be from 0 to 65535.")
         if len(self.names) > IGNORED:
-            raise ValueError(f"classes: there are {len(self.names)}, and at most {IGNORED} can be told apart.")
+            raise ValueError(f"classes: there are {len(self.names)}, and at most {IGNORED} are supported.")
         for what, values in (("name", self.names), ("id", self.ids)):
             twice = [value for place, value in enumerate(values) if value in values[:place]]
             if twice:
@@ -142,6 +150,15 @@ class SegmentationClasses:
         table = np.full(256, _UNLABELLED_ID, dtype=np.uint8 if max(self.ids) < 256 else np.uint16)
         table[: len(self)] = self.ids
         return _looked_up(table, labels)
+
+
+def value_counts(values: npt.NDArray[Any]) -> dict[int, int]:
+    """How many pixels have each of the numbers that occur."""
+    if values.dtype == np.uint8:  # a tenth of the time of sorting them
+        counts = np.bincount(values.ravel(), minlength=256)
+        return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
+    present, numbers = np.unique(values, return_counts=True)
+    return dict(zip(present.tolist(), numbers.tolist(), strict=True))
 
 
 def _looked_up(table: npt.NDArray[Any], values: LabelMap) -> npt.NDArray[Any]:

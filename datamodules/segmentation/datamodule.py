@@ -28,7 +28,7 @@ from datamodules.images.files import (
 )
 from datamodules.images.folders import PackedText, listed, predicted_images, spread, unique_stems
 from datamodules.images.sampling import BadImagePolicy, Draw, ImageBatch, ImageDataset
-from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses
+from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
 from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
 
 __all__ = [
@@ -260,11 +260,11 @@ class LabelCensus:
                     raise
                 continue
             read += 1
-            for value, count in zip(*np.unique(found, return_counts=True), strict=True):
-                values[int(value)] = values.get(int(value), 0) + int(count)
-                if not reader.is_known(int(value)):
-                    text = reader.described(int(value))
-                    unknown[text] = unknown.get(text, 0) + int(count)
+            for value, count in value_counts(found).items():
+                values[value] = values.get(value, 0) + count
+                if not reader.is_known(value):
+                    text = reader.described(value)
+                    unknown[text] = unknown.get(text, 0) + count
             try:
                 counts += np.bincount(reader.labels(found, path).ravel(), minlength=256)
             except ImageError:  # of unknown values, which are told of all files together
@@ -408,7 +408,7 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
     Args:
         root: Folder of the data.
         split_names: Names of the splits "train", "val" and "test"; see `ImageDataModule`.
-        classes: What is told apart.
+        classes: The classes that the network learns.
         batch_size: Training images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
         crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
@@ -513,8 +513,6 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
             if files.has_labels:
                 self._count_labels(split, files)
             self._files[split] = files
-        if stage == "fit" and not self.split_names["val"]:
-            rank_zero_info("There is no validation split: best.ckpt is not written, and last.ckpt is the result.")
 
     def files(self, split: str) -> SegmentationFiles:
         """The files of a split.

@@ -1,5 +1,6 @@
 """Semantic segmentation data as people have them: folders of images and of masks, with classes of their own."""
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from PIL import Image
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy, ImageError, decoding
 from datamodules.images.folders import contents, listed
 from datamodules.images.sampling import BadImagePolicy
-from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses
+from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
 from datamodules.segmentation.datamodule import LabelCensus, SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation
 
@@ -157,7 +158,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         """See `SegmentationDataModule.list_files`."""
         images, masks, listing = self._given[split]
         if listing:
-            pairs = self._listed(split, images, masks, listing)
+            pairs = self._listed(split, images, listing)
         else:
             folder = self._folder(f"{split}_images", images)
             names = _images_below(folder)
@@ -195,7 +196,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             )
         return folder
 
-    def _listed(self, split: str, images: str, masks: str, listing: str) -> list[tuple[str, str | None]]:
+    def _listed(self, split: str, images: str, listing: str) -> list[tuple[str, str | None]]:
         """Image, and mask if it is named, of each line of a list."""
         path = self.root / listing
         if not path.is_file():
@@ -249,7 +250,7 @@ class MaskLabels:
     """Reads masks of numbers or colours; see `LabelReader`.
 
     Args:
-        classes: What is told apart.
+        classes: The classes that the network learns.
         has_colours: Whether the colours of the classes are those of masks.
         ignored_ids: Numbers of pixels that do not count.
         ignored_colours: Colours of pixels that do not count.
@@ -290,7 +291,7 @@ class MaskLabels:
 
     def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
         """See `LabelReader.labels`."""
-        known = self._known()
+        known = self._known
         if values.dtype == np.uint8:
             table = np.full(256, self._other(), dtype=np.uint8)
             for value, label in known.items():
@@ -303,8 +304,7 @@ class MaskLabels:
             label_of = np.array([known[value] for value in order.tolist()], dtype=np.uint8)
             labels = np.where(order[place] == values, label_of[place], np.uint8(self._other()))
         if self.refuses_unknown:
-            present = np.unique(values).tolist()
-            unknown = [self.described(value) for value in present if not self.is_known(value)]
+            unknown = [self.described(value) for value in value_counts(values) if not self.is_known(value)]
             if unknown:
                 raise ImageError(
                     f"{path} holds {listed(unknown, 5)}, which no class has. Correct ids or colours, name them in "
@@ -320,7 +320,7 @@ class MaskLabels:
 
     def is_known(self, value: int) -> bool:
         """See `LabelReader.is_known`."""
-        return value in self._known() or self.others not in ("error", "ignore")
+        return value in self._known or self.others not in ("error", "ignore")
 
     def described(self, value: int) -> str:
         """See `LabelReader.described`."""
@@ -348,8 +348,9 @@ class MaskLabels:
             )
         return is_rgb
 
+    @functools.cached_property
     def _known(self) -> dict[int, int]:
-        """The label of every value that is told apart, numbers and colours alike."""
+        """The label of every value that is a class's or ignored on purpose, numbers and colours alike."""
         known = dict.fromkeys(self.ignored_ids, IGNORED)
         known |= {number: label for label, number in enumerate(self.classes.ids)}
         if self.has_colours:
@@ -364,7 +365,7 @@ class MaskLabels:
         """Values of a lossy file, each moved to the nearest that is known, if one is near."""
         present = np.unique(values)
         of_colours = bool(len(present)) and present[0] >= _FIRST_COLOUR
-        known = np.array([value for value in self._known() if (value >= _FIRST_COLOUR) == of_colours], dtype=np.int64)
+        known = np.array([value for value in self._known if (value >= _FIRST_COLOUR) == of_colours], dtype=np.int64)
         if not len(known):
             return values
         distances = np.abs(_parts(present)[:, None] - _parts(known)[None]).max(axis=2)

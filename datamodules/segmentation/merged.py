@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
+from datamodules.images.members import check_members, member_splits, member_weights, prepare_members
 from datamodules.images.sampling import BadImagePolicy
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses
 from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
@@ -60,17 +61,11 @@ class MergedSegmentationDataModule(SegmentationDataModule):
         exif: ExifPolicy = "apply",
         on_bad_image: BadImagePolicy = "stop",
     ) -> None:
-        if not members:
-            raise ValueError("members: there is none; give at least one DataModule of segmentation.")
-        if weights and len(weights) != len(members):
-            raise ValueError(f"weights: there are {len(weights)} for {len(members)} members; give one for each.")
-        if any(not 0 <= weight < 1000 for weight in weights) or (weights and not any(weights)):
-            raise ValueError(f"weights: {list(weights)} must be from 0 to below 1000, not all 0.")
+        check_members(members, weights, "segmentation")
         new_names = dict(rename or {})
-        names = {split: split if any(one.split_names[split] for one in members) else "" for split in ("val", "test")}
         super().__init__(
             str(members[0].root),
-            {"train": "train"} | names,
+            member_splits(members),
             _united([member.classes for member in members], new_names),
             batch_size=batch_size,
             num_workers=num_workers,
@@ -93,8 +88,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
         Args:
             splits: Of "train", "val" and "test", those that are needed.
         """
-        for member in self.members:
-            member.prepare_files(sorted({member.split_names[split] for split in splits} - {""}))
+        prepare_members(self.members, splits)
 
     def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
         """See `SegmentationDataModule.list_files`."""
@@ -123,7 +117,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
 
     def image_weights(self) -> npt.NDArray[np.float64] | None:
         """See `SegmentationDataModule.image_weights`."""
-        return np.repeat(np.array(self.weights, dtype=np.float64), self._member_sizes) if self.weights else None
+        return member_weights(self.weights, self._member_sizes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -270,11 +270,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
 
     def on_predict_epoch_start(self) -> None:
         """Chooses where the detections of all ranks are written."""
-        self.bad_images = {}
-        self.forget_pictures()
-        folder = unused_path(self.output_directory / "predictions" / "detections_so_far")
-        # Rank 0 decides: by the time that another looks, it may have begun to write.
-        self._files = DetectionFiles(Path(self.trainer.strategy.broadcast(str(folder))), self.global_rank)
+        self._files = DetectionFiles(self.begin_prediction("detections_so_far"), self.global_rank)
 
     def predict_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Detects the objects of a batch, and writes them."""

@@ -4,13 +4,13 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from matplotlib.figure import Figure
 
-from lightning_attn.files import write_file
+from lightning_attn.files import write_file, write_table
 from lightning_attn.metrics.detection import CocoRecord
 from lightning_attn.metrics.detection_analysis import DetectionAnalysis
 from lightning_attn.visualization.detection_analysis import draw_confusion, draw_precision
@@ -153,7 +153,7 @@ def write_analysis(folder: Path, analysis: DetectionAnalysis, file_names: Mappin
         analysis: What is wrong.
         file_names: Names of the images by their ids.
     """
-    _write_table(
+    write_table(
         folder / "confusion.csv",
         ("object", *analysis.names, "not detected"),
         [(name, *row) for name, row in zip((*analysis.names, "no object"), analysis.confusion.tolist(), strict=True)],
@@ -163,22 +163,16 @@ def write_analysis(folder: Path, analysis: DetectionAnalysis, file_names: Mappin
         for name, curve in analysis.curves.items()
         for score, precision, recall in zip(curve.scores, curve.precision, curve.recall, strict=True)
     ]
-    _write_table(folder / "precision_recall.csv", ("category", "score", "precision", "recall"), curves)
+    write_table(folder / "precision_recall.csv", ("category", "score", "precision", "recall"), curves)
     images = [
         (one.image_id, file_names[one.image_id], one.right, one.confused, one.missed, one.invented)
         for one in analysis.images
     ]
     header = ("image_id", "file_name", "right", "wrong category", "not detected", "no object")
-    _write_table(folder / "images.csv", header, images)
+    write_table(folder / "images.csv", header, images)
     for name, figure in (("confusion", draw_confusion(analysis)), ("precision_recall", draw_precision(analysis))):
         write_file(folder / f"{name}.png", functools.partial(_save_figure, figure))
 
 
 def _save_figure(figure: Figure, file: BinaryIO) -> None:
     figure.savefig(file, format="png")
-
-
-def _write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([header, *rows])
-    write_file(path, lambda file: file.write(text.getvalue().encode()))

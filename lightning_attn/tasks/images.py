@@ -1,8 +1,6 @@
 """What the tasks on images share: a network for the data's classes, stored in checkpoints, and pictures of results."""
 
-import csv
 import dataclasses
-import io
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
 from datamodules.images.folders import listed
 from datamodules.images.sampling import ImageBatch
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_file, write_json
+from lightning_attn.files import unused_path, write_json, write_table
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.tasks.base import BaseTask, evaluating, require_network
@@ -223,9 +221,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             return
         where = ""
         if path is not None:
-            text = io.StringIO()
-            csv.writer(text).writerows([("file_name", "reason"), *self.bad_images.items()])
-            where = f", which {write_file(path, lambda file: file.write(text.getvalue().encode()))} lists"
+            where = f", which {write_table(path, ('file_name', 'reason'), self.bad_images.items())} lists"
         _logger.warning(
             f"{len(self.bad_images):,} images could not be used and were skipped{where}: "
             f"{listed(list(self.bad_images), 20)}"
@@ -320,6 +316,14 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         rank_zero_info(f"Scores written to {path}")
 
     # Prediction
+
+    def begin_prediction(self, name: str) -> Path:
+        """Forgets an earlier pass, and chooses a folder below `predictions/`, the same for all ranks."""
+        self.bad_images = {}
+        self.forget_pictures()
+        folder = unused_path(self.output_directory / "predictions" / name)
+        # Rank 0 decides: by the time that another looks, it may have begun to write.
+        return Path(self.trainer.strategy.broadcast(str(folder)))
 
     def example_image(self, size: tuple[int, int] | None) -> Tensor:
         """A random image `[3, H, W]`, uint8, of a program's size, or of the one that the data is resized to.

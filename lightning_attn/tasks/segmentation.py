@@ -17,7 +17,7 @@ from datamodules.images.files import ImageArray, channels_first
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_file
+from lightning_attn.files import write_file
 from lightning_attn.metrics.segmentation import SegmentationMetrics
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.networks.segmentation import Segmenter, SegmenterProgram, SegmenterSpec
@@ -149,11 +149,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
 
     def on_predict_epoch_start(self) -> None:
         """Chooses the folder for the labels, one for all ranks."""
-        self.bad_images = {}
-        self.forget_pictures()
-        folder = unused_path(self.output_directory / "predictions" / "labels")
-        # Rank 0 decides: by the time that another looks, it may have begun to write.
-        self._label_folder = Path(self.trainer.strategy.broadcast(str(folder)))
+        self._label_folder = self.begin_prediction("labels")
 
     def predict_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
         """Segments a batch and writes `<name>_pred_labelIds.png` of each image, as Cityscapes' scorer reads them."""

@@ -1,0 +1,46 @@
+"""What the DataModules that merge several data sets share."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.images.datamodule import ImageDataModule
+
+__all__ = ["check_members", "member_splits", "member_weights", "prepare_members"]
+
+
+def check_members(members: Sequence[ImageDataModule], weights: Sequence[float], kind: str) -> None:
+    """Refuses what cannot be merged.
+
+    Args:
+        members: The data sets.
+        weights: How often the training images of each come; none for once each.
+        kind: What the members are DataModules of, for the message.
+
+    Raises:
+        ValueError: If there is no member, or weights and members differ in number, or a weight is out of range.
+    """
+    if not members:
+        raise ValueError(f"members: there is none; give at least one DataModule of {kind}.")
+    if weights and len(weights) != len(members):
+        raise ValueError(f"weights: there are {len(weights)} for {len(members)} members; give one for each.")
+    if any(not 0 <= weight < 1000 for weight in weights) or (weights and not any(weights)):
+        raise ValueError(f"weights: {list(weights)} must be from 0 to below 1000, not all 0.")
+
+
+def member_splits(members: Sequence[ImageDataModule]) -> dict[str, str]:
+    """The names of the merged splits; "" for validation or test if no member has one."""
+    found = {split: any(member.split_names[split] for member in members) for split in ("val", "test")}
+    return {"train": "train"} | {split: split if there else "" for split, there in found.items()}
+
+
+def prepare_members(members: Sequence[ImageDataModule], splits: Sequence[str]) -> None:
+    """Lets each member fetch or make the files of some of the splits "train", "val" and "test"."""
+    for member in members:
+        member.prepare_files(sorted({member.split_names[split] for split in splits} - {""}))
+
+
+def member_weights(weights: Sequence[float], sizes: Sequence[int]) -> npt.NDArray[np.float64] | None:
+    """The weight of each training image, `[images]`, from that of its member; None without weights."""
+    return np.repeat(np.array(weights, dtype=np.float64), sizes) if weights else None
