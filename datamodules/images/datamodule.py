@@ -99,7 +99,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         return {"exif": self.exif}
 
     def splits_of(self, stage: str) -> list[str]:
-        """The splits that a stage reads: of `STAGE_SPLITS`, without a validation that there is none for.
+        """The splits that a stage reads, those of `STAGE_SPLITS`; says so where a training has no validation.
 
         Raises:
             ValueError: If the stage needs a split that is not named.
