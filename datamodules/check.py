@@ -164,7 +164,7 @@ def _range_text(values: npt.NDArray[Any]) -> str:
     if not len(values):
         return "-"
     low, middle, high = np.percentile(values, (0, 50, 100))
-    return f"{np.mean(values):.1f} in the mean, {low:.0f} to {high:.0f}, half of them up to {middle:.0f}"
+    return f"mean {np.mean(values):.1f}, median {middle:.0f}, {low:.0f} to {high:.0f}"
 
 
 def _of_detection(
@@ -331,47 +331,63 @@ def print_report(console: Console, report: SplitReport) -> None:
 
 def draw_reports(reports: Sequence[SplitReport]) -> Figure:
     """Classes and distributions of all splits, a row for each."""
-    panels = [max(1, bool(one.classes) + len(one.distributions)) for one in reports]
-    columns, rows = max(panels, default=1), max(1, len(reports))
+    measures: dict[str, list[npt.NDArray[Any]]] = {}
+    frequencies: Counter[str] = Counter()
+    for report in reports:
+        frequencies.update(report.classes)
+        for what, values in report.distributions.items():
+            measures.setdefault(what, []).append(values)
+    # The same bins and the same order of classes for all splits; what is the same everywhere is in the table.
+    joined = {what: np.concatenate(parts) for what, parts in measures.items()}
+    bins = {what: _Bins.of(values) for what, values in joined.items() if len(np.unique(values)) > 1}
+    classes = [name for name, _ in frequencies.most_common(_MOST_CLASSES)]
+    columns, rows = max(1, bool(classes) + len(bins)), max(1, len(reports))
     figure = Figure(figsize=(4.6 * columns, 3.4 * rows), dpi=110, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for line, report in zip(grid, reports, strict=False):
-        drawn = 0
-        if report.classes:
-            _draw_classes(line[0], report)
-            drawn = 1
-        for axes, (what, values) in zip(line[drawn:], report.distributions.items(), strict=False):
-            _draw_histogram(axes, what, values)
-            axes.set_title(report.name, fontsize=9, loc="left")
-            drawn += 1
-        for axes in line[drawn:]:
-            axes.set_axis_off()
+    for line, report in zip(figure.subplots(rows, columns, squeeze=False), reports, strict=False):
+        if classes:
+            _draw_classes(line[0], report, classes)
+        for axes, (what, shared) in zip(line[bool(classes) :], bins.items(), strict=True):
+            _draw_histogram(axes, what, report.distributions.get(what, np.zeros(0)), shared)
+        line[0].set_title(report.name + line[0].get_title("left"), fontsize=11, loc="left", weight="bold")
+        if not classes and not bins:
+            line[0].set_axis_off()
     return figure
 
 
-def _draw_classes(axes: Axes, report: SplitReport) -> None:
-    largest = sorted(report.classes.items(), key=lambda pair: -pair[1])[:_MOST_CLASSES]
-    axes.barh([name for name, _ in largest], [value for _, value in largest], color=_COLOUR)
+def _draw_classes(axes: Axes, report: SplitReport, classes: Sequence[str]) -> None:
+    axes.barh(classes, [report.classes.get(name, 0) for name in classes], color=_COLOUR)
     axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=max(4, min(9, 180 / max(1, len(largest)))))
+    axes.tick_params(axis="y", labelsize=max(4, min(9, 180 / len(classes))))
     axes.set_xlabel(report.unit, fontsize=9)
-    left_out = len(report.classes) - len(largest)
-    axes.set_title(report.name + (f" (without the {left_out} rarest)" if left_out else ""), fontsize=9, loc="left")
+    left_out = len(report.classes) - len(classes)
+    axes.set_title(f" (without the {left_out} rarest classes)" if left_out > 0 else "", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_histogram(axes: Axes, what: str, values: npt.NDArray[Any]) -> None:
-    if len(values):
+@dataclasses.dataclass(frozen=True)
+class _Bins:
+    """At most 40 bars of a histogram; of whole numbers in the middle of the bars."""
+
+    edges: npt.NDArray[np.float64]
+    logarithmic: bool
+
+    @classmethod
+    def of(cls, values: npt.NDArray[Any]) -> "_Bins":
+        """For the values of all splits."""
         low, high = float(values.min()), float(values.max())
-        if high > 50 * max(1.0, low) and low >= 0:
-            edges = np.geomspace(max(1.0, low), high + 1, 41)
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        else:  # whole numbers in each, in the middle of the bars
-            step = max(1, math.ceil((high - low + 1) / 40))
-            edges = np.arange(math.floor(low), high + step + 1, step) - 0.5
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.hist(np.maximum(values, edges[0]), bins=edges.tolist(), color=_COLOUR)
+        if np.issubdtype(values.dtype, np.floating) and high > 50 * max(1.0, low) and low >= 0:
+            return cls(np.geomspace(max(1.0, low), high + 1, 41), logarithmic=True)
+        step = max(1, math.ceil((high - low + 1) / 40))
+        return cls(np.arange(math.floor(low), high + step + 1, step) - 0.5, logarithmic=False)
+
+
+def _draw_histogram(axes: Axes, what: str, values: npt.NDArray[Any], bins: _Bins) -> None:
+    if bins.logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.hist(np.maximum(values, bins.edges[0]), bins=bins.edges.tolist(), color=_COLOUR)
     axes.set_xlabel(what, fontsize=9, wrap=True)
     axes.set_ylabel("number", fontsize=9)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

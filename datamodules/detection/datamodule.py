@@ -368,7 +368,9 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         left_out = []
         for fate in list(Fate)[1:]:
             ids = annotations.annotation_ids[fates == fate]
-            named = f" (annotations {listed(ids, 5)})" if len(ids) and fate != Fate.CROWD else ""
+            if not len(ids):
+                continue
+            named = f" (annotations {listed(ids, 5)})" if fate != Fate.CROWD else ""
             left_out.append(f"{len(ids):,} boxes {fate.description}{named}")
         if not (fates == Fate.TARGET).any():
             found = f"{len(fates):,} annotations that cannot be learnt ({', '.join(left_out)})" if len(fates) else ""
@@ -379,11 +381,12 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
             )
         cut = int((annotations.cut_at_borders() & (fates == Fate.TARGET)).sum())
         empty = len(annotations) - len(annotations.with_targets(*self.training_size))
-        left_out.append(f"{empty:,} images without a box" + (" (kept)" if self.keep_empty else ""))
-        rank_zero_info(
-            f"{self.split_names['train']}: left out of training: {', '.join(left_out)}; "
-            f"{cut:,} boxes are cut at a border of their image"
-        )
+        notes = ["left out of training: " + (", ".join(left_out) or "no box")]
+        if empty:
+            notes.append(f"{empty:,} images without a box" + (" are kept" if self.keep_empty else " are left out"))
+        if cut:
+            notes.append(f"{cut:,} boxes are cut at a border of their image")
+        rank_zero_info(f"{self.split_names['train']}: {'; '.join(notes)}")
 
     def _repeats(self, annotations: DetectionAnnotations) -> npt.NDArray[np.float64] | None:
         """How often each training image comes in an epoch, `[N]`."""

@@ -172,14 +172,21 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         checkpoint[PREPROCESSING_KEY] = self.preprocessing
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also refuses a checkpoint whose outputs mean other classes than the data's."""
+        """Also refuses a checkpoint whose outputs mean other classes, by name and order, than the data's."""
         if self.classes_word in checkpoint:  # otherwise it is another task's, as the base class says
             stored, current = self._stored_classes(checkpoint), self.known_classes
-            if (stored.names, stored.ids) != (current.names, current.ids):
+            if stored.names != current.names:
+                way = "Use the data it was trained with."
+                if sorted(stored.names) == sorted(current.names):
+                    way = (
+                        f"They are the same {self.classes_word} in another order: give them in that of the checkpoint."
+                    )
                 raise CheckpointError(
                     f"The checkpoint was trained for {self._described(stored)}, but the data has "
-                    f"{self._described(current)}. Use the data it was trained with."
+                    f"{self._described(current)}. {way}"
                 )
+            if stored.ids != current.ids:  # numbers in files, which the network knows nothing of
+                _logger.info(f"Ids of {self.classes_word} are the data's: {self._described(current)}.")
         super().on_load_checkpoint(checkpoint)
 
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from coco_data import CATEGORIES, COUNTS, annotation_path, change_coco, truth_from_detections, write_coco
+from data_layouts import write_yolo
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -148,6 +149,29 @@ def test_other_categories_are_refused(run, coco, detection_config, trained, tmp_
     assert "The checkpoint was trained for 3 categories: " in printed
     assert "toothbrush (90)" in printed
     assert "toaster (90)" in printed
+
+
+def test_the_same_categories_under_other_ids(run, coco, trained, tmp_path):
+    """YOLO's ids are 0, 1, 2, ..., which the network knows nothing of: names and their order decide."""
+    stored = ["-c", trained / "config_fit.yaml", "--ckpt_path", trained / "last.ckpt"]
+    run("predict", *stored)
+    expected = (trained / "predictions" / "detections.csv").read_text()
+    yolo = write_yolo(coco, tmp_path / "yolo", {"train2017": "train", "test2017": "test"})
+    data = [
+        "--data",
+        "YOLODetectionDataModule",
+        "--data.root",
+        yolo,
+        "--data.val_split",
+        "",
+        "--data.test_split",
+        "test",
+    ]
+    printed = run("predict", *stored, *data)
+    assert "Ids of categories are the data's: 3 categories" in printed
+    assert "(0), " in printed
+    assert (trained / "predictions" / "detections.csv").read_text() == expected
+    assert expected.count("\n") > 10
 
 
 def test_a_checkpoint_alone_is_enough(trained):
