@@ -113,6 +113,20 @@ data:
     return path
 
 
+@pytest.fixture
+def photos(coco, tmp_path) -> Path:
+    """Seven pictures with names as exports give them, of which two are damaged and one is none."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    source = sorted((coco / "test2017").iterdir())
+    for number, name in enumerate(("frame.0001.png", "frame.0002.png", "more/frame.0001.png", "a.png")):
+        (folder / name).write_bytes(source[number].read_bytes())
+    for name in ("cut.png", "more/cut.png"):
+        (folder / name).write_bytes(source[0].read_bytes()[:200])
+    (folder / "text.jpg").write_text("no picture")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cityscapes(tmp_path_factory) -> Path:
     """Segmentation data in the official layout, with an odd number of test images."""

@@ -213,20 +213,6 @@ def test_predict_says_what_the_command_writes(run, coco, trained):
     assert task.training, "the mode is the caller's"
 
 
-@pytest.fixture
-def photos(coco, tmp_path) -> Path:
-    """Seven pictures with names as exports give them, of which two are damaged and one is none."""
-    folder = tmp_path / "photos"
-    (folder / "more").mkdir(parents=True)
-    source = sorted((coco / "test2017").iterdir())
-    for number, name in enumerate(("frame.0001.png", "frame.0002.png", "more/frame.0001.png", "a.png")):
-        (folder / name).write_bytes(source[number].read_bytes())
-    for name in ("cut.png", "more/cut.png"):
-        (folder / name).write_bytes(source[0].read_bytes()[:200])
-    (folder / "text.jpg").write_text("no picture")
-    return folder
-
-
 def test_damaged_pictures_lose_nothing_but_themselves(run, trained, photos):
     """The pictures drawn of the others are as many as there are, whatever their names."""
     arguments = ["--data.predict_folder", photos, "--model.num_pictures", 9]

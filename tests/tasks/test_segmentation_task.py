@@ -125,6 +125,21 @@ def test_a_folder_of_images(run, trained, tmp_path):
     assert written == {"grey_pred_labelIds.png": (30, 90), "colour_pred_labelIds.png": (50, 31)}
 
 
+def test_damaged_pictures_lose_nothing_but_themselves(run, trained, photos):
+    arguments = ["--data.predict_folder", photos, "--data.eval_batch_size", 2, "--data.root", photos]
+    printed = run("predict", *stored(trained), *arguments, status=2)
+    assert "3 images could not be used and were skipped" in printed
+    folder = trained / "predictions"
+    with (folder / "bad_images.csv").open(encoding="utf-8") as file:
+        assert [row["file_name"] for row in csv.DictReader(file)] == ["cut.png", "more/cut.png", "text.jpg"]
+    written = sorted(path.name for path in (folder / "labels").iterdir())
+    names = ("a", "frame.0001", "frame.0002", "more_frame.0001")
+    assert written == [f"{name}_pred_labelIds.png" for name in names]
+    for name, photo in zip(written, ("a.png", "frame.0001.png", "frame.0002.png", "more/frame.0001.png"), strict=True):
+        with Image.open(photos / photo) as image:
+            assert ids_of(folder / "labels" / name).shape == image.size[::-1]
+
+
 def test_ways_of_inference_can_be_chosen_for_a_checkpoint(run, trained):
     run("test", *stored(trained))
     chosen = ["--model.inference.mode", "sliding", "--model.inference.tile", 33, "--model.inference.flip", "true"]
