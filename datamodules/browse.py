@@ -39,6 +39,8 @@ SPLITS = {
 """The stage and the loader of each split."""
 
 _COLUMNS = 4
+_LONGEST_NAME = 40  # letters
+_TITLE_INCHES = 0.4  # above each panel
 _PANEL_INCHES = 4.0
 _DPI = 110
 _PADDING_COLOUR = "0.85"
@@ -105,7 +107,7 @@ def draw_detection_sheet(batches: Iterable[DetectionBatch], num: int, names: Seq
         )
     )
     shown = list(itertools.islice(samples, num))
-    figure, panels = _grid(len(shown), title)
+    figure, panels = _grid(len(shown), title, [image.shape[1] / image.shape[2] for _, _, image, _ in shown])
     for axes, (image_id, name, image, target) in zip(panels, shown, strict=True):
         height, width = image.shape[1:]
         boxes, labels = (target["boxes"], target["labels"].tolist()) if target else (np.empty((0, 4)), [])
@@ -114,7 +116,7 @@ def draw_detection_sheet(batches: Iterable[DetectionBatch], num: int, names: Seq
         axes.imshow(draw_detections(image, boxes, called, categories=names, longest_side=round(_DPI * _PANEL_INCHES)))
         axes.set(xticks=[], yticks=[])
         count = f"{len(labels)} boxes" if target else "no targets"
-        axes.set_title(f"{name} (id {image_id})\n{width} x {height}, {count}", fontsize=8, parse_math=False)
+        axes.set_title(f"{_short(name)} (id {image_id})\n{width} x {height}, {count}", fontsize=8, parse_math=False)
     return figure
 
 
@@ -138,7 +140,11 @@ def draw_segmentation_sheet(
         for sample in zip(batch.ids.tolist(), batch.names, batch.images, batch.labels or none * len(batch), strict=True)
     )
     shown = list(itertools.islice(samples, num))
-    figure, panels = _grid(len(shown), title)
+    heights = [
+        image.shape[1] / image.shape[2] * (1 if labels is None else 2 if image.shape[2] > image.shape[1] else 0.5)
+        for _, _, image, labels in shown
+    ]
+    figure, panels = _grid(len(shown), title, heights)
     occurring = np.zeros(IGNORED + 1, dtype=np.bool_)
     for axes, (number, name, image, labels) in zip(panels, shown, strict=True):
         height, width = image.shape[1:]
@@ -150,7 +156,7 @@ def draw_segmentation_sheet(
         axes.imshow(pixels)
         axes.set(xticks=[], yticks=[])
         labelled = "no labels" if labels is None else f"{100 * (labels != IGNORED).float().mean():.0f} % labelled"
-        axes.set_title(f"{name} (id {number})\n{width} x {height}, {labelled}", fontsize=8, parse_math=False)
+        axes.set_title(f"{_short(name)} (id {number})\n{width} x {height}, {labelled}", fontsize=8, parse_math=False)
     meanings = [*enumerate(zip(classes.names, classes.colours, strict=True)), (IGNORED, ("ignored", _IGNORED_COLOUR))]
     keys = [
         Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="0.6", label=name)
@@ -202,11 +208,18 @@ def draw_token_sheet(batches: Iterable[TranslationBatch], num: int, vocabulary: 
     return figure
 
 
-def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each of `count` samples."""
+def _short(name: str) -> str:
+    """A file name that fits above its panel, with its beginning and its end."""
+    name = name.rpartition("/")[2]
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 16]}…{name[-15:]}"
+
+
+def _grid(count: int, title: str, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each of `count` samples, as high as the usual of the given heights for a width of 1."""
     columns = max(1, min(_COLUMNS, count))
     rows = max(1, -(-count // columns))
-    figure = Figure(figsize=(_PANEL_INCHES * columns, _PANEL_INCHES * rows + 0.4), dpi=_DPI, layout="constrained")
+    height = _PANEL_INCHES * min(2.0, max(0.5, float(np.median(heights)) if count else 1.0)) + _TITLE_INCHES
+    figure = Figure(figsize=(_PANEL_INCHES * columns, height * rows + 0.4), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontsize=10)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[count:]:

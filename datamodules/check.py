@@ -100,9 +100,10 @@ def check_data(
 def _splits(module: DetectionDataModule | SegmentationDataModule) -> Iterator[str]:
     """The splits of a DataModule, each ready."""
     module.prepare_data()
-    names = module.split_names
+    for one in (module, *getattr(module, "members", ())):
+        one.on_bad_image = "skip"  # all of them are named
     for split, stage in (("train", "fit"), ("val", "validate"), ("test", "test")):
-        if names[split] and not (split == "test" and names["test"] == names["val"]):
+        if module.split_names[split] and (split != "test" or module.has_test_split):
             module.setup(stage)
             yield split
 
@@ -171,7 +172,7 @@ def _of_detection(
     module: DetectionDataModule, split: str, processes: int, advance: Callable[[str, int], None]
 ) -> SplitReport:
     annotations = module.annotations(split)
-    report = SplitReport(module.split_names[split])
+    report = SplitReport(module.split_names[split], problems=dict(annotations.unreadable))
     turned = 0
     decode = functools.partial(_decode_image, module, split)
     for one in _decoded(_Files(len(annotations), decode), report.name, processes, advance):

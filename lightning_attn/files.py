@@ -69,8 +69,11 @@ def remove_parts(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes a new file in UTF-8, line ends as they are in `text`; as `write_file`, without `replace`."""
-    return write_file(path, lambda file: file.write(text.encode("utf-8")))
+    """Writes a new file in UTF-8, line ends as they are in `text`; as `write_file`, without `replace`.
+
+    Bytes of file names that are no text become question marks: they must not lose all the rest.
+    """
+    return write_file(path, lambda file: file.write(text.encode("utf-8", errors="replace")))
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:

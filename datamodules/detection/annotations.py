@@ -2,8 +2,8 @@
 
 import enum
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from datamodules.detection.transforms import MIN_BOX_SIDE, Boxes, Labels
 from datamodules.images.files import ExifPolicy, ImageError, ImageHeader, image_header, image_size
-from datamodules.images.folders import PackedText, listed, predicted_images, printable, spread
+from datamodules.images.folders import PackedText, first_repeated, listed, predicted_images, printable, spread
 from datamodules.images.sampling import BadImagePolicy
 from datamodules.images.transforms import resized_sizes
 
@@ -22,12 +22,14 @@ __all__ = [
     "Fate",
     "check_categories",
     "check_images",
-    "first_repeated",
     "of_image",
+    "sizes_of",
 ]
 
 Integers = npt.NDArray[np.int64]
 T = TypeVar("T")
+
+_LEAST_SIDE = 0.01  # of a box in pixels
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class DetectionAnnotations:
         areas: `[M]`.
         crowd: Whether it is a crowd, `[M]`.
         numbered: Whether image ids were counted here, so that they mean nothing to the user.
+        unreadable: Images that are left out since their size cannot be read, with the reason.
     """
 
     path: Path
@@ -137,6 +140,7 @@ class DetectionAnnotations:
     areas: npt.NDArray[np.float64]
     crowd: npt.NDArray[np.bool_]
     numbered: bool = False
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_objects(
@@ -153,6 +157,7 @@ class DetectionAnnotations:
         areas: npt.NDArray[np.float64] | None = None,
         image_ids: Integers | None = None,
         annotation_ids: Integers | None = None,
+        unreadable: Mapping[str, str] | None = None,
     ) -> "DetectionAnnotations":
         """From annotations in any order; those of an image keep theirs.
 
@@ -168,6 +173,7 @@ class DetectionAnnotations:
             areas: `[M]`; None for those of the boxes.
             image_ids: `[N]`; None for 1, 2, 3, ...
             annotation_ids: `[M]`; None for 1, 2, 3, ...
+            unreadable: See the class.
         """
         order = np.argsort(owners, kind="stable")
         starts = np.searchsorted(owners[order], np.arange(len(names) + 1))
@@ -187,6 +193,7 @@ class DetectionAnnotations:
             areas[order],
             crowd[order],
             numbered=image_ids is None,
+            unreadable=unreadable or {},
         )
 
     @classmethod
@@ -199,7 +206,7 @@ class DetectionAnnotations:
         Raises:
             FileNotFoundError: If there is no such folder, or it holds no file that is named as an image.
         """
-        names = predicted_images(folder, below=True)
+        names = predicted_images(folder)
         stems = [Path(name).stem for name in names]
         numbers = [int(stem) for stem in stems if stem.isdecimal() and len(stem) <= 18]
         by_name = len(set(numbers)) == len(names)
@@ -264,10 +271,11 @@ class DetectionAnnotations:
         """What the boxes look like if they are not x, y, width and height in pixels; empty if they are."""
         if not len(self.bboxes):
             return ""
-        if self.bboxes.max() <= 1 and self.sizes.min() > 2 and (self.bboxes[:, 2:] > 0).any():
+        normalised = (self.bboxes.max(axis=1) <= 1) & (self.bboxes[:, 2:] > 0).any(axis=1)
+        if normalised.sum() >= 0.5 * len(self.bboxes) and self.sizes.min() > 2:
             return (
-                "All coordinates are between 0 and 1, so they look normalised by the size of the image: multiply them "
-                "with its width and height."
+                f"The coordinates of {int(normalised.sum()):,} of {len(normalised):,} boxes are between 0 and 1, so "
+                "they look normalised by the size of the image: multiply them with its width and height."
             )
         corners, borders = _corners(self.bboxes, self.sizes[self.owners()])
         beyond = (corners[:, 2:] > 1.02 * borders[:, 2:] + 1).any(axis=1)
@@ -283,7 +291,8 @@ class DetectionAnnotations:
         """The training targets of an image: boxes (x1, y1, x2, y2), cut at its borders, `[n, 4]` and labels `[n]`."""
         part = slice(self.starts[index], self.starts[index + 1])
         boxes, inside = _clipped(self.bboxes[part], self.sizes[index])
-        kept = inside & ~self.crowd[part]
+        # What is no more than a rounding error has no place among boxes, at whatever size.
+        kept = inside & ~self.crowd[part] & ((boxes[:, 2:] - boxes[:, :2]) > _LEAST_SIDE).all(axis=1)
         return boxes[kept], self.labels[part][kept]
 
     def ground_truth(self) -> dict[str, Any]:
@@ -333,22 +342,41 @@ def _clipped(bboxes: npt.NDArray[np.float64], sizes: Integers) -> tuple[Boxes, n
     return boxes, inside
 
 
+def sizes_of(
+    folder: Path, names: Sequence[str], exif: ExifPolicy, on_bad_image: BadImagePolicy
+) -> tuple[dict[int, tuple[int, int]], dict[str, str]]:
+    """Sizes of images whose annotations do not say them.
+
+    Args:
+        folder: What the names are below.
+        names: Of the files.
+        exif: How they are read.
+        on_bad_image: What is done about those that cannot be read.
+
+    Returns:
+        Height and width by the number of the image, and why the others cannot be read, by their names.
+
+    Raises:
+        ImageError: If one cannot be read, and is not to be skipped.
+        OSError: Likewise.
+    """
+    sizes, unreadable = {}, {}
+    for number, name in enumerate(names):
+        try:
+            sizes[number] = image_size(folder / name, exif=exif)
+        except (ImageError, OSError) as error:
+            if on_bad_image == "stop":
+                raise
+            unreadable[printable(name)] = printable(str(error))
+    return sizes, unreadable
+
+
 def _size_or_one(path: Path, exif: ExifPolicy) -> tuple[int, int]:
     """The size of an image, or 1 x 1 of what is none: the error is told when it is read."""
     try:
         return image_size(path, exif=exif)
     except (ImageError, OSError):
         return 1, 1
-
-
-def first_repeated(values: Sequence[Any]) -> Any:
-    """The first of some values that was there before, or None."""
-    seen = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    return None
 
 
 def check_categories(annotations: DetectionAnnotations, categories: Categories) -> None:
@@ -395,7 +423,7 @@ def check_images(
         if (folder / part).is_dir()
         for file in os.listdir(folder / part)  # noqa: PTH208
     }
-    missing = [index for index, name in enumerate(names) if name not in present]
+    missing = [index for index, name in enumerate(names) if name not in present and not (folder / name).is_file()]
     if missing:
         first = listed([f"{names[index]} (image id {annotations.image_ids[index]})" for index in missing], 5)
         hint = ""

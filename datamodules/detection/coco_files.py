@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from pytorch_lightning.utilities import rank_zero_info
 
-from datamodules.detection.annotations import Categories, DetectionAnnotations, first_repeated
-from datamodules.images.folders import listed
+from datamodules.detection.annotations import Categories, DetectionAnnotations
+from datamodules.images.folders import first_repeated, listed
 
 __all__ = ["read_coco"]
+
+_HIGHEST = 1e300  # whole numbers in JSON may be larger than a float can be
 
 Integers = npt.NDArray[np.int64]
 
@@ -145,10 +147,12 @@ def _bboxes(
     """(x, y, width, height) of each annotation, `[M, 4]`."""
     values = _values(annotations, "bbox", "annotations", path)
     try:
-        bboxes = np.array(values, dtype=np.float64).reshape(len(values), 4)
-    except (TypeError, ValueError):  # not four numbers each; the loop below finds which
+        bboxes = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):  # not four numbers each; the loop below finds which
         bboxes = np.full((len(values), 4), np.nan)
-    if np.isfinite(bboxes).all():
+    if not len(values):
+        return bboxes.reshape(0, 4)
+    if bboxes.shape == (len(values), 4) and np.isfinite(bboxes).all():
         return bboxes
     for value, annotation_id, image_id in zip(values, annotation_ids, image_ids, strict=True):
         if not isinstance(value, list) or len(value) != 4 or not all(_is_finite(number) for number in value):
@@ -197,7 +201,7 @@ def _root_category(entries: list[dict[str, Any]], annotations: list[dict[str, An
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < _HIGHEST and math.isfinite(value)
 
 
 def _categories(entries: list[dict[str, Any]], path: Path) -> Categories:

@@ -1,6 +1,7 @@
 """What the DataModules of objects in boxes share, whatever layout their files have."""
 
 import abc
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,9 @@ from datamodules.detection.transforms import Augmentation, EvaluationTransform, 
 from datamodules.images.datamodule import ImageDataModule, check_least
 from datamodules.images.files import ExifPolicy, ImageHeader, channels_first, read_image
 from datamodules.images.folders import PackedText, listed, printable, unique_stems
-from datamodules.images.sampling import BadImagePolicy, Draw, ImageBatch, ImageDataset
+from datamodules.images.sampling import BadImage, BadImagePolicy, Draw, ImageBatch, ImageDataset
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["DetectionBatch", "DetectionDataModule", "DetectionDataset"]
 
@@ -238,6 +241,11 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         """The lengths that images are resized to, and what is done about EXIF orientations."""
         return {"min_size": self.min_size, "max_size": self.max_size} | super().preprocessing
 
+    @property
+    def unreadable(self) -> list[BadImage]:
+        """See `ImageDataModule.unreadable`."""
+        return [BadImage(*one) for annotations, _ in self._splits.values() for one in annotations.unreadable.items()]
+
     def annotations(self, split: str) -> DetectionAnnotations:
         """The annotations of a split as arrays.
 
@@ -358,6 +366,8 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
             f"{name}: {len(annotations):,} images, {len(annotations.labels):,} annotations, "
             f"{len(annotations.categories)} categories ({annotations.path})"
         )
+        for image, reason in annotations.unreadable.items():
+            logger.warning(f"{name}: {image} is left out: {reason}")
         for remark in _remarks(annotations, headers, self.exif):
             rank_zero_info(f"{name}: note: {remark}")
 
@@ -399,6 +409,15 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
             factors = np.maximum(1.0, np.sqrt(self.repeat_threshold / share))
         repeats = np.ones(len(annotations))
         np.maximum.at(repeats, pairs[:, 0], factors[pairs[:, 1]])
+        raised = [
+            f"{annotations.categories.names[label - 1]} {factors[label]:.2f}"
+            for label in np.argsort(-factors[1:]) + 1
+            if 1 < factors[label] < np.inf
+        ]
+        rank_zero_info(
+            f"{self.split_names['train']}: repeat_threshold {self.repeat_threshold:g}: images come "
+            f"{repeats.mean():.2f} times in an epoch, in the mean; those with {listed(raised, 10) or 'no class'} times"
+        )
         return repeats if weights is None else repeats * weights
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pytorch_lightning.utilities import rank_zero_info
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations
 from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
-from datamodules.images.members import check_members, member_splits, member_weights, prepare_members
+from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
 from datamodules.images.sampling import BadImagePolicy
 
 __all__ = ["MergedDetectionDataModule", "merged_annotations"]
@@ -99,12 +100,17 @@ class MergedDetectionDataModule(DetectionDataModule):
 
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
         """See `DetectionDataModule.read_split`."""
-        parts = [member.read_split(split) for member in self.members if member.split_names[split]]
+        parts = [member.read_split(split) for member in members_with(self.members, split)]
         if split == "train":
             self._member_sizes = [len(annotations) for annotations, _ in parts]
         # The classes are those of all training splits, whatever a split has.
         known = [annotations.categories for annotations, _ in parts] if split == "train" else self._member_categories()
-        return merged_annotations(parts, self.rename, known)
+        if split == "train" or self._categories is None:  # what was read before has its new names already
+            _check_rename(self.rename, [*known, *(annotations.categories for annotations, _ in parts)])
+        annotations, folder = merged_annotations(parts, self.rename, known)
+        if split == "train":
+            self._report_missing([own for own, _ in parts], annotations.categories)
+        return annotations, folder
 
     def read_categories(self) -> Categories | None:
         """See `DetectionDataModule.read_categories`."""
@@ -114,6 +120,17 @@ class MergedDetectionDataModule(DetectionDataModule):
     def image_weights(self) -> npt.NDArray[np.float64] | None:
         """See `DetectionDataModule.image_weights`."""
         return member_weights(self.weights, self._member_sizes)
+
+    def _report_missing(self, parts: Sequence[DetectionAnnotations], categories: Categories) -> None:
+        """Says which classes a member does not have: they are annotated in a part of the images only."""
+        for member, part in zip(self.members, parts, strict=True):
+            own = {self.rename.get(name, name) for name in part.categories.names}
+            missing = [name for name in categories.names if name not in own]
+            if missing:
+                rank_zero_info(
+                    f"train: note: {member.root} has no class {listed(missing, 10)}. Where its images show some, they "
+                    "are taken for background; where another name means the same, say so (--data.rename)."
+                )
 
     def _member_categories(self) -> list[Categories]:
         """The categories of all members: those that are known, or those of their training splits."""
@@ -137,15 +154,8 @@ def merged_annotations(
         parts: Annotations, each with the folder of their images.
         rename: New names of classes by their old ones.
         categories: Those whose classes there are to be, beside the parts' own.
-
-    Raises:
-        ValueError: If a class that is to be renamed is in none of the data sets.
     """
     own = [annotations.categories for annotations, _ in parts]
-    known = {name for one in (*categories, *own) for name in one.names}
-    unknown = [name for name in rename if name not in known and rename[name] not in known]
-    if unknown:
-        raise ValueError(f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(known), 90)}.")
     united = _united([*categories, *own], rename)
     label = {name: place for place, name in enumerate(united.names, start=1)}
     folder = Path(os.path.commonpath([path.absolute() for _, path in parts]))
@@ -170,8 +180,16 @@ def merged_annotations(
         labels=np.concatenate(labels).astype(np.int64),
         crowd=np.concatenate([one.crowd for one in columns]),
         areas=np.concatenate([one.areas for one in columns]),
+        unreadable={name: reason for one in columns for name, reason in one.unreadable.items()},
     )
     return annotations, folder
+
+
+def _check_rename(rename: Mapping[str, str], categories: Sequence[Categories]) -> None:
+    known = {name for one in categories for name in one.names}
+    unknown = [name for name in rename if name not in known]
+    if unknown:
+        raise ValueError(f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(known), 90)}.")
 
 
 def _united(categories: Sequence[Categories], rename: Mapping[str, str]) -> Categories:

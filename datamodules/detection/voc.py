@@ -1,6 +1,7 @@
 """Object detection data in the layout of Pascal VOC: an XML file for each image."""
 
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.detection.annotations import Categories, DetectionAnnotations, first_repeated
+from datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
 from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.detection.transforms import Augmentation
-from datamodules.images.files import ExifPolicy, image_size
-from datamodules.images.folders import contents, listed
+from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
+from datamodules.images.folders import contents, first_repeated, listed, read_lines
 from datamodules.images.sampling import BadImagePolicy
 
 __all__ = ["VOC_CLASSES", "VOCDetectionDataModule", "read_voc"]
@@ -130,7 +131,8 @@ class VOCDetectionDataModule(DetectionDataModule):
                 )
         # Found once for all splits: to find them, every annotation is read.
         classes = self.classes or (() if self._categories is None else self._categories.names)
-        return read_voc(self.root, name, classes, self.corners_from, self.exif), self.root / _IMAGES
+        annotations = read_voc(self.root, name, classes, self.corners_from, self.exif, self.on_bad_image)
+        return annotations, self.root / _IMAGES
 
     def read_categories(self) -> Categories | None:
         """See `DetectionDataModule.read_categories`."""
@@ -147,6 +149,7 @@ def read_voc(
     classes: Sequence[str] = (),
     corners_from: int = 1,
     exif: ExifPolicy = "apply",
+    on_bad_image: BadImagePolicy = "stop",
 ) -> DetectionAnnotations:
     """Reads the annotations of a split of Pascal VOC's layout.
 
@@ -156,14 +159,15 @@ def read_voc(
         classes: As in `VOCDetectionDataModule`.
         corners_from: As in `VOCDetectionDataModule`.
         exif: How the size of an image is read where its annotation does not say it.
+        on_bad_image: What is done about an image whose size cannot be read then.
 
     Raises:
         FileNotFoundError: If a listed image or its annotation is not there.
         ValueError: If an annotation cannot be read, or has a class that is none of `classes`.
     """
     listing = root / _SETS / f"{split}.txt"
-    # A list of one class has a second column: 1, -1 or 0.
-    stems = [line.split()[0] for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    # A list of one class has a second column: 1, -1 or 0. Names may have blanks.
+    stems = [re.sub(r"\s+(-1|0|1)$", "", line) for line in read_lines(listing)]
     if not stems:
         raise ValueError(f"{listing} lists no image. Give a split that has some.")
     twice = first_repeated(stems)
@@ -178,31 +182,37 @@ def read_voc(
         )
     names = tuple(classes) or _occurring(root / _ANNOTATIONS)
     categories = Categories(names, tuple(range(1, len(names) + 1)))
-    present = {path.stem: path.name for path in sorted((root / _IMAGES).iterdir(), reverse=True)}
-    sizes, files, owners, objects = [], [], [], []
-    for number, stem in enumerate(stems):
-        path = root / _ANNOTATIONS / f"{stem}.xml"
-        size, file, found = _read_xml(path, corners_from)
-        file = present.get(stem, file or f"{stem}.jpg")
-        sizes.append(size or image_size(root / _IMAGES / file, exif=exif))
-        files.append(file)
-        for one in found:
+    present = {
+        path.stem: path.name
+        for path in sorted((root / _IMAGES).iterdir(), reverse=True)
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    }
+    read = [_read_xml(root / _ANNOTATIONS / f"{stem}.xml", corners_from) for stem in stems]
+    files = [present.get(stem, file or f"{stem}.jpg") for stem, (_, file, _) in zip(stems, read, strict=True)]
+    unsized = [number for number, (size, _, _) in enumerate(read) if size is None]
+    found, unreadable = sizes_of(root / _IMAGES, [files[number] for number in unsized], exif, on_bad_image)
+    sizes = {number: size for number, (size, _, _) in enumerate(read) if size is not None}
+    sizes |= {unsized[place]: size for place, size in found.items()}
+    owners, objects = [], []
+    for place, number in enumerate(sorted(sizes)):
+        for one in read[number][2]:
             if one.name not in names:
                 raise ValueError(
-                    f"{path} has an object {one.name!r}, which is none of the classes {listed(names, 30)}. Add it "
-                    "(--data.classes), or correct the file."
+                    f"{root / _ANNOTATIONS / stems[number]}.xml has an object {one.name!r}, which is none of the "
+                    f"classes {listed(names, 30)}. Add it (--data.classes), or correct the file."
                 )
-            owners.append(number)
+            owners.append(place)
             objects.append(one)
     return DetectionAnnotations.of_objects(
         listing,
         categories,
-        names=files,
-        sizes=np.array(sizes, dtype=np.int64),
+        names=[files[number] for number in sorted(sizes)],
+        sizes=np.array([sizes[number] for number in sorted(sizes)], dtype=np.int64).reshape(-1, 2),
         owners=np.array(owners, dtype=np.int64),
         bboxes=np.array([one.bbox for one in objects], dtype=np.float64).reshape(-1, 4),
         labels=np.array([names.index(one.name) + 1 for one in objects], dtype=np.int64),
         crowd=np.array([one.difficult for one in objects], dtype=np.bool_),
+        unreadable=unreadable,
     )
 
 
@@ -220,6 +230,8 @@ def _read_xml(path: Path, corners_from: int) -> tuple[tuple[int, int] | None, st
         tree = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
         raise ValueError(f"{path} is no whole XML file: {error}. Copy or download it again.") from error
+    except (ValueError, LookupError) as error:  # of an encoding that the parser does not know
+        raise ValueError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
     if tree.tag != "annotation":
         raise ValueError(f"{path} holds <{tree.tag}>, not the <annotation> of Pascal VOC. Give such files.")
     height, width = (_number(tree, f"size/{side}", path, optional=True) for side in ("height", "width"))

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from datamodules.detection.annotations import Categories, DetectionAnnotations
+from datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
 from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.detection.transforms import Augmentation
-from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy, image_size
-from datamodules.images.folders import contents, listed
+from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
+from datamodules.images.folders import contents, images_below, listed, read_lines, read_text
 from datamodules.images.sampling import BadImagePolicy
 
 __all__ = ["YOLODetectionDataModule", "read_yolo", "read_yolo_description"]
@@ -90,11 +90,11 @@ class YOLODetectionDataModule(DetectionDataModule):
 
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
         """See `DetectionDataModule.read_split`."""
-        return read_yolo(self.root, self.split_names[split], self.exif)
+        return read_yolo(self.root, self.split_names[split], self.exif, self.on_bad_image)
 
     def read_categories(self) -> Categories | None:
         """See `DetectionDataModule.read_categories`."""
-        return read_yolo_description(self.root)[1] if self.root.is_dir() else None
+        return read_yolo_description(self.root)[1] if self.root.exists() else None
 
 
 def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]:
@@ -104,7 +104,7 @@ def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]
         FileNotFoundError: If there is no such file.
         ValueError: If it names no classes.
     """
-    path = root / "data.yaml"
+    path = root if root.is_file() else root / "data.yaml"
     if not path.is_file():
         others = sorted([*root.glob("*.yaml"), *root.glob("*.yml")]) if root.is_dir() else []
         if len(others) != 1:
@@ -114,12 +114,14 @@ def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]
             )
         path = others[0]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = yaml.safe_load(text)
+        as_written = yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML file: {error}. Correct it.") from error
-    names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
-        names = [names[number] for number in range(len(names))]
+    names = as_written.get("names") if isinstance(as_written, dict) else None
+    if isinstance(names, dict) and sorted(names) == sorted(map(str, range(len(names)))):
+        names = [names[str(number)] for number in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ValueError(
             f"{path}: names is {names!r}; it must be a list of the names of the classes, or a mapping from 0, 1, 2, "
@@ -134,13 +136,16 @@ def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_yolo(root: Path, split: str, exif: ExifPolicy = "apply") -> tuple[DetectionAnnotations, Path]:
+def read_yolo(
+    root: Path, split: str, exif: ExifPolicy = "apply", on_bad_image: BadImagePolicy = "stop"
+) -> tuple[DetectionAnnotations, Path]:
     """Reads the annotations of a split of YOLO's layout.
 
     Args:
-        root: Folder that holds `data.yaml`.
+        root: Folder that holds `data.yaml`, or that file.
         split: Name of the split there.
         exif: How the sizes of images are read.
+        on_bad_image: What is done about an image whose size cannot be read.
 
     Returns:
         The annotations, whose category ids are YOLO's, from 0, and the folder that the names of images are below.
@@ -150,15 +155,24 @@ def read_yolo(root: Path, split: str, exif: ExifPolicy = "apply") -> tuple[Detec
         ValueError: If a file cannot be read; the message names it and the line.
     """
     content, categories, description = read_yolo_description(root)
-    images = _images(root, content, split, description)
+    images = _images(description.parent, content, split, description)
     folder = _common_folder(images)
-    sizes = np.array([image_size(path, exif=exif) for path in images], dtype=np.int64)
+    names = [path.relative_to(folder).as_posix() for path in images]
+    sizes_by_number, unreadable = sizes_of(folder, names, exif, on_bad_image)
+    readable = sorted(sizes_by_number)
+    sizes = np.array([sizes_by_number[number] for number in readable], dtype=np.int64).reshape(-1, 2)
     owners: list[int] = []
     rows: list[tuple[int, float, float, float, float]] = []
-    for number, path in enumerate(images):
-        for row in _read_labels(_label_path(path), len(categories)):
-            owners.append(number)
+    keypoints = _keypoint_values(content, description)
+    for place, number in enumerate(readable):
+        for row in _read_labels(_label_path(images[number]), len(categories), keypoints):
+            owners.append(place)
             rows.append(row)
+    if not any(_label_path(path).is_file() for path in images):
+        raise FileNotFoundError(
+            f"none of the {len(images):,} images of {split!r} in {description} has a file of labels, such as "
+            f"{_label_path(images[0])}. Put the labels there: in the place of the folder images, the folder labels."
+        )
     values = np.array(rows, dtype=np.float64).reshape(-1, 5)
     owner = np.array(owners, dtype=np.int64)
     scale = np.tile(sizes[owner][:, ::-1], 2)
@@ -166,20 +180,33 @@ def read_yolo(root: Path, split: str, exif: ExifPolicy = "apply") -> tuple[Detec
     annotations = DetectionAnnotations.of_objects(
         description,
         categories,
-        names=[path.relative_to(folder).as_posix() for path in images],
+        names=[names[number] for number in readable],
         sizes=sizes,
         owners=owner,
         bboxes=np.concatenate([centres - sides / 2, sides], axis=1) * scale,
         labels=values[:, 0].astype(np.int64) + 1,
+        unreadable=unreadable,
     )
     return annotations, folder
+
+
+def _keypoint_values(content: dict[str, Any], description: Path) -> int | None:
+    """How many numbers of keypoints follow each box; None where outlines may."""
+    shape = content.get("kpt_shape")
+    if shape is None:
+        return None
+    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(one, int) and one > 0 for one in shape)):
+        raise ValueError(f"{description}: kpt_shape is {shape!r}; it must be two numbers such as [17, 3]. Correct it.")
+    return int(shape[0] * shape[1])
 
 
 def _images(root: Path, content: dict[str, Any], split: str, description: Path) -> list[Path]:
     """The images of a split, sorted."""
     key = next((name for name in _SPLITS.get(split, (split,)) if content.get(name)), None)
     if key is None:
-        known = [name for name, value in content.items() if isinstance(value, str | list) and name != "names"]
+        others = ("names", "path", "download")
+        known = [name for name, value in content.items() if isinstance(value, str | list) and name not in others]
+        known = [name for name in known if name in ("train", "val", "valid", "test")] or known
         raise FileNotFoundError(
             f"{description} names no split {split!r}, but {listed(known, 8) or 'none at all'}. Give one of them "
             "(--data.train_split, --data.val_split or --data.test_split NAME)."
@@ -201,9 +228,12 @@ def _resolved(root: Path, content: dict[str, Any], named: str, description: Path
         root / base / named,
         root / named,
         root / without_dots,
-        root / Path(named).name,
         root / base.name / named,
     ]
+    if Path(named).is_absolute():  # of the machine that wrote it; a folder needs two names to be the same one
+        parts = Path(named).parts[1:]
+        shortest = 1 if Path(named).suffix == ".txt" else 2
+        candidates += [root.joinpath(*parts[begin:]) for begin in range(1, len(parts) - shortest + 1)]
     for candidate in candidates:
         if candidate.exists():
             return candidate
@@ -216,9 +246,8 @@ def _resolved(root: Path, content: dict[str, Any], named: str, description: Path
 def _images_of(place: Path, description: Path) -> Iterable[Path]:
     """The images of a folder and of those in it, or of a list."""
     if place.is_dir():
-        return (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    lines = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    paths = [place.parent / line for line in lines]
+        return (place / name for name in images_below(place))
+    paths = [place.parent / line for line in read_lines(place)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(
@@ -238,12 +267,12 @@ def _label_path(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def _read_labels(path: Path, num_classes: int) -> list[tuple[int, float, float, float, float]]:
+def _read_labels(path: Path, num_classes: int, keypoints: int | None) -> list[tuple[int, float, float, float, float]]:
     """Class, centre and size of each object; none if there is no file."""
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}: {line.strip()[:60]!r}"
@@ -251,6 +280,13 @@ def _read_labels(path: Path, num_classes: int) -> list[tuple[int, float, float, 
             values = [float(word) for word in line.split()]
         except ValueError:
             values = []
+        if keypoints is not None and len(values) == 5 + keypoints:
+            values = values[:5]
+        elif keypoints is not None and len(values) != 5:
+            raise ValueError(
+                f"{where} has {len(values)} numbers, but kpt_shape in data.yaml means 5 and {keypoints}. Correct one "
+                "of them."
+            )
         if not np.isfinite(values).all() or not (len(values) == 5 or (len(values) >= 7 and len(values) % 2)):
             raise ValueError(
                 f"{where} is neither a class with x, y, width and height nor a class with the corners of an outline. "

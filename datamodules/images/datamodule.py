@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.images.files import ExifPolicy
-from datamodules.images.sampling import BadImagePolicy, ImageDataset, evaluation_loader, training_loader
+from datamodules.images.sampling import BadImage, BadImagePolicy, ImageDataset, evaluation_loader, training_loader
 
 STAGE_SPLITS: Mapping[str, tuple[str, ...]] = {
     "fit": ("train", "val"),
@@ -98,6 +98,16 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         """What is done to every image before the network sees it, by arguments of the DataModule."""
         return {"exif": self.exif}
 
+    @property
+    def has_test_split(self) -> bool:
+        """Whether there is a test split beside that of validation."""
+        return self.split_names["test"] not in ("", self.split_names["val"])
+
+    @property
+    def unreadable(self) -> list[BadImage]:
+        """Images of the splits that were set up which are left out, since not even their size can be read."""
+        return []
+
     def splits_of(self, stage: str) -> list[str]:
         """The splits that a stage reads, those of `STAGE_SPLITS`; says so where a training has no validation.
 
@@ -113,6 +123,10 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
                 )
         if stage == "fit" and "val" not in splits:
             rank_zero_info("There is no validation split: best.ckpt is not written, and last.ckpt is the result.")
+        if stage == "test" and not self.has_test_split:
+            rank_zero_info(
+                "There is no test split: these are scores of the validation split, by which best.ckpt was chosen."
+            )
         return splits
 
     @abc.abstractmethod

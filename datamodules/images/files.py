@@ -44,7 +44,7 @@ ExifPolicy = Literal["apply", "ignore"]
 upright image and that of the stored pixels, these are taken. `ignore` always takes the stored pixels.
 """
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Endings of the files that count as images in a folder, in lower case."""
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -133,8 +133,10 @@ def pixels_of(image: Image.Image | ImageArray | str | Path, exif: ExifPolicy = "
         return read_image(Path(image), exif=exif)
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or "The image"
-        orientation = _orientation(image)
-        converted = _rgb(image, name)
+        with _one_kind_of_error(name):
+            image.load()
+            orientation = _orientation(image)
+            converted = _rgb(image, name)
         turned = _header(name, converted.size, orientation, None, exif).turned
         return np.array(converted.transpose(_UPRIGHT[orientation]) if turned else converted)
     if (
@@ -251,12 +253,17 @@ def _header(
 @contextmanager
 def decoding(path: Path) -> Iterator[Image.Image]:
     """Opens an image, and makes one kind of error of all that a decoder may raise on a damaged file."""
+    with _one_kind_of_error(path), Image.open(path) as image:
+        yield image
+
+
+@contextmanager
+def _one_kind_of_error(path: Path | str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             # What is wrong is raised as an error; Pillow's warning begins at half the size that it refuses.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                yield image
+            yield
     except ImageError:
         raise
     except FileNotFoundError as error:

@@ -1,13 +1,16 @@
 """What the DataModules that merge several data sets share."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from datamodules.images.datamodule import ImageDataModule
 
-__all__ = ["check_members", "member_splits", "member_weights", "prepare_members"]
+__all__ = ["check_members", "member_splits", "member_weights", "members_with", "prepare_members"]
+
+T = TypeVar("T", bound=ImageDataModule)
 
 
 def check_members(members: Sequence[ImageDataModule], weights: Sequence[float], kind: str) -> None:
@@ -30,9 +33,16 @@ def check_members(members: Sequence[ImageDataModule], weights: Sequence[float], 
 
 
 def member_splits(members: Sequence[ImageDataModule]) -> dict[str, str]:
-    """The names of the merged splits; "" for validation or test if no member has one."""
-    found = {split: any(member.split_names[split] for member in members) for split in ("val", "test")}
-    return {"train": "train"} | {split: split if there else "" for split, there in found.items()}
+    """The names of the merged splits; "" for those of validation and test that no member has."""
+    has_tests = any(member.has_test_split for member in members)
+    has_validation = any(member.split_names["val"] for member in members)
+    return {"train": "train", "val": "val" if has_validation else "", "test": "test" if has_tests else ""}
+
+
+def members_with(members: Sequence[T], split: str) -> list[T]:
+    """The members that have a part in a split: in a test, those whose test split is not that of validation, if any."""
+    with_tests = [member for member in members if member.has_test_split]
+    return with_tests if split == "test" and with_tests else [member for member in members if member.split_names[split]]
 
 
 def prepare_members(members: Sequence[ImageDataModule], splits: Sequence[str]) -> None:

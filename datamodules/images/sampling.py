@@ -14,6 +14,7 @@ from torch import LongTensor, Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.images.files import ImageError
+from datamodules.images.folders import printable
 from datamodules.planned_batches import (
     PlannedBatchSampler,
     ResumableLoader,
@@ -167,7 +168,7 @@ class ImageDataset(Dataset[BatchType], abc.ABC):
                 except (ImageError, OSError) as error:
                     if self.on_bad_image == "stop" or (self.replaces_bad_images and turn == turns - 1):
                         raise
-                    bad.append(BadImage(self.name(chosen.image), str(error)))
+                    bad.append(BadImage(self.name(chosen.image), printable(str(error))))
                 else:
                     used.append(chosen)
                     results.append(result)

@@ -1,4 +1,4 @@
-"""Cityscapes' classes: what their label files say by number, which of them count, and their usual colours."""
+"""Classes of pixels: their names, the numbers that label files have for them, their colours; those of Cityscapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ __all__ = [
     "LabelClass",
     "LabelMap",
     "SegmentationClasses",
+    "distinct_colours",
     "value_counts",
 ]
 
@@ -71,6 +72,22 @@ _FACTS = (
 
 CITYSCAPES_CLASSES = tuple(LabelClass(name, id, place, colour) for place, (name, id, colour) in enumerate(_FACTS))
 """The 19 classes that are scored, in the order of their train ids. All other ids are ignored."""
+
+
+def distinct_colours(colours: Sequence[tuple[int, int, int] | None]) -> tuple[tuple[int, int, int], ...]:
+    """Colours of pictures, in which those that are missing or come a second time are made up."""
+    from matplotlib import colormaps
+
+    palette = [tuple(round(255 * part) for part in colormaps["tab20"](place)[:3]) for place in range(20)]
+    strong_first = [*palette[::2], *palette[1::2]]
+    found: list[tuple[int, int, int]] = []
+    for place, colour in enumerate(colours):
+        others = {*found, *(one for one in colours[place + 1 :] if one is not None)}
+        if colour is None or colour in found:
+            free = [one for one in strong_first if one not in others]
+            colour = free[0] if free else strong_first[place % len(strong_first)]  # type: ignore[assignment]
+        found.append(colour)  # type: ignore[arg-type]
+    return tuple(found)
 
 
 @dataclass(frozen=True)

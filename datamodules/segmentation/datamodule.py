@@ -26,7 +26,7 @@ from datamodules.images.files import (
     image_size,
     read_image,
 )
-from datamodules.images.folders import PackedText, listed, predicted_images, spread, unique_stems
+from datamodules.images.folders import PackedText, listed, predicted_images, printable, spread, unique_stems
 from datamodules.images.sampling import BadImagePolicy, Draw, ImageBatch, ImageDataset
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
 from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
@@ -279,15 +279,13 @@ class LabelCensus:
     def described(self, names: Sequence[str]) -> str:
         """The shares in a line, largest first."""
         pairs = sorted(zip((*names, "ignored"), self.shares.tolist(), strict=True), key=lambda pair: -pair[1])
-        text = ", ".join(f"{name} {100 * share:.2g} %" for name, share in pairs if share)
-        absent = [name for name, count in zip(names, self.labels.tolist(), strict=False) if not count]
-        return text + (f"; without a pixel: {listed(absent, 20)}" if absent else "")
+        return ", ".join(f"{name} {100 * share:.3g} %" for name, share in pairs if share)
 
     def described_unknown(self) -> str:
         """The unknown values and their shares."""
         total = max(1, int(self.labels.sum()))
         pairs = sorted(self.unknown.items(), key=lambda pair: -pair[1])
-        return listed([f"{value} ({100 * count / total:.2g} %)" for value, count in pairs], 10)
+        return listed([f"{value} ({100 * count / total:.3g} %)" for value, count in pairs], 10)
 
     def likely_encoding(self) -> str:
         """What files of such numbers usually are, and what reads them; empty if nothing is known of them."""
@@ -356,7 +354,7 @@ class SegmentationDataset(ImageDataset[SegmentationBatch]):
 
     def name(self, image: int) -> str:
         """Path of the image below the folder of the data."""
-        return self.files.images[image]
+        return printable(self.files.images[image])
 
     def batch(self, draws: Sequence[Draw]) -> SegmentationBatch:
         """One batch.
@@ -479,6 +477,10 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         """What to do about labels that seem to mean something else; empty if nothing is known."""
         return census.likely_encoding()
 
+    def likely_mistake(self, census: LabelCensus) -> str:
+        """Why nothing can be learnt from such labels, though some are of a class, and the way out; usually empty."""
+        return ""
+
     def setup(self, stage: str) -> None:
         """Lists the files that a stage needs, looks into the headers of some, and counts the labels of a few.
 
@@ -496,7 +498,7 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
                 continue
             if split == "predict" and self.predict_folder:
                 folder = Path(self.predict_folder)
-                self._files[split] = SegmentationFiles.of_paths(folder, predicted_images(folder, below=True))
+                self._files[split] = SegmentationFiles.of_paths(folder, predicted_images(folder))
                 continue
             role = "test" if split == "predict" else split
             files = self.list_files(role, with_labels=split != "predict")
@@ -580,13 +582,22 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
                 rank_zero_info(f"{name}: note: {empty}")
                 return
             raise ValueError(empty)
+        if self.likely_mistake(census):  # perhaps only of those that were chosen
+            every = LabelCensus.of(files, len(self.classes), range(len(files)), self.on_bad_image)
+            if mistake := self.likely_mistake(every):
+                raise ValueError(f"{split}_split: in all {every.files} files with labels in {files.folder}: {mistake}")
         rank_zero_info(f"{name}: pixels of {census.files} files: {census.described(self.classes.names)}")
+        absent = [one for one, count in zip(self.classes.names, census.labels.tolist(), strict=False) if not count]
+        if absent:
+            rank_zero_info(f"{name}: note: no pixel in these files is of the classes {listed(absent, 20)}")
         if census.unknown:
             rank_zero_info(f"{name}: note: values that are of no class: {census.described_unknown()}. {hint}".rstrip())
         elif hint and census.shares[-1] > 0.5:
-            rank_zero_info(f"{name}: note: {100 * census.shares[-1]:.2g} % of the pixels are ignored. {hint}")
+            rank_zero_info(f"{name}: note: {100 * census.shares[-1]:.3g} % of the pixels are ignored. {hint}")
 
 
 def _values(files: SegmentationFiles, census: LabelCensus) -> str:
     reader = files.reader(0)
+    if not census.values:
+        return "nothing that can be read"
     return listed([reader.described(value) for value in sorted(census.values)], 10)

@@ -1,7 +1,6 @@
 """Semantic segmentation data as people have them: folders of images and of masks, with classes of their own."""
 
 import functools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any, Literal, get_args
 import cv2
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
 from PIL import Image
 
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy, ImageError, decoding
-from datamodules.images.folders import contents, listed
+from datamodules.images.folders import contents, first_repeated, images_below, listed, read_lines
 from datamodules.images.sampling import BadImagePolicy
-from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
+from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours, value_counts
 from datamodules.segmentation.datamodule import LabelCensus, SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation
 
@@ -29,6 +27,8 @@ Colour = tuple[int, int, int]
 
 _LOSSY = (".jpg", ".jpeg")
 _JPEG_DISTANCE = 48  # how far compression moves a value or a part of a colour, at most
+_JPEG_GAP = 16  # between values or parts of colours, below which areas themselves are mistaken for each other
+_BLURRED_SHARE = 0.05  # of a file's pixels, at most, that are at the border of two areas
 
 
 class SegmentationFolderDataModule(SegmentationDataModule):
@@ -161,7 +161,10 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             pairs = self._listed(split, images, listing)
         else:
             folder = self._folder(f"{split}_images", images)
-            names = _images_below(folder)
+            names = images_below(folder)
+            if (self.root / masks).is_dir() and folder.samefile(self.root / masks):
+                among = self._masks_among(names)
+                names = [name for name in names if name not in among]
             if not names:
                 raise FileNotFoundError(
                     f"{split}_images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {contents(folder)}."
@@ -181,9 +184,24 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         """See `SegmentationDataModule.encoding_hint`."""
         if not census.unknown:
             return ""
+        ids = self.classes.ids
+        if ids == tuple(range(len(ids))) and str(len(ids)) in census.unknown:
+            return (
+                f"The ids of the {len(ids)} classes are 0 to {len(ids) - 1}, as none were given: if 0 is a background, "
+                "name it first among the classes, or give the ids (--data.ids)."
+            )
         return (
             "Correct ids or colours, name them in ignored_ids or ignored_colours, or say what all others are (others)."
         )
+
+    def likely_mistake(self, census: LabelCensus) -> str:
+        """See `SegmentationDataModule.likely_mistake`."""
+        if set(census.values) == {0, 255} and 255 not in self.classes.ids and len(self.classes) > 1:
+            return (
+                "All values are 0 and 255: these are binary masks, but no class has the id 255, which is ignored. Say "
+                "what they mean (--data.ids '[0, 255]')."
+            )
+        return ""
 
     def _folder(self, option: str, name: str) -> Path:
         folder = self.root / name
@@ -201,18 +219,18 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         path = self.root / listing
         if not path.is_file():
             raise FileNotFoundError(f"{split}_list: {path} is not there. Give a text file (--data.{split}_list FILE).")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = read_lines(path)
         if not lines:
             raise ValueError(f"{split}_list: {path} lists no image.")
         by_stem: dict[str, str] = {}
         pairs: list[tuple[str, str | None]] = []
         for line in lines:
-            columns = line.replace(",", " ").split()
+            columns = [one.strip() for one in line.split(",")] if "," in line else line.split()
             if len(columns) == 2 and all((self.root / one.lstrip("/")).is_file() for one in columns):
                 pairs.append((columns[0].lstrip("/"), columns[1].lstrip("/")))
                 continue
             if not by_stem:
-                by_stem = {_stem(name): name for name in _images_below(self._folder(f"{split}_images", images))}
+                by_stem = {_stem(name): name for name in images_below(self._folder(f"{split}_images", images))}
             name = line if line in by_stem.values() else by_stem.get(line) or by_stem.get(_stem(line))
             if name is None:
                 raise FileNotFoundError(
@@ -220,14 +238,53 @@ class SegmentationFolderDataModule(SegmentationDataModule):
                     "paths of an image and its mask below root."
                 )
             pairs.append((f"{images}/{name}", None))
+        twice = first_repeated([image for image, _ in pairs])
+        if twice is not None:
+            raise ValueError(f"{split}_list: {path} lists the image {twice} twice. Remove one.")
         return pairs
+
+    def _masks_among(self, names: Sequence[str]) -> set[str]:
+        """The masks in a folder that holds images too: those with `mask_suffix`, or PNG files beside others.
+
+        Raises:
+            ValueError: If they cannot be told from the images.
+        """
+        by_stem: dict[str, list[str]] = {}
+        for name in names:
+            by_stem.setdefault(_stem(name), []).append(name)
+        if self.mask_suffix:
+            ends = len(self.mask_suffix)
+            masks = [s for s in by_stem if s.endswith(self.mask_suffix) and s[:-ends] in by_stem]
+            return {name for stem in masks for name in by_stem[stem]}
+        found: set[str] = set()
+        for stem, same in by_stem.items():
+            masks = [name for name in same if name.lower().endswith(".png")]
+            if len(same) > 1 and (len(masks) != 1 or len(same) != 2):
+                raise ValueError(
+                    f"train_masks: images and masks are in one folder, and which of {listed(same, 5)} is the mask of "
+                    f"{stem} cannot be told. Put masks into a folder of their own, or give their names an ending of "
+                    "its own (--data.mask_suffix _mask)."
+                )
+            found.update(masks if len(same) > 1 else ())
+        return found
 
     def _masks(self, split: str, images: str, masks: str, wanted: Sequence[str]) -> dict[str, str]:
         """The mask of each image."""
         if not wanted:
             return {}
         folder = self._folder(f"{split}_masks", masks)
-        by_stem = {_stem(name): name for name in _images_below(folder)}
+        names = images_below(folder)
+        if (self.root / images).is_dir() and folder.samefile(self.root / images):
+            among = self._masks_among(names)
+            names = [name for name in names if name in among]
+        by_stem: dict[str, str] = {}
+        for name in names:
+            if _stem(name) in by_stem:
+                raise ValueError(
+                    f"{split}_masks: {folder} holds two masks of one name, {by_stem[_stem(name)]} and {name}. Remove "
+                    "one."
+                )
+            by_stem[_stem(name)] = name
         found, missing = {}, []
         for image in wanted:
             stem = _stem(image.removeprefix(f"{images}/"))
@@ -280,13 +337,20 @@ class MaskLabels:
                 red, green, blue = (np.asarray(band, dtype=np.int32) for band in image.convert("RGB").split())
                 # Above all numbers that 16 bits hold, so that a value is never both.
                 values: npt.NDArray[Any] = (red << 16) + (green << 8) + blue + _FIRST_COLOUR
+            elif image.mode == "F":
+                raise ImageError(f"{path} holds fractions (32-bit floats), not ids of classes. Store it as integers.")
             else:
                 values = np.asarray(
                     image if image.mode in ("L", "P", "1") or image.mode[0] == "I" else image.getchannel(0)
                 )
                 values = values.astype(np.uint8 if image.mode in ("L", "P", "1", "LA") else np.int32)
+                if values.min(initial=0) < 0 or values.max(initial=0) >= _FIRST_COLOUR:
+                    raise ImageError(
+                        f"{path} holds numbers from {values.min():,} to {values.max():,}; ids of classes are 0 to "
+                        "65,535. Store those."
+                    )
         if path.suffix.lower() in _LOSSY:
-            values = self._nearest(values)
+            values = self._nearest(values, path)
         return values
 
     def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
@@ -324,6 +388,8 @@ class MaskLabels:
 
     def described(self, value: int) -> str:
         """See `LabelReader.described`."""
+        if value == _BLURRED:
+            return "blurred"
         if value < _FIRST_COLOUR:
             return str(value)
         value -= _FIRST_COLOUR
@@ -351,7 +417,7 @@ class MaskLabels:
     @functools.cached_property
     def _known(self) -> dict[int, int]:
         """The label of every value that is a class's or ignored on purpose, numbers and colours alike."""
-        known = dict.fromkeys(self.ignored_ids, IGNORED)
+        known = {_BLURRED: IGNORED} | dict.fromkeys(self.ignored_ids, IGNORED)
         known |= {number: label for label, number in enumerate(self.classes.ids)}
         if self.has_colours:
             known |= {_packed(colour): IGNORED for colour in self.ignored_colours}
@@ -361,20 +427,33 @@ class MaskLabels:
     def _other(self) -> int:
         return IGNORED if self.others in ("error", "ignore") else self.classes.names.index(self.others)
 
-    def _nearest(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Values of a lossy file, each moved to the nearest that is known, if one is near."""
-        present = np.unique(values)
+    def _nearest(self, values: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
+        """Values of a lossy file, each moved to the nearest that is known; few that are near to none are ignored."""
+        present, counts = np.unique(values, return_counts=True)
         of_colours = bool(len(present)) and present[0] >= _FIRST_COLOUR
-        known = np.array([value for value in self._known if (value >= _FIRST_COLOUR) == of_colours], dtype=np.int64)
+        known = np.array(
+            [value for value in self._known if value >= 0 and (value >= _FIRST_COLOUR) == of_colours], dtype=np.int64
+        )
         if not len(known):
             return values
+        gaps = np.abs(_parts(known)[:, None] - _parts(known)[None]).max(axis=2)
+        close = np.argwhere(np.triu(gaps < _JPEG_GAP, k=1))
+        if len(close):
+            one, other = (self.described(int(known[place])) for place in close[0])
+            raise ImageError(
+                f"{path} is a JPEG file, whose compression blurs values, and {one} and {other} are too near to each "
+                "other to be told apart in it. Store masks as PNG; or if they are binary, give the ids 0 and 255."
+            )
         distances = np.abs(_parts(present)[:, None] - _parts(known)[None]).max(axis=2)
-        nearest = distances.argmin(axis=1)
-        moved = np.where(distances.min(axis=1) <= _JPEG_DISTANCE, known[nearest], present)
+        far = distances.min(axis=1) > _JPEG_DISTANCE
+        # Between two areas there is every value; a class that nobody named has areas of its own.
+        blurred = _BLURRED if counts[far].sum() <= _BLURRED_SHARE * values.size else present
+        moved = np.where(far, blurred, known[distances.argmin(axis=1)])
         return np.asarray(moved[np.searchsorted(present, values)], dtype=np.int64)
 
 
 _FIRST_COLOUR = 1 << 16
+_BLURRED = -1
 
 
 def _packed(colour: Colour) -> int:
@@ -397,26 +476,17 @@ def _classes(names: Sequence[str], ids: Sequence[int], colours: Sequence[Sequenc
     for what, values in (("ids", ids), ("colours", colours)):
         if values and len(values) != len(names):
             raise ValueError(f"{what}: there are {len(values)} for {len(names)} classes; give one for each.")
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"ids: {number!r} is no whole number; give the numbers of the classes in the masks.")
     for colour in colours:
         if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
             raise ValueError(f"colours: {list(colour)} must be red, green and blue from 0 to 255.")
     twice = [colour for place, colour in enumerate(colours) if colour in colours[:place]]
     if twice:
         raise ValueError(f"colours: two classes have {list(twice[0])}; give each its own.")
-    made_up = colormaps["tab20"]
-    shown = [tuple(map(int, colour)) for colour in colours] or [
-        tuple(round(255 * part) for part in made_up(place % 20)[:3]) for place in range(len(names))
-    ]
-    return SegmentationClasses(tuple(names), tuple(ids) or tuple(range(len(names))), tuple(shown))  # type: ignore[arg-type]
-
-
-def _images_below(folder: Path) -> list[str]:
-    """Images of a folder and of those in it, as paths below it, sorted."""
-    found = []
-    for above, _, files in os.walk(folder):
-        below = Path(above).relative_to(folder)
-        found += [(below / name).as_posix() for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+    shown = distinct_colours([tuple(map(int, colour)) for colour in colours] or [None] * len(names))  # type: ignore[misc]
+    return SegmentationClasses(tuple(names), tuple(ids) or tuple(range(len(names))), shown)
 
 
 def _stem(path: str) -> str:

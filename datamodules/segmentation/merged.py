@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
-from datamodules.images.members import check_members, member_splits, member_weights, prepare_members
+from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
 from datamodules.images.sampling import BadImagePolicy
-from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses
+from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours
 from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation
 
@@ -92,7 +92,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
 
     def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
         """See `SegmentationDataModule.list_files`."""
-        members = [member for member in self.members if member.split_names[split]]
+        members = members_with(self.members, split)
         parts = [member.list_files(split, with_labels=with_labels) for member in members]
         if split == "train":
             self._member_sizes = list(map(len, parts))
@@ -161,15 +161,16 @@ class RenamedLabels:
 def _united(classes: Sequence[SegmentationClasses], rename: dict[str, str]) -> SegmentationClasses:
     """Every name once, in the order in which they come, with the colour that it has first and ids from 0."""
     colours = {name: colour for one in reversed(classes) for name, colour in zip(one.names, one.colours, strict=True)}
-    known = set(colours) | set(rename.values())
-    unknown = [name for name in rename if name not in known]
+    unknown = [name for name in rename if name not in colours]
     if unknown:
-        raise ValueError(f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(known), 90)}.")
+        raise ValueError(
+            f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(colours), 90)}."
+        )
     names = tuple(
         dict.fromkeys(rename.get(name, name) for one in classes for name in one.names if rename.get(name, name))
     )
     first = {rename.get(name, name): colour for name, colour in reversed(colours.items())} | colours
-    return SegmentationClasses(names, tuple(range(len(names))), tuple(first[name] for name in names))
+    return SegmentationClasses(names, tuple(range(len(names))), distinct_colours([first[name] for name in names]))
 
 
 def _below(folder: Path, path: Path) -> str:

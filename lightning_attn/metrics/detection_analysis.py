@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_attn.metrics.detection import ImageDetections
 
-__all__ = ["DetectionAnalysis", "ImageErrors", "PrecisionCurve", "analyse_detections"]
+__all__ = ["DetectionAnalysis", "ImageErrors", "Outcome", "PrecisionCurve", "analyse_detections"]
 
 Numbers = npt.NDArray[np.float64]
+
+Outcome = Literal["right", "wrong category", "not detected", "no object", "crowd"]
+"""What became of an object or a detection; what belongs to a crowd does not count."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class ImageErrors:
         confused: Objects that were found with another category.
         missed: Objects that were not found.
         invented: Detections of no object.
+        detections: What each detection of the image with at least the least score is, in their order.
+        objects: What became of each object of the image, in the order of the annotations.
     """
 
     image_id: int
@@ -31,6 +36,8 @@ class ImageErrors:
     confused: int
     missed: int
     invented: int
+    detections: tuple[Outcome, ...] = ()
+    objects: tuple[Outcome, ...] = ()
 
     @property
     def errors(self) -> int:
@@ -127,22 +134,44 @@ def analyse_detections(
         shown = found.scores >= min_score
         matched = _matched(overlaps[shown], crowd, min_iou)
         pairs = [(places[shown][index], match) for index, match in enumerate(matched.tolist()) if match != _CROWD]
-        right = confused = invented = 0
-        for predicted, match in pairs:
-            true = nothing if match < 0 else int(true_places[match])
-            confusion[true, predicted] += 1
-            right, confused = right + (true == predicted), confused + (true not in (predicted, nothing))
-            invented += true == nothing
         missed = sorted(set(np.flatnonzero(~crowd).tolist()) - {match for _, match in pairs})
+        for predicted, match in pairs:
+            confusion[nothing if match < 0 else true_places[match], predicted] += 1
         for index in missed:
             confusion[true_places[index], nothing] += 1
-        images.append(ImageErrors(image_id, right, confused, len(missed), invented))
+        detected = [
+            _outcome(int(predicted), match, true_places)
+            for predicted, match in zip(places[shown], matched.tolist(), strict=True)
+        ]
+        of_objects: list[Outcome] = ["crowd" if one else "not detected" for one in crowd.tolist()]
+        for outcome, match in zip(detected, matched.tolist(), strict=True):
+            if match >= 0:
+                of_objects[match] = outcome
+        images.append(
+            ImageErrors(
+                image_id,
+                detected.count("right"),
+                detected.count("wrong category"),
+                len(missed),
+                detected.count("no object"),
+                tuple(detected),
+                tuple(of_objects),
+            )
+        )
     curves = {name: _curve(one, int(count)) for name, one, count in zip(names, hits, counts, strict=True)}
     images.sort(key=lambda one: (-one.errors, one.image_id))
     return DetectionAnalysis(names, confusion, curves, images, min_score, min_iou)
 
 
 _CROWD = -2
+
+
+def _outcome(predicted: int, match: int, true_places: npt.NDArray[np.int64]) -> Outcome:
+    if match == _CROWD:
+        return "crowd"
+    if match < 0:
+        return "no object"
+    return "right" if true_places[match] == predicted else "wrong category"
 
 
 def _matched(overlaps: Numbers, crowd: npt.NDArray[np.bool_], min_iou: float) -> npt.NDArray[np.int64]:

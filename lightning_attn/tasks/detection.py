@@ -34,7 +34,7 @@ from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.detection_files import DetectionFiles, write_analysis
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
-from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
+from lightning_attn.visualization.detection import draw_detection_errors, draw_detections, draw_detections_beside_truth
 from lightning_attn.visualization.pictures import Picture, save_picture
 
 
@@ -223,19 +223,24 @@ class DetectionTask(ImageTask[Categories, Detector]):
             if not errors.errors:
                 return
             image, detections = images[errors.image_id], found[errors.image_id]
-            objects = [one for one in truth["annotations"] if one["image_id"] == errors.image_id]
-            boxes = np.array([one["bbox"] for one in objects], dtype=np.float64).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]
-            path = locate("test") / image["file_name"]
-            picture = draw_detections_beside_truth(
-                _original(str(path), (image["height"], image["width"]), self.exif),
-                detections.boxes,
-                [names[number] for number in detections.category_ids.tolist()],
-                detections.scores,
-                boxes,
-                [names[one["category_id"]] for one in objects],
-                categories=self.known_classes.names,
-                min_score=self.picture_score,
+            shown = detections.scores >= self.picture_score
+            detected = zip(
+                map(tuple, detections.boxes[shown].tolist()),
+                [names[number] for number in detections.category_ids[shown].tolist()],
+                detections.scores[shown].tolist(),
+                errors.detections,
+                strict=True,
+            )
+            objects = [
+                ((x, y, x + width, y + height), names[one["category_id"]])
+                for one in truth["annotations"]
+                if one["image_id"] == errors.image_id
+                for x, y, width, height in [one["bbox"]]
+            ]
+            picture = draw_detection_errors(
+                _original(str(locate("test") / image["file_name"]), (image["height"], image["width"]), self.exif),
+                list(detected),
+                [(*one, outcome) for one, outcome in zip(objects, errors.objects, strict=True)],
             )
             save_picture(picture, folder / f"{place:03d}_{unique_stems([image['file_name']])[0]}.png")
 

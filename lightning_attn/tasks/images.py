@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from PIL import Image
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
 from datamodules.images.folders import listed
-from datamodules.images.sampling import ImageBatch
+from datamodules.images.sampling import BadImage, ImageBatch
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_json, write_table
 from lightning_attn.metrics.gather import gather_by_id
@@ -67,7 +68,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         classes_type: The dataclass that holds them.
         classes: They themselves, as soon as there is a network.
         preprocessing: What the DataModule does to every image first; stored in checkpoints too, for `predict`.
-        bad_images: Names of the images that could not be used in the last stage, with the reasons.
+        bad_images: The images that could not be used in the last stage, with the reasons.
         network: The network, as soon as it is built.
     """
 
@@ -89,7 +90,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         self.num_pictures = num_pictures
         self.classes: ClassesType | None = None
         self.preprocessing: dict[str, int | str] = {}
-        self.bad_images: dict[str, str] = {}
+        self.bad_images: dict[BadImage, None] = {}
         self.network: NetworkType | None = None
         self._pictures: dict[str, Callable[[], Picture]] = {}
 
@@ -213,8 +214,8 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     def note_bad_images(self, batch: ImageBatch) -> None:
         """Keeps in mind, and says, which images of a batch could not be used."""
         for image in batch.bad:
-            if image.name not in self.bad_images:
-                self.bad_images[image.name] = image.reason
+            if image not in self.bad_images:
+                self.bad_images[image] = None
                 _logger.warning(f"Skipped: {image.reason}")
 
     def report_bad_images(self, path: Path | None = None) -> None:
@@ -223,15 +224,16 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         Args:
             path: A CSV file to write their names and the reasons into; None for none.
         """
-        self.bad_images = gather_by_id(self.bad_images)
+        unreadable = dict.fromkeys(getattr(self.trainer.datamodule, "unreadable", ()))  # type: ignore[attr-defined]
+        self.bad_images = gather_by_id(self.bad_images | unreadable)
         if not self.bad_images or not self.trainer.is_global_zero:
             return
         where = ""
         if path is not None:
-            where = f", which {write_table(path, ('file_name', 'reason'), self.bad_images.items())} lists"
+            where = f", which {write_table(path, ('file_name', 'reason'), self.bad_images)} lists"
         _logger.warning(
             f"{len(self.bad_images):,} images could not be used and were skipped{where}: "
-            f"{listed(list(self.bad_images), 20)}"
+            f"{listed([image.name for image in self.bad_images], 20)}"
         )
 
     def on_fit_start(self) -> None:
@@ -269,7 +271,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         """Forgets the images of an earlier pass."""
         self.start_scoring("val")
         self.forget_pictures()
-        if not self.trainer.training and not self.trainer.sanity_checking:
+        if self.trainer.state.fn != TrainerFn.FITTING:
             self.bad_images = {}
 
     def on_test_epoch_start(self) -> None:

@@ -1,11 +1,12 @@
 """Pictures of detected objects: boxes with names and scores, and truth beside prediction."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lightning_attn.visualization.pictures import Picture, beside_each_other, fitted, font, letter_size, save_picture
@@ -15,6 +16,15 @@ Rectangle = tuple[float, float, float, float]
 # Okabe and Ito's, which the colour-blind can tell apart, without black; blue a little lighter, for black letters on it.
 CATEGORY_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#2a86c8", "#d55e00", "#cc79a7")
 LABEL_MARGIN = 2
+
+OUTCOME_COLOURS = {"right": "#009e73", "wrong category": "#f0e442", "not detected": "#cc79a7", "no object": "#d55e00"}
+_COLOUR_NAMES = {
+    **{"right": "green", "wrong category": "yellow", "not detected": "pink", "no object": "orange"},
+    "crowd": "green",
+}
+_LEAST_LETTERS = 9  # pixels
+_LETTERS_OF_A_BOX = 6  # how many times their size fits the longer side of the usual box
+_MOST_COVERED = 0.3  # share of a label that others may cover
 
 
 def draw_detections(
@@ -31,7 +41,8 @@ def draw_detections(
     """A picture with its boxes, each with the name of its category and, if given, its score.
 
     Small images are enlarged and large ones reduced before anything is drawn, so that lines and letters are readable. A
-    category has one colour. Labels are set beside each other where there is room; those of higher scores are set first.
+    category has one colour. Labels are set beside each other where there is room, those of higher scores first, and
+    left out where there is none.
 
     Args:
         image: RGB, uint8: an array `[H, W, 3]` or a tensor `[3, H, W]`.
@@ -110,6 +121,44 @@ def draw_detections_beside_truth(
     return figure
 
 
+def draw_detection_errors(
+    image: npt.NDArray[np.uint8] | Tensor,
+    detections: Sequence[tuple[Rectangle, str, float, str]],
+    objects: Sequence[tuple[Rectangle, str, str]],
+    *,
+    longest_side: int | None = None,
+) -> Picture:
+    """Two pictures of one image, what was detected on the left and what is there on the right, by what is wrong.
+
+    What is right is thin and has no name; colours are named in the headings.
+
+    Args:
+        image: As in `draw_detections`.
+        detections: Box, category, score and outcome of each; see `Outcome` in `lightning_attn.metrics`.
+        objects: Box, category and outcome of each.
+        longest_side: Of each of the two pictures.
+
+    Returns:
+        RGB, uint8, `[H', W', 3]`.
+    """
+    background, factor = fitted(image, longest_side)
+    panels = []
+    for what, found in (
+        ("detected", [(box, name, score, outcome) for box, name, score, outcome in detections]),
+        ("truth", [(box, name, None, outcome) for box, name, outcome in objects]),
+    ):
+        counts = Counter(outcome for *_, outcome in found)
+        parts = [f"{count} {outcome} ({_COLOUR_NAMES[outcome]})" for outcome, count in counts.most_common()]
+        panel = background.copy()
+        plain = [(box, "right", None) for box, _, _, outcome in found if outcome in ("right", "crowd")]
+        _draw(panel, factor, plain, {"right": OUTCOME_COLOURS["right"]}, named=False)
+        for outcome in ("wrong category", "not detected", "no object"):
+            wrong = [(box, name, score) for box, name, score, one in found if one == outcome]
+            _draw(panel, factor, wrong, dict.fromkeys((name for _, name, _ in wrong), OUTCOME_COLOURS[outcome]))
+        panels.append((f"{what}: {', '.join(parts) or 'nothing'}", panel))
+    return np.array(beside_each_other(panels))
+
+
 def category_colours(names: Iterable[str], categories: Sequence[str] = ()) -> dict[str, str]:
     """A colour for each of the names in a picture, as "#rrggbb".
 
@@ -153,26 +202,57 @@ def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[np.float64]:
 
 
 def _draw(
-    picture: Image.Image, factor: float, found: list[tuple[Rectangle, str, float | None]], colours: Mapping[str, str]
+    picture: Image.Image,
+    factor: float,
+    found: Sequence[tuple[Rectangle, str, float | None]],
+    colours: Mapping[str, str],
+    *,
+    named: bool = True,
 ) -> None:
-    """Draws boxes, then their labels, those of the highest scores on top."""
+    """Draws boxes, then their labels, those of the highest scores on top.
+
+    Where there is no room for all labels, letters are no larger than fits the usual box; a label that could still only
+    be set over another one is left out.
+    """
+    if not found:
+        return
     canvas = ImageDraw.Draw(picture)
-    line = max(2, round(max(picture.size) / 320))
+    line = max(2, round(max(picture.size) / 320)) if named else 2
     corners = [_inside(box, factor, picture) for box, _, _ in found]
     for box, (_, name, _) in reversed(list(zip(corners, found, strict=True))):
         x1, y1, x2, y2 = box
         # A dark edge on both sides, so that the colour stands out from a background of the same colour.
         canvas.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=line + 2)
         canvas.rectangle(box, outline=colours[name], width=line)
-    letters = font(letter_size(picture))
-    places: list[Rectangle] = []
-    texts = [name if score is None else f"{name} {score:.2f}" for _, name, score in found]
-    for box, text in zip(corners, texts, strict=True):
-        size = letters.getlength(text) + 2 * LABEL_MARGIN, sum(letters.getmetrics())
-        places.append(_label_place(box, size, picture.size, places))
-    for place, text, (_, name, _) in reversed(list(zip(places, texts, found, strict=True))):
-        canvas.rectangle(place, fill=colours[name], outline="black")
+    if not named:
+        return
+    usual = float(np.median([max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in corners]))
+    texts = [(name if score is None else f"{name} {score:.2f}", colours[name]) for _, name, score in found]
+    largest = letter_size(picture)
+    for size in (largest, max(_LEAST_LETTERS, min(largest, round(usual / _LETTERS_OF_A_BOX)))):
+        letters = font(size)
+        labels = _labels(corners, texts, letters, picture.size)
+        if len(labels) == len(found):
+            break
+    for place, text, colour in reversed(labels):
+        canvas.rectangle(place, fill=colour, outline="black")
         canvas.text((place[0] + LABEL_MARGIN, place[1]), text, fill="black", font=letters, anchor="la")
+
+
+def _labels(
+    corners: Sequence[Rectangle],
+    texts: Sequence[tuple[str, str]],
+    letters: ImageFont.FreeTypeFont,
+    picture: tuple[int, int],
+) -> list[tuple[Rectangle, str, str]]:
+    """Place, text and colour of the labels that there is room for."""
+    labels: list[tuple[Rectangle, str, str]] = []
+    for box, (text, colour) in zip(corners, texts, strict=True):
+        size = letters.getlength(text) + 2 * LABEL_MARGIN, sum(letters.getmetrics())
+        place, covered = _label_place(box, size, picture, [place for place, _, _ in labels])
+        if covered <= _MOST_COVERED * size[0] * size[1]:
+            labels.append((place, text, colour))
+    return labels
 
 
 def _inside(box: Rectangle, factor: float, picture: Image.Image) -> Rectangle:
@@ -184,8 +264,8 @@ def _inside(box: Rectangle, factor: float, picture: Image.Image) -> Rectangle:
 
 def _label_place(
     box: Rectangle, label: tuple[float, float], picture: tuple[int, int], taken: Sequence[Rectangle]
-) -> Rectangle:
-    """Where a label of this width and height goes: at the corner of its box where it covers least of the others."""
+) -> tuple[Rectangle, float]:
+    """Where a label of this width and height goes, at a corner of its box, and how much it covers of others there."""
     (x1, y1, x2, y2), (width, height) = box, label
     places = []
     for left in (x1, x2 - width):
@@ -193,7 +273,9 @@ def _label_place(
             left_inside = max(0.0, min(left, picture[0] - 1 - width))
             top_inside = max(0.0, min(top, picture[1] - 1 - height))
             places.append((left_inside, top_inside, left_inside + width, top_inside + height))
-    return min(places, key=lambda place: sum(_common_area(place, other) for other in taken))
+    covered = [sum(_common_area(place, other) for other in taken) for place in places]
+    best = min(range(len(places)), key=covered.__getitem__)
+    return places[best], covered[best]
 
 
 def _common_area(one: Rectangle, other: Rectangle) -> float:

@@ -51,7 +51,17 @@ def test_confusion_by_hand():
     analysis = analyse_detections(ground, {1: detections}, min_score=0.5)
     assert analysis.names == ("cat", "dog")
     assert analysis.confusion.tolist() == [[1, 1, 0], [0, 0, 1], [0, 1, 0]]
-    assert analysis.images == [ImageErrors(1, right=1, confused=1, missed=1, invented=1)]
+    assert analysis.images == [
+        ImageErrors(
+            1,
+            right=1,
+            confused=1,
+            missed=1,
+            invented=1,
+            detections=("right", "wrong category", "crowd", "no object"),
+            objects=("right", "wrong category", "not detected", "crowd"),
+        )
+    ]
     assert analysis.curves["dog"].num_objects == 1
     # 0.8 hits no dog, 0.7 counts nowhere, 0.6 is wrong, 0.1 is right.
     assert analysis.curves["dog"].precision.tolist() == [0, 0, pytest.approx(1 / 3)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scipy import ndimage
+from torchvision.ops import batched_nms
 
 from lightning_attn.networks.images.detection_inference import DetectionInferenceSpec, detect
 
@@ -108,6 +109,60 @@ def test_most_detections_and_none():
     (found,) = detect(FindsRectangles(), [picture((20, 90))], DetectionInferenceSpec(flip=True))
     assert found["boxes"].shape == (0, 4)
     assert detect(FindsRectangles(), [], DetectionInferenceSpec(flip=True)) == []
+
+
+@pytest.mark.parametrize("part_score", [0.5, 0.9, 0.95])
+def test_a_part_with_a_better_score_does_not_replace_the_whole(part_score):
+    def network(images):
+        (image,) = images
+        if image.shape[1:] == (40, 80):
+            box, score = [20.0, 10.0, 60.0, 30.0], 0.9
+        else:
+            left = bool(image[0, 0, 0] == 1)
+            box, score = ([20.0, 10.0, 40.0, 30.0] if left else [0.0, 10.0, 20.0, 30.0]), part_score
+        return [{"boxes": torch.tensor([box]), "labels": torch.tensor([1]), "scores": torch.tensor([score])}]
+
+    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    image[0, 0, 0] = 1
+    (found,) = detect(network, [image], DetectionInferenceSpec(mode="sliding", tile=40, overlap=0.0))
+    assert found["boxes"].tolist() == [[20, 10, 60, 30]]
+    assert found["scores"].tolist() == pytest.approx([max(0.9, part_score)])
+
+
+def test_many_detections_are_merged_like_few():
+    """Against the definition: in the order of scores, each that overlaps none that was kept."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(3000, 2, generator=generator) * 300
+    boxes = torch.cat([corners, corners + 20 + 20 * torch.rand(3000, 2, generator=generator)], dim=1)
+    scores = torch.rand(3000, generator=generator)
+    labels = torch.randint(1, 4, (3000,), generator=generator)
+
+    def network(images):
+        return [{"boxes": boxes, "labels": labels, "scores": scores}]
+
+    spec = DetectionInferenceSpec(scales=(0.999,), detections=200, voting_iou=1.0)
+    (found,) = detect(network, [torch.zeros(3, 400, 400, dtype=torch.uint8)], spec)
+    kept = batched_nms(boxes, scores, labels, spec.merge_iou)[:200]
+    torch.testing.assert_close(found["boxes"], boxes[kept])
+    assert found["labels"].tolist() == labels[kept].tolist()
+
+
+def test_boxes_of_several_views_are_averaged_by_their_scores():
+    turns = iter(([10.0, 10.0, 30.0, 30.0], 0.9, [11.0, 10.0, 31.0, 30.0], 0.3))
+
+    def network(images):
+        box, score = next(turns), next(turns)
+        return [{"boxes": torch.tensor([box]), "labels": torch.tensor([1]), "scores": torch.tensor([score])}]
+
+    spec = DetectionInferenceSpec(scales=(1.0, 1.001), voting_iou=0.8)
+    (found,) = detect(network, [torch.zeros(3, 40, 40, dtype=torch.uint8)], spec)
+    assert found["boxes"].flatten().tolist() == pytest.approx([10.25, 10, 30.25, 30])
+    assert found["scores"].tolist() == pytest.approx([0.9])
+
+
+def test_small_images_at_small_scales():
+    (found,) = detect(FindsRectangles(), [picture((3, 3))], DetectionInferenceSpec(scales=(0.001, 1.0)))
+    assert found["boxes"].shape == (0, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,27 @@
 """From a detector to the objects of an image: as a whole or in overlapping tiles, mirrored images, several scales."""
 
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as transforms
 
 from lightning_attn.attention.checks import is_number, require_int
 from lightning_attn.networks.segmentation_inference import tile_spans
 
+logger = logging.getLogger(__name__)
+
 Mode = Literal["whole", "sliding"]
 Detection: TypeAlias = dict[str, Tensor]
+
+_WHOLE_SCORE = 0.5  # of a cut detection's score, from which a whole one of the same object is believed instead
+_TINY = 1e-6
+_LEAST_SIDE = 2  # pixels; torch fails on resizing to one
 
 Network: TypeAlias = Callable[[list[Tensor]], Sequence[Detection]]
 """Maps images, uint8 `[3, H, W]` each, to boxes, labels and scores of each: a `Detector` in evaluation mode."""
@@ -26,7 +33,8 @@ class DetectionInferenceSpec:
 
     What is found in all views of an image is put together: of two detections of a class, the one with the lower score
     is dropped where they overlap by `merge_iou`, or where most of one lies in the other and one of them is cut by the
-    border of a tile.
+    border of a tile. Where the better one is cut, and the other, with at least half of its score, is not, the box is
+    that of the other.
 
     Attributes:
         mode: `"whole"`, or `"sliding"` for overlapping square tiles *and* the whole image, for small objects in large
@@ -36,7 +44,9 @@ class DetectionInferenceSpec:
         flip: Whether the mirror image of each view is looked at too.
         scales: Factors by which images are resized, each a view.
         merge_iou: Intersection over union from which the worse of two detections of a class is dropped.
-        detections: Detections of an image at most.
+        voting_iou: What is kept has the mean of all whole boxes of its class that it overlaps by this, weighted by their
+            scores; 1 for its own box.
+        detections: Detections of an image at most; 0 for 100, or 1,000 with `sliding`, which is for many objects.
 
     Raises:
         ValueError: If a field has a value that cannot be; the message names the field and the way out.
@@ -48,13 +58,14 @@ class DetectionInferenceSpec:
     flip: bool = False
     scales: tuple[float, ...] = (1.0,)
     merge_iou: float = 0.5
-    detections: int = 100
+    voting_iou: float = 0.8
+    detections: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"inference.mode must be one of {list(get_args(Mode))}, got {self.mode!r}.")
         require_int("inference.tile", self.tile)
-        require_int("inference.detections", self.detections)
+        require_int("inference.detections", self.detections, least=0)
         if not (is_number(self.overlap) and 0 <= self.overlap < 1) or math.ceil(self.tile * self.overlap) >= self.tile:
             raise ValueError(
                 f"inference.overlap must be at least 0 and so far below 1 that a step is left from one tile of "
@@ -62,8 +73,10 @@ class DetectionInferenceSpec:
             )
         if not isinstance(self.flip, bool):
             raise ValueError(f"inference.flip must be true or false, got {self.flip!r}.")
-        if not (is_number(self.merge_iou) and 0 < self.merge_iou <= 1):
-            raise ValueError(f"inference.merge_iou must be above 0 and at most 1, got {self.merge_iou!r}.")
+        for name in ("merge_iou", "voting_iou"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0 < value <= 1):
+                raise ValueError(f"inference.{name} must be above 0 and at most 1, got {value!r}.")
         if not (
             isinstance(self.scales, Sequence)
             and self.scales
@@ -77,6 +90,11 @@ class DetectionInferenceSpec:
     def looks_once(self) -> bool:
         """Whether there is one view of an image, the image itself."""
         return self.mode == "whole" and not self.flip and set(self.scales) == {1}
+
+    @property
+    def most(self) -> int:
+        """Detections of an image at most."""
+        return self.detections or (1000 if self.mode == "sliding" else 100)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, fit for YAML and for checkpoints."""
@@ -107,7 +125,7 @@ def _views(network: Network, image: Tensor, spec: DetectionInferenceSpec) -> Ite
     """What is found in each view, in pixels of the image; `cut` says which boxes end where a tile does."""
     height, width = image.shape[1:]
     for scale in spec.scales:
-        size = [max(1, round(scale * length)) for length in (height, width)]
+        size = [max(_LEAST_SIDE, round(scale * length)) for length in (height, width)]
         resized = image if size == [height, width] else transforms.resize(image, size, antialias=True)
         factors = torch.tensor([width / size[1], height / size[0]] * 2, device=image.device)
         for row, column in _tiles(size, spec):
@@ -146,26 +164,71 @@ def _cut(boxes: Tensor, row: slice, column: slice, size: Sequence[int]) -> Tenso
 
 
 def _merged(views: list[Detection], spec: DetectionInferenceSpec) -> Detection:
-    """Of two detections of one object, from whatever views, the better."""
+    """One detection of each object, from whatever views: the best, but whole where another view has it whole."""
     boxes, labels, scores, cut = (
         torch.cat([view[key] for view in views]) for key in ("boxes", "labels", "scores", "cut")
     )
+    device = boxes.device
     order = scores.argsort(descending=True, stable=True)
-    boxes, labels, scores, cut = boxes[order], labels[order], scores[order], cut[order]
-    areas = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
-    iou = box_iou(boxes, boxes)
-    sums = areas[:, None] + areas
-    inside = (iou / (1 + iou) * sums) / torch.minimum(areas[:, None], areas).clamp(min=1e-6)
-    same = labels[:, None] == labels
-    drops = same & ((iou >= spec.merge_iou) | ((inside >= spec.merge_iou) & (cut[:, None] | cut)))
-    kept: list[int] = []
-    alive = torch.ones(len(boxes), dtype=torch.bool)
-    drops = drops.cpu()
-    for place in range(len(boxes)):
-        if alive[place]:
-            kept.append(place)
-            alive &= ~drops[place]
-            if len(kept) == spec.detections:
-                break
-    chosen = torch.tensor(kept, dtype=torch.int64, device=boxes.device)
-    return {"boxes": boxes[chosen], "labels": labels[chosen], "scores": scores[chosen]}
+    boxes, labels, scores, cut = (values[order].cpu() for values in (boxes, labels, scores, cut))
+    alive = torch.ones_like(cut)
+    kept, kept_boxes = [], []
+    for place in range(len(boxes)):  # of thousands of boxes, only those with the few that are kept are compared
+        if not alive[place]:
+            continue
+        box = boxes[place]
+        same = alive & (labels == labels[place]) & _of_one_object(box, cut[place], boxes, cut, spec.merge_iou)
+        if cut[place]:
+            whole = torch.nonzero(same & ~cut & (scores >= _WHOLE_SCORE * scores[place]))[:, 0]
+            if len(whole):
+                box = boxes[whole[0]]
+                also = _of_one_object(box, cut[whole[0]], boxes, cut, spec.merge_iou)
+                same |= alive & (labels == labels[place]) & also
+        voters = labels == labels[place]
+        voters &= ~cut & (_overlap(box, boxes) >= spec.voting_iou)
+        if voters.any():  # each view has errors of its own, which the mean has less of
+            weights = scores[voters, None]
+            box = (boxes[voters] * weights).sum(dim=0) / weights.sum()
+        alive &= ~same
+        alive[place] = False
+        kept.append(place)
+        kept_boxes.append(box)
+        if len(kept) == spec.most:
+            if alive.any():
+                _report_limit(spec.most)
+            break
+    chosen = torch.tensor(kept, dtype=torch.int64)
+    return {
+        "boxes": (torch.stack(kept_boxes) if kept_boxes else boxes[:0]).to(device),
+        "labels": labels[chosen].to(device),
+        "scores": scores[chosen].to(device),
+    }
+
+
+@functools.cache
+def _report_limit(most: int) -> None:
+    """Says once that there was more."""
+    logger.warning(
+        f"There are images with more than {most:,} detections, of which the best are kept "
+        "(--model.inference.detections says how many)."
+    )
+
+
+def _overlap(box: Tensor, boxes: Tensor) -> Tensor:
+    """Intersection over union of a box `[4]` with others `[n, 4]`, `[n]`."""
+    shared, area, areas = _areas(box, boxes)
+    return shared / (area + areas - shared).clamp(min=_TINY)
+
+
+def _areas(box: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a box `[4]` shares with others `[n, 4]`, its area and theirs."""
+    shared = (torch.minimum(box[2:], boxes[:, 2:]) - torch.maximum(box[:2], boxes[:, :2])).clamp(min=0).prod(dim=1)
+    return shared, (box[2:] - box[:2]).clamp(min=0).prod(), (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
+
+
+def _of_one_object(box: Tensor, is_cut: Tensor, boxes: Tensor, cut: Tensor, least: float) -> Tensor:
+    """Which boxes `[n, 4]` show the object of a box `[4]`: those that overlap, or are a part of it that was cut off."""
+    shared, area, areas = _areas(box, boxes)
+    overlaps = shared >= least * (area + areas - shared).clamp(min=_TINY)
+    inside = shared >= least * torch.minimum(area, areas).clamp(min=_TINY)
+    return overlaps | (inside & (cut | is_cut))

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from coco_data import CATEGORIES, write_coco
 from data_layouts import write_roboflow, write_voc, write_yolo
 
@@ -14,6 +15,7 @@ from datamodules import (
     VOCDetectionDataModule,
     YOLODetectionDataModule,
 )
+from datamodules.images.files import ImageError
 
 SPLITS = {"train2017": "train", "val2017": "val"}
 SIZE = {"min_size": 30, "max_size": 0, "augmentation": Augmentation(horizontal_flip=0.0)}
@@ -234,3 +236,119 @@ def test_rare_classes_come_more_often(coco):
         labels = set(annotations.targets(index)[1].tolist())
         expected = max(np.sqrt(len(annotations) / with_class[label]) for label in labels)
         assert dataset.repeats[image] == pytest.approx(expected)
+
+
+def test_images_whose_size_cannot_be_read_are_skipped_by_name(coco, tmp_path, caplog):
+    for root, kind, images in (
+        (write_yolo(coco, tmp_path / "yolo", SPLITS), YOLODetectionDataModule, "train/images"),
+        (write_voc(coco, tmp_path / "voc", SPLITS), VOCDetectionDataModule, "JPEGImages"),
+    ):
+        for path in (root / "Annotations").glob("*.xml"):  # without a size, as some tools leave it out
+            text = path.read_text()
+            path.write_text(text[: text.index("<size>")] + text[text.index("</size>") + 7 :])
+        victim = sorted((coco / "train2017").iterdir())[1].name
+        (root / images / victim).write_bytes(b"")
+        with pytest.raises(ImageError, match=victim):
+            ready(kind(str(root), **SIZE))
+        module = ready(kind(str(root), on_bad_image="skip", **SIZE))
+        assert [image.name for image in module.unreadable] == [victim]
+        assert victim in caplog.text
+        names = [module.annotations("train").names[index] for index in range(len(module.annotations("train")))]
+        assert len(names) == len(list((coco / "train2017").iterdir())) - 1
+        assert victim not in names
+        batches = list(module.train_dataloader())
+        assert not [bad for batch in batches for bad in batch.bad]
+
+
+def test_yolo_keypoints_are_no_outlines(coco, tmp_path):
+    root = write_yolo(coco, tmp_path / "yolo", SPLITS)
+    boxes = ready(YOLODetectionDataModule(str(root), **SIZE)).annotations("train").bboxes
+    for path in root.glob("*/labels/*.txt"):
+        path.write_text("".join(f"{line}{' 0.45 0.45' * 4}\n" for line in path.read_text().splitlines()))
+    (root / "data.yaml").write_text((root / "data.yaml").read_text() + "kpt_shape: [4, 2]\n")
+    np.testing.assert_array_equal(ready(YOLODetectionDataModule(str(root), **SIZE)).annotations("train").bboxes, boxes)
+    (root / "data.yaml").write_text((root / "data.yaml").read_text() + "kpt_shape: [5, 2]\n")
+    with pytest.raises(ValueError, match=r"has 13 numbers, but kpt_shape in data.yaml means 5 and 10"):
+        ready(YOLODetectionDataModule(str(root), **SIZE))
+
+
+def test_yolo_names_are_as_they_are_written(coco, tmp_path):
+    root = write_yolo(coco, tmp_path / "yolo", SPLITS)
+    description = yaml.safe_load((root / "data.yaml").read_text())
+    paths = "".join(f"{split}: {description[split]}\n" for split in ("train", "val"))
+    (root / "data.yaml").write_text(f"{paths}names: [no, 007, 1]\n")
+    assert ready(YOLODetectionDataModule(str(root / "data.yaml"), **SIZE)).categories.names == ("no", "007", "1")
+
+
+def test_a_wrong_path_of_yolo_finds_no_other_folder(coco, tmp_path):
+    root = write_yolo(coco, tmp_path / "yolo", SPLITS)
+    (root / "images").mkdir()
+    description = yaml.safe_load((root / "data.yaml").read_text())
+    (root / "data.yaml").write_text(yaml.safe_dump(description | {"val": "valid/images"}))
+    with pytest.raises(FileNotFoundError, match=r"names 'valid/images', and none of"):
+        ready(YOLODetectionDataModule(str(root), **SIZE))
+    (root / "data.yaml").write_text(yaml.safe_dump(description | {"val": "/content/set/val/images"}))
+    assert len(ready(YOLODetectionDataModule(str(root), **SIZE)).annotations("val")) == 5
+
+
+def test_yolo_without_any_label_says_where_they_are_looked_for(coco, tmp_path):
+    root = write_yolo(coco, tmp_path / "yolo", SPLITS)
+    (root / "train" / "labels").rename(root / "train" / "Labels")
+    with pytest.raises(FileNotFoundError, match=r"has a file of labels, such as .*train/labels/.*\.txt"):
+        ready(YOLODetectionDataModule(str(root), **SIZE))
+
+
+def test_linked_folders_belong_to_a_set(coco, tmp_path):
+    root = write_yolo(coco, tmp_path / "yolo", SPLITS)
+    count = len(list((root / "train" / "images").iterdir()))
+    for kind in ("images", "labels"):
+        (root / "train" / kind).rename(tmp_path / f"elsewhere_{kind}")
+        (root / "train" / kind).mkdir()
+        (root / "train" / kind / "sequence").symlink_to(tmp_path / f"elsewhere_{kind}")
+    (tmp_path / "elsewhere_images" / "again").symlink_to(root / "train" / "images")  # must end
+    names = ready(YOLODetectionDataModule(str(root), **SIZE)).annotations("train").names
+    assert sorted(names[index] for index in range(len(names))) == sorted(
+        path.name for path in (tmp_path / "elsewhere_images").iterdir() if path.is_file()
+    )
+    assert len(names) == count
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_text_of_another_encoding_is_named(coco, tmp_path, encoding):
+    root = write_yolo(coco, tmp_path / "yolo", SPLITS)
+    path = next((root / "train" / "labels").iterdir())
+    path.write_text(path.read_text() + "é", encoding=encoding)
+    with pytest.raises(ValueError, match=rf"{path.name} is not UTF-8 \(byte [0-9]+\).*Save it as UTF-8"):
+        ready(YOLODetectionDataModule(str(root), **SIZE))
+    root = write_voc(coco, tmp_path / "voc", SPLITS)
+    path = sorted((root / "Annotations").iterdir())[0]
+    path.write_bytes(b'<?xml version="1.0" encoding="utf8mb4"?>' + path.read_bytes())
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read"):
+        ready(VOCDetectionDataModule(str(root), **SIZE))
+
+
+def test_voc_names_with_blanks(coco, reference, tmp_path):
+    root = write_voc(coco, tmp_path / "voc", SPLITS)
+    for path in [*(root / "Annotations").iterdir(), *(root / "JPEGImages").iterdir()]:
+        path.rename(path.with_name(f"street {path.name}"))
+        (root / "JPEGImages" / f"street {path.stem}.json").write_text("{}")
+    for path in (root / "ImageSets" / "Main").iterdir():
+        path.write_text("".join(f"street {line}  1\n" for line in path.read_text().split()))
+    module = ready(VOCDetectionDataModule(str(root), **SIZE))
+    assert len(module.annotations("train")) == len(reference.annotations("train"))
+    assert all(name.startswith("street ") for name in targets_by_name(module, "train"))
+
+
+def test_a_name_that_no_member_has_is_not_renamed(coco):
+    members = [COCODataModule(str(coco), **SIZE), COCODataModule(str(coco), **SIZE)]
+    name = next(iter(CATEGORIES.values()))
+    with pytest.raises(ValueError, match="rename: 'perso' is no class of the members"):
+        ready(MergedDetectionDataModule(members, rename={"perso": name}))
+
+
+def test_a_merged_test_is_of_the_members_that_have_one(coco):
+    with_test = COCODataModule(str(coco), test_split="train2017", **SIZE)
+    module = ready(MergedDetectionDataModule([with_test, COCODataModule(str(coco), **SIZE)], **SIZE), "test")
+    assert module.has_test_split
+    assert len(module.annotations("test")) == len(list((coco / "train2017").iterdir()))
+    assert not MergedDetectionDataModule([COCODataModule(str(coco), **SIZE)], **SIZE).has_test_split

@@ -8,7 +8,7 @@ from coco_data import annotation_path, change_coco, write_coco
 from PIL import Image
 
 from datamodules import Augmentation, COCODataModule
-from datamodules.images.files import ImageError
+from datamodules.images.files import ImageError, pixels_of
 
 PLAIN = {"min_size": 0, "max_size": 0, "augmentation": Augmentation(horizontal_flip=0.0)}
 EXIF_ORIENTATION = 0x0112
@@ -290,6 +290,60 @@ def test_images_below_the_predicted_folder_have_names_of_their_own(root):
     assert outputs.keys() == set(places)
     assert len({output.casefold() for output in outputs.values()}) == len(places)
     assert outputs["frame.0002.png"] == "frame.0002"
+
+
+def test_long_and_odd_names_have_outputs_that_can_be_written(root):
+    source = next((root / "val2017").iterdir()).read_bytes()
+    folder = root / "photos" / ("d" * 120) / ("e" * 120)
+    folder.mkdir(parents=True)
+    names = ["b" * 235 + ".png", "日本" * 40 + ".png", "..png", f"{'d' * 120}/{'e' * 120}/a.png", "a.png"]
+    for name in names:
+        (root / "photos" / name).write_bytes(source)
+    module = ready(root, "predict", predict_folder=str(root / "photos"))
+    outputs = [output for batch in module.predict_dataloader() for output in batch.outputs]
+    assert len(set(outputs)) == len(names)
+    for output in outputs:
+        assert len(output.encode()) <= 160
+        assert output.strip(".")
+        (root / f".{output}_pred_labelIds.png.abcdefgh.part").touch()
+
+
+def test_images_of_other_formats_are_named(root, messages):
+    (root / "val2017" / "photo.heic").touch()
+    ready(root, "predict", predict_folder=str(root / "val2017"))
+    assert "1 files with the endings .heic are left out" in messages()
+
+
+@pytest.mark.parametrize("bbox", [[[5, 8], [30, 38]], [5, 8, 10**400, 3]])
+def test_boxes_that_are_not_four_numbers(root, bbox):
+    def change(content):
+        for one in content["annotations"]:
+            one["bbox"] = bbox
+
+    with pytest.raises(ValueError, match="it must be four finite numbers"):
+        ready(changed(root, change))
+
+
+def test_boxes_without_width_are_no_targets(root):
+    def change(content):
+        content["annotations"][0]["bbox"] = [22.59, 3, 2e-6, 4]
+
+    module = ready(changed(root, change))
+    list(module.train_dataloader())
+    index = int(module.annotations("train").owners()[0])
+    assert len(module.annotations("train").targets(index)[0]) < len(module.annotations("train").bboxes)
+
+
+def test_double_separators_in_names(root):
+    changed(root, lambda content: [one.update(file_name=f".//{one['file_name']}") for one in content["images"]])
+    ready(root)
+
+
+def test_a_damaged_pillow_image_is_named(root):
+    path = root / "val2017" / "cut.png"
+    path.write_bytes(next((root / "val2017").iterdir()).read_bytes()[:150])
+    with Image.open(path) as image, pytest.raises(ImageError, match=r"cut.png is damaged"):
+        pixels_of(image)
 
 
 # Without validation

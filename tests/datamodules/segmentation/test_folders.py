@@ -165,6 +165,101 @@ def test_jpeg_masks_are_read_by_the_nearest_value(tmp_path):
         assert (labels[6:14, 10:18] == 1).all()
 
 
+def test_binary_masks_without_their_ids_are_refused(tmp_path):
+    """255 is ignored unless it is said to be a class: nothing but the background would be learnt."""
+    root = binary(tmp_path, (0, 255))
+    with pytest.raises(ValueError, match=r"All values are 0 and 255: these are binary masks.*--data.ids '\[0, 255\]'"):
+        ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), **PLAIN))
+
+
+def test_ids_that_jpeg_blurs_into_each_other_are_refused(tmp_path):
+    root = binary(tmp_path, (3, 7), ending=".jpg")
+    with pytest.raises(ImageError, match=r"is a JPEG file, whose compression blurs values, and 3 and 7 are too near"):
+        ready(SegmentationFolderDataModule(str(root), ("a", "b"), ids=(3, 7), **PLAIN))
+
+
+def test_borders_in_coloured_jpeg_masks_are_ignored(tmp_path):
+    root = binary(tmp_path, (0, 255), ending=".jpg")
+    for path in root.glob("masks/*/*.jpg"):
+        inside = np.asarray(Image.open(path)) > 128
+        colours = np.where(inside[..., None], np.array([255, 0, 0]), np.array([0, 0, 0])).astype(np.uint8)
+        Image.fromarray(colours).resize((96, 72), Image.Resampling.NEAREST).save(path, quality=75)
+    for path in root.glob("images/*/*.png"):
+        Image.open(path).resize((96, 72)).save(path)
+    options = {"colours": ((0, 0, 0), (255, 0, 0)), **PLAIN}
+    module = ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), **options))
+    labels = module.files("train").read_labels(0)
+    assert set(np.unique(labels)) <= {0, 1, IGNORED}
+    assert (labels == 1).mean() == pytest.approx(12 * 12 / (24 * 32), abs=0.02)
+    with pytest.raises(ValueError, match="hold values of no class"):  # a class of its own is no border
+        ready(SegmentationFolderDataModule(str(root), ("nothing", "x"), colours=((0, 0, 0), (0, 0, 255)), **PLAIN))
+
+
+def test_masks_beside_their_images_are_no_images(tmp_path):
+    root = binary(tmp_path, (0, 255))
+    for split in ("train", "val"):
+        for path in sorted((root / "images" / split).iterdir()):
+            Image.open(path).save(path.with_suffix(".jpg"))
+            (root / "masks" / split / path.name).replace(path)
+    options = {"ids": (0, 255), "train_masks": "images/train", "val_masks": "images/val", **PLAIN}
+    files = ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), **options)).files("train")
+    assert [files.images[index] for index in range(len(files))] == [f"images/train/{n}.jpg" for n in range(3)]
+    assert files.labels[0] == "images/train/0.png"
+    for path in root.glob("images/*/*.png"):
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+    options["mask_suffix"] = "_mask"
+    files = ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), **options)).files("train")
+    assert [files.labels[index] for index in range(len(files))] == [f"images/train/{n}_mask.png" for n in range(3)]
+
+
+def test_two_masks_of_one_image_are_refused(tmp_path):
+    root = binary(tmp_path, (0, 255))
+    Image.open(root / "masks/train/1.png").save(root / "masks/train/1.tif")
+    with pytest.raises(ValueError, match=r"holds two masks of one name, 1.png and 1.tif"):
+        ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), ids=(0, 255), **PLAIN))
+
+
+def test_lists_with_blanks_in_names_and_without_repetitions(tmp_path):
+    root = binary(tmp_path, (0, 255))
+    for kind in ("images", "masks"):
+        (root / kind / "train" / "1.png").rename(root / kind / "train" / "one more.png")
+    (root / "list.txt").write_text("images/train/one more.png, masks/train/one more.png\n")
+    options = {"ids": (0, 255), "train_list": "list.txt", **PLAIN}
+    files = ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), **options)).files("train")
+    assert files.labels[0] == "masks/train/one more.png"
+    (root / "list.txt").write_text("0\n0.png\n")
+    with pytest.raises(ValueError, match=r"lists the image images/train/0.png twice"):
+        ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), **options))
+    (root / "list.txt").write_text("0\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"list.txt is not UTF-8"):
+        ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), **options))
+
+
+@pytest.mark.parametrize(("value", "dtype", "message"), [(65536, np.int32, "65,536"), (0.5, np.float32, "fractions")])
+def test_numbers_that_are_no_ids_are_refused(tmp_path, value, dtype, message):
+    root = binary(tmp_path, (0, 255))
+    (root / "masks/train/1.png").unlink()
+    Image.fromarray(np.full((24, 32), value, dtype=dtype)).save(root / "masks/train/1.tif")
+    options = {"colours": ((0, 0, 0), (255, 255, 255)), "ids": (0, 255), **PLAIN}
+    with pytest.raises(ImageError, match=message):
+        ready(SegmentationFolderDataModule(str(root), ("nothing", "thing"), **options))
+
+
+def test_a_list_of_classes_without_the_background_is_noticed(tmp_path):
+    root = binary(tmp_path, (0, 1))
+    with pytest.raises(ValueError, match=r"The ids of the 1 classes are 0 to 0.*if 0 is a background, name it first"):
+        ready(SegmentationFolderDataModule(str(root), ("thing",), **PLAIN))
+
+
+def test_merged_classes_have_colours_of_their_own(tmp_path):
+    members = [
+        SegmentationFolderDataModule(str(binary(tmp_path / name, (0, 255))), ("nothing", name), ids=(0, 255))
+        for name in ("lane", "car", "tree")
+    ]
+    colours = MergedSegmentationDataModule(members).classes.colours
+    assert len(set(colours)) == len(colours) == 4
+
+
 def test_unknown_values_are_refused_with_their_shares(tmp_path):
     root = binary(tmp_path, (0, 255))
     path = next((root / "masks" / "train").iterdir())
@@ -172,7 +267,7 @@ def test_unknown_values_are_refused_with_their_shares(tmp_path):
     pixels[0] = 200
     Image.fromarray(pixels).save(path)
     module = SegmentationFolderDataModule(str(root), ("nothing", "thing"), ids=(0, 255), ignored_ids=(), **PLAIN)
-    with pytest.raises(ValueError, match=r"hold values of no class: 200 \(1.4 %\)"):  # a row of 24, in one of 3
+    with pytest.raises(ValueError, match=r"hold values of no class: 200 \(1.39 %\)"):  # a row of 24, in one of 3
         ready(module)
 
 
