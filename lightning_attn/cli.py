@@ -365,6 +365,15 @@ def _essence(message: str) -> str:
             '\nA text is expected. Quote it in YAML, as in terms: "0010": '
             "unquoted, 0010 is the number 8 and 1111 an integer."
         )
+    if re.search(r"Expected a <class 'tuple'>", text):
+        text += '\nA list is expected, such as "[0.8, 1.0]"; "[]" is an empty one.'
+    literal = re.search(r"Expected a typing.Literal\[(.*?)\]", text)
+    if literal:
+        text += f"\nOne of {literal.group(1)} is expected."
+    if re.search(r"arguments are required: \w+\.model", text):
+        text += (
+            "\nGive a complete configuration first, such as -c configs/detection/own_images.yaml, and yours after it."
+        )
     unknown = re.search(r"(?:not accept(?:ed)? option|Option|unrecognized arguments:) '?-*([\w.]+)", text)
     if unknown:
         wrong = unknown.group(1).split(".")
@@ -556,6 +565,7 @@ def _configure_messages() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
         ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
         ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
+        ".*Total length of list across ranks is zero.*",  # training without validation, which the log says
         ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
         ".*is not supported by the model summary.*",  # only the estimated size in the summary is meant
         ".*WeightAveraging state cannot be restored.*",  # a checkpoint's weights are the averaged ones

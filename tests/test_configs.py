@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from data_layouts import write_yolo
+from PIL import Image
 
 from datamodules.miniature_detection import write_miniature_detection
 from datamodules.miniature_segmentation import write_miniature_segmentation
@@ -37,7 +40,7 @@ SMALL_SEGMENTATION = [
 
 
 def paths(folder: str) -> list[Path]:
-    return sorted((CONFIGS / folder).glob("*.yaml"))
+    return [path for path in sorted((CONFIGS / folder).glob("*.yaml")) if path.stem != "own_images"]
 
 
 @pytest.mark.parametrize("path", [*paths("translation"), CONFIGS / "miniature/translation.yaml"], ids=lambda p: p.stem)
@@ -66,6 +69,31 @@ def test_segmentation_configurations(run, cityscapes, path):
     (checkpoint,) = Path("checkpoints/segmentation").glob("*/last.ckpt")
     run("test", "-c", checkpoint.with_name("config_fit.yaml"), "--ckpt_path", checkpoint)
     assert (checkpoint.parent / "test_metrics.json").is_file()
+
+
+def test_the_beginnings_for_own_images(run, coco, tmp_path):
+    yolo = write_yolo(coco, tmp_path / "yolo", {"train2017": "train", "val2017": "val"})
+    run("fit", "-c", CONFIGS / "detection/own_images.yaml", *SMALL_DETECTION, *QUICK, "--data.root", yolo)
+    assert "There is no test split" in run("test", "--ckpt_path", "checkpoints/detection/own_images/last.ckpt")
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / "folders" / kind / split).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "folders/images" / split / f"{number}.jpg")
+            mask = np.where(pixels[..., 0] > 128, 255, 0).astype(np.uint8)
+            Image.fromarray(mask).save(tmp_path / "folders/masks" / split / f"{number}.png")
+    own = ["--data.root", tmp_path / "folders"]
+    run("fit", "-c", CONFIGS / "segmentation/own_images.yaml", *SMALL_SEGMENTATION, *QUICK, *own)
+    run("predict", "--ckpt_path", "checkpoints/segmentation/own_images/last.ckpt")
+    folder = Path("checkpoints/segmentation/own_images/predictions")
+    assert (folder / "classes.csv").read_text().split() == [
+        "id,class,red,green,blue",
+        "0,background,31,119,180",
+        "255,thing,255,127,14",
+    ]
+    values = {value for path in (folder / "labels").iterdir() for value in np.unique(Image.open(path)).tolist()}
+    assert values <= {0, 255}
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,12 @@ import torch
 from PIL import Image, ImageColor
 
 from lightning_attn.visualization import draw_detections, draw_detections_beside_truth, save_picture
-from lightning_attn.visualization.detection import CATEGORY_COLOURS, category_colours
+from lightning_attn.visualization.detection import (
+    CATEGORY_COLOURS,
+    OUTCOME_COLOURS,
+    category_colours,
+    draw_detection_errors,
+)
 
 SKY = np.full((300, 400, 3), 200, dtype=np.uint8)
 BOX = [[100.0, 120.0, 300.0, 240.0]]
@@ -161,3 +166,37 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_what_cannot_be_drawn(arguments, message):
     with pytest.raises(ValueError, match=message):
         draw_detections(*arguments)
+
+
+def test_crowded_boxes_keep_their_outlines_visible():
+    """A hundred boxes: smaller letters, and no label over more than a part of another."""
+    boxes = [[40.0 * x + 4, 30.0 * y + 4, 40.0 * x + 36, 30.0 * y + 26] for x in range(10) for y in range(10)]
+    picture = draw_detections(SKY, boxes, ["cat"] * 100, np.linspace(1, 0.5, 100))
+    covered = np.mean((picture != 200).any(axis=2))
+    assert covered < 0.6
+    assert len(pixels_of(picture, CATEGORY_COLOURS[0])) > 100 * 150
+
+
+def test_errors_have_colours_and_are_counted():
+    box = (100.0, 120.0, 300.0, 240.0)
+    other = (20.0, 20.0, 60.0, 60.0)
+    colours = {name: ImageColor.getrgb(colour) for name, colour in OUTCOME_COLOURS.items()}
+
+    def halves(detections, objects):
+        picture = draw_detection_errors(SKY, detections, objects)
+        return [
+            {name for name, colour in colours.items() if (half == colour).all(axis=2).any()}
+            for half in np.array_split(picture, 2, axis=1)
+        ]
+
+    assert halves([(box, "cat", 0.9, "right")], [(box, "cat", "right")]) == [{"right"}, {"right"}]
+    assert halves([(box, "cat", 0.9, "no object")], [(other, "cat", "not detected")]) == [
+        {"no object"},
+        {"not detected"},
+    ]
+    wrong = "wrong category"
+    assert halves([(box, "cat", 0.9, wrong)], [(box, "dog", wrong), (other, "cat", "crowd")]) == [
+        {wrong},
+        {wrong, "right"},
+    ]
+    assert halves([], []) == [set(), set()]

@@ -171,6 +171,13 @@ class COCODataModule(DetectionDataModule):
                 f"root: the folder {self.root} does not exist. Give the folder that holds annotations/ and the images "
                 "(--data.root FOLDER), or fetch COCO 2017 into it (--data.download true)."
             )
+        roboflow = sorted(one.parent.name for one in self.root.glob(f"*/{_ROBOFLOW_FILE}"))
+        if roboflow:
+            raise FileNotFoundError(
+                f"{split}_split: {self.root} is a Roboflow export with the splits {', '.join(roboflow)}, and has no "
+                f"{self.split_names[split]!r}. Name one of them (--data.{split}_split NAME)"
+                + (', or "" for none.' if split == "val" else ".")
+            )
         there = f"{self.root} holds {contents(self.root)}"
         if path.parent.is_dir() and path.parent != self.root:
             there = f"{path.parent} holds {contents(path.parent)}"
@@ -178,8 +185,9 @@ class COCODataModule(DetectionDataModule):
             f"{split}_split: {path} is not there; {there}. Give the folder that holds annotations/ and the images "
             f"(--data.root FOLDER) and the name of a split in it (--data.{split}_split NAME), or the files themselves "
             f"(--data.{split}_annotations FILE --data.{split}_images FOLDER), or fetch COCO 2017 (--data.download "
-            "true). Data in other formats have DataModules of their own: VOCDetectionDataModule, "
-            "YOLODetectionDataModule."
+            "true)"
+            + ('. Training without validation: --data.val_split "".' if split == "val" else ".")
+            + " Data in other formats have DataModules of their own: VOCDetectionDataModule, YOLODetectionDataModule."
         )
 
 

@@ -49,7 +49,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {path}. Checkpoints of a run are last.ckpt and best.ckpt.")
+        others = sorted(one.name for one in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        there = f"{path.parent} holds {', '.join(others)}" if others else f"{path.parent} holds none"
+        why = "; best.ckpt is there after a validation" if path.name == "best.ckpt" and others else ""
+        raise FileNotFoundError(f"There is no checkpoint at {path}; {there}{why}.")
     checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_archive(path)
     found = checkpoint.get(FORMAT_KEY, FORMAT)
     if found != FORMAT:

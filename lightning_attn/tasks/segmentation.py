@@ -17,7 +17,7 @@ from datamodules.images.files import ImageArray, channels_first
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import write_file
+from lightning_attn.files import write_file, write_table
 from lightning_attn.metrics.segmentation import SegmentationMetrics
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.networks.segmentation import Segmenter, SegmenterProgram, SegmenterSpec
@@ -164,7 +164,15 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     def on_predict_epoch_end(self) -> None:
         """Says which images could not be used, and draws pictures."""
         self.report_bad_images(self.output_directory / "predictions" / "bad_images.csv")
-        rank_zero_info(f"Label ids written into {self._label_folder}")
+        if self.trainer.is_global_zero:
+            classes = self.known_classes
+            rows = [
+                (number, name, *colour)
+                for number, name, colour in zip(classes.ids, classes.names, classes.colours, strict=True)
+            ]
+            header = ("id", "class", "red", "green", "blue")
+            path = write_table(self.output_directory / "predictions" / "classes.csv", header, rows)
+            rank_zero_info(f"Label ids written into {self._label_folder}; {path.name} beside it says what they mean")
         self.save_pictures("predict")
 
 

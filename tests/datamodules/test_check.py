@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from cityscapes_data import label_path, write_cityscapes
 from coco_data import CATEGORIES, write_coco
+from data_layouts import write_yolo
 from PIL import Image
 
 from datamodules import CityscapesDataModule, COCODataModule, MiniatureTranslationDataModule
@@ -53,6 +54,19 @@ def test_damaged_files_are_named_and_end_with_a_status(tmp_path, capsys):
         assert f"{path.name}: image id" in output
     assert "2 files cannot be used" in output
     assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_whose_headers_are_damaged_are_all_named(tmp_path, capsys):
+    root = write_yolo(write_coco(tmp_path / "coco"), tmp_path / "yolo", {"train2017": "train", "val2017": "val"})
+    victims = sorted((root / "train" / "images").iterdir())[2:4]
+    for path in victims:
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(root, "YOLODetectionDataModule"))
+    assert stopped.value.code == 2
+    output = capsys.readouterr().out
+    assert all(path.name in output for path in victims)
+    assert "2 files cannot be used" in output
 
 
 def test_segmentation_data_are_counted(tmp_path, capsys):

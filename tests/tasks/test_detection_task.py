@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -243,6 +244,29 @@ def test_damaged_pictures_lose_nothing_but_themselves(run, trained, photos):
     assert not (folder / "detections_so_far").exists()
     drawn = sorted(path.name for path in (folder / "predict_pictures").iterdir())
     assert drawn == ["a.png", "frame.0001.png", "frame.0002.png", "more_frame.0001.png"]
+
+
+def test_a_damaged_picture_whose_name_is_not_utf_8(run, trained, photos):
+    for name in (b"caf\xe9.png", b"caf\xe9 2.png"):
+        source = photos / ("cut.png" if b"2" in name else "a.png")
+        Path(os.fsdecode(os.fsencode(photos) + b"/" + name)).write_bytes(source.read_bytes())
+    run("predict", "--ckpt_path", trained / "last.ckpt", "--data.predict_folder", photos, status=2)
+    folder = trained / "predictions"
+    with (folder / "bad_images.csv").open(encoding="utf-8") as file:
+        assert "caf\ufffd 2.png" in [row["file_name"] for row in csv.DictReader(file)]
+    assert "caf\ufffd.png" in {image["file_name"] for image in json.loads((folder / "images.json").read_text())}
+
+
+def test_all_that_was_skipped_in_training_is_listed_in_the_end(run, detection_config, tmp_path):
+    root = write_coco(tmp_path / "own")
+    victims = [sorted((root / split).iterdir())[1] for split in ("train2017", "val2017")]
+    for path in victims:
+        path.write_bytes(path.read_bytes()[:150])  # the header is whole
+    printed = run("fit", "-c", detection_config, "--data.root", root, "--data.on_bad_image", "skip")
+    end = printed[printed.rindex("images could not be used") - 3 :]
+    assert "2 images could not be used and were skipped" in end
+    assert all(path.name in end for path in victims)
+    assert printed.count("Skipped: ") == len(victims), "each once, not in each epoch"
 
 
 def test_predictions_are_written_as_they_come(run, trained, coco, monkeypatch):

@@ -44,8 +44,8 @@ class DetectionInferenceSpec:
         flip: Whether the mirror image of each view is looked at too.
         scales: Factors by which images are resized, each a view.
         merge_iou: Intersection over union from which the worse of two detections of a class is dropped.
-        voting_iou: What is kept has the mean of all whole boxes of its class that it overlaps by this, weighted by their
-            scores; 1 for its own box.
+        voting_iou: What is kept has the mean of all whole boxes of its class that it overlaps by this, weighted by
+            their scores; 1 for its own box.
         detections: Detections of an image at most; 0 for 100, or 1,000 with `sliding`, which is for many objects.
 
     Raises:
