@@ -210,8 +210,7 @@ def decoding(side: str, problem: Problem) -> Callable[[], object]:
     def decode() -> Tensor:
         with torch.inference_mode():
             state = network.start_decoding(sources)
-            ids = {"bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
-            found = beam_search(state, len(sources), options, max_lengths=limits, **ids)
+            found = beam_search(state, len(sources), options, max_lengths=limits, bos_id=BOS, eos_id=EOS, pad_id=PAD)
         return torch.tensor([[*best.tokens, EOS] for best, *_ in found])
 
     return decode

@@ -281,6 +281,8 @@ def _decode_labelled(module: SegmentationDataModule, split: str, number: int) ->
 def _of_translation(module: WMT14DataModule) -> Iterator[SplitReport]:
     module.prepare_data()
     for split, stage in (("train", "fit"), ("valid", "fit"), ("test", "test")):
+        if (split == "valid" and not module.valid_files) or (split == "test" and not module.test_files):
+            continue
         try:
             module.setup(stage)
         except FileNotFoundError:

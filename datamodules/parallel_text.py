@@ -5,20 +5,45 @@ sentences, and every tool that counts lines counts ``\n``.
 """
 
 import glob
+import gzip
 import hashlib
 import itertools
+import re
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 _BLOCK = 1 << 22
+_GZIP, _TABLE = ".gz", ".tsv"
+
+# Scripts that are written without blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese.
+_WITHOUT_BLANKS = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]"
+)
+
+
+def is_blank(text: str) -> bool:
+    """Whether a line holds nothing but white space of any kind: such a line has no translation."""
+    return not text.strip()
+
+
+def count_words(text: str) -> int:
+    """What blanks separate; every character of a script that is written without blanks is a word too."""
+    if text.isascii():
+        return len(text.split())
+    return len(_WITHOUT_BLANKS.sub(" x ", text).split())
 
 
 @dataclass(frozen=True)
 class Cleaning:
     """Which training pairs are left out. Validation and test text is never cleaned.
 
-    Words are what blanks separate. The first reason that holds, in the order of the fields, is the one counted.
+    Words are what blanks separate, and each character of Chinese, Japanese, Thai and others that are written without
+    blanks. The first reason that holds, in the order of the fields, is the one counted.
 
     Args:
         drop_empty: leaves out pairs with an empty side.
@@ -57,11 +82,11 @@ class Cleaning:
 
     def reason(self, source: str, target: str) -> str:
         """Why a pair is left out before it is cut into tokens: the name of a field, or "" when it is kept."""
-        if self.drop_empty and not (source and target):
+        if self.drop_empty and (is_blank(source) or is_blank(target)):
             return "drop_empty"
         if max(len(source), len(target)) > self.max_characters:
             return "max_characters"
-        source_words, target_words = len(source.split()), len(target.split())
+        source_words, target_words = count_words(source), count_words(target)
         fewer, more = sorted((source_words, target_words))
         if fewer < self.min_length:
             return "min_length"
@@ -76,10 +101,18 @@ class Cleaning:
 
 @dataclass(frozen=True)
 class FilePair:
-    """The two files of one part of a corpus."""
+    """The two files of one part of a corpus, or the one table that holds both: source, tabulator, target.
+
+    Files whose names end in ".gz" are compressed.
+    """
 
     source: Path
     target: Path
+
+    @property
+    def is_table(self) -> bool:
+        """Whether both sides are columns of one file."""
+        return self.source == self.target
 
 
 @dataclass(frozen=True)
@@ -96,7 +129,9 @@ class FileSummary:
 
 
 def find_pairs(root: Path, pattern: str, source_language: str, target_language: str) -> list[FilePair]:
-    """The files ``root/<pattern>.<language>`` of both languages, sorted by name.
+    """The files `root/<pattern>.<language>` of both languages, or tables `root/<pattern>.tsv`, sorted by name.
+
+    Any of them may be compressed, with a further ".gz".
 
     Args:
         root: the corpus folder.
@@ -106,6 +141,7 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
 
     Raises:
         FileNotFoundError: if the folder or a file is missing, or a file has no counterpart.
+        ValueError: if a name is there in two forms.
     """
     layout = f"{{train,valid,test}}.{{{source_language},{target_language}}}"
     if not root.is_dir():
@@ -113,26 +149,77 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
             f"root: the folder {root} does not exist. Give the folder that holds {layout} (--data.root FOLDER), or let "
             "WMT14 be fetched into it with --data.download true."
         )
-    names: dict[str, set[str]] = {}
-    for language in (source_language, target_language):
-        ending = f".{language}"
-        paths = sorted(root.glob(pattern + ending)) if glob.has_magic(pattern) else [root / (pattern + ending)]
-        names[language] = {path.name.removesuffix(ending) for path in paths if path.is_file()}
-    either = sorted(names[source_language] | names[target_language])
+    sides = [_named(root, pattern, f".{language}") for language in (source_language, target_language)]
+    tables = _named(root, pattern, _TABLE)
+    either = sorted(sides[0].keys() | sides[1].keys() | tables.keys())
     if not either:
         raise FileNotFoundError(
             f"{root}: {pattern}.{source_language} and {pattern}.{target_language} are missing. The layout is {layout} "
-            "in that folder, one sentence a line (see 'Data' in the README); --data.download true fetches WMT14."
+            "in that folder, one sentence a line, or tables such as train.tsv (see docs/translation.md); files of "
+            "other languages or names are chosen by --data.source_language, --data.target_language, "
+            "--data.train_files, --data.valid_files and --data.test_files; --data.download true fetches WMT14."
         )
+    pairs = []
     for name in either:
-        for language in (source_language, target_language):
-            if name not in names[language]:
-                other = target_language if language == source_language else source_language
+        if name in tables:
+            if name in sides[0] or name in sides[1]:
+                raise ValueError(f"{tables[name]}: {name} is there as a table and as text too. Move one away.")
+            pairs.append(FilePair(tables[name], tables[name]))
+            continue
+        for language, mine, other in ((source_language, 0, 1), (target_language, 1, 0)):
+            if name not in sides[mine]:
                 raise FileNotFoundError(
-                    f"{root / (name + '.' + language)} is missing, but {root / (name + '.' + other)} is there. Add the "
-                    f"file, or move the other away; the layout is {layout}."
+                    f"{root / (name + '.' + language)} is missing, but {sides[other][name]} is there. Add the file, or "
+                    f"move the other away; the layout is {layout}."
                 )
-    return [FilePair(root / f"{name}.{source_language}", root / f"{name}.{target_language}") for name in either]
+        pairs.append(FilePair(sides[0][name], sides[1][name]))
+    return pairs
+
+
+def find_source(root: Path, name: str, language: str) -> FilePair:
+    """The source side of a split, whose target need not be there; a table with a source column alone will do.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+    """
+    for ending in (f".{language}", _TABLE):
+        found = _named(root, name, ending)
+        if found:
+            path = found[min(found)]
+            return FilePair(path, path) if ending == _TABLE else FilePair(path, Path())
+    raise FileNotFoundError(
+        f"{root / f'{name}.{language}'} is not there. Give the folder that has it (--data.root FOLDER), the name of "
+        "the file without its language (--data.test_files NAME), or any text file (--data.predict_file FILE)."
+    )
+
+
+def _named(root: Path, pattern: str, ending: str) -> dict[str, Path]:
+    """The files of a pattern and an ending, compressed or not, by their names without it."""
+    found: dict[str, Path] = {}
+    for full in (ending, ending + _GZIP):
+        paths = sorted(root.glob(pattern + full)) if glob.has_magic(pattern) else [root / (pattern + full)]
+        for path in paths:
+            if path.is_file():
+                name = path.name.removesuffix(full)
+                if name in found:
+                    raise ValueError(f"{found[name]} and {path} are the same file, once compressed. Move one away.")
+                found[name] = path
+    return found
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file as bytes, decompressed if its name ends in ".gz".
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is damaged.
+    """
+    with cast("BinaryIO", gzip.open(path, "rb")) if path.suffix == _GZIP else path.open("rb") as file:
+        try:
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is no whole gzip file ({error}). Copy or download it again.") from error
 
 
 def summarise(path: Path) -> FileSummary:
@@ -144,7 +231,7 @@ def summarise(path: Path) -> FileSummary:
     """
     digest = hashlib.blake2b(digest_size=16)
     lines, last = 0, b""
-    with path.open("rb") as file:
+    with opened(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             lines += block.count(b"\n")
@@ -197,9 +284,38 @@ def read_lines(path: Path) -> Iterator[str]:
         OSError: if the file cannot be read.
         ValueError: if a line is not UTF-8.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, start=1):
             yield decode_line(line, path, number)
+
+
+def _columns(path: Path, lines: Iterable[bytes], first: int) -> Iterator[tuple[bytes, bytes]]:
+    """Source and target of the lines of a table.
+
+    Raises:
+        ValueError: if a line has no tabulator; names the file and the line.
+    """
+    for number, line in enumerate(lines, start=first):
+        columns = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
+        if len(columns) < 2:
+            raise ValueError(
+                f"{path}, line {number}: there is no tabulator, which parts the source from the target. Correct the "
+                "line, or give two files of text."
+            )
+        yield columns[0], columns[1]
+
+
+def read_source(pair: FilePair) -> list[str]:
+    """The source side of a pair from `find_source`.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is empty, or a line is not UTF-8.
+    """
+    lines = list(read_lines(pair.source))
+    if not lines:
+        raise ValueError(f"{pair.source}: the file is empty. Give a file with one sentence a line.")
+    return [line.partition("\t")[0] for line in lines] if pair.is_table else lines
 
 
 @dataclass(frozen=True)
@@ -244,10 +360,14 @@ def read_blocks(pairs: Iterable[FilePair], size: int) -> Iterator[LineBlock]:
     """
     for pair in pairs:
         first = 1
-        with pair.source.open("rb") as source_file, pair.target.open("rb") as target_file:
+        with opened(pair.source) as source_file, opened(pair.target) as target_file:
             while True:
                 source = list(itertools.islice(source_file, size))
-                target = list(itertools.islice(target_file, size))
+                if pair.is_table:
+                    columns = list(_columns(pair.source, source, first))
+                    source, target = [one for one, _ in columns], [two for _, two in columns]
+                else:
+                    target = list(itertools.islice(target_file, size))
                 if len(source) != len(target):
                     check_counts(pair, summarise(pair.source).lines, summarise(pair.target).lines)
                 if not source:
@@ -263,17 +383,20 @@ def read_evaluation(pair: FilePair) -> tuple[list[str], list[str]]:
         OSError: if a file cannot be read.
         ValueError: if a file is empty or not UTF-8, has an empty line, or their numbers of lines differ.
     """
-    texts = []
-    for path in (pair.source, pair.target):
-        lines = list(read_lines(path))
+    texts: tuple[list[str], list[str]]
+    if pair.is_table:
+        both = [texts for block in read_blocks([pair], 1 << 16) for texts in block.texts()]
+        texts = [source for source, _ in both], [target for _, target in both]
+    else:
+        texts = list(read_lines(pair.source)), list(read_lines(pair.target))
+    for path, lines in zip((pair.source, pair.target), texts, strict=True):
         if not lines:
             raise ValueError(f"{path}: the file is empty. Give a file with one sentence a line.")
-        texts.append(lines)
     source, target = texts
     check_counts(pair, len(source), len(target))
     for path, lines in ((pair.source, source), (pair.target, target)):
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if is_blank(line):
                 raise ValueError(
                     f"{path}, line {number}: the line is empty. Evaluation text is not cleaned, so take line {number} "
                     f"out of both {pair.source.name} and {pair.target.name}, or fill it in."

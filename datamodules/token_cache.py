@@ -19,10 +19,10 @@ import hashlib
 import itertools
 import json
 import mmap
-import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -37,6 +37,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from datamodules.new_processes import without_main_module
 from datamodules.parallel_text import (
     Cleaning,
     FilePair,
@@ -46,9 +47,11 @@ from datamodules.parallel_text import (
     read_blocks,
     summarise,
 )
-from datamodules.vocabulary import Vocabulary, train_vocabulary
+from datamodules.vocabulary import Vocabulary, VocabularyOptions, train_vocabulary
 
-_FORMAT = 1
+_FORMAT = 2
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_OWNER = "owner"  # in the folder of an entry that is being made: which process makes it
 _BLOCK_LINES = 10_000
 # Below this, starting processes takes longer than the work.
 _LINES_WORTH_A_POOL = 100_000
@@ -184,6 +187,8 @@ class Preparation:
         target_language: language of the second.
         vocabulary_size: ids of the joint vocabulary.
         cleaning: which pairs are left out.
+        vocabulary_options: how the vocabulary is learnt.
+        vocabulary: one that is there already; then none is learnt.
     """
 
     pairs: tuple[FilePair, ...]
@@ -191,6 +196,8 @@ class Preparation:
     target_language: str
     vocabulary_size: int
     cleaning: Cleaning
+    vocabulary_options: VocabularyOptions = VocabularyOptions()  # noqa: RUF009 (frozen)
+    vocabulary: Vocabulary | None = None
 
     def summaries(self, cache: Path) -> list[tuple[FileSummary, FileSummary]]:
         """Hash and line count of every file, read from the cache's notes where the file has not changed.
@@ -211,10 +218,15 @@ class Preparation:
             "format": _FORMAT,
             "files": [[source.digest, target.digest] for source, target in self.summaries(cache)],
             "languages": [self.source_language, self.target_language],
-            "vocabulary": [self.vocabulary_size, _VOCABULARY_PAIRS],
+            "vocabulary": self._described_vocabulary(),
             "cleaning": asdict(self.cleaning),
         }
         return hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+    def _described_vocabulary(self) -> Any:
+        if self.vocabulary is not None:
+            return hashlib.blake2b(self.vocabulary.model, digest_size=16).hexdigest()
+        return [self.vocabulary_size, _VOCABULARY_PAIRS, asdict(self.vocabulary_options)]
 
     def build(self, cache: Path, processes: int = 0, show_progress: bool = True) -> Path:
         """Makes the entry unless it is there.
@@ -239,14 +251,18 @@ class Preparation:
         try:
             # Not tempfile.mkdtemp: other users of a shared corpus folder are to be able to read the entry.
             scratch = cache / f".{folder.name}-{uuid.uuid4().hex}"
-            scratch.mkdir(parents=True)
+            cache.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(cache)
+            scratch.mkdir()
+            (scratch / _OWNER).write_text(_this_process(), encoding="utf-8")
             try:
                 self._write(scratch, cache, processes, show_progress)
+                (scratch / _OWNER).unlink()
                 _move(scratch, folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            if error.errno in _UNWRITABLE:
                 raise OSError(
                     error.errno,
                     f"the token cache in {cache} cannot be written ({error.strerror}); nothing is left half-written. "
@@ -279,10 +295,7 @@ class Preparation:
                     os.fsync(file.fileno())
         kept = lines - left_out.total()
         if not kept:
-            raise ValueError(
-                f"cleaning: none of the {lines} training pairs is left ({_spell(left_out)}). Loosen --data.cleaning or "
-                f"check {self.pairs[0].source} and {self.pairs[0].target}."
-            )
+            raise self._nothing_left(left_out)
         for side in ("source", "target"):
             (folder / f"{side}.offsets").write_bytes(_offsets(lengths[side]).tobytes())
         manifest = {
@@ -302,24 +315,42 @@ class Preparation:
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
+    def _nothing_left(self, left_out: Counter[str]) -> ValueError:
+        counts = Counter({reason: count for reason, count in left_out.items() if reason})
+        return ValueError(
+            f"cleaning: none of the {counts.total():,} training pairs is left ({_spell(counts)}). Loosen these "
+            f"(--data.cleaning.{counts.most_common(1)[0][0]}) or check {self.pairs[0].source} and "
+            f"{self.pairs[0].target}."
+        )
+
     def _learn_vocabulary(self, lines: int, progress: Progress) -> Vocabulary:
         """Learns from every k-th pair that cleaning keeps, k the smallest that gives few enough pairs."""
         step = -(-lines // _VOCABULARY_PAIRS)
         task = progress.add_task("reading text for the vocabulary", total=lines)
         learning = progress.add_task(f"learning {self.vocabulary_size} vocabulary pieces", total=None, visible=False)
 
+        if self.vocabulary is not None:
+            progress.remove_task(task)
+            progress.remove_task(learning)
+            return self.vocabulary
+        left_out: Counter[str] = Counter()
+
         def sentences() -> Iterator[str]:
             seen = 0
             for block in read_blocks(self.pairs, _BLOCK_LINES):
                 for source, target in block.texts(-seen % step, step):
-                    if not self.cleaning.reason(source, target):
+                    reason = self.cleaning.reason(source, target)
+                    left_out[reason] += 1
+                    if not reason:
                         yield source
                         yield target
                 seen += len(block)
                 progress.advance(task, len(block))
+            if not left_out[""]:
+                raise self._nothing_left(left_out)
             progress.update(learning, visible=True)
 
-        vocabulary = train_vocabulary(sentences(), self.vocabulary_size)
+        vocabulary = train_vocabulary(sentences(), self.vocabulary_size, options=self.vocabulary_options)
         progress.update(learning, total=1, completed=1)
         return vocabulary
 
@@ -383,7 +414,7 @@ def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processe
         return
     pool = ProcessPoolExecutor(
         processes,
-        mp_context=multiprocessing.get_context("spawn"),  # fork is unsafe once torch has started threads
+        mp_context=without_main_module(),
         initializer=_start_worker,
         initargs=(encoder,),
     )
@@ -398,8 +429,7 @@ def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processe
     except BrokenProcessPool as error:
         raise RuntimeError(
             f"preparation_processes: one of {processes} processes that cut text into tokens died. Short memory is the "
-            "usual cause: use fewer with --data.preparation_processes N. A script that prepares data must also start "
-            "its work under: if __name__ == '__main__'."
+            "usual cause: use fewer with --data.preparation_processes N."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -449,6 +479,27 @@ def _summarise_once(path: Path, cache: Path) -> FileSummary:
         finally:
             scratch.unlink(missing_ok=True)
     return summary
+
+
+def _this_process() -> str:
+    """This process by host, number and the moment that it began, as a number is used again."""
+    return f"{socket.gethostname()} {os.getpid()} {_began(os.getpid())}"
+
+
+def _began(process: int) -> str:
+    """When a process began, in the system's ticks; empty where that is not to be known."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what processes of this host that were killed while they made an entry have left behind."""
+    for path in cache.glob(f".*/{_OWNER}"):
+        with contextlib.suppress(OSError, ValueError):
+            host, process, began = (*path.read_text(encoding="utf-8").split(" "), "")[:3]
+            if host == socket.gethostname() and began and began != _began(int(process)):
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _move(scratch: Path, folder: Path) -> None:

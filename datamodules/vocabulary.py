@@ -3,10 +3,49 @@
 import io
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, get_args
 
 import sentencepiece
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+
+Pieces = Literal["bpe", "unigram", "char"]
+"""How words are cut: byte pair encoding, the unigram language model, or single characters."""
+
+_STORED = "vocabulary"  # where checkpoints of a translation hold the model
+
+
+@dataclass(frozen=True)
+class VocabularyOptions:
+    """How a vocabulary is learnt, beside its size.
+
+    Args:
+        pieces: how words are cut; see `Pieces`.
+        character_coverage: share of the characters of the text that get a piece of their own; below 1 the rarest become
+            unknown, which is usual for Chinese and Japanese (0.9995).
+        byte_fallback: writes characters without a piece as UTF-8 bytes (256 more pieces), so that nothing is unknown.
+        split_digits: cuts numbers into digits.
+        symbols: texts that are always one piece, such as "<doc>".
+
+    Raises:
+        ValueError: if a value is none of these.
+    """
+
+    pieces: Pieces = "bpe"
+    character_coverage: float = 1.0
+    byte_fallback: bool = False
+    split_digits: bool = False
+    symbols: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.pieces not in get_args(Pieces):
+            raise ValueError(f"vocabulary_options.pieces: {self.pieces!r} is none of {', '.join(get_args(Pieces))}.")
+        if not 0 < self.character_coverage <= 1:
+            raise ValueError(
+                f"vocabulary_options.character_coverage: {self.character_coverage} must be above 0 and at most 1."
+            )
 
 
 class Vocabulary:
@@ -52,6 +91,34 @@ class Vocabulary:
                 f"model: its ids of pad, unk, bos, eos are {found}, but {(PAD_ID, UNK_ID, BOS_ID, EOS_ID)} are needed. "
                 "Train it with --pad_id=0 --unk_id=1 --bos_id=2 --eos_id=3."
             )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """The vocabulary in a sentencepiece model file, or in a checkpoint of a translation.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds none.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"vocabulary: {path} is not there. Give a sentencepiece model (*.model) or a checkpoint (*.ckpt)."
+            )
+        try:
+            if path.suffix == ".model":
+                return cls(path.read_bytes())
+            import torch
+
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            return cls(stored[_STORED].numpy().tobytes())
+        except OSError:
+            raise
+        except Exception as error:  # of whatever kind of file it is
+            raise ValueError(
+                f"vocabulary: {path} holds none ({error}). Give a sentencepiece model (*.model) whose special ids are "
+                "pad 0, unk 1, bos 2, eos 3, or a checkpoint of a translation (*.ckpt)."
+            ) from error
 
     @property
     def model(self) -> bytes:
@@ -106,18 +173,22 @@ class Vocabulary:
 
 
 def train_vocabulary(
-    sentences: Iterable[str], size: int, *, byte_fallback: bool = False, flag: str = "--data.vocabulary_size"
+    sentences: Iterable[str],
+    size: int,
+    *,
+    options: VocabularyOptions = VocabularyOptions(),
+    flag: str = "--data.vocabulary_size",
 ) -> Vocabulary:
-    """Learns a byte pair encoding; the same sentences and size always give the same bytes.
+    """Learns a vocabulary; the same sentences, size and options always give the same bytes.
 
-    Every character of the sentences gets a piece of its own (character coverage 1), so nothing the trainer has seen is
-    unknown. No sentence is left out for its length: the bound that sentencepiece applies silently is lifted, so keep
-    extreme lines away by cleaning.
+    With the usual options every character of the sentences gets a piece of its own (character coverage 1), so nothing
+    the trainer has seen is unknown. No sentence is left out for its length: the bound that sentencepiece applies
+    silently is lifted, so keep extreme lines away by cleaning.
 
     Args:
         sentences: text of both languages; read once, held in memory by sentencepiece.
         size: number of ids, the four special ones included.
-        byte_fallback: writes unknown characters as UTF-8 bytes (256 more pieces) instead of one unknown id.
+        options: how it is learnt.
         flag: what the messages call the argument to change.
 
     Raises:
@@ -138,10 +209,12 @@ def train_vocabulary(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=watched(),
             model_writer=buffer,
-            model_type="bpe",
+            model_type=options.pieces,
             vocab_size=size,
-            character_coverage=1.0,
-            byte_fallback=byte_fallback,
+            character_coverage=options.character_coverage,
+            byte_fallback=options.byte_fallback,
+            split_digits=options.split_digits,
+            user_defined_symbols=list(options.symbols),
             normalization_rule_name="identity",
             max_sentence_length=1 << 30,
             pad_id=PAD_ID,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import index, itemgetter
 from typing import TypedDict
 
@@ -20,6 +21,42 @@ class TranslationScores(TypedDict):
     chrf_signature: str
 
 
+@dataclass(frozen=True)
+class TranslationScoring:
+    """How BLEU and chrF are computed; the signatures that are logged say it too.
+
+    Args:
+        tokenize: BLEU's tokenisation: "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200",
+            "spm" or "none". Those of mecab need `pip install sacrebleu[ja]` or `[ko]`, those of flores fetch a model.
+        lowercase: whether BLEU ignores case.
+        word_order: chrF counts words up to this order too; 2 is chrF++.
+
+    Raises:
+        ValueError: if a value is none of these.
+    """
+
+    tokenize: str = "13a"
+    lowercase: bool = False
+    word_order: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokenize not in BLEU.TOKENIZERS:
+            raise ValueError(f"scoring.tokenize: {self.tokenize!r} is none of {', '.join(BLEU.TOKENIZERS)}.")
+        if self.word_order < 0:
+            raise ValueError(f"scoring.word_order: {self.word_order} is negative; 0 is chrF, 2 is chrF++.")
+
+    def bleu(self) -> BLEU:
+        """The scorer.
+
+        Raises:
+            ValueError: if what the tokenisation needs is not installed.
+        """
+        try:
+            return BLEU(tokenize=self.tokenize, lowercase=self.lowercase)
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(f"scoring.tokenize: {self.tokenize!r} cannot be used: {error}") from error
+
+
 def one_line(text: str) -> str:
     """A text as a file of one sentence a line can hold it: a line break within becomes a space."""
     return " ".join(text.splitlines())
@@ -33,10 +70,15 @@ class CorpusTranslationMetrics:
 
     Args:
         split: name of the split, for messages.
+        scoring: how.
+
+    Raises:
+        ValueError: if what the tokenisation needs is not installed.
     """
 
-    def __init__(self, split: str) -> None:
+    def __init__(self, split: str, scoring: TranslationScoring = TranslationScoring()) -> None:
         self.split = split
+        self._bleu, self._chrf = scoring.bleu(), CHRF(word_order=scoring.word_order)
         self._pairs: dict[int, tuple[str, str]] = {}
         self._hypotheses: list[str] | None = None
 
@@ -65,7 +107,8 @@ class CorpusTranslationMetrics:
     def compute(self) -> TranslationScores:
         """Score the corpus. A collective: every rank has to call it, and every rank gets the same.
 
-        BLEU has the tokenisation "13a", mixed case and exponential smoothing, chrF is chrF2: sacreBLEU's defaults.
+        Without other options BLEU has the tokenisation "13a", mixed case and exponential smoothing, and chrF is chrF2:
+        sacreBLEU's defaults.
 
         Raises:
             ValueError: on every rank, if no rank has a sentence, or ranks disagree about the reference of an id.
@@ -75,7 +118,7 @@ class CorpusTranslationMetrics:
             raise ValueError(_nothing("sentence", self.split))
         hypotheses = [hypothesis for hypothesis, _ in pairs.values()]
         references = [reference for _, reference in pairs.values()]
-        bleu, chrf = BLEU(tokenize="13a"), CHRF()
+        bleu, chrf = self._bleu, self._chrf
         scores = TranslationScores(
             bleu=bleu.corpus_score(hypotheses, [references]).score,
             chrf=chrf.corpus_score(hypotheses, [references]).score,

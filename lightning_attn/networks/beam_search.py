@@ -9,6 +9,7 @@ sentence: a hypothesis that reaches its length limit is closed by end-of-sentenc
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -62,6 +63,7 @@ class BeamSearchOptions:
             end-of-sentence not counted.
         max_length_offset: see `max_length_ratio`; Vaswani et al. 2017 use 1 and 50.
         min_length: fewest tokens of a translation, end-of-sentence not counted.
+        no_repeat_ngram: no sequence of this many tokens comes twice in a translation; 0 allows it.
         nbest: hypotheses returned for each sentence, at most `beam_size`.
         stopping: when a sentence is finished. `"exact"`: when no prefix in the beam can still become better than the
             `nbest` best finished hypotheses, so that searching on would change nothing. `"beam_size"`: as soon as
@@ -76,11 +78,13 @@ class BeamSearchOptions:
     max_length_ratio: float = 1.0
     max_length_offset: int = 50
     min_length: int = 0
+    no_repeat_ngram: int = 0
     nbest: int = 1
     stopping: Stopping = "exact"
 
     def __post_init__(self) -> None:
-        for name, smallest in (("beam_size", 1), ("nbest", 1), ("max_length_offset", 0), ("min_length", 0)):
+        least = {"beam_size": 1, "nbest": 1, "max_length_offset": 0, "min_length": 0, "no_repeat_ngram": 0}
+        for name, smallest in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
@@ -194,6 +198,28 @@ def _checked_limits(max_lengths: Tensor, batch_size: int, min_length: int) -> li
     return limits
 
 
+def _ban_repetitions(log_probs: Tensor, prefixes: Tensor, size: int) -> None:
+    """Takes away what would make a sequence of `size` tokens come twice: `[R, V]`, after prefixes `[R, length]`."""
+    length = prefixes.shape[1]
+    if size == 0 or length < size:
+        return
+    windows = prefixes.unfold(1, size, 1)  # [R, length - size + 1, size]
+    again = (windows[:, :, : size - 1] == prefixes[:, None, length - size + 1 :]).all(dim=2)
+    rows, places = again.nonzero(as_tuple=True)
+    log_probs[rows, windows[rows, places, size - 1]] = -math.inf
+
+
+def _force(log_probs: Tensor, tokens: list[int | None]) -> None:
+    """Leaves of the rows of each sentence, `[S * W, V]`, the token that has to follow alone; None leaves all."""
+    width = log_probs.shape[0] // max(1, len(tokens))
+    for sentence, token in enumerate(tokens):
+        if token is not None:
+            rows = log_probs[sentence * width : (sentence + 1) * width]
+            kept = rows[:, token].clone()
+            rows.fill_(-math.inf)
+            rows[:, token] = kept
+
+
 def _log_probabilities(
     logits: Tensor, *, banned: list[int], eos_id: int, may_end: bool, must_end: list[bool]
 ) -> Tensor:
@@ -247,6 +273,7 @@ def beam_search(
     eos_id: int,
     pad_id: int,
     max_lengths: Tensor,
+    prefixes: Sequence[Sequence[int]] = (),
 ) -> list[list[Hypothesis]]:
     """Find the best sentences under a decoder, for a batch at once.
 
@@ -272,6 +299,8 @@ def beam_search(
         pad_id: padding.
         max_lengths: most tokens of each hypothesis, end-of-sentence not counted: `[B]`, integer, on the device of
             the decoder. Usually `options.max_lengths(source_lengths)`.
+        prefixes: tokens that each sentence begins with, B lists, perhaps empty ones; none for no such constraint. They
+            count in scores and lengths, and a limit below the length of a prefix is raised to it.
 
     Returns:
         For each sentence its `options.nbest` best hypotheses, best first, all different: fewer if fewer exist, but
@@ -282,8 +311,12 @@ def beam_search(
             the vocabulary, or if some sentence cannot be ended because end-of-sentence has probability zero.
     """
     limits = _checked_limits(max_lengths, batch_size, options.min_length)
+    if prefixes and len(prefixes) != batch_size:
+        raise ValueError(f"prefixes must be one for each of the {batch_size} sentences, got {len(prefixes)}")
     if batch_size == 0:
         return []
+    forced = [list(prefix) for prefix in prefixes] or [[] for _ in limits]
+    limits = [max(limit, len(prefix)) for limit, prefix in zip(limits, forced, strict=True)]
     device = max_lengths.device
     beam_size = options.beam_size
     longest = max(limits)
@@ -315,6 +348,10 @@ def beam_search(
         closing = [limit == length for limit in limits]
         may_end = length >= options.min_length
         log_probs = _log_probabilities(logits, banned=banned, eos_id=eos_id, may_end=may_end, must_end=closing)
+        if options.no_repeat_ngram:
+            _ban_repetitions(log_probs, tokens.view(size * width, -1)[:, :length], options.no_repeat_ngram)
+        if any(len(prefix) > length for prefix in forced):
+            _force(log_probs, [prefix[length] if len(prefix) > length else None for prefix in forced])
 
         # Of what follows one prefix only end-of-sentence and the beam_size best other tokens can matter; of
         # a sentence's candidates only 2 * beam_size, since each of at most beam_size prefixes ends in one way only.
@@ -337,8 +374,8 @@ def beam_search(
             )
         if any_ends:
             ended = scores.masked_fill(~ends, -math.inf)[:, :beam_size]
-            prefixes = tokens.view(size * width, -1)[parent[:, :beam_size]]
-            finished.add(sentences, ended, prefixes, length, options.penalty(length + 1))
+            found = tokens.view(size * width, -1)[parent[:, :beam_size]]
+            finished.add(sentences, ended, found, length, options.penalty(length + 1))
             some_finished = True
             scores, order = scores.masked_fill(ends, -math.inf).topk(min(beam_size, scores.shape[1]), dim=1)
             parent, token = parent.gather(1, order), token.gather(1, order)
@@ -362,6 +399,7 @@ def beam_search(
             parent = torch.arange(parent.numel(), device=device).view_as(parent)
         if any(done):
             limits = [limit for limit, stopped in zip(limits, done, strict=True) if not stopped]
+            forced = [prefix for prefix, stopped in zip(forced, done, strict=True) if not stopped]
             left = torch.tensor([row for row, stopped in enumerate(done) if not stopped], device=device)
             sentences, ceilings = sentences[left], ceilings[left]
             scores, tokens, parent, token = scores[left], tokens[left], parent[left], token[left]

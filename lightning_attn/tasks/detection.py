@@ -31,9 +31,10 @@ from lightning_attn.networks.images.detection_inference import DetectionInferenc
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.programs import Program
 from lightning_attn.tasks.checkpoints import CheckpointError
-from lightning_attn.tasks.detection_files import DetectionFiles, write_analysis
+from lightning_attn.tasks.detection_files import write_analysis, write_detections
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.tasks.prediction_files import PartialResults
 from lightning_attn.visualization.detection import draw_detection_errors, draw_detections, draw_detections_beside_truth
 from lightning_attn.visualization.pictures import Picture, save_picture
 
@@ -83,7 +84,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
         self.inference = inference
         self.check_sizes()
         self._metrics: CocoDetectionMetrics | None = None
-        self._files: DetectionFiles | None = None
+        self._files: PartialResults | None = None
 
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Detector:
         """The detector."""
@@ -275,7 +276,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
 
     def on_predict_epoch_start(self) -> None:
         """Chooses where the detections of all ranks are written."""
-        self._files = DetectionFiles(self.begin_prediction("detections_so_far"), self.global_rank)
+        self._files = PartialResults(self.begin_prediction("detections_so_far"), self.global_rank)
 
     def predict_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Detects the objects of a batch, and writes them."""
@@ -286,7 +287,8 @@ class DetectionTask(ImageTask[Categories, Detector]):
         for image_id, name, detection in zip(
             batch.ids.tolist(), batch.names, self._in_original_pixels(batch, found), strict=True
         ):
-            self._files.add(image_id, name, coco_records({image_id: image_detections(image_id, detection)}))
+            records = coco_records({image_id: image_detections(image_id, detection)})
+            self._files.add({"id": image_id, "file_name": name, "detections": records})
         self._files.flush()
 
     def on_predict_epoch_end(self) -> None:
@@ -298,8 +300,11 @@ class DetectionTask(ImageTask[Categories, Detector]):
         if not self.trainer.is_global_zero:
             return
         classes = self.known_classes
-        path, count = self._files.join(dict(zip(classes.ids, classes.names, strict=True)))
-        rank_zero_info(f"Detections in {count:,} images written to {path} and {path.with_suffix('.csv').name}")
+        results = self._files.results()
+        names = dict(zip(classes.ids, classes.names, strict=True))
+        path = write_detections(self._files.folder.parent, results, names)
+        self._files.remove()
+        rank_zero_info(f"Detections in {len(results):,} images written to {path} and {path.with_suffix('.csv').name}")
         self.save_pictures("predict")
 
 

@@ -1,7 +1,9 @@
 """Translation with an encoder-decoder Transformer whose attentions are chosen by spec (paper, section 3)."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -14,15 +16,16 @@ from torch import Tensor
 from datamodules.vocabulary import Vocabulary
 from datamodules.wmt14 import TranslationBatch, TranslationDataset, WMT14DataModule
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_json, write_text
+from lightning_attn.files import unused_path, write_file, write_json, write_text
 from lightning_attn.metrics.gather import gather_by_id
-from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean, one_line
+from lightning_attn.metrics.translation import CorpusTranslationMetrics, TranslationScoring, WeightedMean, one_line
 from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, beam_search
 from lightning_attn.networks.transformer import DecoderProgram, EncoderProgram, NormPosition, Transformer
 from lightning_attn.programs import Program
 from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
 from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.tasks.prediction_files import PartialResults
 from lightning_attn.visualization import draw_translation_attention
 
 VOCABULARY_KEY = "vocabulary"
@@ -49,6 +52,7 @@ class TranslationTask(TokenMeanTask):
         decoding: Beam search for test and prediction.
         validation_beam_size: Beam of the translations that validation is scored by; 0 scores the loss only.
         num_examples: How many translations a test prints, and draws the first one's attention if above 0.
+        scoring: How translations are scored.
     """
 
     task_name: ClassVar[str] = "translation"
@@ -72,6 +76,7 @@ class TranslationTask(TokenMeanTask):
         decoding: BeamSearchOptions = BeamSearchOptions(),  # noqa: B008 - a frozen value
         validation_beam_size: int = 1,
         num_examples: int = 5,
+        scoring: TranslationScoring = TranslationScoring(),  # noqa: B008 - a frozen value
     ) -> None:
         super().__init__(optimizer, schedule)
         if not 0 <= label_smoothing < 1:
@@ -96,12 +101,14 @@ class TranslationTask(TokenMeanTask):
         self.decoding = decoding
         self.validation_beam_size = validation_beam_size
         self.num_examples = num_examples
+        self.scoring = scoring
         self.vocabulary: Vocabulary | None = None
         self.network: Transformer | None = None
         self._scores = CorpusTranslationMetrics("valid")
         self._loss = WeightedMean("valid")
         self._texts: dict[int, tuple[str, str, str]] = {}
-        self._predictions: dict[int, list[str]] = {}
+        self._results: PartialResults | None = None
+        self._done: dict[int, str] = {}  # source of what an earlier prediction has translated, by id
 
     # Network and vocabulary
 
@@ -136,7 +143,8 @@ class TranslationTask(TokenMeanTask):
         if _stored_vocabulary(checkpoint) != self.vocabulary:
             raise CheckpointError(
                 "The checkpoint was trained with another vocabulary than the data module has now "
-                "(another training text, cleaning, or data.vocabulary_size). Use the data settings it was trained with."
+                "(another training text, cleaning, or data.vocabulary_size). Use the data settings it was trained "
+                f"with, or its vocabulary (--data.vocabulary {self.checkpoint_path or 'CHECKPOINT'})."
             )
 
     def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
@@ -213,7 +221,7 @@ class TranslationTask(TokenMeanTask):
         self._scores.update(ids, hypotheses, batch.target_text)
         return hypotheses
 
-    def _search(self, source: Tensor, beam_size: int) -> list[list[Hypothesis]]:
+    def _search(self, source: Tensor, beam_size: int, prefixes: Sequence[Sequence[int]] = ()) -> list[list[Hypothesis]]:
         network, vocabulary = self.built_network, self.vocabulary
         assert vocabulary is not None
         options = self.decoding
@@ -228,15 +236,19 @@ class TranslationTask(TokenMeanTask):
             eos_id=vocabulary.eos_id,
             pad_id=vocabulary.pad_id,
             max_lengths=options.max_lengths(lengths),
+            prefixes=prefixes,
         )
 
-    def _translations(self, source: Tensor) -> list[list[str]]:
-        """The n best texts of each sentence; of a blank one, whose only token is end-of-sentence, the empty text."""
+    def _translations(self, source: Tensor, prefixes: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
+        """The n best of each sentence, `text` and `score`; of a blank one, which has no token of its own, no text."""
         assert self.vocabulary is not None
         lengths = (source != self.vocabulary.pad_id).sum(dim=1).tolist()
-        found = self._search(source, self.decoding.beam_size)
+        begun = self.vocabulary.encode_batch(list(prefixes)) if any(prefixes) else []
+        found = self._search(source, self.decoding.beam_size, begun)
         return [
-            [self._text(hypothesis) for hypothesis in best] if length > 1 else [""]
+            [{"text": self._text(one), "score": one.score} for one in best]
+            if length > 1
+            else [{"text": "", "score": 0.0}]
             for best, length in zip(found, lengths, strict=True)
         ]
 
@@ -253,7 +265,8 @@ class TranslationTask(TokenMeanTask):
         self._reset_evaluation("test")
 
     def _reset_evaluation(self, split: str) -> None:
-        self._scores, self._loss = CorpusTranslationMetrics(split), WeightedMean(split)
+        self._scores = CorpusTranslationMetrics(split, self.scoring)
+        self._loss = WeightedMean(split)
         self._texts = {}
 
     def on_validation_epoch_end(self) -> None:
@@ -295,32 +308,70 @@ class TranslationTask(TokenMeanTask):
     # Prediction
 
     def on_predict_epoch_start(self) -> None:
-        """Forgets the sentences of an earlier pass."""
-        self._predictions = {}
+        """Chooses where the translations of all ranks are written, and with `skip_done` reads what is there."""
+        folder = self.output_directory / "predictions"
+        there = sorted(folder.glob("hypotheses_so_far*"), key=lambda path: path.stat().st_mtime)
+        resume = bool(there) and getattr(self.trainer.datamodule, "skip_done", False)  # type: ignore[attr-defined]
+        chosen = there[-1] if resume else unused_path(folder / "hypotheses_so_far")
+        # Rank 0 decides: by the time that another looks, it may have begun to write.
+        chosen = Path(self.trainer.strategy.broadcast(str(chosen)))
+        self._results = PartialResults(chosen, self.global_rank)
+        self._done = {one["id"]: one["source"] for one in self._results.results()} if resume else {}
+        self.trainer.strategy.barrier()
+        if self._done:
+            rank_zero_info(f"{len(self._done):,} sentences were translated before ({chosen})")
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> None:
-        """Translates a batch; all n-best texts are kept until the end of the epoch, those of typed text printed."""
-        texts = self._translations(batch.source)
+        """Translates a batch and writes it, or prints it if it was typed."""
+        assert self._results is not None
         if isinstance(self.trainer.datamodule, WMT14DataModule) and self.trainer.datamodule.reads_standard_input:  # type: ignore[attr-defined]
-            for best in texts:
-                print("\t".join(best), flush=True)
+            for best in self._translations(batch.source, batch.prefixes):
+                text = best[0]["text"] if self.decoding.nbest == 1 else json.dumps(best, ensure_ascii=False)
+                print(text, flush=True)
             return
-        self._predictions.update(zip(batch.ids.tolist(), texts, strict=True))
+        ids = batch.ids.tolist()
+        texts = batch.source_text or [""] * len(ids)
+        other = [number for number, text in zip(ids, texts, strict=True) if self._done.get(number, text) != text]
+        if other:
+            raise ValueError(
+                f"skip_done: {self._results.folder} holds translations of other text (line {other[0] + 1} differs). "
+                "Take --data.skip_done away to translate all of it."
+            )
+        left = [place for place, index in enumerate(ids) if index not in self._done]
+        if not left:
+            return
+        prefixes = [batch.prefixes[place] for place in left] if batch.prefixes else []
+        for place, best in zip(left, self._translations(batch.source[left], prefixes), strict=True):
+            self._results.add({"id": ids[place], "source": texts[place], "hypotheses": best})
+        self._results.flush()
 
     def on_predict_epoch_end(self) -> None:
-        """Writes `predictions/hypotheses.txt`, one sentence a line in corpus order (with n-best: tab-separated)."""
-        predictions = gather_by_id(self._predictions)
-        if self.trainer.is_global_zero and predictions:
-            lines = "".join("\t".join(texts) + "\n" for texts in predictions.values())
-            path = write_text(self.output_directory / "predictions" / "hypotheses.txt", lines)
-            rank_zero_info(f"{len(predictions)} translations written to {path}")
+        """Writes `predictions/hypotheses.txt`, one sentence a line in corpus order, and all n best with scores."""
+        assert self._results is not None
+        self._results.close()
+        self.trainer.strategy.barrier()
+        results = self._results.results()
+        if not self.trainer.is_global_zero or not len(results):
+            return
+        folder = self.output_directory / "predictions"
+        path = write_file(
+            folder / "hypotheses.txt",
+            lambda file: file.writelines(f"{one['hypotheses'][0]['text']}\n".encode() for one in results),
+        )
+        scores = write_file(
+            folder / "hypotheses.jsonl",
+            lambda file: file.writelines(f"{json.dumps(one, ensure_ascii=False)}\n".encode() for one in results),
+        )
+        self._results.remove()
+        rank_zero_info(f"{len(results)} translations written to {path}, with scores to {scores.name}")
 
-    def predict(self, inputs: Sequence[str], batch_size: int = 32) -> list[str]:
+    def predict(self, inputs: Sequence[str], batch_size: int = 32, prefixes: Sequence[str] = ()) -> list[str]:
         """Translates sentences, without a Trainer.
 
         Args:
             inputs: Source sentences, as plain text.
             batch_size: How many the network sees at a time; those of like length go together.
+            prefixes: What each translation begins with; none for no such constraint.
 
         Returns:
             The best translation of each, in the same order; nothing for a blank sentence.
@@ -335,6 +386,11 @@ class TranslationTask(TokenMeanTask):
             raise TypeError("predict takes several sentences: give a list, [text] for one.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        strange = [one for one in [*inputs, *prefixes] if not isinstance(one, str)]
+        if strange:
+            raise TypeError(f"predict takes sentences as text, got {type(strange[0]).__name__} ({strange[0]!r}).")
+        if prefixes and len(prefixes) != len(inputs):
+            raise ValueError(f"prefixes must be one for each of the {len(inputs)} sentences, got {len(prefixes)}.")
         if not inputs:
             return []
         dataset = TranslationDataset.from_text(self.vocabulary, list(inputs))
@@ -343,8 +399,9 @@ class TranslationTask(TokenMeanTask):
         with evaluating(self):
             for begin in range(0, len(order), batch_size):
                 indices = order[begin : begin + batch_size]
-                found = self._translations(dataset.__getitems__(indices).source.to(self.device))
-                translations.update(zip(indices, (best[0] for best in found), strict=True))
+                begun = [prefixes[index] for index in indices] if prefixes else []
+                found = self._translations(dataset.__getitems__(indices).source.to(self.device), begun)
+                translations.update(zip(indices, (best[0]["text"] for best in found), strict=True))
         return list(translations.values())
 
 

@@ -48,10 +48,10 @@ def test_missing_root_names_layout_and_download(tmp_path):
     assert "--data.download true" in str(error.value)
 
 
-def test_missing_files_name_layout_readme_and_download(root):
+def test_missing_files_name_layout_documents_and_download(root):
     with pytest.raises(FileNotFoundError, match=r"dev\.en and dev\.de are missing") as error:
         find_pairs(root, "dev", "en", "de")
-    for part in (str(root), "{train,valid,test}.{en,de}", "README", "--data.download true"):
+    for part in (str(root), "{train,valid,test}.{en,de}", "docs/translation.md", "--data.download true"):
         assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"dev\*\.en and dev\*\.de are missing"):
         find_pairs(root, "dev*", "en", "de")
@@ -199,7 +199,7 @@ CLEANING = Cleaning(max_characters=60, min_length=2, max_length=6, max_ratio=2.0
         ("x y", "", "drop_empty"),
         ("", "", "drop_empty"),
         ("a", "x y", "min_length"),
-        ("   ", "x y", "min_length"),
+        ("   ", "x y", "drop_empty"),
         ("a b c d e f", "x y z u v w", ""),
         ("a b c d e f g", "x y z u v w", "max_length"),
         ("a b", "a b", "drop_identical"),

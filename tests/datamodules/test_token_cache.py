@@ -160,7 +160,9 @@ def test_the_vocabulary_is_learnt_from_every_kth_pair(root, cache, monkeypatch):
     monkeypatch.setattr(token_cache, "_BLOCK_LINES", 10)
     found = []
     learn = token_cache.train_vocabulary
-    monkeypatch.setattr(token_cache, "train_vocabulary", lambda texts, size: learn(found.extend(texts) or found, size))
+    monkeypatch.setattr(
+        token_cache, "train_vocabulary", lambda texts, size, **_: learn(found.extend(texts) or found, size)
+    )
     build(root, cache, vocabulary_size=50)
     english, german = (list(read_lines(root / f"train.{language}"))[::3] for language in ("en", "de"))
     assert found == [text for pair in zip(english, german, strict=True) for text in pair]

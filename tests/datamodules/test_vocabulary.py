@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from parallel_corpus import WORDS
 
-from datamodules.vocabulary import Vocabulary, train_vocabulary
+from datamodules.vocabulary import Vocabulary, VocabularyOptions, train_vocabulary
 
 SENTENCES = [
     "A man is walking down the street.",
@@ -113,7 +113,7 @@ def test_long_sentences_are_not_left_out():
 
 
 def test_byte_fallback_spells_unknown_characters():
-    vocabulary = train_vocabulary(SENTENCES, 400, byte_fallback=True)
+    vocabulary = train_vocabulary(SENTENCES, 400, options=VocabularyOptions(byte_fallback=True))
     assert vocabulary.decode(vocabulary.encode("日本")) == "日本"
 
 

@@ -258,7 +258,7 @@ def test_a_missing_split_matters_only_to_its_stage(root):
     module = ready(root, "fit")
     with pytest.raises(FileNotFoundError, match=r"test\.en and test\.de are missing"):
         module.setup("test")
-    with pytest.raises(FileNotFoundError, match=r"test\.en and test\.de are missing"):
+    with pytest.raises(FileNotFoundError, match=r"test\.en is not there.*--data\.test_files"):
         module.setup("predict")
 
 
