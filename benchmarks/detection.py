@@ -82,7 +82,8 @@ from datamodules.detection.coco import COCODataModule
 from datamodules.detection.datamodule import DetectionBatch
 from lightning_attn.attention import AttentionSpec, DeformableConv
 from lightning_attn.callbacks import ExponentialAveraging
-from lightning_attn.cli import Parser, RunOptions
+from lightning_attn.cli.parser import Parser
+from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.files import unused_path, write_json, write_text
 from lightning_attn.metrics.detection import CocoDetectionMetrics
 from lightning_attn.networks.detection import Detector, DetectorSpec

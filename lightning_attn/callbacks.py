@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, Timer, WeightAveraging
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_attn import __version__, run_directory
 from lightning_attn.files import write_text
 from lightning_attn.tasks.base import BaseTask
-from lightning_attn.tasks.checkpoints import load_initial_weights
+from lightning_attn.tasks.checkpoints import CHECKPOINT_KEY, load_initial_weights, read_checkpoint
 
 RUN_KEY = "run"
 
@@ -30,11 +30,14 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     _told = False
+    best_step = 0
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether the network is to be saved."""
         if current is None or not torch.isnan(current):
-            return super().check_monitor_top_k(trainer, current)
+            better = super().check_monitor_top_k(trainer, current)
+            self.best_step = trainer.global_step if better else self.best_step
+            return better
         if not self._told:
             rank_zero_info(
                 f"{self.monitor} is not a number: the validation data has nothing to score, such as images without any "
@@ -42,6 +45,68 @@ class BestCheckpoint(ModelCheckpoint):
             )
         self._told = True
         return self.best_model_score is None or not bool(torch.isfinite(self.best_model_score))
+
+
+class TopCheckpoints(ModelCheckpoint):
+    """The best few networks beside `best.ckpt`, as `top-<step>.ckpt`."""
+
+    @property
+    def state_key(self) -> str:
+        """Its own, so that others may watch the same score."""
+        return type(self).__name__
+
+
+class TrainingSummary(Callback):
+    """Says at the end of a training why it ended, what the best score is, and what to do next.
+
+    Args:
+        directory: The run directory.
+        command: How the command is called, such as "python train.py".
+    """
+
+    def __init__(self, directory: Path, command: str) -> None:
+        self.directory, self.command = directory, command
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says it."""
+        lines = [f"Training ended at step {trainer.global_step}: {_why_it_ended(trainer)}."]
+        best = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)), None)
+        file = "last.ckpt"
+        if best is not None and best.best_model_score is not None and (self.directory / "best.ckpt").is_file():
+            file = "best.ckpt"
+            at = f" at step {best.best_step}" if best.best_step else ""
+            lines.append(f"Best {best.monitor} {float(best.best_model_score):.5g}{at}: {self.directory / file}")
+        else:
+            lines.append(f"There is no best.ckpt: {_why_no_best(trainer)}. The last network: {self.directory / file}")
+        names = [stage for stage in ("test", "predict") if _defines(pl_module, f"{stage}_step")]
+        lines += [f"Next: {self.command} {stage} --ckpt_path {self.directory / file}" for stage in names]
+        rank_zero_info("\n".join(lines))
+
+
+def _defines(module: pl.LightningModule, name: str) -> bool:
+    return getattr(type(module), name) is not getattr(pl.LightningModule, name)
+
+
+def _why_it_ended(trainer: pl.Trainer) -> str:
+    for callback in trainer.early_stopping_callbacks:
+        if callback.stopped_epoch or (trainer.should_stop and callback.wait_count >= callback.patience):
+            return f"{callback.monitor} was not better in {callback.patience} validations (EarlyStopping)"
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return f"max_steps {trainer.max_steps} is reached"
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
+        return f"max_epochs {trainer.max_epochs} is reached"
+    if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return "max_time is over"
+    return "a callback stopped it" if trainer.should_stop else "there was nothing left to do"
+
+
+def _why_no_best(trainer: pl.Trainer) -> str:
+    if not sum(trainer.num_val_batches):
+        return "there is no validation (data without a validation split, or limit_val_batches 0)"
+    if not any(name.startswith("val/") for name in trainer.callback_metrics):
+        every = trainer.val_check_interval
+        return f"no validation took place in {trainer.global_step} steps (val_check_interval {every})"
+    return "no score was a number"
 
 
 class _Clock:
@@ -266,8 +331,14 @@ class InitialWeights(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copies the weights."""
-        foreign = pl_module.foreign_weights(self.path) if isinstance(pl_module, BaseTask) else None
-        load_initial_weights(pl_module, self.path, strict=self.strict, foreign=foreign)
+        assert isinstance(pl_module, BaseTask)
+        foreign = pl_module.foreign_weights(self.path)
+        stored = None
+        if foreign is None:
+            checkpoint = read_checkpoint(self.path)
+            if checkpoint.get(CHECKPOINT_KEY, {}).get("name") == pl_module.task_name:
+                stored = pl_module.matched_weights(checkpoint, self.path, strict=self.strict)
+        load_initial_weights(pl_module, self.path, strict=self.strict, foreign=foreign, stored=stored)
 
 
 class SaveConfiguration(Callback):

@@ -49,7 +49,7 @@ class TrainingStopped(Exception):  # noqa: N818 - no error: it was asked for
 
 
 class StopRequests:
-    """Signals that ask a training to stop, remembered until it can: SIGTERM, Ctrl-C, and SLURM's signal to requeue.
+    """Signals that ask a training to stop, remembered until it can: SIGTERM, SIGHUP, Ctrl-C, and SLURM's to requeue.
 
     A second Ctrl-C stops at once. Lightning's own handlers are set aside meanwhile: they save or raise wherever the
     program happens to be, in the middle of a step too. Under SLURM, its handler that requeues the job runs as soon as
@@ -65,7 +65,9 @@ class StopRequests:
         """Begins to watch; in the main thread only, elsewhere Python has no signals."""
         if threading.current_thread() is not threading.main_thread():
             return
-        numbers = [signal.SIGTERM, signal.SIGINT]
+        numbers: list[int] = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             numbers.append(environment.requeue_signal or signal.SIGUSR1)
@@ -105,7 +107,7 @@ class StopRequests:
     def requeue(self) -> None:
         """Runs SLURM's handler, if its signal was received."""
         handler = self._earlier.get(self.received or 0)
-        if self.received not in (signal.SIGTERM, signal.SIGINT, None) and callable(handler):
+        if self.received not in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None) and callable(handler):
             handler(self.received, None)
 
 

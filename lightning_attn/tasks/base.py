@@ -6,7 +6,7 @@ import importlib
 import inspect
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -30,6 +30,7 @@ from lightning_attn.tasks.checkpoints import (
     FORMAT,
     FORMAT_KEY,
     CheckpointError,
+    OutputRows,
     Weights,
     choose_weights,
     described_differences,
@@ -62,6 +63,9 @@ class BaseTask(pl.LightningModule):
         task_name: Folder of the runs, `checkpoints/<task_name>/<name>/`.
         monitor: The logged value that `best.ckpt` is chosen by.
         monitor_mode: Whether the `"max"` or the `"min"` of `monitor` is best.
+        output_rows: Which tensors have rows for what `output_names` says, by the endings of their names.
+        outputs_word: What `output_names` are, for messages.
+        precisions: The Trainer's precisions that the task can be run in.
         checkpoint_path: The checkpoint that the command was given, if any: what the data does not say is found there
             before Lightning loads the weights.
         sample_means: What `log_samples` was given in the current pass, by name.
@@ -71,6 +75,9 @@ class BaseTask(pl.LightningModule):
     task_name: ClassVar[str] = "task"
     monitor: ClassVar[str] = "val/loss"
     monitor_mode: ClassVar[str] = "min"
+    output_rows: ClassVar[Mapping[str, OutputRows]] = {}
+    outputs_word: ClassVar[str] = "outputs"
+    precisions: ClassVar[tuple[str, ...]] = ("32-true", "bf16-mixed", "16-mixed")
     checkpoint_path: str = ""
 
     def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
@@ -82,6 +89,16 @@ class BaseTask(pl.LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         self.sample_means: dict[str, WeightedMean] = {}
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the optimizer, under the name by which Lightning's LearningRateFinder looks for it."""
+        return self.optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.optimizer = dataclasses.replace(self.optimizer, learning_rate=value)
+        self._arguments["optimizer"] = plain_value("optimizer", self.optimizer)
 
     @classmethod
     def require_steps(cls, stage: str) -> None:
@@ -239,6 +256,52 @@ class BaseTask(pl.LightningModule):
         """What the network makes of some inputs, as plain values, one for each; for a task from `load`."""
         raise NotImplementedError(f"{type(self).__name__} must define predict to be used without a Trainer.")
 
+    def output_names(self) -> tuple[str, ...]:
+        """What the network's outputs and inputs mean, in the order of their rows in weights: classes, or pieces."""
+        return ()
+
+    def stored_output_names(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
+        """The same of a checkpoint."""
+        return ()
+
+    def matched_weights(self, checkpoint: dict[str, Any], path: str | Path, *, strict: bool) -> dict[str, Tensor]:
+        """The weights of a checkpoint for a training to begin with, their rows by name where names differ.
+
+        Args:
+            checkpoint: What `read_checkpoint` returned.
+            path: For messages.
+            strict: Whether all names must be the same.
+
+        Raises:
+            CheckpointError: If they are not.
+        """
+        weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
+        old, new = self.stored_output_names(checkpoint), self.output_names()
+        if not old or old == new:
+            return weights
+        common = len(set(old) & set(new))
+        if strict:
+            raise CheckpointError(
+                f"initial_weights: the outputs of {path} mean something else: it has {len(old):,} {self.outputs_word}, "
+                f"the data {len(new):,}, of which {common:,} are in both"
+                f"{' but in another order' if common == len(old) == len(new) else ''}. {self.same_outputs_hint(path)}"
+                "To match them by name, and begin the others anew, set --run.initial_weights_strict false."
+            )
+        current = self.state_dict()
+        for name, value in weights.items():
+            rows = next((rows for ending, rows in self.output_rows.items() if name.endswith(ending)), None)
+            if rows is not None and name in current:
+                weights[name] = rows.matched(value, current[name], old, new)
+        rank_zero_info(
+            f"Initial weights: {common:,} of {len(new):,} {self.outputs_word} are matched by name with the "
+            f"{len(old):,} of the checkpoint; the others begin anew."
+        )
+        return weights
+
+    def same_outputs_hint(self, path: str | Path) -> str:
+        """How the outputs can be made those of a checkpoint; ends in a blank."""
+        return ""
+
     def foreign_weights(self, path: str) -> dict[str, Tensor] | None:
         """What `run.initial_weights` names, by this task's names, if it is no checkpoint but another library's."""
         return None
@@ -313,7 +376,7 @@ class TokenMeanTask(BaseTask):
         tokens, since = self._window
         tokens, now = tokens + number, time.perf_counter()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.trainer.global_step + 1) % every == 0:
+        if every and (self.trainer.global_step + 1) % every == 0:
             self.log("train/tokens_per_second", tokens / (now - since), prog_bar=True)
             tokens, since = 0.0, now
         self._window = (tokens, since)

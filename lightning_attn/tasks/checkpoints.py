@@ -1,10 +1,11 @@
 """Reading checkpoints safely, with errors that say what is wrong with them, and writing them whole or not at all."""
 
+import dataclasses
 import functools
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -204,9 +205,22 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             found += _differences(before, after, f"{prefix}{name}.")
+        elif isinstance(before, Tensor) or isinstance(after, Tensor):
+            if not (isinstance(before, Tensor) and isinstance(after, Tensor) and torch.equal(before, after)):
+                found.append((prefix + name, _Brief(before), _Brief(after)))
         elif before != after:
             found.append((prefix + name, before, after))
     return found
+
+
+class _Brief:
+    """A value whose contents are too long for a message."""
+
+    def __init__(self, value: object) -> None:
+        self.text = f"{value.numel():,} values" if isinstance(value, Tensor) else repr(value)
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def described_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor], most: int | None = 8) -> str:
@@ -233,8 +247,38 @@ def described_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor], 
     return "".join(f"\n  {line}" for line in shown) + more
 
 
+@dataclasses.dataclass(frozen=True)
+class OutputRows:
+    """How the rows of a tensor are shared out among what a network tells apart: `[groups, background + names, each]`.
+
+    Attributes:
+        each: Rows in a row for each name, such as the four numbers of a box.
+        background: Whether the rows of a background come before those of the names.
+    """
+
+    each: int = 1
+    background: bool = False
+
+    def matched(self, stored: Tensor, current: Tensor, old: Sequence[str], new: Sequence[str]) -> Tensor:
+        """`current` with the rows of `stored` for every name that both have."""
+        place = {name: number + self.background for number, name in enumerate(old)}
+        pairs = [(place[name], number + self.background) for number, name in enumerate(new) if name in place]
+        pairs += [(0, 0)] if self.background else []
+        sources, targets = (torch.tensor(column, dtype=torch.long) for column in zip(*pairs, strict=True))
+        result = current.detach().cpu().clone()
+        shapes = [(-1, len(names) + self.background, self.each, *stored.shape[1:]) for names in (old, new)]
+        if stored.shape[1:] == current.shape[1:]:
+            result.view(shapes[1])[:, targets] = stored.view(shapes[0])[:, sources].to(result.dtype)
+        return result
+
+
 def load_initial_weights(
-    module: nn.Module, path: str | Path, *, strict: bool, foreign: Mapping[str, Tensor] | None = None
+    module: nn.Module,
+    path: str | Path,
+    *,
+    strict: bool,
+    foreign: Mapping[str, Tensor] | None = None,
+    stored: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Copies the weights of a checkpoint into a network that may have another attention.
 
@@ -243,13 +287,16 @@ def load_initial_weights(
         path: A checkpoint of a run with the same task.
         strict: Whether names and shapes must be the same. Otherwise what fits is copied, and the log lists the rest.
         foreign: What another library's `path` holds, by the names of `module`. What attention adds may be missing.
+        stored: The weights of the checkpoint, if they were read and matched already.
 
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If it cannot be used, does not fit, or nothing in it does.
     """
     current = module.state_dict()
-    stored = read_checkpoint(path)["state_dict"] if foreign is None else dict(foreign)
+    if stored is None:
+        stored = read_checkpoint(path)["state_dict"] if foreign is None else foreign
+    stored = dict(stored)
     new = set() if foreign is None else names_added_by_attention(module) - stored.keys()
     counters = {name for name in current if foreign is not None and name.endswith(COUNTER)}
     needed = {name: value for name, value in current.items() if name not in new | counters}

@@ -30,7 +30,7 @@ from lightning_attn.networks.detector_weights import is_torchvision_detector, re
 from lightning_attn.networks.images.detection_inference import DetectionInferenceSpec, detect
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.programs import Program
-from lightning_attn.tasks.checkpoints import CheckpointError
+from lightning_attn.tasks.checkpoints import CheckpointError, OutputRows
 from lightning_attn.tasks.detection_files import write_analysis, write_detections
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
@@ -60,6 +60,12 @@ class DetectionTask(ImageTask[Categories, Detector]):
     monitor_mode: ClassVar[str] = "max"
     classes_word: ClassVar[str] = "categories"
     classes_type: ClassVar[type] = Categories
+    output_rows: ClassVar[Mapping[str, OutputRows]] = {
+        **dict.fromkeys(("cls_score.weight", "cls_score.bias"), OutputRows(background=True)),
+        **dict.fromkeys(("bbox_pred.weight", "bbox_pred.bias"), OutputRows(each=4, background=True)),
+        **dict.fromkeys(("cls_logits.weight", "cls_logits.bias"), OutputRows()),
+    }
+    outputs_word: ClassVar[str] = "categories"
 
     def __init__(
         self,

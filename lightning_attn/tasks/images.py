@@ -190,6 +190,14 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
                 _logger.info(f"Ids of {self.classes_word} are the data's: {self._described(current)}.")
         super().on_load_checkpoint(checkpoint)
 
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.known_classes.names
+
+    def stored_output_names(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
+        """The same of a checkpoint."""
+        return self._stored_classes(checkpoint).names
+
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network for the classes in the checkpoint, which also holds all weights."""
         self._build(self._stored_classes(checkpoint), _without_weights(self.backbone))

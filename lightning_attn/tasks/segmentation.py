@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -23,6 +23,7 @@ from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.networks.segmentation import Segmenter, SegmenterProgram, SegmenterSpec
 from lightning_attn.networks.segmentation_inference import InferenceSpec, segment
 from lightning_attn.programs import Program
+from lightning_attn.tasks.checkpoints import OutputRows
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture
@@ -48,6 +49,10 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     monitor: ClassVar[str] = "val/miou"
     monitor_mode: ClassVar[str] = "max"
     classes_type: ClassVar[type] = SegmentationClasses
+    output_rows: ClassVar[Mapping[str, OutputRows]] = dict.fromkeys(
+        ("classifier.weight", "classifier.bias"), OutputRows()
+    )
+    outputs_word: ClassVar[str] = "classes"
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, b
 from lightning_attn.networks.transformer import DecoderProgram, EncoderProgram, NormPosition, Transformer
 from lightning_attn.programs import Program
 from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
-from lightning_attn.tasks.checkpoints import CheckpointError
+from lightning_attn.tasks.checkpoints import CheckpointError, OutputRows
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.tasks.prediction_files import PartialResults
 from lightning_attn.visualization import draw_translation_attention
@@ -58,6 +58,9 @@ class TranslationTask(TokenMeanTask):
     task_name: ClassVar[str] = "translation"
     monitor: ClassVar[str] = "val/loss"
     monitor_mode: ClassVar[str] = "min"
+    output_rows: ClassVar[Mapping[str, OutputRows]] = {"embedding.weight": OutputRows()}
+    outputs_word: ClassVar[str] = "pieces"
+    precisions: ClassVar[tuple[str, ...]] = (*TokenMeanTask.precisions, "64-true")
 
     def __init__(
         self,
@@ -146,6 +149,20 @@ class TranslationTask(TokenMeanTask):
                 "(another training text, cleaning, or data.vocabulary_size). Use the data settings it was trained "
                 f"with, or its vocabulary (--data.vocabulary {self.checkpoint_path or 'CHECKPOINT'})."
             )
+
+    def output_names(self) -> tuple[str, ...]:
+        """The pieces of the vocabulary."""
+        assert self.vocabulary is not None
+        return tuple(self.vocabulary.pieces(range(self.vocabulary.size)))
+
+    def stored_output_names(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
+        """The same of a checkpoint."""
+        vocabulary = _stored_vocabulary(checkpoint)
+        return tuple(vocabulary.pieces(range(vocabulary.size)))
+
+    def same_outputs_hint(self, path: str | Path) -> str:
+        """How the vocabulary can be that of a checkpoint."""
+        return f"To train with its vocabulary, as fine-tuning should, give --data.vocabulary {path}. "
 
     def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
         """The vocabulary, which is otherwise learnt from the training text."""

@@ -1,0 +1,28 @@
+"""The command: `train.py`, `python -m lightning_attn` and `lightning-attn` are this."""
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        args: Command-line arguments; None for those of the process.
+
+    Raises:
+        SystemExit: With status 2 and a message on the standard error if an option or the data is wrong, or some images
+            of a prediction, which is complete without them; with 128 and the signal's number if a signal stopped a
+            training, whose state is saved.
+    """
+    arguments = sys.argv[1:] if args is None else [str(argument) for argument in args]
+    from lightning_attn.cli.front import answer
+
+    if answer(arguments):
+        return
+    # Only now, as this imports torch and Lightning, which takes seconds.
+    from lightning_attn.cli.subcommands import run
+
+    run(arguments)

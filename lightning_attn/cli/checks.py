@@ -1,0 +1,93 @@
+"""What is refused before anything is built: options without a value, and what of the Trainer's a task cannot do."""
+
+import contextlib
+import dataclasses
+import importlib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_attn.cli.parser import ConfigurationError
+from lightning_attn.tasks import BaseTask
+
+__all__ = ["check_trainer", "refuse_nulls", "trainer_errors"]
+
+
+def refuse_nulls(configuration: Mapping[str, Any]) -> None:
+    """Refuses `null` for options of model and data that have a value by their annotation; the parser lets it pass.
+
+    Raises:
+        ConfigurationError: Names the first.
+    """
+    for part in ("model", "data"):
+        section = configuration.get(part)
+        if section is None or not section.get("class_path"):
+            continue
+        module, _, name = section["class_path"].rpartition(".")
+        owner = getattr(importlib.import_module(module), name)
+        hints: dict[str, Any] = {}
+        for ancestor in reversed(owner.__mro__):  # a subclass may pass arguments on as **arguments
+            if "__init__" in vars(ancestor):
+                with contextlib.suppress(NameError, TypeError):  # annotations of classes that are not ours
+                    hints |= typing.get_type_hints(vars(ancestor)["__init__"])
+        _refuse_nulls(section.get("init_args") or {}, hints, part)
+
+
+def _refuse_nulls(values: Mapping[str, Any], hints: Mapping[str, Any], prefix: str) -> None:
+    for name, value in dict(values).items():
+        hint = hints.get(name)
+        if hint is None:
+            continue
+        if value is None and not _allows_none(hint):
+            raise ConfigurationError(
+                f"{prefix}.{name}: null is no value for it. Give one, or leave the option out for its default."
+            )
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hasattr(value, "items"):
+            _refuse_nulls(value, typing.get_type_hints(hint), f"{prefix}.{name}")
+
+
+def _allows_none(hint: Any) -> bool:
+    if hint is None or hint is type(None) or hint is Any:
+        return True
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(map(_allows_none, typing.get_args(hint)))
+    return typing.get_origin(hint) is typing.Literal and None in typing.get_args(hint)
+
+
+def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -> None:
+    """Refuses options of the Trainer that a task cannot be run with, or that make nothing of it.
+
+    Raises:
+        ConfigurationError: Names the option, the value and the way out.
+    """
+    if options["barebones"]:
+        raise ConfigurationError(
+            "trainer.barebones: true leaves out checkpoints, scores and progress, which a run here is made of. To "
+            "measure speed, use python -m benchmarks.<task>; to try something quickly, --trainer.fast_dev_run true."
+        )
+    precision = str(options["precision"] or "32-true")
+    usual = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+    if usual.get(precision, precision) not in task.precisions:
+        raise ConfigurationError(
+            f"trainer.precision: {precision!r} is not supported by {type(task).__name__}; give one of "
+            f"{', '.join(task.precisions)} (bf16-mixed computes in bfloat16 where that is safe)."
+        )
+    if subcommand == "fit":
+        for name in ("limit_train_batches", "max_steps", "max_epochs"):
+            if options[name] is not None and options[name] == 0:
+                raise ConfigurationError(
+                    f"trainer.{name}: 0 trains nothing. Leave it out, or score what there is with the subcommand "
+                    "validate."
+                )
+
+
+@contextlib.contextmanager
+def trainer_errors() -> Iterator[None]:
+    """Makes messages of what Lightning complains about when it makes a Trainer of options."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+        raise ConfigurationError(f"trainer: {error}") from error

@@ -1,0 +1,256 @@
+"""LightningCLI with the run directory and the checkpoints of this project."""
+
+import enum
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import namespace_to_dict
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_info
+
+from lightning_attn import run_directory
+from lightning_attn.callbacks import (
+    RUN_KEY,
+    BestCheckpoint,
+    InitialWeights,
+    ProgressLines,
+    SaveConfiguration,
+    TopCheckpoints,
+    TrainingBar,
+    TrainingSummary,
+)
+from lightning_attn.cli.checks import check_trainer, refuse_nulls, trainer_errors
+from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
+from lightning_attn.cli.run_options import RunOptions
+from lightning_attn.cli.stored_configuration import value_of, with_stored_configuration
+from lightning_attn.loggers import MetricsLogger
+from lightning_attn.resuming import LINES_KEY, LastCheckpoint
+from lightning_attn.tasks import BaseTask
+from lightning_attn.tasks.checkpoints import (
+    CheckpointError,
+    WholeCheckpoints,
+    described_differences,
+    read_checkpoint,
+)
+
+# Arguments of a single call, which are no part of the experiment that a configuration file describes.
+_CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with the run directory and the checkpoints of this project."""
+
+    run_path: Path
+    _typed: dict[str, str | None]  # what the command line itself says of the run's name and root
+    _stored_name: str | None  # of the run whose configuration the checkpoint gave
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options of the run directory."""
+        parser.add_class_arguments(RunOptions, "run")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Also takes what no configuration says from the checkpoint, and checks that before anything is built."""
+        typed = sys.argv[1:] if args is None else args
+        self._typed, self._stored_name = {}, None
+        if isinstance(typed, list):
+            self._typed = {option: value_of(f"--run.{option}", typed) for option in ("name", "root")}
+            with with_stored_configuration(typed, self.subcommands()) as (arguments, self._stored_name):
+                self.config = parser.parse_args(arguments)
+        else:
+            super().parse_arguments(parser, args)
+        refuse_nulls(self.config[self.config["subcommand"]])
+        checkpoint = self._option("ckpt_path")
+        if checkpoint and checkpoint not in CHECKPOINT_WORDS:
+            read_checkpoint(checkpoint)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """A Trainer whose files all lie in the run directory."""
+        assert self.subcommand is not None
+        self.model.require_steps(self.subcommand)
+        options = self.config_init[self.subcommand]["trainer"]
+        check_trainer(options, self.model, self.subcommand)
+        run = RunOptions(**self._option("run").as_dict())
+        checkpoint = self._checkpoint(run)
+        stored = read_checkpoint(checkpoint) if checkpoint else {}
+        if checkpoint and self.subcommand == "fit" and "optimizer_states" not in stored:
+            raise CheckpointError(
+                f"{checkpoint} holds a model, and not what a training goes on with. Begin a new one with its weights: "
+                f"--run.initial_weights {checkpoint}"
+            )
+        if not checkpoint and self.subcommand != "fit":
+            rank_zero_info(f"No --ckpt_path: {self.subcommand} takes the network as it is before any training.")
+        self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
+        if checkpoint:
+            self.model.checkpoint_path = str(checkpoint)
+            if self.subcommand != "fit":
+                self.model.use_checkpoint_for_data(self.datamodule, stored)
+        self.run_path = self._run_directory(run, checkpoint)
+        kwargs["default_root_dir"] = str(self.run_path)
+        weights = "averaged" if self.subcommand == "fit" else run.weights
+        kwargs["plugins"] = [*_listed(options["plugins"]), WholeCheckpoints(weights)]
+        # Every sampler here knows its rank; a second one around it would share out the data twice.
+        kwargs["use_distributed_sampler"] = False
+        # Tasks log their arguments themselves, as plain values.
+        kwargs["enable_autolog_hparams"] = False
+        training = self.subcommand == "fit" and not options["fast_dev_run"]
+        if self.subcommand != "fit":
+            kwargs["enable_checkpointing"] = False
+        if options["logger"] in (None, True):
+            kwargs["logger"] = _loggers(self.run_path, stored) if training else False
+        elif options["logger"] and training:  # metrics.csv is there in any case
+            kwargs["logger"] = [_metrics_logger(self.run_path, stored), *_listed(options["logger"])]
+        configuration = self._resolved_configuration()
+        if self.subcommand == "fit" and RUN_KEY in stored:
+            _report_differences(stored[RUN_KEY]["configuration"], configuration)
+        callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, configuration)]
+        if self.subcommand == "fit" and run.initial_weights and not checkpoint:
+            callbacks.append(InitialWeights(run.initial_weights, run.initial_weights_strict))
+        if training and options["enable_checkpointing"] is not False:
+            callbacks += _checkpoint_callbacks(self.run_path, self.model, run)
+        if training and kwargs.get("logger", options["logger"]):
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        given = _listed(options["callbacks"])
+        if options["enable_progress_bar"] is None and not any(isinstance(one, ProgressBar) for one in given):
+            # Between what is typed and its answers no bar has a place.
+            shows_bar = sys.stdout.isatty() and not getattr(self.datamodule, "reads_standard_input", False)
+            kwargs["enable_progress_bar"] = shows_bar
+            callbacks.append(TrainingBar() if shows_bar else ProgressLines())
+        if training:
+            callbacks.append(TrainingSummary(self.run_path, command_name()))
+        kwargs["callbacks"] = [*given, *callbacks]
+        with trainer_errors():
+            trainer = super().instantiate_trainer(**kwargs)
+        rank_zero_info(f"Run directory: {self.run_path}")
+        return trainer
+
+    def _option(self, name: str) -> Any:
+        return self.config[self.config["subcommand"]].get(name)
+
+    def _run_name(self, run: RunOptions) -> str:
+        if run.name or self._stored_name:
+            return run.name or str(self._stored_name)
+        configurations = self._option("config") or []
+        return Path(str(configurations[0])).stem if configurations else type(self.model).__name__
+
+    def _checkpoint(self, run: RunOptions) -> Path | None:
+        """The checkpoint that is meant, if any.
+
+        Raises:
+            FileNotFoundError: If there is none to go on from.
+        """
+        checkpoint = self._option("ckpt_path")
+        if not checkpoint:
+            return None
+        if checkpoint not in CHECKPOINT_WORDS:
+            return Path(checkpoint).absolute()
+        file = "best.ckpt" if checkpoint == "best" else "last.ckpt"
+        root, task, name = Path(run.root).absolute(), self.model.task_name, self._run_name(run)
+        found = run_directory.newest(root, task, name, file)
+        if found is None and (checkpoint != "auto" or self.subcommand != "fit"):
+            raise FileNotFoundError(
+                f"ckpt_path: {checkpoint!r} means the newest {file} in {root / task / name}, {name}-2 and so on, and "
+                "there is none. Give the run's name (--run.name NAME, --run.root FOLDER) or the path of a checkpoint; "
+                "'auto' begins a new run where there is nothing to go on from."
+            )
+        return found
+
+    def _run_directory(self, run: RunOptions, checkpoint: Path | None) -> Path:
+        """The checkpoint's own directory for going on with its run or evaluating it; a new one for other training.
+
+        A run goes on from its `last.ckpt`. Another name, or another root on the command line, asks for a new directory.
+
+        Raises:
+            OSError: If it cannot be written to.
+        """
+        owner = run_directory.owner(checkpoint) if checkpoint else None
+        if owner is not None and checkpoint is not None:
+            # A configuration file that is given for an evaluation may name any run.
+            name = run.name if self.subcommand == "fit" else self._typed.get("name")
+            root = self._typed.get("root")
+            its_own = (not name or run_directory.is_named(owner, name)) and (
+                root is None or Path(root).absolute() / self.model.task_name == owner.parent
+            )
+            if its_own and self.subcommand != "fit":
+                return run_directory.require_writable(owner)
+            if its_own and checkpoint.name == "last.ckpt":
+                return run_directory.reopen(owner)
+        return run_directory.claim(Path(run.root).absolute(), self.model.task_name, self._run_name(run))
+
+    def _resolved_configuration(self) -> dict[str, Any]:
+        """Every option with its value, as any subcommand reads it from YAML."""
+        assert self.subcommand is not None
+        return {
+            name: _plain(value)
+            for name, value in namespace_to_dict(self.config[self.subcommand]).items()
+            if name not in _CALL_ARGUMENTS
+        }
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _report_differences(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Says what differs from the run so far; of `model` the task says it, and refuses what cannot be changed."""
+    before, now = (
+        {name: value for name, value in configuration.items() if name not in ("model", "run")}
+        for configuration in (stored, current)
+    )
+    lines = described_differences(before, now)
+    if lines:
+        rank_zero_info(f"Options that differ from the checkpoint's; the current ones are used:{lines}")
+
+
+def _plain(value: Any) -> Any:
+    """An option as YAML can hold it."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+
+
+def _loggers(path: Path, stored: dict[str, Any]) -> list[Any]:
+    """Loggers for a run; those of one that goes on keep what was logged up to its stored checkpoint."""
+    first_step = stored.get("global_step", 0)
+    purge: dict[str, Any] = {"purge_step": first_step} if first_step else {}
+    return [
+        _metrics_logger(path, stored),
+        TensorBoardLogger(path, name="", version="", default_hp_metric=False, **purge),
+    ]
+
+
+def _metrics_logger(path: Path, stored: dict[str, Any]) -> MetricsLogger:
+    return MetricsLogger(path, stored.get("global_step", 0), stored.get(LINES_KEY, 0))
+
+
+def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[Callback]:
+    """`best.ckpt` by the task's monitored value; `last.ckpt` after validations, at ends of epochs and every n steps."""
+    best = BestCheckpoint(
+        dirpath=path,
+        filename="best",
+        monitor=task.monitor,
+        mode=task.monitor_mode,
+        save_top_k=1,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    others = TopCheckpoints(
+        dirpath=path,
+        filename="top-{step}",
+        auto_insert_metric_name=False,
+        monitor=task.monitor,
+        mode=task.monitor_mode,
+        save_top_k=run.save_top_k,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    return [best, *([others] if run.save_top_k > 1 else []), LastCheckpoint(path, run.checkpoint_every_n_steps)]

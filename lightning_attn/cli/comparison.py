@@ -1,0 +1,210 @@
+"""What differs between runs: configuration, scores, cost and curves."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lightning_attn.files import unused_path, write_file, write_table
+
+__all__ = ["Comparison", "RunRecord", "compare_runs"]
+
+_MOST_CURVES = 6
+_SMALLER_IS_BETTER = ("loss",)
+_UNINTERESTING = ("run.name", "run.root", "ckpt_path")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run directory says of a run.
+
+    Attributes:
+        path: The directory.
+        configuration: Every option by its dotted name.
+        curves: What was logged, by name: steps and values.
+        scores: Of its last test.
+    """
+
+    path: Path
+    configuration: dict[str, Any]
+    curves: dict[str, list[tuple[int, float]]]
+    scores: dict[str, float]
+
+    @classmethod
+    def read(cls, path: Path) -> "RunRecord":
+        """Reads a run directory.
+
+        Raises:
+            FileNotFoundError: If it is none.
+            ValueError: If a file in it cannot be read.
+        """
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"compare: {path} is no run directory. Give some, such as checkpoints/<task>/<name>."
+            )
+        # The newest of config_fit.yaml, config_fit-2.yaml and so on is that of the training as it went on last.
+        configurations = sorted(path.glob("config_fit*.yaml"), key=lambda one: one.stat().st_mtime_ns)
+        if not configurations:
+            raise FileNotFoundError(f"compare: {path} holds no config_fit.yaml: nothing was trained in it.")
+        configuration = _flat(yaml.safe_load(configurations[-1].read_text(encoding="utf-8")) or {})
+        tests = sorted(path.glob("test_metrics*.json"), key=lambda one: one.stat().st_mtime_ns)
+        scores = json.loads(tests[-1].read_text(encoding="utf-8")) if tests else {}
+        numbers = {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
+        return cls(path, configuration, _read_curves(path / "metrics.csv"), numbers)
+
+    def best(self, name: str) -> tuple[float, int] | None:
+        """The best value of a curve, and its step."""
+        points = [(value, step) for step, value in self.curves.get(name, []) if not math.isnan(value)]
+        if not points:
+            return None
+        return min(points) if name.endswith(_SMALLER_IS_BETTER) else max(points, key=lambda point: point[0])
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that were logged."""
+        return max((points[-1][0] for points in self.curves.values() if points), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Several runs beside each other.
+
+    Attributes:
+        names: What the runs are called, each once.
+        runs: The runs.
+    """
+
+    names: tuple[str, ...]
+    runs: tuple[RunRecord, ...]
+
+    def differences(self) -> list[tuple[str, ...]]:
+        """Options that are not the same in all runs: name, and the value in each."""
+        options = sorted({name for run in self.runs for name in run.configuration} - set(_UNINTERESTING))
+        rows = [(name, *(_text(run.configuration.get(name, "-")) for run in self.runs)) for name in options]
+        return [row for row in rows if len(set(row[1:])) > 1]
+
+    def scores(self) -> list[tuple[str, ...]]:
+        """Steps, best validation scores with their steps, and test scores: name, and the value in each run."""
+        rows: list[tuple[str, ...]] = [("steps", *(f"{run.steps:,}" for run in self.runs))]
+        for name in sorted({name for run in self.runs for name in run.curves if name.startswith("val/")}):
+            found = [run.best(name) for run in self.runs]
+            rows.append((f"{name}, best", *("-" if one is None else f"{one[0]:.5g} at {one[1]:,}" for one in found)))
+        for name in sorted({name for run in self.runs for name in run.scores}):
+            rows.append((name, *(f"{run.scores[name]:.5g}" if name in run.scores else "-" for run in self.runs)))
+        speeds = [run.curves.get("train/tokens_per_second", []) for run in self.runs]
+        if any(speeds):
+            means = ["-" if not one else f"{sum(value for _, value in one) / len(one):,.0f}" for one in speeds]
+            rows.append(("train/tokens_per_second, mean", *means))
+        return rows
+
+    def print(self) -> None:
+        """Tables on the standard output."""
+        console = Console()
+        for title, rows in (("Options that differ", self.differences()), ("Scores", self.scores())):
+            table = Table("", *self.names, title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table if rows else f"{title}: none")
+
+    def write(self, path: Path) -> Path:
+        """Writes the tables (.csv) or the curves as a figure.
+
+        Returns:
+            The file, which has another name if that was taken.
+
+        Raises:
+            ValueError: If the ending is no format.
+        """
+        if path.suffix == ".csv":
+            rows = [*self.differences(), *self.scores()]
+            return write_table(unused_path(path), ("", *self.names), rows)
+        figure = self.figure()
+        known = figure.canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in known:
+            raise ValueError(f"output: {path} ends in none of .csv, .{', .'.join(sorted(known))}.")
+        return write_file(path, functools.partial(_save, figure, path.suffix[1:].lower()))
+
+    def figure(self) -> Figure:
+        """The curves of training loss and validation scores of all runs."""
+        logged = {name for run in self.runs for name, points in run.curves.items() if len(points) > 1}
+        names = [name for name in ("train/loss",) if name in logged]
+        names += sorted(name for name in logged if name.startswith("val/"))
+        names = names[:_MOST_CURVES]
+        columns = max(1, min(3, len(names)))
+        rows = max(1, -(-len(names) // columns))
+        figure = Figure(figsize=(4.4 * columns, 3.2 * rows + 0.5), dpi=120, layout="constrained")
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes, name in zip(panels, names, strict=False):
+            for number, (label, run) in enumerate(zip(self.names, self.runs, strict=True)):
+                points = run.curves.get(name, [])
+                steps, values = [step for step, _ in points], [value for _, value in points]
+                marker = "o" if len(points) < 30 else None
+                axes.plot(steps, values, color=f"C{number}", label=label, linewidth=1.2, marker=marker, markersize=3)
+            axes.set_title(name, fontsize=10, loc="left")
+            axes.set_xlabel("step", fontsize=9)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        if names:
+            handles, labels = panels[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+        return figure
+
+
+def compare_runs(paths: Sequence[str | Path]) -> Comparison:
+    """Reads run directories to be compared.
+
+    Args:
+        paths: Run directories.
+
+    Raises:
+        FileNotFoundError: If one is none.
+        ValueError: If there are fewer than two.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"compare: {len(paths)} run has nothing to be compared with; give two or more.")
+    runs = tuple(RunRecord.read(Path(path)) for path in paths)
+    names = [run.path.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return Comparison(tuple(names), runs)
+
+
+def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch") and not name.startswith("lr-"):
+                        curves.setdefault(name, []).append((int(float(row["step"])), float(value)))
+    return curves
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted names."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = prefix if name == "init_args" else f"{prefix}.{name}".lstrip(".")
+        found |= _flat(value, inner)
+    return found
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _save(figure: Figure, kind: str, file: Any) -> None:
+    figure.savefig(file, format=kind)

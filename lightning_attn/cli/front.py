@@ -1,0 +1,143 @@
+"""What the command can say without importing torch and Lightning, which takes seconds: help, and usual mistakes."""
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+SUBCOMMANDS = {
+    "fit": "train, or go on with a training (--ckpt_path last)",
+    "validate": "score the validation data",
+    "test": "score the test data, and write what is found and what is wrong",
+    "predict": "run a trained network on images or text",
+    "average": "make one checkpoint of the mean of several",
+    "export": "write a model as safetensors and JSON, torch.export program or ONNX",
+    "compare": "what differs between runs: configuration, scores, cost, curves",
+}
+CHECKPOINT_WORDS = ("auto", "last", "best")  # of the newest run of that name
+
+
+def answer(arguments: Sequence[str]) -> bool:
+    """Answers what can be answered at once.
+
+    Args:
+        arguments: Of the command line.
+
+    Returns:
+        Whether that was all.
+
+    Raises:
+        SystemExit: With status 2 and a message on the standard error, if a subcommand or a file is wrong.
+    """
+    if arguments and arguments[0] == "--version":
+        from lightning_attn import __version__
+
+        print(f"lightning_attn {__version__}")
+        return True
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        if not arguments:
+            _fail("no subcommand: give one of those above.")
+        return True
+    first = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
+    if first is None:
+        _fail(
+            _unknown(arguments[0])
+            if arguments[0][:1] != "-"
+            else f"no subcommand: give one of {', '.join(SUBCOMMANDS)}."
+        )
+    for path in _values(arguments, "-c", "--config"):
+        _check_configuration(path)
+    for path in _values(arguments, "--ckpt_path"):
+        if path and path not in CHECKPOINT_WORDS:
+            _check_checkpoint(Path(path))
+    return False
+
+
+def command_name() -> str:
+    """How the command was called, to be shown."""
+    name = Path(sys.argv[0]).name
+    if name == "__main__.py":
+        return "python -m lightning_attn"
+    return f"python {name}" if name.endswith(".py") else name
+
+
+def _help() -> str:
+    name = command_name()
+    lines = [f"  {subcommand:<10}{what}" for subcommand, what in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {name} SUBCOMMAND [-c FILE ...] [--OPTION VALUE ...]",
+            "",
+            "The attention of Zhu et al. (ICCV 2019) in detection, segmentation and translation.",
+            "",
+            *lines,
+            "",
+            f"{name} SUBCOMMAND --help lists the options of one; --version says which version this is.",
+            f"A first result: {name} fit -c configs/miniature/translation.yaml",
+        ]
+    )
+
+
+def _unknown(given: str) -> str:
+    if given.startswith("-"):
+        return f"no subcommand before {given}: give one of {', '.join(SUBCOMMANDS)}."
+    close = difflib.get_close_matches(given, SUBCOMMANDS, n=1, cutoff=0.6)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"there is no subcommand {given!r}; give one of {', '.join(SUBCOMMANDS)}.{hint}"
+
+
+def _values(arguments: Sequence[str], *options: str) -> Iterator[str]:
+    """What some options are given."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument in options:
+            yield following
+        for option in options:
+            if argument.startswith(f"{option}="):
+                yield argument.removeprefix(f"{option}=")
+
+
+def _check_configuration(given: str) -> None:
+    """Refuses a configuration file that is not there or no YAML."""
+    path = Path(given).expanduser()
+    if not path.is_file():
+        if "\n" in given or given.lstrip().startswith("{"):
+            return  # YAML itself
+        _fail(f"config: {given} is {'a folder' if path.is_dir() else 'not there'}.{_nearby(path, '*.yaml')}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        _fail(f"config: {given} is no YAML file: {' '.join(str(error).split())}. Correct it.")
+    if content is not None and not isinstance(content, dict):
+        _fail(f"config: {given} holds a {type(content).__name__}, not options such as 'trainer: {{max_steps: 100}}'.")
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Refuses a checkpoint that is not there."""
+    if path.is_file():
+        return
+    if path.is_dir():
+        _fail(f"ckpt_path: {path} is a folder.{_nearby(path / '-', '*.ckpt')} Give a file.")
+    why = " best.ckpt is there after a validation." if path.name == "best.ckpt" and path.parent.is_dir() else ""
+    _fail(f"ckpt_path: There is no checkpoint at {path}.{_nearby(path, '*.ckpt')}{why}")
+
+
+def _nearby(path: Path, pattern: str) -> str:
+    """What there is instead."""
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    names = sorted(one.name for one in folder.glob(pattern))
+    if not names:
+        return f" {folder} holds none." if folder == path.parent else f" There is no folder {path.parent}."
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    hint = f" Did you mean {folder / close[0]}?" if close else ""
+    return f" {folder} holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}.{hint}"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

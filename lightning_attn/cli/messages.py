@@ -1,0 +1,147 @@
+"""What a user reads of errors, and what of others' messages is not shown."""
+
+import dataclasses
+import difflib
+import errno
+import inspect
+import linecache
+import logging
+import os
+import re
+import traceback
+import warnings
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_attn import run_directory
+from lightning_attn.cli.run_options import RunOptions
+from lightning_attn.tasks import BaseTask
+
+__all__ = ["configure_messages", "has_lost_rank", "message_of"]
+
+
+def message_of(error: Exception) -> str | None:
+    """What a user reads of an error; None if it is a fault somewhere below, which needs its traceback."""
+    if os.environ.get("LIGHTNING_ATTN_TRACEBACK"):
+        return None
+    text = str(error)
+    if _is_full(error):
+        return f"{text}. Nothing older was lost. Make room, then go on from the last checkpoint with --ckpt_path."
+    if isinstance(error, MisconfigurationException):
+        return text
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
+        return (
+            f"{text}. If results cannot be written there, give another place: --run.root FOLDER, or --output for "
+            "export and average."
+        )
+    if re.match(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", text):
+        return (
+            f"{text.splitlines()[0]} A process that makes batches has died, often for want of memory: see what the "
+            "system's log says of it, and use fewer (--data.num_workers). What was saved is whole; go on with "
+            "--ckpt_path last."
+        )
+    if has_lost_rank(text):
+        return (
+            "Another process of this training has died; what it said may stand above. What was saved is whole; go on "
+            "with --ckpt_path last."
+        )
+    return _essence(text) if _is_ours(error) else None
+
+
+def has_lost_rank(text: str) -> bool:
+    """Whether an error says that another rank has closed its connection."""
+    return "gloo" in text and re.search(r"Connection (closed|reset) by peer|Broken pipe", text) is not None
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this project, for the user to read."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
+        return False
+    frame, line = frames[-1]
+    package = frame.f_globals.get("__name__", "").split(".")[0]
+    if package in ("pytorch_lightning", "lightning_fabric"):  # what these raise themselves is about options
+        return linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
+    if package not in ("lightning_attn", "datamodules", "jsonargparse"):
+        return False
+    # An operator of torch has no frame of its own: what it complains about is a fault of the caller.
+    source = linecache.getline(frame.f_code.co_filename, line)
+    return not isinstance(error, RuntimeError) or source.lstrip().startswith("raise")
+
+
+def _essence(message: str) -> str:
+    """Drops from a parser's message what says nothing about the mistake, and adds a way out for the usual ones."""
+    dull = re.compile(
+        r"^\s*(-\s*)?(Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value type: "
+        r"|Given value: |Expected a <class 'NoneType'>)"
+    )
+    lines = [line.rstrip() for line in message.splitlines() if line.strip() and not dull.match(line)]
+    text = re.sub(r"^\s*-\s*", "", "\n".join(lines))
+    if re.search(r"Expected a <class 'str'>. Got value: -?[0-9.]+$", text, re.MULTILINE):
+        text += (
+            '\nA text is expected. Quote it in YAML, as in terms: "0010": '
+            "unquoted, 0010 is the number 8 and 1111 an integer."
+        )
+    if re.search(r"Expected a <class 'tuple'>", text):
+        text += '\nA list is expected, such as "[0.8, 1.0]"; "[]" is an empty one.'
+    literal = re.search(r"Expected a typing.Literal\[(.*?)\]", text)
+    if literal:
+        text += f"\nOne of {literal.group(1)} is expected."
+    if re.search(r"arguments are required: \w+\.model", text):
+        text += (
+            "\nGive a complete configuration first, such as -c configs/detection/own_images.yaml, and yours after it."
+        )
+    unknown = re.search(r"(?:not accept(?:ed)? option|Option|unrecognized arguments:) '?-*([\w.]+)", text)
+    if unknown:
+        wrong = unknown.group(1).split(".")
+        close = [name for part in wrong for name in difflib.get_close_matches(part, _known_options(), n=1, cutoff=0.75)]
+        close = [name for name in close if name not in wrong]
+        if close:
+            text += f"\nDid you mean {close[-1]!r}?"
+    return text
+
+
+def _known_options() -> set[str]:
+    """Names of the arguments of everything that can be configured."""
+    names = {"model", "data", "trainer", "run", "seed_everything", "ckpt_path", "class_path", "init_args"}
+    pending: list[type] = [pl.Trainer, BaseTask, pl.LightningDataModule, RunOptions]
+    while pending:
+        configurable = pending.pop()
+        pending += configurable.__subclasses__()
+        for parameter in inspect.signature(configurable).parameters.values():
+            names.add(parameter.name)
+            if dataclasses.is_dataclass(parameter.default):
+                names |= {field.name for field in dataclasses.fields(parameter.default)}
+    return names
+
+
+def configure_messages() -> None:
+    """Shows what our packages report, and silences messages that a user can do nothing about, each with its reason."""
+    for name in ("datamodules", "lightning_attn"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO if run_directory.is_rank_zero() else logging.WARNING)
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler())
+    # jsonargparse renamed methods that Lightning calls (Lightning issue 21900).
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for message in (
+        ".*does not have many workers.*",  # a memory-mapped cache needs none
+        ".*WeightAveraging callback with a model that overrides.*",  # nothing is sharded here
+        ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # made before training starts
+        ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
+        ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
+        ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
+        ".*Total length of list across ranks is zero.*",  # training without validation, which the log says
+        ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
+        ".*is not supported by the model summary.*",  # only the estimated size in the summary is meant
+        ".*WeightAveraging state cannot be restored.*",  # a checkpoint's weights are the averaged ones
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    # Lightning advertises other products at every start.
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: " not in record.getMessage())

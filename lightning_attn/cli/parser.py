@@ -1,0 +1,25 @@
+"""The parser of the command, whose complaints are short."""
+
+from typing import Any, NoReturn
+
+from pytorch_lightning.cli import LightningArgumentParser
+
+
+class ConfigurationError(ValueError):
+    """Options that cannot be parsed; the message is fit to be shown."""
+
+
+class Parser(LightningArgumentParser):
+    """A parser that raises a short message instead of printing its whole usage."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        # Without this a misspelt --trainer.max_step would be taken for max_steps, in nested options too.
+        super().__init__(*arguments, **options | {"allow_abbrev": False})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises a parser's complaint.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(message) from ex

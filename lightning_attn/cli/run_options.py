@@ -1,0 +1,47 @@
+"""Options of a run itself: where its files are, and what it begins with."""
+
+import dataclasses
+
+from lightning_attn.tasks.checkpoints import Weights
+
+_LONGEST_NAME = 200  # bytes; a number may come behind it
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run keeps its files.
+
+    Attributes:
+        name: Folder of the run, `<root>/<task>/<name>/`; empty for the name of the first configuration file. A name
+            that is taken gets a number: nothing is ever overwritten.
+        root: Folder of all runs.
+        checkpoint_every_n_steps: Write `last.ckpt` also at every so many optimizer steps; it is always written after
+            a validation and at the end of an epoch.
+        save_top_k: Keep this many of the best networks; `best.ckpt` is the first, the others are `top-<step>.ckpt`.
+        initial_weights: A checkpoint whose weights a new training begins with, perhaps of a run with another attention;
+            for detection also torchvision's detector: "COCO_V1", or a .pth file of one; empty for none. A training that
+            goes on has its own.
+        initial_weights_strict: Whether all of them must fit, and mean the same classes or pieces of words; otherwise
+            what fits is taken, classes and pieces by name, and the log lists the rest.
+        weights: Which weights of a run with averaging are validated, tested and predicted with: `"averaged"` or
+            `"current"`.
+    """
+
+    name: str = ""
+    root: str = "checkpoints"
+    checkpoint_every_n_steps: int = 0
+    save_top_k: int = 1
+    initial_weights: str = ""
+    initial_weights_strict: bool = True
+    weights: Weights = "averaged"
+
+    def __post_init__(self) -> None:
+        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"run.name must be the name of a folder, not a path, got {self.name!r}.")
+        size = len(self.name.encode())
+        if size > _LONGEST_NAME:
+            raise ValueError(f"run.name has {size} bytes, and {_LONGEST_NAME} are possible: give a shorter one.")
+        if self.save_top_k < 1:
+            raise ValueError(f"run.save_top_k must be at least 1, got {self.save_top_k}.")
+        if self.checkpoint_every_n_steps < 0:
+            raise ValueError(f"run.checkpoint_every_n_steps must be at least 0, got {self.checkpoint_every_n_steps}.")

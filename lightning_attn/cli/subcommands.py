@@ -1,0 +1,161 @@
+"""Runs the subcommands."""
+
+import argparse
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities import rank_zero_info
+
+from lightning_attn import run_directory
+from lightning_attn.averaging import average_checkpoints
+from lightning_attn.cli.command_line import CommandLine
+from lightning_attn.cli.comparison import compare_runs
+from lightning_attn.cli.messages import configure_messages, has_lost_rank, message_of
+from lightning_attn.cli.parser import Parser
+from lightning_attn.export import ExportFormat, export_checkpoint
+from lightning_attn.resuming import TrainingStopped
+from lightning_attn.tasks import BaseTask
+from lightning_attn.tasks.checkpoints import Weights
+
+
+def run(arguments: list[str]) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: Of the command line, a subcommand first.
+
+    Raises:
+        SystemExit: With status 2 and a message on the standard error if an option or the data is wrong, or some images
+            of a prediction, which is complete without them; with 128 and the signal's number if a signal stopped a
+            training, whose state is saved.
+    """
+    configure_messages()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ending_on_signals())
+        _run(arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # for classes of the user's own, whichever way the command was called
+    try:
+        if arguments[0] in _FURTHER_COMMANDS:
+            _FURTHER_COMMANDS[arguments[0]](arguments[1:])
+            return
+        command = CommandLine(
+            BaseTask,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            # Tasks store their arguments themselves; see BaseTask.
+            load_from_checkpoint_support=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=Parser,
+            args=arguments,
+        )
+        if command.subcommand == "predict" and getattr(command.model, "bad_images", None):
+            raise SystemExit(2)  # everything else was predicted; the log says what was not
+    except TrainingStopped as stopped:
+        if run_directory.is_rank_zero():
+            print(stopped, file=sys.stderr)
+        raise SystemExit(128 + stopped.signal_number) from None
+    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError, MisconfigurationException) as error:
+        message = message_of(error)
+        if message is None:
+            raise
+        if run_directory.is_rank_zero() or has_lost_rank(str(error)):
+            print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from error
+    finally:
+        run_directory.discard_if_unused()
+
+
+def _average(arguments: list[str]) -> None:
+    """Averages checkpoints."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} average", description="The equal mean of the weights of several checkpoints."
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("--output", help="the file to write (average.ckpt beside the first)")
+    options = parser.parse_args(arguments)
+    path = average_checkpoints(options.checkpoints, options.output)
+    rank_zero_info(f"The mean of {len(options.checkpoints)} checkpoints was written to {path}")
+
+
+def _export(arguments: list[str]) -> None:
+    """Writes a model for others."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} export",
+        description="A trained model as safetensors, and what it is as JSON; and programs of its inference.",
+    )
+    parser.add_argument("--ckpt_path", required=True, help="the checkpoint")
+    parser.add_argument("--output", help="the folder to write into (export beside the checkpoint)")
+    parser.add_argument("--weights", choices=get_args(Weights), default="averaged", help="of a run that averages")
+    parser.add_argument(
+        "--format",
+        choices=get_args(ExportFormat),
+        default="safetensors",
+        help="program: also what torch.export.load reads; onnx: also ONNX (safetensors)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images that a program is for (those that the data was resized to)",
+    )
+    options = parser.parse_args(arguments)
+    size = None if options.size is None else (options.size[0], options.size[1])
+    weights, *programs = export_checkpoint(
+        options.ckpt_path, options.output, options.weights, format=options.format, size=size
+    )
+    rank_zero_info(f"The model was written to {weights} and {weights.with_suffix('.json').name}")
+    for path in programs:
+        rank_zero_info(f"A program that gives what the network gives was written to {path}; see programs.json")
+
+
+def _compare(arguments: list[str]) -> None:
+    """Compares runs."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} compare",
+        description="What differs between runs: configuration, scores, cost and curves.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, such as checkpoints/detection/bccd")
+    parser.add_argument("--output", help="a figure of the curves (.png, .pdf, .svg) or the table (.csv)")
+    options = parser.parse_args(arguments)
+    comparison = compare_runs(options.runs)
+    comparison.print()
+    if options.output is not None:
+        rank_zero_info(f"Written to {comparison.write(Path(options.output))}")
+
+
+_FURTHER_COMMANDS = {"average": _average, "export": _export, "compare": _compare}
+
+
+@contextlib.contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """Ends by an exception on SIGTERM and SIGHUP, so that what is half done is cleared away; training saves first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
