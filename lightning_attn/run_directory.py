@@ -36,7 +36,13 @@ def claim(root: Path, task_name: str, name: str) -> Path:
     wanted = root / task_name / name
     if not is_rank_zero():
         return Path(os.environ.get(_VARIABLE, str(wanted)))
-    wanted.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"run.root: {wanted.parent} cannot be a folder, since a part of its path is a file. Give a folder "
+            "(--run.root FOLDER)."
+        ) from error
     path, number = wanted, 1
     while True:
         try:

@@ -13,15 +13,20 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.tasks import BaseTask
 
-__all__ = ["check_trainer", "refuse_nulls", "trainer_errors"]
+__all__ = ["check_trainer", "check_values", "trainer_errors"]
 
 
-def refuse_nulls(configuration: Mapping[str, Any]) -> None:
-    """Refuses `null` for options of model and data that have a value by their annotation; the parser lets it pass.
+def check_values(configuration: Mapping[str, Any]) -> None:
+    """Refuses `null` for options of model and data that have a value by their annotation, and seeds out of range.
+
+    The parser lets both pass.
 
     Raises:
         ConfigurationError: Names the first.
     """
+    seed = configuration.get("seed_everything")
+    if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 1 << 32:
+        raise ConfigurationError(f"seed_everything: {seed} must be from 0 to 4294967295.")
     for part in ("model", "data"):
         section = configuration.get(part)
         if section is None or not section.get("class_path"):
@@ -74,6 +79,11 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
         raise ConfigurationError(
             f"trainer.precision: {precision!r} is not supported by {type(task).__name__}; give one of "
             f"{', '.join(task.precisions)} (bf16-mixed computes in bfloat16 where that is safe)."
+        )
+    if options["accumulate_grad_batches"] is not None and options["accumulate_grad_batches"] < 1:
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches: {options['accumulate_grad_batches']} must be at least 1, which is one "
+            "batch for each optimizer step."
         )
     if subcommand == "fit":
         for name in ("limit_train_batches", "max_steps", "max_epochs"):

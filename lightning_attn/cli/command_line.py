@@ -23,7 +23,7 @@ from lightning_attn.callbacks import (
     TrainingBar,
     TrainingSummary,
 )
-from lightning_attn.cli.checks import check_trainer, refuse_nulls, trainer_errors
+from lightning_attn.cli.checks import check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import value_of, with_stored_configuration
@@ -62,7 +62,7 @@ class CommandLine(LightningCLI):
                 self.config = parser.parse_args(arguments)
         else:
             super().parse_arguments(parser, args)
-        refuse_nulls(self.config[self.config["subcommand"]])
+        check_values(self.config[self.config["subcommand"]])
         checkpoint = self._option("ckpt_path")
         if checkpoint and checkpoint not in CHECKPOINT_WORDS:
             read_checkpoint(checkpoint)

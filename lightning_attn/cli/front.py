@@ -44,11 +44,7 @@ def answer(arguments: Sequence[str]) -> bool:
         return True
     first = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
     if first is None:
-        _fail(
-            _unknown(arguments[0])
-            if arguments[0][:1] != "-"
-            else f"no subcommand: give one of {', '.join(SUBCOMMANDS)}."
-        )
+        _fail(_unknown(arguments[0]))
     for path in _values(arguments, "-c", "--config"):
         _check_configuration(path)
     for path in _values(arguments, "--ckpt_path"):
@@ -110,7 +106,8 @@ def _check_configuration(given: str) -> None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        _fail(f"config: {given} is no YAML file: {' '.join(str(error).split())}. Correct it.")
+        what = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
+        _fail(f"config: {given} is no YAML file: {what}. Correct it.")
     if content is not None and not isinstance(content, dict):
         _fail(f"config: {given} holds a {type(content).__name__}, not options such as 'trainer: {{max_steps: 100}}'.")
 
@@ -128,11 +125,11 @@ def _check_checkpoint(path: Path) -> None:
 def _nearby(path: Path, pattern: str) -> str:
     """What there is instead."""
     folder = path.parent
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
+    if not folder.is_dir():
+        return f" There is no folder {folder}."
     names = sorted(one.name for one in folder.glob(pattern))
     if not names:
-        return f" {folder} holds none." if folder == path.parent else f" There is no folder {path.parent}."
+        return f" {folder} holds none."
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     hint = f" Did you mean {folder / close[0]}?" if close else ""
     return f" {folder} holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}.{hint}"

@@ -1,0 +1,74 @@
+"""What the command answers at once, without importing torch or Lightning."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lightning_attn.cli import main
+from lightning_attn.cli.front import SUBCOMMANDS, answer
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "bccd.yaml").write_text("trainer: {max_steps: 1}\n")
+    (tmp_path / "list.yaml").write_text("[1, 2]\n")
+    (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 3\n")
+    (tmp_path / "last.ckpt").touch()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no subcommand: give one of those above"),
+        (["fitt"], "there is no subcommand 'fitt'; give one of fit, .*Did you mean 'fit'"),
+        (["-c", "x.yaml"], "no subcommand before -c"),
+        (["fit", "-c", "configs/bcd.yaml"], "configs/bcd.yaml is not there.*Did you mean configs/bccd.yaml"),
+        (["fit", "--config=nothing/a.yaml"], "nothing/a.yaml is not there. There is no folder nothing"),
+        (["fit", "-c", "configs"], "configs is a folder"),
+        (["fit", "-c", "configs/bccd.yaml", "-c", "broken.yaml"], "broken.yaml is no YAML file: .*line 1"),
+        (["fit", "-c", "list.yaml"], "list.yaml holds a list, not options"),
+        (
+            ["test", "--ckpt_path", "best.ckpt"],
+            "no checkpoint at best.ckpt. . holds last.ckpt.* best.ckpt is there",
+        ),
+        (["test", "--ckpt_path=none/x.ckpt"], "no checkpoint at none/x.ckpt. There is no folder none"),
+    ],
+)
+def test_mistakes_end_with_a_message(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_has_to_be_parsed_goes_on():
+    assert not answer(["fit", "-c", "configs/bccd.yaml", "--ckpt_path", "last"])
+    assert not answer(["test", "--ckpt_path", "last.ckpt"])
+    assert not answer(["fit", "--help"])
+
+
+def test_help_and_version(capsys):
+    assert answer(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"  {name}" in printed for name in SUBCOMMANDS)
+    assert answer(["--version"])
+    assert capsys.readouterr().out.startswith("lightning_attn ")
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys\n"
+        "from lightning_attn.cli import main\n"
+        "for arguments in (['--help'], ['--version'], ['fitt'], ['fit', '-c', 'no.yaml']):\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "print([name for name in ('torch', 'pytorch_lightning', 'torchmetrics') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]"

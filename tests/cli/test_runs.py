@@ -1,0 +1,110 @@
+"""What a run ends with, what is kept of it, and how runs are compared."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from lightning_attn.cli.comparison import compare_runs
+
+RUN = Path("checkpoints/translation/tiny")
+
+
+def test_a_training_says_how_it_ended_and_what_is_next(run, tiny_config):
+    printed = run("fit", "-c", tiny_config)
+    assert "Training ended at step 4: max_steps 4 is reached." in printed
+    with (RUN / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val/loss"]]
+    best = min(rows, key=lambda row: float(row["val/loss"]))
+    assert f"Best val/loss {float(best['val/loss']):.5g} at step " in printed
+    assert f"test --ckpt_path {(RUN / 'best.ckpt').absolute()}" in printed
+    assert f"predict --ckpt_path {(RUN / 'best.ckpt').absolute()}" in printed
+    printed = run("fit", "-c", tiny_config, "--trainer.val_check_interval", 100, "--trainer.limit_train_batches", 50)
+    assert "There is no best.ckpt: no validation took place in 4 steps (val_check_interval 100)" in printed
+    printed = run("fit", "-c", tiny_config, "--data.valid_files", "")
+    assert "There is no validation text: best.ckpt is not written" in printed
+    assert "There is no best.ckpt: there is no validation" in printed
+
+
+def test_early_stopping_is_named(run, tiny_config):
+    options = ["--trainer.max_steps", 40, "--trainer.val_check_interval", 1, "--model.optimizer.learning_rate", 1e-9]
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 2, "min_delta": 1.0}}
+    Path("stop.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [stopping]}}))
+    printed = run("fit", "-c", tiny_config, "-c", "stop.yaml", *options)
+    assert "val/loss was not better in 2 validations (EarlyStopping)" in printed
+
+
+def test_the_best_few_are_kept_beside_others(run, tiny_config):
+    own = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "val/loss"]
+    own += ["--trainer.callbacks.save_top_k", 2, "--trainer.callbacks.dirpath", "own"]
+    options = ["--trainer.max_steps", 6, "--trainer.val_check_interval", 1, "--run.save_top_k", 3]
+    run("fit", "-c", tiny_config, *options, *own)
+    assert len(list(RUN.glob("top-*.ckpt"))) == 3
+    assert (RUN / "best.ckpt").is_file()
+    assert (RUN / "last.ckpt").is_file()
+    assert len(list(Path("own").glob("*.ckpt"))) == 2
+
+
+def test_another_logger_stands_beside_metrics_csv(run, tiny_config):
+    run("fit", "-c", tiny_config, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs")
+    assert (RUN / "metrics.csv").is_file()
+    assert list(Path("logs").rglob("metrics.csv"))
+
+
+def test_no_logging_of_steps(run, tiny_config):
+    run("fit", "-c", tiny_config, "--trainer.log_every_n_steps", 0)
+
+
+def test_a_configuration_beside_a_checkpoint_changes_what_is_stored(run, tiny_config):
+    run("fit", "-c", tiny_config)
+    Path("more.yaml").write_text("data:\n  init_args:\n    eval_max_tokens: 300\ntrainer:\n  limit_test_batches: 1\n")
+    printed = run("test", "--ckpt_path", RUN / "last.ckpt", "-c", "more.yaml", "--model.num_examples", 0)
+    assert "BLEU" in printed
+    written = yaml.safe_load((RUN / "config_test.yaml").read_text())
+    assert written["data"]["init_args"]["eval_max_tokens"] == 300
+    assert written["model"]["init_args"]["dim"] == 16, "as in the checkpoint"
+    assert written["trainer"]["limit_test_batches"] == 1
+
+
+def test_the_learning_rate_finder_finds_its_field(run, tiny_config):
+    finder = ["--trainer.callbacks", "LearningRateFinder", "--trainer.callbacks.num_training_steps", 8]
+    printed = run("fit", "-c", tiny_config, *finder, "--trainer.callbacks.early_stop_threshold", "null")
+    assert "Training ended at step 4" in printed
+
+
+def test_runs_are_compared(run, tiny_config):
+    run("fit", "-c", tiny_config, "--run.name", "one")
+    run("fit", "-c", tiny_config, "--run.name", "two", "--model.cross_attention.terms", "0011")
+    folder = Path("checkpoints/translation")
+    run("test", "--ckpt_path", folder / "two/last.ckpt", "--model.num_examples", 0)
+    comparison = compare_runs([folder / "one", folder / "two"])
+    assert comparison.differences() == [("model.cross_attention.terms", "1111", "0011")]
+    scores = {name: values for name, *values in comparison.scores()}
+    assert scores["steps"][0] == scores["steps"][1]
+    with (folder / "two/metrics.csv").open() as file:
+        losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    assert scores["val/loss, best"][1].startswith(f"{min(losses):.5g} at ")
+    tested = json.loads((folder / "two/test_metrics.json").read_text())
+    assert scores["test/loss"] == ["-", f"{tested['test/loss']:.5g}"]
+    printed = run("compare", folder / "one", folder / "two", "--output", "curves.png")
+    assert "model.cross_attention.terms" in printed
+    with Image.open("curves.png") as figure:
+        assert min(figure.size) > 200
+    run("compare", folder / "one", folder / "two", "--output", "table.csv")
+    with Path("table.csv").open() as file:
+        assert next(csv.reader(file)) == ["", "one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one"], "1 run has nothing to be compared with"),
+        (["nothing", "nowhere"], "nothing is no run directory"),
+        ([".", "."], "holds no config_fit.yaml"),
+    ],
+)
+def test_what_cannot_be_compared(run, arguments, message):
+    assert message in run("compare", *arguments, status=2)
