@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from datamodules import WMT14DataModule
+from datamodules.parallel_text import read_lines
 
 
 class TabSeparatedDataModule(WMT14DataModule):
@@ -15,8 +16,11 @@ class TabSeparatedDataModule(WMT14DataModule):
     def prepare_files(self) -> None:
         """Runs once a node, before anything is read."""
         splits = {"train": [], "valid": [], "test": []}
-        for number, line in enumerate(self.pairs.read_text(encoding="utf-8").splitlines()):
-            splits[{0: "valid", 1: "test"}.get(number % 10, "train")].append(line.split("\t"))
+        for number, line in enumerate(read_lines(self.pairs)):  # at "\n" alone: text holds other separators too
+            pair = line.split("\t")
+            if len(pair) < 2:
+                raise ValueError(f"{self.pairs}, line {number + 1}: there is no tab. Correct the line.")
+            splits[{0: "valid", 1: "test"}.get(number % 10, "train")].append(pair)
         self.root.mkdir(parents=True, exist_ok=True)
         for split, pairs in splits.items():
             for side, language in enumerate((self.source_language, self.target_language)):
