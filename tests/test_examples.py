@@ -188,6 +188,11 @@ def test_data_of_one_s_own(run, tiny_config, corpus, in_folder):
     Path("mine.yaml").write_text(text[:start] + data + text[text.index("trainer:") :])
     run("fit", "-c", "mine.yaml", "--trainer.max_steps", 2)
     assert len(Path("made/valid.en").read_text().splitlines()) == -(-len(lines[0]) // 10)
+    Path("pairs.tsv").write_text(Path("pairs.tsv").read_text().replace("\t", "\u2028\t", 1))
+    run("fit", "-c", "mine.yaml", "--trainer.max_steps", 1)
+    Path("pairs.tsv").write_text("no tab\n")
+    with pytest.raises(ValueError, match=r"pairs.tsv, line 1: there is no tab"):
+        run("fit", "-c", "mine.yaml")
     assert (in_folder / "checkpoints/translation/mine/last.ckpt").is_file()
 
 

@@ -40,6 +40,11 @@ from lightning_attn.tasks.checkpoints import (
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
 _CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
 
+_CHECKPOINT_HELP = (
+    "Checkpoint: a path, or of the newest run of this name 'last' or 'best'; for fit also 'auto', which is 'last' or, "
+    "where there is none, a new run. The configuration in it is taken, and changed by -c files and options."
+)
+
 
 class CommandLine(LightningCLI):
     """LightningCLI with the run directory and the checkpoints of this project."""
@@ -54,6 +59,10 @@ class CommandLine(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also takes what no configuration says from the checkpoint, and checks that before anything is built."""
+        for subparser in self._subcommand_parsers.values():
+            for action in subparser._actions:
+                if action.dest == "ckpt_path":
+                    action.help = _CHECKPOINT_HELP
         typed = sys.argv[1:] if args is None else args
         self._typed, self._stored_name = {}, None
         if isinstance(typed, list):

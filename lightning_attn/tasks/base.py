@@ -330,10 +330,16 @@ class BaseTask(pl.LightningModule):
         mean.update(ids, values.detach().double(), torch.ones(len(ids), dtype=torch.long))
 
     def log_picture(self, name: str, picture: npt.NDArray[np.uint8]) -> None:
-        """Shows a picture `[H, W, 3]` under the current step in the loggers that can: TensorBoard."""
+        """Shows a picture `[H, W, 3]` under the current step in the loggers that can: TensorBoard, W&B, MLflow."""
         for logger in self.loggers:
+            kind = type(logger).__name__
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, picture, self.global_step, dataformats="HWC")
+            elif kind == "WandbLogger":  # not imported, as it need not be installed
+                logger.log_image(name, [picture], step=self.global_step)  # type: ignore[attr-defined]
+            elif kind == "MLFlowLogger":
+                file = f"{name}-{self.global_step}.png"
+                logger.experiment.log_image(logger.run_id, picture, file)  # type: ignore[attr-defined]
 
     @property
     def output_directory(self) -> Path:

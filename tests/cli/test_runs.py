@@ -2,13 +2,20 @@
 
 import csv
 import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from pytorch_lightning.loggers.logger import DummyLogger
 
+from datamodules.token_cache import Preparation
 from lightning_attn.cli.comparison import compare_runs
+from lightning_attn.tasks import SegmentationTask
 
 RUN = Path("checkpoints/translation/tiny")
 
@@ -96,6 +103,43 @@ def test_runs_are_compared(run, tiny_config):
     run("compare", folder / "one", folder / "two", "--output", "table.csv")
     with Path("table.csv").open() as file:
         assert next(csv.reader(file)) == ["", "one", "two"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_training_leaves_nothing_half_done(run, tiny_config, monkeypatch, tmp_path, number):
+    def interrupted(*_):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Preparation, "_learn_vocabulary", interrupted)
+    cache = tmp_path / "new_cache"
+    run("fit", "-c", tiny_config, "--data.cache_dir", cache, status=128 + number)
+    assert not list(cache.glob(".*"))
+    assert not list(Path("checkpoints").rglob("run.json"))
+
+
+def test_pictures_go_to_every_kind_of_logger():
+    class WandbLogger(DummyLogger):
+        def log_image(self, key, images, step):
+            shown.append((key, images[0].shape, step))
+
+    class MLFlowLogger(DummyLogger):
+        run_id = "1"
+
+        @property
+        def experiment(self):
+            return SimpleNamespace(log_image=lambda run, picture, file: shown.append((run, picture.shape, file)))
+
+    shown = []
+    task = SegmentationTask()
+    task.trainer = SimpleNamespace(loggers=[WandbLogger(), MLFlowLogger()], global_step=7)
+    task.log_picture("val/street", np.zeros((4, 6, 3), dtype=np.uint8))
+    assert shown == [("val/street", (4, 6, 3), 7), ("1", (4, 6, 3), "val/street-7.png")]
+
+
+def test_help_says_what_the_words_for_checkpoints_mean(run):
+    printed = " ".join(run("fit", "--help").split())
+    assert "for fit also 'auto', which is 'last'" in printed
+    assert "hpc" not in printed
 
 
 @pytest.mark.parametrize(
