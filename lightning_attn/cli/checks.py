@@ -8,8 +8,10 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
+from datamodules.token_cache import available_cores
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.tasks import BaseTask
 
@@ -72,6 +74,14 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
         raise ConfigurationError(
             "trainer.barebones: true leaves out checkpoints, scores and progress, which a run here is made of. To "
             "measure speed, use python -m benchmarks.<task>; to try something quickly, --trainer.fast_dev_run true."
+        )
+    devices = str(options["devices"])
+    most = max(16, available_cores())
+    on_cpu = options["accelerator"] == "cpu" or (options["accelerator"] == "auto" and not torch.cuda.is_available())
+    if on_cpu and devices.isdecimal() and int(devices) > most:
+        raise ConfigurationError(
+            f"trainer.devices: {devices} would start as many processes on {available_cores()} cores; give {most} or "
+            "fewer."
         )
     precision = str(options["precision"] or "32-true")
     usual = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}

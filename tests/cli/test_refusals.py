@@ -16,6 +16,7 @@ import pytest
         (["--trainer.strategy", "foo"], "trainer: You selected an invalid strategy name"),
         (["--trainer.num_nodes", "0"], "trainer: `num_nodes` must be a positive integer"),
         (["--run.name", "x" * 300], "run.name has 300 bytes, and 200 are possible"),
+        (["--trainer.devices", "7000"], "trainer.devices: 7000 would start as many processes"),
         (["--seed_everything", "-1"], "seed_everything: -1 must be from 0 to 4294967295"),
         (["--run.save_top_k", "0"], "run.save_top_k must be at least 1"),
         (["--model.scoring.tokenize", "foo"], "scoring.tokenize: 'foo' is none of none, zh, 13a"),
