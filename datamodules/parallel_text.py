@@ -397,8 +397,10 @@ def read_evaluation(pair: FilePair) -> tuple[list[str], list[str]]:
     for path, lines in ((pair.source, source), (pair.target, target)):
         for number, line in enumerate(lines, start=1):
             if is_blank(line):
+                where = "both columns" if pair.is_table else f"both {pair.source.name} and {pair.target.name}"
+                what = "column" if pair.is_table else "line"
                 raise ValueError(
-                    f"{path}, line {number}: the line is empty. Evaluation text is not cleaned, so take line {number} "
-                    f"out of both {pair.source.name} and {pair.target.name}, or fill it in."
+                    f"{path}, line {number}: the {what} is empty. Evaluation text is not cleaned, so take "
+                    f"line {number} out of {where}, or fill it in."
                 )
     return source, target

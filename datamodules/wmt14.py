@@ -565,6 +565,8 @@ class WMT14DataModule(pl.LightningDataModule):
         """
         if not self.predict_prefixes:
             return []
+        if self.reads_standard_input:
+            raise ValueError("predict_prefixes: the standard input has none; give the text as a file (predict_file).")
         path = Path(self.predict_prefixes)
         if not path.is_file():
             raise FileNotFoundError(f"predict_prefixes: {path} is not there (--data.predict_prefixes FILE).")

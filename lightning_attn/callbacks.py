@@ -1,5 +1,6 @@
 """Callbacks of the command: progress, averaged weights, and the resolved configuration."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -79,7 +80,9 @@ class TrainingSummary(Callback):
         else:
             lines.append(f"There is no best.ckpt: {_why_no_best(trainer)}. The last network: {self.directory / file}")
         names = [stage for stage in ("test", "predict") if _defines(pl_module, f"{stage}_step")]
-        lines += [f"Next: {self.command} {stage} --ckpt_path {self.directory / file}" for stage in names]
+        lines += [
+            f"Next: {self.command} {stage} --ckpt_path {shlex.quote(str(self.directory / file))}" for stage in names
+        ]
         rank_zero_info("\n".join(lines))
 
 

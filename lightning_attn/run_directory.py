@@ -66,6 +66,13 @@ def newest(root: Path, task_name: str, name: str, file: str) -> Path | None:
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
+def newest_with(root: Path, task_name: str, name: str, pattern: str) -> Path | None:
+    """The run directory of that name, or with a number behind it, in which something was written last, if any."""
+    folders = [one for one in (root / task_name).glob(f"{glob.escape(name)}*") if is_named(one, name)]
+    found = [(path.stat().st_mtime_ns, folder) for folder in folders for path in folder.glob(pattern)]
+    return max(found)[1] if found else None
+
+
 def is_named(folder: Path, name: str) -> bool:
     """Whether a run directory is `name`, or has a number behind it because that was taken."""
     return re.fullmatch(rf"{re.escape(name)}(-\d+)?", folder.name) is not None

@@ -187,7 +187,12 @@ class CommandLine(LightningCLI):
                 return run_directory.require_writable(owner)
             if its_own and checkpoint.name == "last.ckpt":
                 return run_directory.reopen(owner)
-        return run_directory.claim(Path(run.root).absolute(), self.model.task_name, self._run_name(run))
+        place, name = Path(run.root).absolute(), self._run_name(run)
+        if self.subcommand == "predict" and getattr(self.datamodule, "skip_done", False):
+            begun = run_directory.newest_with(place, self.model.task_name, name, "predictions/hypotheses_so_far*")
+            if begun is not None:
+                return run_directory.require_writable(begun)
+        return run_directory.claim(place, self.model.task_name, name)
 
     def _resolved_configuration(self) -> dict[str, Any]:
         """Every option with its value, as any subcommand reads it from YAML."""

@@ -1,11 +1,12 @@
 """What differs between runs: configuration, scores, cost and curves."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,14 @@ class RunRecord:
         configurations = sorted(path.glob("config_fit*.yaml"), key=lambda one: one.stat().st_mtime_ns)
         if not configurations:
             raise FileNotFoundError(f"compare: {path} holds no config_fit.yaml: nothing was trained in it.")
-        configuration = _flat(yaml.safe_load(configurations[-1].read_text(encoding="utf-8")) or {})
+        with _named(configurations[-1]):
+            configuration = _flat(_mapping(yaml.safe_load(configurations[-1].read_text(encoding="utf-8"))))
         tests = sorted(path.glob("test_metrics*.json"), key=lambda one: one.stat().st_mtime_ns)
-        scores = json.loads(tests[-1].read_text(encoding="utf-8")) if tests else {}
-        numbers = {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
+        numbers: dict[str, float] = {}
+        if tests:
+            with _named(tests[-1]):
+                scores = _mapping(json.loads(tests[-1].read_text(encoding="utf-8")))
+                numbers = {name: float(value) for name, value in scores.items() if isinstance(value, int | float)}
         return cls(path, configuration, _read_curves(path / "metrics.csv"), numbers)
 
     def best(self, name: str) -> tuple[float, int] | None:
@@ -180,10 +185,25 @@ def compare_runs(paths: Sequence[str | Path]) -> Comparison:
     return Comparison(tuple(names), runs)
 
 
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Makes one kind of error, which names the file, of all that damaged contents lead to."""
+    try:
+        yield
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"compare: {path} cannot be read ({' '.join(str(error).split())}).") from error
+
+
+def _mapping(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise TypeError(f"it holds a {type(content).__name__}, not options or scores by name")
+    return content
+
+
 def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     if path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
+        with _named(path), path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if value and name not in ("step", "epoch") and not name.startswith("lr-"):

@@ -43,7 +43,7 @@ def answer(arguments: Sequence[str]) -> bool:
             _fail("no subcommand: give one of those above.")
         return True
     first = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
-    if first is None:
+    if first is None or (arguments[0] not in SUBCOMMANDS and not arguments[0].startswith("-")):
         _fail(_unknown(arguments[0]))
     for path in _values(arguments, "-c", "--config"):
         _check_configuration(path)
@@ -98,6 +98,8 @@ def _values(arguments: Sequence[str], *options: str) -> Iterator[str]:
 
 def _check_configuration(given: str) -> None:
     """Refuses a configuration file that is not there or no YAML."""
+    if not given or given.startswith("--"):
+        _fail("config: -c needs a file, such as -c configs/miniature/translation.yaml.")
     path = Path(given).expanduser()
     if not path.is_file():
         if "\n" in given or given.lstrip().startswith("{"):

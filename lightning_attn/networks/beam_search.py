@@ -63,7 +63,8 @@ class BeamSearchOptions:
             end-of-sentence not counted.
         max_length_offset: see `max_length_ratio`; Vaswani et al. 2017 use 1 and 50.
         min_length: fewest tokens of a translation, end-of-sentence not counted.
-        no_repeat_ngram: no sequence of this many tokens comes twice in a translation; 0 allows it.
+        no_repeat_ngram: no sequence of this many tokens comes twice in a translation, unless a prefix that is asked for
+            has it or nothing else may follow; 0 allows it.
         nbest: hypotheses returned for each sentence, at most `beam_size`.
         stopping: when a sentence is finished. `"exact"`: when no prefix in the beam can still become better than the
             `nbest` best finished hypotheses, so that searching on would change nothing. `"beam_size"`: as soon as
@@ -198,15 +199,22 @@ def _checked_limits(max_lengths: Tensor, batch_size: int, min_length: int) -> li
     return limits
 
 
-def _ban_repetitions(log_probs: Tensor, prefixes: Tensor, size: int) -> None:
-    """Takes away what would make a sequence of `size` tokens come twice: `[R, V]`, after prefixes `[R, length]`."""
+def _ban_repetitions(log_probs: Tensor, prefixes: Tensor, size: int, free: Tensor) -> None:
+    """Takes away what would make a sequence of `size` tokens come twice: `[R, V]`, after prefixes `[R, length]`.
+
+    What has to follow may repeat what it likes: `free` are the rows whose next token is not given, `[R]`. Where nothing
+    else is left, a sentence may end, or repeat.
+    """
     length = prefixes.shape[1]
     if size == 0 or length < size:
         return
     windows = prefixes.unfold(1, size, 1)  # [R, length - size + 1, size]
     again = (windows[:, :, : size - 1] == prefixes[:, None, length - size + 1 :]).all(dim=2)
-    rows, places = again.nonzero(as_tuple=True)
-    log_probs[rows, windows[rows, places, size - 1]] = -math.inf
+    rows, places = (again & free.unsqueeze(1)).nonzero(as_tuple=True)
+    banned = log_probs.clone()
+    banned[rows, windows[rows, places, size - 1]] = -math.inf
+    possible = (banned > -math.inf).any(dim=1, keepdim=True)
+    torch.where(possible, banned, log_probs, out=log_probs)
 
 
 def _force(log_probs: Tensor, tokens: list[int | None]) -> None:
@@ -348,10 +356,13 @@ def beam_search(
         closing = [limit == length for limit in limits]
         may_end = length >= options.min_length
         log_probs = _log_probabilities(logits, banned=banned, eos_id=eos_id, may_end=may_end, must_end=closing)
+        next_forced = [prefix[length] if len(prefix) > length else None for prefix in forced]
         if options.no_repeat_ngram:
-            _ban_repetitions(log_probs, tokens.view(size * width, -1)[:, :length], options.no_repeat_ngram)
-        if any(len(prefix) > length for prefix in forced):
-            _force(log_probs, [prefix[length] if len(prefix) > length else None for prefix in forced])
+            free = torch.tensor([token is None for token in next_forced], device=device).repeat_interleave(width)
+            before = tokens.view(size * width, -1)[:, :length]
+            _ban_repetitions(log_probs, before, options.no_repeat_ngram, free)
+        if any(token is not None for token in next_forced):
+            _force(log_probs, next_forced)
 
         # Of what follows one prefix only end-of-sentence and the beam_size best other tokens can matter; of
         # a sentence's candidates only 2 * beam_size, since each of at most beam_size prefixes ends in one way only.

@@ -335,6 +335,8 @@ class TranslationTask(TokenMeanTask):
         self._results = PartialResults(chosen, self.global_rank)
         self._done = {one["id"]: one["source"] for one in self._results.results()} if resume else {}
         self.trainer.strategy.barrier()
+        if not self._done and getattr(self.trainer.datamodule, "skip_done", False):  # type: ignore[attr-defined]
+            rank_zero_info(f"skip_done: {folder} holds no prediction that was broken off; all is translated.")
         if self._done:
             rank_zero_info(f"{len(self._done):,} sentences were translated before ({chosen})")
 

@@ -25,6 +25,8 @@ def folder(tmp_path, monkeypatch):
     [
         ([], "no subcommand: give one of those above"),
         (["fitt"], "there is no subcommand 'fitt'; give one of fit, .*Did you mean 'fit'"),
+        (["fit", "-c"], "config: -c needs a file"),
+        (["bogus", "fit"], "there is no subcommand 'bogus'"),
         (["-c", "x.yaml"], "no subcommand before -c"),
         (["fit", "-c", "configs/bcd.yaml"], "configs/bcd.yaml is not there.*Did you mean configs/bccd.yaml"),
         (["fit", "--config=nothing/a.yaml"], "nothing/a.yaml is not there. There is no folder nothing"),

@@ -152,3 +152,21 @@ def test_help_says_what_the_words_for_checkpoints_mean(run):
 )
 def test_what_cannot_be_compared(run, arguments, message):
     assert message in run("compare", *arguments, status=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config_fit.yaml", "a: ["),
+        ("config_fit.yaml", "[1]"),
+        ("test_metrics.json", '{"a":'),
+        ("test_metrics.json", "[1]"),
+        ("metrics.csv", "epoch,step,val/loss\n1,,3\n"),
+    ],
+)
+def test_damaged_files_of_runs_are_named(run, tmp_path, name, content):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config_fit.yaml").write_text("model: {dim: 2}\n")
+    (tmp_path / "two" / name).write_text(content)
+    assert f"{tmp_path / 'two' / name} cannot be read" in run("compare", tmp_path / "one", tmp_path / "two", status=2)

@@ -248,6 +248,36 @@ def test_no_sequence_comes_twice(trained):
     assert network is task.network
 
 
+def test_prefixes_may_repeat_and_a_dead_end_is_no_error(trained):
+    task = TranslationTask.load(trained, decoding=BeamSearchOptions(beam_size=2, no_repeat_ngram=2))
+    (found, _) = task.predict(["A man.", "A dog."], prefixes=["Ein Mann Ein Mann Ein Mann", ""])
+    assert found.startswith("Ein Mann Ein Mann Ein Mann")
+    size = task.vocabulary.size
+    options = BeamSearchOptions(beam_size=2, no_repeat_ngram=1, min_length=size + 5)
+    (found,) = TranslationTask.load(trained, decoding=options).predict(["A man."])
+    assert found
+
+
+def test_a_prediction_in_a_directory_of_its_own_goes_on_too(run, trained, monkeypatch, tmp_path):
+    shutil.copy(trained, tmp_path / "copy.ckpt")
+    step, calls = TranslationTask.predict_step, []
+
+    def broken_off(task, batch, batch_idx):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(len(batch))
+        step(task, batch, batch_idx)
+
+    arguments = ["predict", "--ckpt_path", tmp_path / "copy.ckpt", "--run.name", "own", "--data.eval_max_tokens", 100]
+    with monkeypatch.context() as patch:
+        patch.setattr(TranslationTask, "predict_step", broken_off)
+        run(*arguments, status=1)
+    printed = run(*arguments, "--data.skip_done", "true")
+    assert f"{calls[0]} sentences were translated before" in printed
+    assert len((RUN.with_name("own") / "predictions/hypotheses.txt").read_text().splitlines()) == 31
+    assert "holds no prediction that was broken off" in run(*arguments, "--data.skip_done", "true")
+
+
 def test_text_without_blanks_between_words_is_not_cleaned_away(tmp_path):
     for split, count in (("train", 60), ("valid", 3), ("test", 3)):
         english = [f"the weather of day number {n} is good for a walk" for n in range(count)]
