@@ -7,7 +7,6 @@ has a method `browse_figure(split, num)` that returns a figure.
 
 import itertools
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,7 +25,7 @@ from datamodules.segmentation.classes import IGNORED, SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from datamodules.vocabulary import PAD_ID, Vocabulary
 from datamodules.wmt14 import TranslationBatch, WMT14DataModule
-from lightning_attn.files import unused_path
+from lightning_attn.files import write_figure
 from lightning_attn.visualization.detection import draw_detections
 from lightning_attn.visualization.segmentation import colour_labels
 
@@ -234,14 +233,7 @@ def save(figure: Figure, path: Path) -> Path:
         ValueError: If the suffix is no format of figures.
         OSError: If the folder cannot be written to or is full; nothing is left behind.
     """
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise ValueError(f"output: {path} ends in no format of figures; give one of .{', .'.join(sorted(known))}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        figure.savefig(temporary)
-        return temporary.rename(unused_path(path))
+    return write_figure(path, figure)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -7,7 +7,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # not imported at every start
 
 # Ending of files that are being written; a killed process leaves them behind.
 _PART = ".part"
@@ -81,6 +84,20 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
     text = io.StringIO(newline="")
     csv.writer(text).writerows([header, *rows])
     return write_text(path, text.getvalue())
+
+
+def write_figure(path: Path, figure: "Figure") -> Path:
+    """Writes a new file in the format of its ending; as `write_file`, without `replace`.
+
+    Raises:
+        ValueError: If the ending is no format of figures.
+        OSError: If it cannot be written; nothing is left behind.
+    """
+    kind = path.suffix[1:].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"output: {path} ends in no format of figures; give one of .{', .'.join(sorted(known))}.")
+    return write_file(path, lambda file: figure.savefig(file, format=kind))
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -61,16 +61,20 @@ def claim(root: Path, task_name: str, name: str) -> Path:
 
 def newest(root: Path, task_name: str, name: str, file: str) -> Path | None:
     """The file of that name which was written last in `root/task_name/name`, `name-2` and so on, if there is one."""
-    folders = (root / task_name).glob(f"{glob.escape(name)}*")
-    files = [folder / file for folder in folders if is_named(folder, name) and (folder / file).is_file()]
+    files = [folder / file for folder in _of_name(root, task_name, name) if (folder / file).is_file()]
     return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def newest_with(root: Path, task_name: str, name: str, pattern: str) -> Path | None:
     """The run directory of that name, or with a number behind it, in which something was written last, if any."""
-    folders = [one for one in (root / task_name).glob(f"{glob.escape(name)}*") if is_named(one, name)]
+    folders = _of_name(root, task_name, name)
     found = [(path.stat().st_mtime_ns, folder) for folder in folders for path in folder.glob(pattern)]
     return max(found)[1] if found else None
+
+
+def _of_name(root: Path, task_name: str, name: str) -> list[Path]:
+    """The run directories `name`, `name-2` and so on that are there."""
+    return [folder for folder in (root / task_name).glob(f"{glob.escape(name)}*") if is_named(folder, name)]
 
 
 def is_named(folder: Path, name: str) -> bool:

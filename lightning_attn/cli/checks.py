@@ -14,6 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from datamodules.token_cache import available_cores
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.tasks import BaseTask
+from lightning_attn.tasks.base import constructor_hints
 
 __all__ = ["check_trainer", "check_values", "trainer_errors"]
 
@@ -35,11 +36,7 @@ def check_values(configuration: Mapping[str, Any]) -> None:
             continue
         module, _, name = section["class_path"].rpartition(".")
         owner = getattr(importlib.import_module(module), name)
-        hints: dict[str, Any] = {}
-        for ancestor in reversed(owner.__mro__):  # a subclass may pass arguments on as **arguments
-            if "__init__" in vars(ancestor):
-                with contextlib.suppress(NameError, TypeError):  # annotations of classes that are not ours
-                    hints |= typing.get_type_hints(vars(ancestor)["__init__"])
+        hints = constructor_hints(owner, tolerant=True)  # the user's classes may have any annotations
         _refuse_nulls(section.get("init_args") or {}, hints, part)
 
 

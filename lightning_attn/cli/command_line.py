@@ -73,8 +73,9 @@ class CommandLine(LightningCLI):
             super().parse_arguments(parser, args)
         check_values(self.config[self.config["subcommand"]])
         checkpoint = self._option("ckpt_path")
-        if checkpoint and checkpoint not in CHECKPOINT_WORDS:
-            read_checkpoint(checkpoint)
+        named_here = value_of("--ckpt_path", typed) if isinstance(typed, list) else None
+        if checkpoint and checkpoint not in CHECKPOINT_WORDS and checkpoint != named_here:
+            read_checkpoint(checkpoint)  # of a configuration file; one of the command line was read for what it stores
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer whose files all lie in the run directory."""
@@ -248,23 +249,15 @@ def _metrics_logger(path: Path, stored: dict[str, Any]) -> MetricsLogger:
 
 def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[Callback]:
     """`best.ckpt` by the task's monitored value; `last.ckpt` after validations, at ends of epochs and every n steps."""
-    best = BestCheckpoint(
-        dirpath=path,
-        filename="best",
-        monitor=task.monitor,
-        mode=task.monitor_mode,
-        save_top_k=1,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
-    others = TopCheckpoints(
-        dirpath=path,
-        filename="top-{step}",
-        auto_insert_metric_name=False,
-        monitor=task.monitor,
-        mode=task.monitor_mode,
-        save_top_k=run.save_top_k,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
-    return [best, *([others] if run.save_top_k > 1 else []), LastCheckpoint(path, run.checkpoint_every_n_steps)]
+    shared: dict[str, Any] = {
+        "dirpath": path,
+        "monitor": task.monitor,
+        "mode": task.monitor_mode,
+        "save_on_train_epoch_end": False,
+        "enable_version_counter": False,
+    }
+    callbacks: list[Callback] = [BestCheckpoint(filename="best", save_top_k=1, **shared)]
+    if run.save_top_k > 1:
+        shared |= {"filename": "top-{step}", "auto_insert_metric_name": False, "save_top_k": run.save_top_k}
+        callbacks.append(TopCheckpoints(**shared))
+    return [*callbacks, LastCheckpoint(path, run.checkpoint_every_n_steps)]

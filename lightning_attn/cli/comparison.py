@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from lightning_attn.files import unused_path, write_file, write_table
+from lightning_attn.files import write_figure, write_table
 
 __all__ = ["Comparison", "RunRecord", "compare_runs"]
 
@@ -131,12 +130,8 @@ class Comparison:
         """
         if path.suffix == ".csv":
             rows = [*self.differences(), *self.scores()]
-            return write_table(unused_path(path), ("", *self.names), rows)
-        figure = self.figure()
-        known = figure.canvas.get_supported_filetypes()
-        if path.suffix[1:].lower() not in known:
-            raise ValueError(f"output: {path} ends in none of .csv, .{', .'.join(sorted(known))}.")
-        return write_file(path, functools.partial(_save, figure, path.suffix[1:].lower()))
+            return write_table(path, ("", *self.names), rows)
+        return write_figure(path, self.figure())
 
     def figure(self) -> Figure:
         """The curves of training loss and validation scores of all runs."""
@@ -224,7 +219,3 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _save(figure: Figure, kind: str, file: Any) -> None:
-    figure.savefig(file, format=kind)

@@ -45,9 +45,9 @@ def answer(arguments: Sequence[str]) -> bool:
     first = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
     if first is None or (arguments[0] not in SUBCOMMANDS and not arguments[0].startswith("-")):
         _fail(_unknown(arguments[0]))
-    for path in _values(arguments, "-c", "--config"):
+    for path in option_values(arguments, "-c", "--config"):
         _check_configuration(path)
-    for path in _values(arguments, "--ckpt_path"):
+    for path in option_values(arguments, "--ckpt_path"):
         if path and path not in CHECKPOINT_WORDS:
             _check_checkpoint(Path(path))
     return False
@@ -86,7 +86,7 @@ def _unknown(given: str) -> str:
     return f"there is no subcommand {given!r}; give one of {', '.join(SUBCOMMANDS)}.{hint}"
 
 
-def _values(arguments: Sequence[str], *options: str) -> Iterator[str]:
+def option_values(arguments: Sequence[str], *options: str) -> Iterator[str]:
     """What some options are given."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument in options:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import yaml
 
 from lightning_attn.callbacks import RUN_KEY
-from lightning_attn.cli.front import CHECKPOINT_WORDS
+from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.tasks.checkpoints import read_checkpoint
 
@@ -58,10 +58,4 @@ def with_stored_configuration(
 
 def value_of(option: str, arguments: list[str]) -> str | None:
     """The last value that an option is given."""
-    value = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if argument == option:
-            value = following
-        elif argument.startswith(f"{option}="):
-            value = argument.removeprefix(f"{option}=")
-    return value
+    return next(reversed([*option_values(arguments, option)]), None)

@@ -425,12 +425,24 @@ def plain_value(name: str, value: Any) -> Any:
     )
 
 
+def constructor_hints(owner: type, *, tolerant: bool = False) -> dict[str, Any]:
+    """The annotated types of a constructor's arguments; a subclass may pass arguments on as **arguments.
+
+    Args:
+        owner: The class.
+        tolerant: Whether annotations that cannot be resolved are passed over.
+    """
+    hints: dict[str, Any] = {}
+    for ancestor in reversed(owner.__mro__):
+        if "__init__" in vars(ancestor):
+            with contextlib.suppress(*((NameError, TypeError) if tolerant else ())):
+                hints |= typing.get_type_hints(vars(ancestor)["__init__"])
+    return hints
+
+
 def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """Turns the plain values of a checkpoint into the dataclasses that the constructor is annotated with."""
-    hints: dict[str, Any] = {}
-    for ancestor in reversed(task_class.__mro__):  # a subclass may pass arguments on as **arguments
-        if "__init__" in vars(ancestor):
-            hints |= typing.get_type_hints(vars(ancestor)["__init__"])
+    hints = constructor_hints(task_class)
     typed = {}
     for name, value in arguments.items():
         hint = hints.get(name)

@@ -1,15 +1,12 @@
 """Files about detections: those of a prediction, and what is wrong with those of a test."""
 
 import csv
-import functools
 import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from matplotlib.figure import Figure
-
-from lightning_attn.files import write_file, write_table
+from lightning_attn.files import write_figure, write_file, write_table
 from lightning_attn.metrics.detection_analysis import DetectionAnalysis
 from lightning_attn.tasks.prediction_files import Results, write_json_list
 from lightning_attn.visualization.detection_analysis import draw_confusion, draw_precision
@@ -81,8 +78,4 @@ def write_analysis(folder: Path, analysis: DetectionAnalysis, file_names: Mappin
     header = ("image_id", "file_name", "right", "wrong category", "not detected", "no object")
     write_table(folder / "images.csv", header, images)
     for name, figure in (("confusion", draw_confusion(analysis)), ("precision_recall", draw_precision(analysis))):
-        write_file(folder / f"{name}.png", functools.partial(_save_figure, figure))
-
-
-def _save_figure(figure: Figure, file: BinaryIO) -> None:
-    figure.savefig(file, format="png")
+        write_figure(folder / f"{name}.png", figure)

@@ -188,7 +188,7 @@ def test_a_module_of_ones_own():
 
 def test_a_figure_that_cannot_be_written_leaves_nothing(tmp_path):
     figure = Figure()
-    figure.savefig = lambda path: (_ for _ in ()).throw(OSError("full"))
+    figure.savefig = lambda path, **_: (_ for _ in ()).throw(OSError("full"))
     with pytest.raises(OSError, match="full"):
         save(figure, tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
