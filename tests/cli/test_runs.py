@@ -112,7 +112,11 @@ def test_a_signal_before_the_training_leaves_nothing_half_done(run, tiny_config,
 
     monkeypatch.setattr(Preparation, "_learn_vocabulary", interrupted)
     cache = tmp_path / "new_cache"
-    run("fit", "-c", tiny_config, "--data.cache_dir", cache, status=128 + number)
+    earlier = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, which the command respects
+    try:
+        run("fit", "-c", tiny_config, "--data.cache_dir", cache, status=128 + number)
+    finally:
+        signal.signal(number, earlier)
     assert not list(cache.glob(".*"))
     assert not list(Path("checkpoints").rglob("run.json"))
 
