@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.precision import Precision
-from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info
+from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -89,6 +89,7 @@ class BaseTask(pl.LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         self.sample_means: dict[str, WeightedMean] = {}
+        self._scaled_for = 0  # The global batch that the learning rate was scaled for, if it was.
 
     @property
     def learning_rate(self) -> float:
@@ -125,9 +126,9 @@ class BaseTask(pl.LightningModule):
         """The optimizer and its schedule, which Lightning steps per optimizer step, not per epoch."""
         spec = self.optimizer
         if spec.base_batch_size:
-            global_batch_size = self._global_batch_size()
-            rank_zero_info(spec.scaling_note(global_batch_size))
-            spec = spec.scaled(global_batch_size)
+            self._scaled_for = self._global_batch_size()
+            rank_zero_info(spec.scaling_note(self._scaled_for))
+            spec = spec.scaled(self._scaled_for)
         groups = spec.parameter_groups(self)
         # The scaler of fp16 unscales gradients itself, which a fused optimizer and clipping cannot both do.
         fused = gradient_scaler(self.trainer) is None and all(
@@ -156,9 +157,15 @@ class BaseTask(pl.LightningModule):
         return [ExactResume(), FiniteUpdates(), SampleMeans()]
 
     def on_fit_start(self) -> None:
-        """Logs the constructor's arguments."""
+        """Logs the constructor's arguments, and warns of a batch that BatchSizeFinder has changed since."""
         for logger in self.loggers:
             logger.log_hyperparams(self._arguments)
+        if self._scaled_for and self._scaled_for != self._global_batch_size():
+            rank_zero_warn(
+                f"The learning rate was scaled for a global batch of {self._scaled_for}, but data.batch_size has been "
+                f"changed since, to a global batch of {self._global_batch_size()}. Put the batch size that was found "
+                "into the configuration and start again without BatchSizeFinder."
+            )
 
     def configure_gradient_clipping(
         self,

@@ -82,6 +82,22 @@ def test_the_learning_rate_finder_finds_its_field(run, tiny_config):
     assert "Training ended at step 4" in printed
 
 
+def test_the_batch_size_finder_finds_the_tokens_of_a_batch(run, tiny_config):
+    finder = ["--trainer.callbacks", "BatchSizeFinder", "--trainer.callbacks.batch_arg_name", "max_tokens"]
+    finder += ["--trainer.callbacks.init_val", 64, "--trainer.callbacks.max_trials", 2]
+    # Lightning begins nothing with a batch of as many tokens as there are sentences.
+    printed = run("fit", "-c", tiny_config, *finder, "--data.max_tokens", 200)
+    assert "Batch size 64 succeeded, trying batch size 128" in printed
+    assert "Training ended at step 4" in printed
+
+
+def test_the_batch_size_finder_says_that_the_learning_rate_is_for_another_batch(run, segmentation_config):
+    finder = ["--trainer.callbacks", "BatchSizeFinder", "--trainer.callbacks.init_val", 4]
+    finder += ["--trainer.callbacks.max_trials", 1, "--trainer.callbacks.steps_per_trial", 1]
+    with pytest.warns(UserWarning, match="scaled for a global batch of 2, .* to a global batch of 4"):
+        run("fit", "-c", segmentation_config, *finder)
+
+
 def test_runs_are_compared(run, tiny_config):
     run("fit", "-c", tiny_config, "--run.name", "one")
     run("fit", "-c", tiny_config, "--run.name", "two", "--model.cross_attention.terms", "0011")
