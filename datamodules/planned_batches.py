@@ -108,8 +108,10 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
         """Makes the next iteration yield what is left of an epoch.
 
         Raises:
-            ValueError: If the place is in the middle of an epoch and the plan is no longer the same.
+            ValueError: If the place is in the middle of an epoch and the plan is no longer the same, or is no place.
         """
+        if not self._is_place(state):
+            raise ValueError(f"the checkpoint's place in the data is damaged: {str(state)[:200]}. Use another one.")
         if state["consumed"]:
             here = {"world_size": self.world_size} | self.settings
             changed = [f"{name} {state[name]} became {now}" for name, now in here.items() if state[name] != now]
@@ -121,6 +123,12 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
                     "weights alone."
                 )
         self.epoch, self._skip = state["epoch"], state["consumed"]
+
+    def _is_place(self, state: object) -> bool:
+        """Whether this is what `state_dict` returns for some plan."""
+        if not isinstance(state, dict) or not state.keys() >= {"epoch", "consumed", "world_size", *self.settings}:
+            return False
+        return all(type(state[name]) is int and 0 <= state[name] < 1 << 53 for name in ("epoch", "consumed"))
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.files import unused_path
-from lightning_attn.tasks.checkpoints import (
+from lightning_attn.training.checkpoints import (
     CHECKPOINT_KEY,
     SAFETENSORS,
     TRAINING_KEYS,

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_attn import __version__, run_directory
 from lightning_attn.files import write_text
 from lightning_attn.tasks.base import BaseTask
-from lightning_attn.tasks.checkpoints import CHECKPOINT_KEY, load_initial_weights, read_checkpoint
+from lightning_attn.training.checkpoints import CHECKPOINT_KEY, load_initial_weights, read_checkpoint
 
 RUN_KEY = "run"
 
@@ -63,10 +64,11 @@ class TrainingSummary(Callback):
     Args:
         directory: The run directory.
         command: How the command is called, such as "python train.py".
+        trust: Packages of the user's own that the checkpoints name.
     """
 
-    def __init__(self, directory: Path, command: str) -> None:
-        self.directory, self.command = directory, command
+    def __init__(self, directory: Path, command: str, trust: Sequence[str] = ()) -> None:
+        self.directory, self.command, self.trust = directory, command, trust
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Says it."""
@@ -79,9 +81,11 @@ class TrainingSummary(Callback):
             lines.append(f"Best {best.monitor} {float(best.best_model_score):.5g}{at}: {self.directory / file}")
         else:
             lines.append(f"There is no best.ckpt: {_why_no_best(trainer)}. The last network: {self.directory / file}")
+        trusted = "".join(f" --trust {package}" for package in self.trust)
         names = [stage for stage in ("test", "predict") if _defines(pl_module, f"{stage}_step")]
         lines += [
-            f"Next: {self.command} {stage} --ckpt_path {shlex.quote(str(self.directory / file))}" for stage in names
+            f"Next: {self.command} {stage} --ckpt_path {shlex.quote(str(self.directory / file))}{trusted}"
+            for stage in names
         ]
         rank_zero_info("\n".join(lines))
 

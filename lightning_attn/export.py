@@ -1,12 +1,13 @@
 """A trained model as files that others can read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from lightning_attn.files import unused_path, write_json
 from lightning_attn.programs import SUFFIXES, Program, write_program
 from lightning_attn.tasks.base import BaseTask
-from lightning_attn.tasks.checkpoints import (
+from lightning_attn.training.checkpoints import (
     SAFETENSORS,
     Weights,
     choose_weights,
@@ -25,6 +26,7 @@ def export_checkpoint(
     *,
     format: ExportFormat = "safetensors",
     size: tuple[int, int] | None = None,
+    trust: Sequence[str] = (),
 ) -> list[Path]:
     """Writes a checkpoint's model into files that need no checkpoint.
 
@@ -43,6 +45,7 @@ def export_checkpoint(
         weights: Of a run that averages, the average or the "current" weights.
         format: What to write.
         size: Height and width of the images that a program is for; None for those that the data was resized to.
+        trust: Packages whose classes the checkpoint may name, for a program; see `BaseTask.load`.
 
     Returns:
         `model.safetensors`, and after it the programs.
@@ -64,7 +67,7 @@ def export_checkpoint(
     programs: dict[Path, Program] = {}
     written = [file, file.with_suffix(".json")]
     if format != "safetensors":
-        found = BaseTask.load(path, weights=weights).programs(size)
+        found = BaseTask.load(path, weights=weights, trust=trust).programs(size)
         programs = {folder / f"{name}{SUFFIXES[format]}": program for name, program in found.items()}
         written += [*programs, folder / "programs.json"]
     for one in written:

@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +22,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_attn.loggers import MetricsLogger
+from lightning_attn.training.callback_states import require_callback_states
+from lightning_attn.training.checkpoints import CheckpointError
+from lightning_attn.training.contents import ContentsError, require_optimizer_state, require_same_structure
 
 RANDOM_STREAMS_KEY = "random_streams"
 LINES_KEY = "metrics_lines"
@@ -303,6 +306,7 @@ def _pass_over_validation(loops: dict[str, Any], trainer: pl.Trainer) -> None:
 class ExactResume(Callback):
     """Restores what Lightning does not: random streams of all ranks, and options of the optimizer that were changed.
 
+    And refuses what does not fit before Lightning restores it: states of optimizer, schedule, loops and callbacks.
     Every task brings it. Random streams are those of Python, NumPy and torch on the CPU and on the rank's GPU; they are
     restored right before training goes on. With another number of ranks they are not, and a message says so.
     """
@@ -310,6 +314,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._streams: list[dict[str, Any]] | None = None
         self._resumed = False
+        self._states: dict[str, Any] = {}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -324,8 +329,37 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keeps the random streams until training goes on."""
-        self._streams, self._resumed = checkpoint.get(RANDOM_STREAMS_KEY), True
+        """Keeps the random streams until training goes on, and refuses states of callbacks that do not fit.
+
+        Raises:
+            CheckpointError: If one does not.
+        """
+        with _fitting():
+            require_callback_states(checkpoint.get("callbacks", {}), trainer.callbacks)  # type: ignore[attr-defined]
+        self._streams, self._resumed, self._states = checkpoint.get(RANDOM_STREAMS_KEY), True, checkpoint
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses states that do not fit; Lightning restores them next.
+
+        Raises:
+            CheckpointError: If one does not.
+        """
+        states, self._states = self._states, {}
+        if not states:
+            return
+        with _fitting():
+            _require_list("optimizer_states", states, len(trainer.optimizers))
+            for number, optimizer in enumerate(trainer.optimizers):
+                require_optimizer_state(f"optimizer_states[{number}]", states["optimizer_states"][number], optimizer)
+            _require_list("lr_schedulers", states, len(trainer.lr_scheduler_configs))
+            for number, config in enumerate(trainer.lr_scheduler_configs):
+                current = config.scheduler.state_dict()
+                require_same_structure(f"lr_schedulers[{number}]", states["lr_schedulers"][number], current)
+            plugin = trainer.precision_plugin
+            scaler, current = states.get(type(plugin).__qualname__), plugin.state_dict()
+            if scaler and current:
+                require_same_structure(type(plugin).__qualname__, scaler, current)
+            _require_loops(states.get("loops", {}).get("fit_loop"), trainer.fit_loop.state_dict())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives the optimizer the options of now, where the checkpoint had others."""
@@ -371,6 +405,35 @@ class ExactResume(Callback):
             )
             return
         set_random_streams(streams[trainer.global_rank], pl_module.device)
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    """Makes one kind of error of what does not fit."""
+    try:
+        yield
+    except ContentsError as error:
+        raise CheckpointError(f"The checkpoint {error}. Use another checkpoint of the same run.") from error
+
+
+def _require_list(key: str, states: dict[str, Any], number: int) -> None:
+    if len(states.get(key, ())) != number:
+        raise ContentsError(f"is damaged: {key} has {len(states.get(key, ()))} entries, and not {number}")
+
+
+def _require_loops(stored: Any, current: dict[str, Any]) -> None:
+    """Compares the counts of Lightning's loops; the place in the data is checked by the data's loader."""
+    if not isinstance(stored, dict) or stored.keys() != current.keys():
+        raise ContentsError("is damaged: loops.fit_loop is not that of a training")
+    place = stored.get("state_dict")
+    if not isinstance(place, dict) or not isinstance(place.get("combined_loader", []), list):
+        raise ContentsError("is damaged: loops.fit_loop.state_dict holds no places in the data")
+    for name, value in current.items():
+        if name == "state_dict":
+            continue
+        if name == "epoch_loop.state_dict":  # empty before the first step
+            value = {"_batches_that_stepped": 0} if stored[name] else value
+        require_same_structure(f"loops.fit_loop.{name}", stored[name], value)
 
 
 def random_streams(device: torch.device) -> dict[str, Any]:

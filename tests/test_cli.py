@@ -22,7 +22,7 @@ from lightning_attn.cli import main
 from lightning_attn.cli.messages import message_of
 from lightning_attn.tasks import TranslationTask
 from lightning_attn.tasks.base import require_network
-from lightning_attn.tasks.checkpoints import read_checkpoint
+from lightning_attn.training.checkpoints import read_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -30,7 +30,7 @@ def test_a_task_of_one_s_own(run, in_folder):
     run("fit", "-c", DIGITS, *SMALL, "--trainer.max_epochs", 2, "--run.name", "mine")
     run("fit", "-c", DIGITS, *SMALL, "--trainer.max_epochs", 4, "--run.name", "mine", "--ckpt_path", "last")
     path = in_folder / "checkpoints" / "classification" / "mine"
-    run("test", "--ckpt_path", path / "best.ckpt")
+    run("test", "--ckpt_path", path / "best.ckpt", "--trust", "examples")
     accuracy = json.loads((path / "test_metrics.json").read_text())["test/accuracy"]
 
     task = DigitsTask.load(path / "best.ckpt")
@@ -50,8 +50,8 @@ def test_a_task_of_one_s_own_on_two_ranks(run_process, run, in_folder):
     two = ["--trainer.devices", 2, "--trainer.strategy", "ddp"]
     run_process("fit", "-c", DIGITS, *SMALL, "--trainer.max_epochs", 1, *two)
     path = in_folder / "checkpoints" / "classification" / "digits"
-    run("test", "--ckpt_path", path / "last.ckpt")
-    run_process("test", "--ckpt_path", path / "last.ckpt", *two)
+    run("test", "--ckpt_path", path / "last.ckpt", "--trust", "examples")
+    run_process("test", "--ckpt_path", path / "last.ckpt", "--trust", "examples", *two)
     one, other = (json.loads((path / name).read_text()) for name in ("test_metrics.json", "test_metrics-2.json"))
     task, data = DigitsTask.load(path / "last.ckpt"), DigitsDataModule()
     data.setup("test")
@@ -116,7 +116,9 @@ def test_an_overlay_names_a_mechanism_of_one_s_own(run, segmentation_config, in_
     checkpoint = torch.load(in_folder / "checkpoints/segmentation/tiny/last.ckpt", weights_only=True)
     assert any("attention.attention.value_proj" in name for name in checkpoint["state_dict"])
     assert checkpoint["task"]["arguments"]["attention"]["options"] == {"dropout": 0.1}
-    printed = run("validate", "--ckpt_path", in_folder / "checkpoints/segmentation/tiny/last.ckpt")
+    printed = run(
+        "validate", "--ckpt_path", in_folder / "checkpoints/segmentation/tiny/last.ckpt", "--trust", "examples"
+    )
     assert "error" not in printed
 
 

@@ -15,7 +15,7 @@ import torch
 from crashing import Crash, CrashAt
 
 from lightning_attn.loggers import MetricsLogger
-from lightning_attn.tasks.checkpoints import WholeCheckpoints
+from lightning_attn.training.checkpoints import WholeCheckpoints
 
 CONFIGURATIONS = {
     "translation": ("tiny_config", "--model.dropout", "0.1", "--trainer.limit_val_batches", "2"),

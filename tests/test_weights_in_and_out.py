@@ -10,7 +10,7 @@ from torchvision.models import get_model
 
 from lightning_attn.averaging import average_checkpoints
 from lightning_attn.tasks import CheckpointError, DetectionTask, SegmentationTask, TranslationTask
-from lightning_attn.tasks.checkpoints import read_checkpoint
+from lightning_attn.training.checkpoints import read_checkpoint
 
 QUICK = ["--trainer.limit_val_batches", 0, "--run.checkpoint_every_n_steps", 1]
 AVERAGING = ["--trainer.callbacks+", "lightning_attn.callbacks.ExponentialAveraging"]

@@ -14,7 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from datamodules.token_cache import available_cores
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.tasks import BaseTask
-from lightning_attn.tasks.base import constructor_hints
+from lightning_attn.training.trust import argument_types
 
 __all__ = ["check_trainer", "check_values", "trainer_errors"]
 
@@ -36,7 +36,7 @@ def check_values(configuration: Mapping[str, Any]) -> None:
             continue
         module, _, name = section["class_path"].rpartition(".")
         owner = getattr(importlib.import_module(module), name)
-        hints = constructor_hints(owner, tolerant=True)  # the user's classes may have any annotations
+        hints = argument_types(owner)  # the user's classes may have any annotations
         _refuse_nulls(section.get("init_args") or {}, hints, part)
 
 

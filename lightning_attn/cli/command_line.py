@@ -26,19 +26,20 @@ from lightning_attn.callbacks import (
 from lightning_attn.cli.checks import check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.run_options import RunOptions
-from lightning_attn.cli.stored_configuration import value_of, with_stored_configuration
+from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
 from lightning_attn.loggers import MetricsLogger
 from lightning_attn.resuming import LINES_KEY, LastCheckpoint
 from lightning_attn.tasks import BaseTask
-from lightning_attn.tasks.checkpoints import (
+from lightning_attn.training.checkpoints import (
     CheckpointError,
     WholeCheckpoints,
+    count_numbers,
     described_differences,
     read_checkpoint,
 )
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
-_CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
+_CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions", "trust")
 
 _CHECKPOINT_HELP = (
     "Checkpoint: a path, or of the newest run of this name 'last' or 'best'; for fit also 'auto', which is 'last' or, "
@@ -54,8 +55,13 @@ class CommandLine(LightningCLI):
     _stored_name: str | None  # of the run whose configuration the checkpoint gave
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options of the run directory."""
+        """Adds the options of the run directory, and whom to trust."""
         parser.add_class_arguments(RunOptions, "run")
+        parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST_HELP)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let "hyper_parameters" of a checkpoint overrule the command line, and make objects of them.
+        pass
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Also takes what no configuration says from the checkpoint, and checks that before anything is built."""
@@ -96,12 +102,13 @@ class CommandLine(LightningCLI):
         self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
         if checkpoint:
             self.model.checkpoint_path = str(checkpoint)
+            self.model.stored_numbers = count_numbers(stored["state_dict"])
             if self.subcommand != "fit":
                 self.model.use_checkpoint_for_data(self.datamodule, stored)
         self.run_path = self._run_directory(run, checkpoint)
         kwargs["default_root_dir"] = str(self.run_path)
         weights = "averaged" if self.subcommand == "fit" else run.weights
-        kwargs["plugins"] = [*_listed(options["plugins"]), WholeCheckpoints(weights)]
+        kwargs["plugins"] = [*_listed(options["plugins"]), WholeCheckpoints(weights, self.run_path)]
         # Every sampler here knows its rank; a second one around it would share out the data twice.
         kwargs["use_distributed_sampler"] = False
         # Tasks log their arguments themselves, as plain values.
@@ -130,7 +137,7 @@ class CommandLine(LightningCLI):
             kwargs["enable_progress_bar"] = shows_bar
             callbacks.append(TrainingBar() if shows_bar else ProgressLines())
         if training:
-            callbacks.append(TrainingSummary(self.run_path, command_name()))
+            callbacks.append(TrainingSummary(self.run_path, command_name(), needed_trust(configuration)))
         kwargs["callbacks"] = [*given, *callbacks]
         with trainer_errors():
             trainer = super().instantiate_trainer(**kwargs)

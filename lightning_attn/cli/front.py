@@ -88,9 +88,9 @@ def _unknown(given: str) -> str:
 
 def option_values(arguments: Sequence[str], *options: str) -> Iterator[str]:
     """What some options are given."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for place, argument in enumerate(arguments):
         if argument in options:
-            yield following
+            yield "".join(arguments[place + 1 : place + 2])
         for option in options:
             if argument.startswith(f"{option}="):
                 yield argument.removeprefix(f"{option}=")

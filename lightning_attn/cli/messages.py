@@ -46,7 +46,20 @@ def message_of(error: Exception) -> str | None:
             "Another process of this training has died; what it said may stand above. What was saved is whole; go on "
             "with --ckpt_path last."
         )
-    return _essence(text) if _is_ours(error) else None
+    if _is_ours(error):
+        return _essence(text)
+    if _is_of_restoring(error):
+        return (
+            f"The checkpoint cannot be restored; a part of it is damaged, or made by other classes than those of now "
+            f"({type(error).__name__}: {text}). Use another checkpoint of the same run."
+        )
+    return None
+
+
+def _is_of_restoring(error: BaseException) -> bool:
+    """Whether Lightning was putting a checkpoint's states into its objects."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").endswith(".checkpoint_connector") for frame, _ in frames)
 
 
 def has_lost_rank(text: str) -> bool:

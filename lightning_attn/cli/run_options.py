@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lightning_attn.tasks.checkpoints import Weights
+from lightning_attn.training.checkpoints import Weights
 
 _LONGEST_NAME = 200  # bytes; a number may come behind it
 

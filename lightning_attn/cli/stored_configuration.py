@@ -1,17 +1,53 @@
-"""The configuration that a checkpoint holds, put before what the command line says."""
+"""The configuration that a checkpoint holds, put before what the command line says: data, of which nothing runs."""
 
 import contextlib
+import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import pytorch_lightning as pl
 import yaml
+from pytorch_lightning import callbacks, strategies
+from pytorch_lightning.plugins import environments
+from pytorch_lightning.utilities import rank_zero_info
 
+import datamodules
+import lightning_attn.callbacks
+from lightning_attn import tasks
 from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
 from lightning_attn.cli.parser import ConfigurationError
-from lightning_attn.tasks.checkpoints import read_checkpoint
+from lightning_attn.tasks import BaseTask
+from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
+from lightning_attn.training.trust import Trust, TrustError, argument_types, public_classes
 
-__all__ = ["value_of", "with_stored_configuration"]
+__all__ = ["TRUST_HELP", "needed_trust", "trust_of", "value_of", "with_stored_configuration"]
+
+TRUST_HELP = (
+    "A package of yours whose classes a checkpoint may name: task, data, mechanism, callback. Repeat it for more. "
+    "Classes that this call's options or -c files name need no mention."
+)
+
+# Of Lightning's classes, those that compute or watch; none that calls what it is given, or writes where it is told.
+_LIGHTNING_CLASSES = {
+    callbacks: (
+        *("BatchSizeFinder", "DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler"),
+        *("LearningRateFinder", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "RichModelSummary"),
+        *("RichProgressBar", "StochasticWeightAveraging", "Timer", "TQDMProgressBar"),
+    ),
+    strategies: ("DDPStrategy", "FSDPStrategy", "SingleDeviceStrategy"),
+    environments: ("LightningEnvironment", "MPIEnvironment", "SLURMEnvironment", "TorchElasticEnvironment"),
+}
+_OWN_CALLBACKS = ("CheckpointAveraging", "ExponentialAveraging", "ProgressLines", "TrainingBar")
+# Where files are written is a choice of this call, never of a checkpoint.
+_PLACES = {
+    "trainer": ("default_root_dir", "logger", "model_registry", "profiler"),
+    "run": ("root",),
+    "data": ("cache_dir", "download"),
+    "trainer.callbacks": ("dirpath",),
+}
 
 
 @contextlib.contextmanager
@@ -21,13 +57,14 @@ def with_stored_configuration(
     """Puts the configuration in a checkpoint before other arguments, which change it: options and `-c` files alike.
 
     For training it is the run's whole configuration. For evaluation it is model, data and precision, as the hardware
-    may be another.
+    may be another. Places that files are written to are left out.
 
     Yields:
         The arguments, and the name of the run that the configuration is from.
 
     Raises:
         ConfigurationError: If neither the arguments nor the checkpoint say what is to be run.
+        CheckpointError: If the checkpoint is damaged, or names a class that is not to be trusted.
     """
     subcommand = next((argument for argument in arguments if argument in subcommands), None)
     configured = value_of("-c", arguments) or value_of("--config", arguments)
@@ -43,17 +80,142 @@ def with_stored_configuration(
             return
         found = "means the newest of a run" if is_word else "holds no configuration of a run"
         raise ConfigurationError(f"ckpt_path: {checkpoint!r} {found}. Give the configuration: -c FILE.")
-    values = run["configuration"]
-    if subcommand != "fit":
-        values = {name: values[name] for name in ("seed_everything", "model", "data")} | {
-            "trainer": {"precision": values["trainer"]["precision"]}
-        }
-    values = values | {"run": values.get("run", {}) | {"name": ""}}
+    try:
+        values = _allowed(run["configuration"], subcommand, trust_of(arguments))
+    except TrustError as error:
+        raise CheckpointError(f"{checkpoint} {error}.") from error
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
         file.flush()
         begin = arguments.index(subcommand) + 1
         yield [*arguments[:begin], "--config", file.name, *arguments[begin:]], str(run.get("name", ""))
+
+
+def trust_of(arguments: Sequence[str]) -> Trust:
+    """Which classes a checkpoint of this call may name."""
+    listed = public_classes((tasks,), BaseTask) | public_classes((datamodules,), pl.LightningDataModule)
+    own = {name: getattr(lightning_attn.callbacks, name) for name in _OWN_CALLBACKS}
+    for name, one in own.items():
+        listed |= dict.fromkeys((name, f"{one.__module__}.{name}"), one)
+    for module, names in _LIGHTNING_CLASSES.items():
+        for name in names:
+            one = getattr(module, name)
+            listed |= dict.fromkeys((name, f"{module.__name__}.{name}", f"{one.__module__}.{one.__qualname__}"), one)
+    return Trust(listed, tuple(option_values(arguments, "--trust")), frozenset(_words(arguments)))
+
+
+def needed_trust(configuration: dict[str, Any]) -> list[str]:
+    """The packages of the user's own that a checkpoint with this configuration is evaluated with."""
+    packages: list[str] = []
+    while True:
+        try:
+            _allowed(configuration, "test", trust_of([f"--trust={package}" for package in packages]))
+        except TrustError as error:
+            if not error.package or error.package in packages:
+                return packages
+            packages.append(error.package)
+        else:
+            return packages
+
+
+def _words(arguments: Sequence[str]) -> Iterator[str]:
+    """Every word of this call: of its options, and of its configuration files."""
+    for argument in arguments:
+        yield from re.split(r"[=\s]", argument)
+    for path in option_values(arguments, "-c", "--config"):
+        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+            yield from _texts(yaml.safe_load(text))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            pending += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            pending += one
+
+
+def _allowed(stored: dict[str, Any], subcommand: str, trust: Trust) -> dict[str, Any]:
+    """What a call takes from a stored configuration.
+
+    Raises:
+        TrustError: If a part is not what belongs there, or could become an object of a class that is not allowed.
+    """
+    seed = stored.get("seed_everything", 0)
+    if seed is not None and not isinstance(seed, bool | int):
+        raise TrustError(f"is damaged: seed_everything is {str(seed)[:40]!r}")
+    model, data, trainer, run = (_section(stored, name) for name in ("model", "data", "trainer", "run"))
+    for name, section, base in (("model", model, BaseTask), ("data", data, pl.LightningDataModule)):
+        if not isinstance(section.get("class_path"), str):
+            raise TrustError(f"is damaged: its configuration names no class of {name}")
+        trust.require_value(section, base, name)
+    arguments = data.get("init_args") or {}
+    if subcommand == "fit":
+        hints = argument_types(pl.Trainer)
+        trainer = {name: trainer[name] for name in trainer.keys() & hints.keys()}
+        _say_left_out("trainer", trainer)
+        _say_left_out("data", arguments)
+        trainer["callbacks"] = _callbacks(trainer.get("callbacks"))
+    else:
+        hints = {"precision": str}
+        trainer = {"precision": trainer.get("precision")}
+    trainer = _without_places("trainer", trainer)
+    for name, value in trainer.items():
+        trust.require_value(value, hints[name], f"trainer.{name}")
+    trust.require_value(run, str, "run")
+    return {
+        "seed_everything": seed,
+        "model": model,
+        "data": data | {"init_args": _without_places("data", arguments)},
+        "trainer": trainer,
+        "run": _without_places("run", run) | {"name": ""},
+    }
+
+
+def _section(stored: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = stored.get(name) or {}
+    if not isinstance(section, dict):
+        raise TrustError(f"is damaged: {name} of its configuration is no section of options")
+    return section
+
+
+def _without_places(part: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the places that they would write to."""
+    return {
+        name: value for name, value in options.items() if name not in _PLACES[part.partition("[")[0]] or value is False
+    }
+
+
+def _say_left_out(part: str, options: Mapping[str, Any]) -> None:
+    for name in _PLACES[part.partition("[")[0]]:
+        value = options.get(name)
+        if value and not (name == "logger" and value is True):
+            rank_zero_info(
+                f"{part}.{name} of the checkpoint is not taken, since this call decides where files are written; it "
+                f"was {str(value)[:200]!r}. To have it again, give it as an option or by -c."
+            )
+
+
+def _callbacks(stored: Any) -> list[Any] | None:
+    """Callbacks that write nowhere else than into the run directory."""
+    kept: list[Any] = []
+    for place, one in enumerate(stored if isinstance(stored, list) else [stored] if stored is not None else []):
+        arguments = one.get("init_args") if isinstance(one, dict) else None
+        if not isinstance(arguments, dict):
+            kept.append(one)
+            continue
+        key = f"trainer.callbacks[{place}]"
+        filename = arguments.get("filename")
+        if isinstance(filename, str) and (filename.startswith(("/", "~")) or ".." in filename.split("/")):
+            raise TrustError(f"names {filename[:80]!r} ({key}.filename), which is outside of the run directory")
+        _say_left_out(key, arguments)
+        kept.append(one | {"init_args": _without_places(key, arguments)})
+    return kept or None
 
 
 def value_of(option: str, arguments: list[str]) -> str | None:

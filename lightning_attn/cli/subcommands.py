@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytorch_lightning as pl
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_attn import run_directory
@@ -19,10 +18,11 @@ from lightning_attn.cli.command_line import CommandLine
 from lightning_attn.cli.comparison import compare_runs
 from lightning_attn.cli.messages import configure_messages, has_lost_rank, message_of
 from lightning_attn.cli.parser import Parser
+from lightning_attn.cli.stored_configuration import TRUST_HELP
 from lightning_attn.export import ExportFormat, export_checkpoint
 from lightning_attn.resuming import TrainingStopped
 from lightning_attn.tasks import BaseTask
-from lightning_attn.tasks.checkpoints import Weights
+from lightning_attn.training.checkpoints import Weights
 
 
 def run(arguments: list[str]) -> None:
@@ -68,7 +68,7 @@ def _run(arguments: list[str]) -> None:
         if run_directory.is_rank_zero():
             print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None
-    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError, MisconfigurationException) as error:
+    except Exception as error:
         message = message_of(error)
         if message is None:
             raise
@@ -113,10 +113,11 @@ def _export(arguments: list[str]) -> None:
         metavar=("HEIGHT", "WIDTH"),
         help="of the images that a program is for (those that the data was resized to)",
     )
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST_HELP)
     options = parser.parse_args(arguments)
     size = None if options.size is None else (options.size[0], options.size[1])
     weights, *programs = export_checkpoint(
-        options.ckpt_path, options.output, options.weights, format=options.format, size=size
+        options.ckpt_path, options.output, options.weights, format=options.format, size=size, trust=options.trust
     )
     rank_zero_info(f"The model was written to {weights} and {weights.with_suffix('.json').name}")
     for path in programs:

@@ -1,11 +1,11 @@
 """LightningModules: one for each task, wiring networks, losses, metrics and files together."""
 
 from lightning_attn.tasks.base import BaseTask
-from lightning_attn.tasks.checkpoints import CheckpointError
 from lightning_attn.tasks.detection import DetectionTask
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.tasks.segmentation import SegmentationTask
 from lightning_attn.tasks.translation import TranslationTask
+from lightning_attn.training.checkpoints import CheckpointError
 
 __all__ = [
     "BaseTask",

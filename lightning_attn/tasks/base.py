@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-import importlib
-import inspect
 import time
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -25,7 +22,10 @@ from torch.optim import Optimizer
 from lightning_attn.metrics import WeightedMean
 from lightning_attn.programs import Program
 from lightning_attn.resuming import ExactResume
-from lightning_attn.tasks.checkpoints import (
+from lightning_attn.tasks.finite_updates import FiniteUpdates
+from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec, gradient_scaler, gradients_of
+from lightning_attn.tasks.sample_means import SampleMeans
+from lightning_attn.training.checkpoints import (
     CHECKPOINT_KEY,
     FORMAT,
     FORMAT_KEY,
@@ -33,14 +33,13 @@ from lightning_attn.tasks.checkpoints import (
     OutputRows,
     Weights,
     choose_weights,
+    count_numbers,
     described_differences,
     described_mismatches,
     read_checkpoint,
     stored_task,
 )
-from lightning_attn.tasks.finite_updates import FiniteUpdates
-from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec, gradient_scaler, gradients_of
-from lightning_attn.tasks.sample_means import SampleMeans
+from lightning_attn.training.trust import Trust, TrustError, argument_types
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -68,6 +67,7 @@ class BaseTask(pl.LightningModule):
         precisions: The Trainer's precisions that the task can be run in.
         checkpoint_path: The checkpoint that the command was given, if any: what the data does not say is found there
             before Lightning loads the weights.
+        stored_numbers: How many numbers the weights of that checkpoint are.
         sample_means: What `log_samples` was given in the current pass, by name.
         fresh_optimizer_groups: Options of the optimizer's groups before a checkpoint was loaded over them.
     """
@@ -79,6 +79,7 @@ class BaseTask(pl.LightningModule):
     outputs_word: ClassVar[str] = "outputs"
     precisions: ClassVar[tuple[str, ...]] = ("32-true", "bf16-mixed", "16-mixed")
     checkpoint_path: str = ""
+    stored_numbers: int | None = None
 
     def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ class BaseTask(pl.LightningModule):
         checkpoint[FORMAT_KEY] = FORMAT
         checkpoint[CHECKPOINT_KEY] = {
             "name": self.task_name,
-            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+            "class_path": _import_path(type(self)),
             "arguments": self._arguments,
         }
 
@@ -211,31 +212,35 @@ class BaseTask(pl.LightningModule):
             rank_zero_info(f"Settings that differ from the checkpoint's; the current ones are used:{described}")
 
     @classmethod
-    def load(cls, path: str | Path, *, weights: Weights = "averaged", **overrides: Any) -> Self:
+    def load(
+        cls, path: str | Path, *, weights: Weights = "averaged", trust: Sequence[str] = (), **overrides: Any
+    ) -> Self:
         """A task from a checkpoint alone, in evaluation mode, on the CPU.
 
         Args:
             path: A checkpoint that a run left behind.
             weights: Of a run that averages, the average or the "current" weights.
+            trust: Packages other than lightning_attn whose classes the checkpoint may name: the task's, or that of an
+                attention of your own. The class that `load` is called on is trusted.
             **overrides: Constructor arguments to change.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If it is damaged, not ours, or holds another task.
+            CheckpointError: If it is damaged, not ours, holds another task, or names a class that is not trusted.
         """
         checkpoint = read_checkpoint(path)
         stored = stored_task(checkpoint, path)
-        module, _, name = stored["class_path"].rpartition(".")
+        if isinstance(trust, str):
+            raise TypeError(f"trust must be a sequence of packages, such as ({trust!r},), got {trust!r}.")
+        trusted = Trust(_own_classes() | {_import_path(cls): cls}, tuple(trust))
         try:
-            stored_class = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path} holds a {stored['class_path']}, which cannot be imported ({error}). Install its package, or "
-                "start Python in the folder that has the file, or with that folder in PYTHONPATH."
-            ) from error
-        if not (inspect.isclass(stored_class) and issubclass(stored_class, cls)):
-            raise CheckpointError(f"{path} holds a {stored['class_path']}, which is not a {cls.__name__}.")
+            stored_class = trusted.resolve(stored["class_path"], cls, "task.class_path")
+            trusted.require_values(stored["arguments"], stored_class, "task.arguments")
+        except TrustError as error:
+            raise CheckpointError(f"{path} {error}.") from error
+        numbers = count_numbers(checkpoint["state_dict"])
         task: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides))
+        task.stored_numbers = numbers
         choose_weights(checkpoint, weights, path)
         task.on_load_checkpoint_alone(checkpoint)
         if not task.state_dict() and checkpoint["state_dict"]:
@@ -255,6 +260,27 @@ class BaseTask(pl.LightningModule):
         if args:
             raise TypeError("load_from_checkpoint: pass constructor arguments by keyword.")
         return cls.load(checkpoint_path, **kwargs)
+
+    def require_size(self, build: Callable[[], nn.Module]) -> None:
+        """Refuses a network far larger than the weights of the checkpoint that it is for, before memory is taken.
+
+        Args:
+            build: Makes the network; called where its tensors have no data.
+
+        Raises:
+            CheckpointError: If the settings beside the weights are of another network.
+        """
+        if self.stored_numbers is None:
+            return
+        with torch.device("meta"):
+            number = sum(value.numel() for value in build().state_dict().values())
+        if (
+            number > 4 * self.stored_numbers + 1_000_000
+        ):  # the rest is for `on_load_checkpoint`, which names what differs
+            raise CheckpointError(
+                f"The checkpoint's weights do not fit the network: they are {self.stored_numbers:,} numbers, and with "
+                f"these settings it has {number:,}. Use the settings that it was trained with, or another checkpoint."
+            )
 
     def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
         """Hands the data of an evaluation what only the checkpoint may know; before the data is set up."""
@@ -426,30 +452,36 @@ def plain_value(name: str, value: Any) -> Any:
         return [plain_value(f"{name}[{i}]", item) for i, item in enumerate(value)]
     if isinstance(value, dict):
         return {key: plain_value(f"{name}[{key!r}]", item) for key, item in value.items()}
+    if hasattr(value, "class_path"):
+        raise TypeError(
+            f"Argument {name!r} of a task is a description of an object ({value.class_path}), and no object is made of "
+            "one there. Use plain values."
+        )
     raise TypeError(
         f"Argument {name!r} of a task is a {type(value).__name__}, which a checkpoint cannot hold safely. "
         "Use plain values or a dataclass of plain values."
     )
 
 
-def constructor_hints(owner: type, *, tolerant: bool = False) -> dict[str, Any]:
-    """The annotated types of a constructor's arguments; a subclass may pass arguments on as **arguments.
+def _import_path(owner: type) -> str:
+    return f"{owner.__module__}.{owner.__qualname__}"
 
-    Args:
-        owner: The class.
-        tolerant: Whether annotations that cannot be resolved are passed over.
-    """
-    hints: dict[str, Any] = {}
-    for ancestor in reversed(owner.__mro__):
-        if "__init__" in vars(ancestor):
-            with contextlib.suppress(*((NameError, TypeError) if tolerant else ())):
-                hints |= typing.get_type_hints(vars(ancestor)["__init__"])
-    return hints
+
+def _own_classes() -> dict[str, type]:
+    """The tasks of this project by import path."""
+    found: dict[str, type] = {}
+    pending: list[type] = [BaseTask]
+    while pending:
+        one = pending.pop()
+        pending += one.__subclasses__()
+        if one.__module__.startswith("lightning_attn."):
+            found[_import_path(one)] = one
+    return found
 
 
 def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """Turns the plain values of a checkpoint into the dataclasses that the constructor is annotated with."""
-    hints = constructor_hints(task_class)
+    hints = argument_types(task_class, tolerant=False)
     typed = {}
     for name, value in arguments.items():
         hint = hints.get(name)

@@ -30,11 +30,11 @@ from lightning_attn.networks.detector_weights import is_torchvision_detector, re
 from lightning_attn.networks.images.detection_inference import DetectionInferenceSpec, detect
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.programs import Program
-from lightning_attn.tasks.checkpoints import CheckpointError, OutputRows
 from lightning_attn.tasks.detection_files import write_analysis, write_detections
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.tasks.prediction_files import PartialResults
+from lightning_attn.training.checkpoints import CheckpointError, OutputRows
 from lightning_attn.visualization.detection import draw_detection_errors, draw_detections, draw_detections_beside_truth
 from lightning_attn.visualization.pictures import Picture, save_picture
 

@@ -11,8 +11,8 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_attn.tasks.checkpoints import read_checkpoint
 from lightning_attn.tasks.optimization import gradient_scaler, gradients_of
+from lightning_attn.training.checkpoints import read_checkpoint
 
 _Batch = tuple[str, Any, list[str], Tensor]
 """Which batch, its sample ids, names of the samples where they have some, and its loss."""

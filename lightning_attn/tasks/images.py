@@ -23,8 +23,9 @@ from lightning_attn.files import unused_path, write_json, write_table
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.tasks.base import BaseTask, evaluating, require_network
-from lightning_attn.tasks.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
+from lightning_attn.training.contents import require_plain
 from lightning_attn.visualization.pictures import Picture, save_picture
 
 
@@ -143,6 +144,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     def _build(self, classes: ClassesType, backbone: ResNetSpec) -> None:
         self.classes = classes
+        self.require_size(lambda: self.build_network(len(classes.names), _without_weights(self.backbone)))
         self.network = self.build_network(len(classes.names), backbone)
 
     @property
@@ -209,7 +211,14 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             raise CheckpointError(
                 f"The checkpoint holds no {self.classes_word}: it was not written by a {type(self).__name__}."
             )
-        classes: ClassesType = self.classes_type(**{name: _tuples(values) for name, values in stored.items()})
+        try:
+            require_plain(self.classes_word, stored)
+            classes: ClassesType = self.classes_type(**{name: _tuples(values) for name, values in stored.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"The checkpoint is damaged: its {self.classes_word} are not names and ids ({error}). Use another "
+                "checkpoint of the same run."
+            ) from error
         return classes
 
     def _described(self, classes: ClassesType) -> str:

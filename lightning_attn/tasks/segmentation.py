@@ -23,9 +23,9 @@ from lightning_attn.networks.resnet import ResNetSpec
 from lightning_attn.networks.segmentation import Segmenter, SegmenterProgram, SegmenterSpec
 from lightning_attn.networks.segmentation_inference import InferenceSpec, segment
 from lightning_attn.programs import Program
-from lightning_attn.tasks.checkpoints import OutputRows
 from lightning_attn.tasks.images import ImageTask, number_or_none
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
+from lightning_attn.training.checkpoints import OutputRows
 from lightning_attn.visualization.pictures import Picture
 from lightning_attn.visualization.segmentation import draw_segmentation, draw_segmentation_beside_truth
 

@@ -23,9 +23,9 @@ from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, b
 from lightning_attn.networks.transformer import DecoderProgram, EncoderProgram, NormPosition, Transformer
 from lightning_attn.programs import Program
 from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
-from lightning_attn.tasks.checkpoints import CheckpointError, OutputRows
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.tasks.prediction_files import PartialResults
+from lightning_attn.training.checkpoints import CheckpointError, OutputRows
 from lightning_attn.visualization import draw_translation_attention
 
 VOCABULARY_KEY = "vocabulary"
@@ -121,8 +121,12 @@ class TranslationTask(TokenMeanTask):
             self._build(self.trainer.datamodule.vocabulary)  # type: ignore[attr-defined]
 
     def _build(self, vocabulary: Vocabulary) -> None:
+        def build() -> Transformer:
+            return Transformer(vocabulary_size=vocabulary.size, pad_id=vocabulary.pad_id, **self.network_arguments)
+
         self.vocabulary = vocabulary
-        self.network = Transformer(vocabulary_size=vocabulary.size, pad_id=vocabulary.pad_id, **self.network_arguments)
+        self.require_size(build)
+        self.network = build()
 
     @property
     def built_network(self) -> Transformer:
@@ -427,7 +431,10 @@ class TranslationTask(TokenMeanTask):
 def _stored_vocabulary(checkpoint: dict[str, Any]) -> Vocabulary:
     if VOCABULARY_KEY not in checkpoint:
         raise CheckpointError("The checkpoint holds no vocabulary: it was not written by a TranslationTask.")
-    return Vocabulary(checkpoint[VOCABULARY_KEY].numpy().tobytes())
+    stored = checkpoint[VOCABULARY_KEY]
+    if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.ndim != 1:
+        raise CheckpointError("The checkpoint is damaged: its vocabulary is no bytes. Use another one of the same run.")
+    return Vocabulary(stored.numpy().tobytes())
 
 
 def _print_examples(texts: list[tuple[str, str, str]]) -> None:

@@ -1,10 +1,7 @@
 """Reading checkpoints safely, with errors that say what is wrong with them, and writing them whole or not at all."""
 
 import dataclasses
-import functools
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +14,9 @@ from torch import Tensor, nn
 
 from lightning_attn.files import write_file, write_json
 from lightning_attn.networks.weights import COUNTER, names_added_by_attention
+from lightning_attn.training.archives import ArchiveError, read_archive
+from lightning_attn.training.callback_states import placed_in, relative_to
+from lightning_attn.training.contents import ContentsError, require_contents
 
 CHECKPOINT_KEY = "task"
 FORMAT_KEY, FORMAT = "format", 1
@@ -55,6 +55,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         why = "; best.ckpt is there after a validation" if path.name == "best.ckpt" and others else ""
         raise FileNotFoundError(f"There is no checkpoint at {path}; {there}{why}.")
     checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_archive(path)
+    try:
+        require_contents(checkpoint)
+    except ContentsError as error:
+        raise CheckpointError(f"{path} {error}. Use another checkpoint of the same run.") from error
     found = checkpoint.get(FORMAT_KEY, FORMAT)
     if found != FORMAT:
         raise CheckpointError(
@@ -66,43 +70,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _read_archive(path: Path) -> dict[str, Any]:
     """A file as torch writes it."""
-    if not zipfile.is_zipfile(path):
-        # The directory of the archive stands at the end of the file: a file that was cut short has none.
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole checkpoint: it was cut short or is something else. "
-            "Use another checkpoint of the same run."
-        )
-    status = path.stat()
-    damaged = _damaged_part(path, status.st_ino, status.st_size, status.st_mtime_ns)
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged ({damaged}). Use another checkpoint of the same run.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds objects other than tensors and plain values, which could run code when loaded. "
-            f"Nothing was run. Do not use it if you do not know who made it. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Use another checkpoint of the same run.") from error
+        checkpoint = read_archive(path)
+    except ArchiveError as error:
+        advice = "" if str(error).endswith(".") else ". Use another checkpoint of the same run."
+        raise CheckpointError(f"{path} {error}{advice}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint: it has no 'state_dict'.")
-    weights = checkpoint["state_dict"]
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise CheckpointError(f"{path} is no checkpoint of a network: its 'state_dict' is not tensors by name.")
     return checkpoint
-
-
-@functools.lru_cache(maxsize=16)
-def _damaged_part(path: Path, *status: int) -> str | None:
-    """Compares an archive's contents with its checksums, which torch does not; once for each state of a file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system could not read it
-        return str(error)  # of whichever decompressor a damaged directory names
 
 
 def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
@@ -133,7 +108,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}. Export it again.") from error
     try:
         rest = json.loads(described.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{described} is damaged: {error}. Export it again.") from error
     if not isinstance(rest, dict):
         raise CheckpointError(f"{described} holds no object; export it again.")
@@ -159,6 +134,11 @@ def stored_task(checkpoint: dict[str, Any], what: str | Path) -> dict[str, Any]:
     if not isinstance(task, dict) or not all(isinstance(task.get(name), kind) for name, kind in kinds.items()):
         raise CheckpointError(f"{what} is damaged: what it says of its task is not a name, a class and its arguments.")
     return task
+
+
+def count_numbers(weights: Mapping[str, Tensor]) -> int:
+    """How many numbers some weights are."""
+    return sum(value.numel() for value in weights.values())
 
 
 def choose_weights(checkpoint: dict[str, Any], weights: Weights, path: str | Path) -> None:
@@ -327,12 +307,15 @@ class WholeCheckpoints(CheckpointIO):
     written, one of the two is there. (Lightning's own way moves it from the system's temporary folder, which is a copy
     if that is another disk.) It is read by `read_checkpoint`, whatever Lightning is asked for.
 
+    Paths in states of callbacks are written relative to the run directory, and read relative to that of the checkpoint.
+
     Args:
         weights: Which weights are taken from a checkpoint that is read.
+        directory: The run directory.
     """
 
-    def __init__(self, weights: Weights = "averaged") -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights = "averaged", directory: Path | None = None) -> None:
+        self.weights, self.directory = weights, directory
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Writes a checkpoint.
@@ -340,6 +323,8 @@ class WholeCheckpoints(CheckpointIO):
         Raises:
             OSError: If it cannot be written; the older one is still there.
         """
+        if self.directory is not None and "callbacks" in checkpoint:
+            checkpoint = checkpoint | {"callbacks": relative_to(checkpoint["callbacks"], self.directory)}
         try:
             write_file(Path(path), lambda file: torch.save(checkpoint, file), replace=True)
         except RuntimeError as error:
@@ -356,11 +341,19 @@ class WholeCheckpoints(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Reads a checkpoint onto the CPU; see `read_checkpoint`."""
+        """Reads a checkpoint onto the CPU; see `read_checkpoint`.
+
+        Raises:
+            CheckpointError: Also if a state of a callback names files outside of the checkpoint's directory.
+        """
         checkpoint = read_checkpoint(path)
         choose_weights(checkpoint, self.weights, path)
-        return checkpoint
+        try:
+            return checkpoint | {"callbacks": placed_in(checkpoint.get("callbacks", {}), Path(path).parent)}
+        except ContentsError as error:
+            raise CheckpointError(f"{path} {error}. Use another checkpoint of the same run.") from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes a file."""
-        Path(path).unlink(missing_ok=True)
+        """Removes a checkpoint; nothing else, whatever a state of a callback may name."""
+        if Path(path).suffix == ".ckpt":
+            Path(path).unlink(missing_ok=True)

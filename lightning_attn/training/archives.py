@@ -1,0 +1,163 @@
+"""Reading files of `torch.save` that may come from anybody: sizes and contents are checked before memory is taken."""
+
+import functools
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ArchiveError", "plain_tensor_fault", "read_archive", "tensors_in"]
+
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: lengths of its name and of what else stands before its data
+_MOST_RECORDS = 1_000_000
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+_DEEPEST = 100
+_PLAIN = (bool, int, float, str, bytes, torch.Size, torch.dtype)
+
+
+class ArchiveError(ValueError):
+    """A file that is no sound archive of tensors and plain values; the message goes on after the file's name."""
+
+
+def read_archive(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU, its tensors mapped from the file; no code in it is run.
+
+    Raises:
+        ArchiveError: If the file is cut short, damaged, compressed, claims to hold more than it does, or holds anything
+            else than tensors of ordinary numbers and plain values.
+        OSError: If the system cannot read it.
+    """
+    if not zipfile.is_zipfile(path):
+        # The directory of the archive stands at the end of the file: a file that was cut short has none.
+        size = path.stat().st_size
+        raise ArchiveError(f"({size} bytes) is not a whole checkpoint: it was cut short or is something else")
+    status = path.stat()
+    records = _records(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    try:
+        # Without data first: where each tensor's data would lie in the file, and how much of it there would be.
+        places = []
+        for key, tensor in tensors_in(torch.load(path, map_location="meta", weights_only=True)):
+            storage = tensor.untyped_storage()
+            place: int = getattr(storage, "_checkpoint_offset", -1)
+            if place not in records:
+                raise ArchiveError(f"is no archive as torch writes it: {key} is not where it should be")
+            there = records[place]
+            if storage.nbytes() > there:
+                raise ArchiveError(f"is damaged: of {key} it holds {there:,} bytes, and not {storage.nbytes():,}")
+            places.append(place)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _require_places(contents, places)
+    except pickle.UnpicklingError as error:
+        raise ArchiveError(
+            "holds objects other than tensors and plain values, which could run code when loaded. Nothing was run. "
+            f"Do not use it if you do not know who made it ({str(error).splitlines()[0].rstrip('.')})."
+        ) from error
+    except ArchiveError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise ArchiveError(f"is damaged: {error}") from error
+    except NotImplementedError as error:
+        raise ArchiveError("is damaged: a tensor in it is sparse, quantised or without data") from error
+    except Exception as error:  # of the many that a damaged pickle can end in
+        raise ArchiveError(f"is damaged: {type(error).__name__}: {error}") from error
+    for key, tensor in tensors_in(contents):
+        fault = plain_tensor_fault(tensor)
+        if fault is not None:
+            raise ArchiveError(f"is damaged: {key} {fault}")
+    return contents
+
+
+def _require_places(contents: Any, places: list[int]) -> None:
+    """Refuses tensors that came from elsewhere in the file than was said before: all lie as far apart as there."""
+    starts = [tensor.untyped_storage() for _, tensor in tensors_in(contents)]
+    begins = {storage.data_ptr() - place for storage, place in zip(starts, places, strict=True) if storage.nbytes() > 0}
+    if len(begins) > 1:
+        raise ArchiveError("is damaged: its tensors are not where its directory says")
+
+
+@functools.lru_cache(maxsize=16)
+def _records(path: Path, *status: int) -> dict[int, int]:
+    """Where the data of each record of an archive begins, and its size; once for each state of a file.
+
+    Compares contents with their checksums, which torch does not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            records: dict[int, int] = {}
+            names: set[str] = set()
+            for record in archive.infolist():
+                # A compressed record may be a thousand times as large as the file, and torch writes none.
+                if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                    raise ArchiveError(f"is damaged: {record.filename!r} in it is compressed")
+                if record.filename in names or len(names) > _MOST_RECORDS:
+                    raise ArchiveError(f"is damaged: {record.filename!r} is in it twice, or there are too many")
+                names.add(record.filename)
+                file.seek(record.header_offset)
+                begin = record.header_offset + 30 + sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)))
+                records[begin] = record.file_size
+            end = 0
+            for begin in sorted(records):
+                if begin < end:
+                    raise ArchiveError("is damaged: parts of it overlap")
+                end = begin + records[begin]
+            if end > path.stat().st_size:
+                raise ArchiveError("is damaged: it is shorter than what it should hold")
+            damaged = archive.testzip()
+    except ArchiveError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system could not read it
+        raise ArchiveError(f"is damaged ({error})") from error
+    if damaged is not None:
+        raise ArchiveError(f"is damaged ({damaged})")
+    return records
+
+
+def tensors_in(contents: Any) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested containers, each container looked at once, with where they stand.
+
+    Raises:
+        ArchiveError: If there is anything else than tensors, containers and plain values, or it is nested too deeply.
+    """
+    seen: set[int] = set()
+    pending: list[tuple[Any, str, int]] = [(contents, "", 0)]
+    while pending:
+        value, key, depth = pending.pop()
+        if isinstance(value, Tensor):
+            yield key, value
+        elif isinstance(value, dict | list | tuple | set) and not isinstance(value, torch.Size):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if depth > _DEEPEST:
+                raise ArchiveError(f"is damaged: {key[:80]}... is nested more than {_DEEPEST} deep")
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            pending += [(item, f"{key}.{name}" if key else str(name), depth + 1) for name, item in items]
+        elif value is not None and not isinstance(value, _PLAIN):
+            raise ArchiveError(f"is damaged: {key} is a {type(value).__name__}")
+
+
+def plain_tensor_fault(tensor: Tensor) -> str | None:
+    """Why a tensor is none of a checkpoint of ours: sparse, quantised, without data, of other numbers, overlapping."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return f"is no dense tensor ({'quantised' if tensor.is_quantized else tensor.layout})"
+    if tensor.dtype not in _DTYPES:
+        return f"has the type {tensor.dtype}, which no checkpoint has"
+    if tensor.is_meta:
+        return "has no data"
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return f"claims {tensor.numel():,} numbers, more than there are"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"claims {tensor.numel():,} numbers, more than there are"
+    return None

@@ -1,0 +1,222 @@
+"""What may stand under each key of a checkpoint, and what a training that goes on may take from it."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["ContentsError", "require_contents", "require_optimizer_state", "require_plain", "require_same_structure"]
+
+_MOST_VALUES = 100_000
+_DEEPEST = 40
+_LARGEST = 1 << 53
+# Of optimizers of torch, by the name in their state: what has the shape of its parameter.
+_LIKE_PARAMETER = (
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"),
+    *("acc_delta", "sum", "ax", "prev", "step_size"),
+)
+
+
+class ContentsError(ValueError):
+    """Something of a checkpoint is not what belongs there; the message goes on after the file's name."""
+
+
+def require_contents(checkpoint: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of which a part is not of its kind; what a part means is its reader's to check.
+
+    Raises:
+        ContentsError: Names the key.
+    """
+    _require_weights("state_dict", checkpoint["state_dict"])
+    for key in ("current_model_state", "averaging_state"):
+        if key in checkpoint:
+            _require_weights(key, checkpoint[key])
+    if "current_model_state" in checkpoint:
+        require_same_structure("current_model_state", checkpoint["current_model_state"], checkpoint["state_dict"])
+    for key in ("global_step", "epoch", "metrics_lines"):
+        if key in checkpoint:
+            _require_count(key, checkpoint[key])
+    for key, kind in (("loops", dict), ("callbacks", dict), ("optimizer_states", list), ("lr_schedulers", list)):
+        if not isinstance(checkpoint.get(key, kind()), kind):
+            raise ContentsError(f"is damaged: {key} is no {kind.__name__}")
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if not isinstance(name, str) or not isinstance(state, dict):
+            raise ContentsError(f"is damaged: callbacks.{name} is no state of a callback")
+    version = checkpoint.get("pytorch-lightning_version", "2.0.0")
+    if not isinstance(version, str) or not re.fullmatch(r"[2-9]\.\d+(\.\d+)?[\w.+-]*", version):
+        raise ContentsError(f"is of PyTorch Lightning {str(version)[:40]!r}, whose checkpoints cannot be read")
+    _require_random_streams(checkpoint.get("random_streams", []))
+    run = checkpoint.get("run")
+    if run is not None:
+        require_plain("run", run)
+        configuration = run.get("configuration", {}) if isinstance(run, dict) else None
+        if not isinstance(configuration, dict) or not isinstance(run.get("name", ""), str):
+            raise ContentsError("is damaged: run is not a name and a configuration")
+    if "task" in checkpoint:
+        require_plain("task", checkpoint["task"])
+
+
+def _require_weights(key: str, weights: Any) -> None:
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
+        raise ContentsError(f"is no checkpoint of a network: its {key!r} is not tensors by name")
+
+
+def _require_count(key: str, value: Any) -> None:
+    if type(value) is not int or not 0 <= value < _LARGEST:
+        raise ContentsError(f"is damaged: {key} is {str(value)[:40]!r} and not a number of times")
+
+
+def require_plain(key: str, value: Any) -> None:
+    """Refuses what is not dictionaries, lists, numbers, texts and null, or is far more than a configuration.
+
+    What stands in it several times counts as often: 60 lists that each hold the next one twice are 2^60 lists.
+
+    Raises:
+        ContentsError: Names the key.
+    """
+    number = 0
+    pending: list[tuple[str, Any, int]] = [(key, value, 0)]
+    while pending:
+        name, one, depth = pending.pop()
+        number += 1
+        if number > _MOST_VALUES or depth > _DEEPEST:
+            what = f"nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"more than {_MOST_VALUES:,} values"
+            raise ContentsError(f"is damaged: {key} holds {what}, which is no configuration ({name[:80]})")
+        if isinstance(one, dict):
+            wrong = next((item for item in one if type(item) not in (str, int, bool, float, type(None))), None)
+            if wrong is not None:
+                raise ContentsError(f"is damaged: {name[:80]} has a {type(wrong).__name__} for a name")
+            pending += [(f"{name}.{item}", inner, depth + 1) for item, inner in one.items()]
+        elif isinstance(one, list | tuple):
+            pending += [(f"{name}[{place}]", inner, depth + 1) for place, inner in enumerate(one)]
+        elif one is not None and type(one) not in (bool, int, float, str):
+            raise ContentsError(f"is damaged: {name[:80]} is a {type(one).__name__}, and no plain value")
+
+
+def require_same_structure(key: str, stored: Any, current: Any) -> None:
+    """Refuses a state whose names, kinds, shapes or lengths are not those of the state that it is put into.
+
+    Counts and numbers must be finite, and counts not below zero.
+
+    Args:
+        key: Of the stored state, for messages.
+        stored: Of a checkpoint.
+        current: The state of the same object now.
+
+    Raises:
+        ContentsError: Names the key.
+    """
+    if isinstance(current, dict):
+        if not isinstance(stored, dict) or stored.keys() != current.keys():
+            here = sorted(map(str, stored)) if isinstance(stored, dict) else type(stored).__name__
+            raise ContentsError(f"is damaged: {key} holds {str(here)[:200]}, and not {sorted(map(str, current))}")
+        for name, value in current.items():
+            require_same_structure(f"{key}.{name}", stored[name], value)
+    elif isinstance(current, Tensor):
+        if not isinstance(stored, Tensor) or stored.shape != current.shape:
+            found = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
+            raise ContentsError(f"is damaged: {key} is {found}, and not {tuple(current.shape)}")
+    elif isinstance(current, list | tuple):
+        if not isinstance(stored, list | tuple) or len(stored) != len(current):
+            raise ContentsError(f"is damaged: {key} has not {len(current)} entries")
+        for place, value in enumerate(current):
+            require_same_structure(f"{key}[{place}]", stored[place], value)
+    elif isinstance(current, bool) or not isinstance(current, int | float):
+        if current is not None and type(stored) is not type(current):
+            raise ContentsError(f"is damaged: {key} is {str(stored)[:40]!r}, and no {type(current).__name__}")
+    elif isinstance(stored, bool) or not isinstance(stored, int | float) or not math.isfinite(stored):
+        raise ContentsError(f"is damaged: {key} is {str(stored)[:40]!r}, and no finite number")
+    elif isinstance(current, int):
+        _require_count(key, stored)
+
+
+def require_optimizer_state(key: str, stored: Any, optimizer: Optimizer) -> None:
+    """Refuses a state that does not fit the parameters of an optimizer; fused optimizers write past its end.
+
+    Args:
+        key: Of the stored state, for messages.
+        stored: Of a checkpoint.
+        optimizer: What it will be loaded into.
+
+    Raises:
+        ContentsError: Names the key.
+    """
+    groups = stored.get("param_groups") if isinstance(stored, dict) else None
+    states = stored.get("state") if isinstance(stored, dict) else None
+    if not isinstance(states, dict) or not isinstance(groups, list) or len(groups) != len(optimizer.param_groups):
+        raise ContentsError(f"is damaged: {key} is no state of an optimizer of {len(optimizer.param_groups)} groups")
+    parameters: dict[Any, Tensor] = {}
+    for number, (group, current) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        numbers = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(numbers, list) or len(numbers) != len(current["params"]):
+            raise ContentsError(
+                f"is damaged: {key}.param_groups[{number}] is not of {len(current['params'])} parameters"
+            )
+        if not all(type(one) is int for one in numbers) or set(numbers) & parameters.keys():
+            raise ContentsError(f"is damaged: {key}.param_groups[{number}].params names a parameter twice")
+        parameters |= dict(zip(numbers, current["params"], strict=True))
+        for name, value in current.items():
+            if name != "params" and name in group and not _is_same_kind(group[name], value):
+                raise ContentsError(
+                    f"is damaged: {key}.param_groups[{number}].{name} is {str(group[name])[:40]!r}, and here {value!r}"
+                )
+    for number, state in states.items():
+        if number not in parameters or not isinstance(state, dict):
+            raise ContentsError(f"is damaged: {key}.state holds {str(number)[:40]!r}, which is no parameter")
+        for name, value in state.items():
+            where = f"{key}.state[{number}].{name}"
+            if name in _LIKE_PARAMETER and value is not None:
+                require_same_structure(where, value, parameters[number])
+                if not value.is_floating_point():
+                    raise ContentsError(f"is damaged: {where} has the type {value.dtype}")
+            elif name == "step":
+                step = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+                if isinstance(step, Tensor) or not _is_number(step) or not 0 <= step < _LARGEST:
+                    raise ContentsError(f"is damaged: {where} is no number of steps")
+                if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
+                    raise ContentsError(f"is damaged: {where} has the type {value.dtype}")
+
+
+def _is_same_kind(stored: Any, current: Any) -> bool:
+    if isinstance(current, bool) or isinstance(stored, bool) or current is None or stored is None:
+        # Options that choose an implementation may be null, or decided.
+        return stored is None or isinstance(stored, bool) or (current is None and _is_number(stored))
+    if isinstance(current, list | tuple):
+        return isinstance(stored, list | tuple) and all(map(_is_number, stored)) and len(stored) == len(current)
+    return _is_number(stored) if _is_number(current) else type(stored) is type(current)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_random_streams(streams: Any) -> None:
+    """Refuses states that the generators would not check themselves, or complain of in their own words."""
+    if not isinstance(streams, list) or len(streams) > 1 << 20:
+        raise ContentsError("is damaged: random_streams is no list of ranks")
+    for rank, stream in enumerate(streams):
+        try:
+            version, words, gauss = stream["python"]
+            fine = version == 3 and len(words) == 625 and all(type(one) is int and 0 <= one < 1 << 32 for one in words)
+            fine = fine and words[-1] <= 624 and (gauss is None or _is_number(gauss))
+            kind, keys, place, has_gauss, cached = stream["numpy"]
+            fine = fine and kind == "MT19937" and keys.shape == (624,) and keys.dtype == torch.int64
+            fine = fine and bool((keys >= 0).all()) and bool((keys <= np.iinfo(np.uint32).max).all())
+            # NumPy reads past the end of its table if the place is too large.
+            fine = fine and type(place) is int and 0 <= place <= 624 and has_gauss in (0, 1) and _is_number(cached)
+            for name in ("torch", "cuda"):
+                state = stream.get(name)
+                if state is not None or name == "torch":
+                    fine = fine and state.dtype == torch.uint8 and state.ndim == 1 and state.numel() < 1 << 16
+            fine = fine and stream["torch"].numel() == torch.get_rng_state().numel()
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError):
+            fine = False
+        if not fine:
+            raise ContentsError(f"is damaged: random_streams[{rank}] is no state of random generators")

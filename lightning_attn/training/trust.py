@@ -1,0 +1,268 @@
+"""Whose classes a checkpoint may name: those that are listed, and what the user of this call names or trusts.
+
+A stored configuration is data from somebody. Nothing in it is imported or made an object of unless it is one of these.
+"""
+
+import collections.abc
+import contextlib
+import dataclasses
+import datetime
+import importlib
+import inspect
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Trust", "TrustError", "argument_types", "public_classes"]
+
+_CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_WORD = re.compile(r"[\w/ :+-]*")  # nothing that could be the path of an object to import
+_PLAIN_TYPES = (
+    bool,
+    int,
+    float,
+    str,
+    bytes,
+    type(None),
+    Path,
+    os.PathLike,
+    datetime.timedelta,
+    dict,
+    list,
+    tuple,
+    set,
+    Enum,
+)
+_LARGE = ("builtins", "lightning_fabric", "pytorch_lightning", "torch", "torchvision", *sys.stdlib_module_names)
+_UNKNOWN = object()  # the type of an argument without an annotation
+_MECHANISM = "mechanism"  # of an AttentionSpec: a word, or the import path of a class
+
+
+class TrustError(ValueError):
+    """A checkpoint names a class that nobody has allowed; the message goes on after the file's name.
+
+    Attributes:
+        package: What would have to be trusted, if that would help.
+    """
+
+    def __init__(self, message: str, package: str = "") -> None:
+        super().__init__(message)
+        self.package = package
+
+
+@dataclasses.dataclass(frozen=True)
+class Trust:
+    """Which classes a checkpoint may name.
+
+    Attributes:
+        listed: Classes that may always be named, by every path and short name that means them.
+        packages: Packages, modules or classes that the user trusts.
+        named: Import paths that the user's own words of this call hold.
+    """
+
+    listed: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    packages: Collection[str] = ()
+    named: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        for package in self.packages:
+            if not isinstance(package, str) or not _CLASS_PATH.fullmatch(package):
+                raise ValueError(f"trust: {package!r} is no name of a package, such as 'mypackage' or 'my_module'.")
+
+    def allows(self, path: str) -> bool:
+        """Whether a class of this path may be imported; nothing is imported to say so."""
+        if path in self.listed or path in self.named:
+            return True
+        if any(path == package or path.startswith(f"{package}.") for package in self.packages):
+            return True
+        # A short name of this call means a class that is there already.
+        module, _, name = path.rpartition(".")
+        return name in self.named and module in sys.modules
+
+    def resolve(self, path: Any, base: type, key: str) -> type:
+        """The class that a checkpoint names.
+
+        Args:
+            path: Its import path, or a listed short name.
+            base: What it must be a subclass of.
+            key: Where the checkpoint names it.
+
+        Raises:
+            TrustError: If it is not allowed, or is no such class.
+        """
+        if not isinstance(path, str) or not _CLASS_PATH.fullmatch(path):
+            raise TrustError(f"is damaged: {key} is {str(path)[:80]!r}, which is no class")
+        if not self.allows(path):
+            package = path.split(".")[0]
+            package = path if package in _LARGE else package
+            raise TrustError(
+                f"names the class {path} ({key}), which is none of lightning_attn's: using it would run its code. "
+                f"Nothing was run. If you trust both, allow it: --trust {package} on the command line, or "
+                f"trust=({package!r},) in Python; classes that options or -c files of this call name are allowed too",
+                package,
+            )
+        found = self.listed.get(path)
+        if found is None:
+            module, _, name = path.rpartition(".")
+            try:
+                found = getattr(importlib.import_module(module or "builtins"), name)
+            except (ImportError, AttributeError) as error:
+                raise TrustError(
+                    f"holds a {path} ({key}), which cannot be imported ({error}). Install its package, or start Python "
+                    "in the folder that has the file, or with that folder in PYTHONPATH"
+                ) from error
+        if not (inspect.isclass(found) and issubclass(found, base)):
+            raise TrustError(f"names {path} ({key}), which is no {base.__name__}")
+        return found
+
+    def require_values(self, values: Any, owner: type, key: str) -> None:
+        """Refuses arguments of a class if an object that is not allowed could be made of them.
+
+        Args:
+            values: Plain values by argument.
+            owner: The class.
+            key: Where they stand in the checkpoint.
+
+        Raises:
+            TrustError: Names the class and the key.
+        """
+        if values is None:
+            return
+        if not isinstance(values, Mapping):
+            raise TrustError(f"is damaged: {key} is no mapping of arguments")
+        hints = argument_types(owner)
+        # Of listed classes every argument is known; what others do with theirs is their own affair.
+        otherwise = _UNKNOWN if owner in self.listed.values() else Any
+        for name, value in values.items():
+            self.require_value(value, hints.get(name, otherwise), f"{key}.{name}")
+
+    def require_value(self, value: Any, hint: Any, key: str) -> None:
+        """Refuses a value for an argument of some type if an object that is not allowed could be made of it."""
+        bases = [one for one in _classes_in(hint) if not issubclass(one, _PLAIN_TYPES) and one is not object]
+        made = [one for one in bases if not dataclasses.is_dataclass(one)]
+        if made:
+            self._require_objects(value, made, key, words=str in _parts(hint))
+            return
+        described = next((one for one in bases if dataclasses.is_dataclass(one)), None)
+        if described is not None and isinstance(value, Mapping) and "class_path" not in value:
+            self._require_described(value, described, key)
+            return
+        self._require_no_class(value, key)
+        if hint is _UNKNOWN or _is_imported(hint):
+            for word in _texts(value):
+                if not (_WORD.fullmatch(word) or self.allows(word)):
+                    raise TrustError(f"names {word[:80]!r} ({key}), which could be an object to import: it is refused")
+
+    def _require_objects(self, value: Any, bases: list[type], key: str, *, words: bool) -> None:
+        for place, one in enumerate(value if isinstance(value, list | tuple) else [value]):
+            where = f"{key}[{place}]" if isinstance(value, list | tuple) else key
+            if isinstance(one, list | tuple):
+                self._require_objects(one, bases, where, words=words)
+            elif isinstance(one, str):
+                if not (words and _WORD.fullmatch(one)):
+                    self._resolve_any(one, bases, where)
+            elif isinstance(one, Mapping) and "class_path" in one:
+                found = self._resolve_any(one["class_path"], bases, where)
+                if one.keys() - {"class_path", "init_args", "dict_kwargs"}:
+                    raise TrustError(f"is damaged: {where} is no class_path with init_args")
+                self.require_values(one.get("init_args"), found, f"{where}.init_args")
+                self.require_values(one.get("dict_kwargs"), found, f"{where}.dict_kwargs")
+            else:
+                self._require_no_class(one, where)
+
+    def _resolve_any(self, path: Any, bases: list[type], key: str) -> type:
+        found = self.resolve(path, object, key)
+        if not issubclass(found, tuple(bases)):
+            raise TrustError(f"names {path} ({key}), which is no {' or '.join(base.__name__ for base in bases)}")
+        return found
+
+    def _require_described(self, values: Mapping[Any, Any], owner: type, key: str) -> None:
+        hints = typing.get_type_hints(owner)
+        for name, value in values.items():
+            if name == _MECHANISM and isinstance(value, str) and "." in value:
+                self.resolve(value, nn.Module, f"{key}.{name}")
+            else:
+                self.require_value(value, hints.get(str(name), Any), f"{key}.{name}")
+
+    def _require_no_class(self, value: Any, key: str) -> None:
+        """Where values are of any kind, none of them may ask for an object."""
+        if isinstance(value, Mapping):
+            if "class_path" in value and not self.allows(str(value["class_path"])):
+                self.resolve(value["class_path"], object, key)
+            for name, inner in value.items():
+                self._require_no_class(inner, f"{key}.{name}")
+        elif isinstance(value, list | tuple):
+            for place, inner in enumerate(value):
+                self._require_no_class(inner, f"{key}[{place}]")
+
+
+def public_classes(modules: Collection[types.ModuleType], base: type) -> dict[str, type]:
+    """The public classes of some modules that have a base, by short name and by both of their import paths."""
+    found: dict[str, type] = {}
+    for module in modules:
+        for name in module.__all__:
+            one = getattr(module, name)
+            if inspect.isclass(one) and issubclass(one, base):
+                found |= dict.fromkeys((name, f"{module.__name__}.{name}", f"{one.__module__}.{one.__qualname__}"), one)
+    return found
+
+
+def argument_types(owner: type, *, tolerant: bool = True) -> dict[str, Any]:
+    """The annotated types of a constructor's arguments; a subclass may pass arguments on as **arguments.
+
+    Args:
+        owner: The class.
+        tolerant: Whether annotations that cannot be resolved are passed over.
+    """
+    hints: dict[str, Any] = {}
+    for ancestor in reversed(owner.__mro__):
+        if "__init__" in vars(ancestor):
+            with contextlib.suppress(*((NameError, TypeError) if tolerant else ())):
+                hints |= typing.get_type_hints(vars(ancestor)["__init__"])
+    return hints
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """A type and the types in it."""
+    yield hint
+    if typing.get_origin(hint) is not typing.Literal:
+        for one in typing.get_args(hint):
+            if not isinstance(one, list):  # of the arguments of a callable
+                yield from _parts(one)
+
+
+def _classes_in(hint: Any) -> list[type]:
+    return [
+        one
+        for one in _parts(hint)
+        if inspect.isclass(one) and typing.get_origin(one) is None and not _is_protocol_of_containers(one)
+    ]
+
+
+def _is_protocol_of_containers(one: type) -> bool:
+    return one.__module__ in ("typing", "collections.abc")
+
+
+def _is_imported(hint: Any) -> bool:
+    """Whether the parser makes an object of a text, by importing it."""
+    origins = [typing.get_origin(one) or one for one in _parts(hint)]
+    return collections.abc.Callable in origins or type in origins
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
