@@ -153,11 +153,13 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
     tables = _named(root, pattern, _TABLE)
     either = sorted(sides[0].keys() | sides[1].keys() | tables.keys())
     if not either:
+        fetched = "; --data.download true fetches WMT14" if {source_language, target_language} == {"en", "de"} else ""
         raise FileNotFoundError(
             f"{root}: {pattern}.{source_language} and {pattern}.{target_language} are missing. The layout is {layout} "
             "in that folder, one sentence a line, or tables such as train.tsv (see docs/translation.md); files of "
             "other languages or names are chosen by --data.source_language, --data.target_language, "
-            "--data.train_files, --data.valid_files and --data.test_files; --data.download true fetches WMT14."
+            '--data.train_files, --data.valid_files ("" for a training without validation) and --data.test_files'
+            f"{fetched}. {_contents(root)}"
         )
     pairs = []
     for name in either:
@@ -168,12 +170,26 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
             continue
         for language, mine, other in ((source_language, 0, 1), (target_language, 1, 0)):
             if name not in sides[mine]:
+                option = "source_language" if mine == 0 else "target_language"
                 raise FileNotFoundError(
-                    f"{root / (name + '.' + language)} is missing, but {sides[other][name]} is there. Add the file, or "
-                    f"move the other away; the layout is {layout}."
+                    f"{root / (name + '.' + language)} is missing, but {sides[other][name]} is there. Add the file, "
+                    f"or give the ending of the one that is meant (--data.{option}, which is {language!r}); "
+                    f"{_endings(root, name)}the layout is {layout}."
                 )
         pairs.append(FilePair(sides[0][name], sides[1][name]))
     return pairs
+
+
+def _endings(root: Path, name: str) -> str:
+    """Which languages a split is there in."""
+    found = sorted(path.name for path in root.glob(f"{glob.escape(name)}.*"))
+    return f"there is {', '.join(found[:8])}; " if found else ""
+
+
+def _contents(root: Path) -> str:
+    """What a folder holds, for a message."""
+    names = sorted(path.name for path in root.iterdir())
+    return f"It holds {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}." if names else "It is empty."
 
 
 def find_source(root: Path, name: str, language: str) -> FilePair:

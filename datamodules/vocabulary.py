@@ -1,7 +1,9 @@
 """The joint subword vocabulary of a language pair."""
 
 import io
+import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +112,19 @@ class Vocabulary:
                 return cls(path.read_bytes())
             import torch
 
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            return cls(stored[_STORED].numpy().tobytes())
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is neither")
+            # Mapped, not read: a compressed archive is not unpacked.
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[_STORED]
+            if stored.dtype != torch.uint8 or stored.ndim != 1 or not stored.is_contiguous():
+                raise ValueError("its vocabulary is no bytes")
+            return cls(stored.numpy().tobytes())
         except OSError:
             raise
         except Exception as error:  # of whatever kind of file it is
+            kind = "it is no checkpoint of plain values" if isinstance(error, pickle.UnpicklingError) else error
             raise ValueError(
-                f"vocabulary: {path} holds none ({error}). Give a sentencepiece model (*.model) whose special ids are "
+                f"vocabulary: {path} holds none ({kind}). Give a sentencepiece model (*.model) whose special ids are "
                 "pad 0, unk 1, bos 2, eos 3, or a checkpoint of a translation (*.ckpt)."
             ) from error
 

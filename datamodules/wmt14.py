@@ -1,6 +1,7 @@
 """Translation data in the layout ``root/{train,valid,test}.{en,de}``, or of any other two languages."""
 
 import glob
+import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -342,6 +343,7 @@ class WMT14DataModule(pl.LightningDataModule):
         self.given_vocabulary: Vocabulary | None = None
         self._vocabulary: Vocabulary | None = None
         self._cache: TokenCache | None = None
+        self._told = False  # that there is no validation
         self._splits: dict[str, TranslationDataset] = {}
 
     @property
@@ -494,7 +496,9 @@ class WMT14DataModule(pl.LightningDataModule):
             if split in splits and not getattr(self, option) and stage != "fit":
                 raise ValueError(f"{option}: there is none, and {stage} needs it (--data.{option} NAME).")
         if stage == "fit" and not self.valid_files:
-            rank_zero_info("There is no validation text: best.ckpt is not written, and last.ckpt is the result.")
+            if not self._told:
+                rank_zero_info("There is no validation text: best.ckpt is not written, and last.ckpt is the result.")
+            self._told = True
             return ()
         return splits
 
@@ -547,14 +551,24 @@ class WMT14DataModule(pl.LightningDataModule):
             return read_source(find_source(self.root, self.test_files, self.source_language)), None
         path = Path(self.predict_file)
         if not path.is_file():
+            what = "a folder" if path.is_dir() else "not there"
             raise FileNotFoundError(
-                f"predict_file: {path} is not there. Give a text file with one sentence a line "
+                f"predict_file: {path} is {what}. Give a text file with one sentence a line "
                 '(--data.predict_file FILE), or "" for the source side of the test set.'
             )
         lines = list(read_lines(path))
         if not lines:
             raise ValueError(f"predict_file: {path} is empty. Give a text file with one sentence a line.")
         return lines, None
+
+    def predicted_text(self) -> str:
+        """A checksum of all that prediction is to translate, with what the translations begin with."""
+        dataset, digest = self._splits["predict"], hashlib.sha256()
+        for lines in (dataset.source_text, dataset.prefixes):
+            digest.update(f"{len(lines)}\n".encode())
+            for line in lines:
+                digest.update(f"{line}\n".encode("utf-8", errors="surrogateescape"))
+        return digest.hexdigest()
 
     def _read_prefixes(self, count: int) -> list[str]:
         """What the translations begin with.

@@ -325,6 +325,18 @@ class CheckpointAveraging(_Averaging):
         return 1 / (number + 1)
 
 
+class InterruptionNote(Callback):
+    """Says what a prediction or test has left when it is broken off by Ctrl-C or a signal."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Says it."""
+        assert isinstance(pl_module, BaseTask)
+        if isinstance(exception, KeyboardInterrupt | SystemExit):
+            note = pl_module.interrupted_note()
+            if note and trainer.is_global_zero:
+                print(f"\n{note}", file=sys.stderr, flush=True)
+
+
 class InitialWeights(Callback):
     """Begins a training with the weights of a checkpoint; see `load_initial_weights`.
 

@@ -364,7 +364,7 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives the optimizer the options of now, where the checkpoint had others."""
         fresh = getattr(pl_module, "fresh_optimizer_groups", None)
-        if not self._resumed or fresh is None:
+        if not self._resumed or not fresh:
             return
         for group, options in zip(trainer.optimizers[0].param_groups, fresh, strict=True):
             group.update(options)

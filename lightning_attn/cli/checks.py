@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import EarlyStopping
 
 from datamodules.token_cache import available_cores
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.tasks import BaseTask
+from lightning_attn.training.scores import best_mode
 from lightning_attn.training.trust import argument_types
 
 __all__ = ["check_trainer", "check_values", "trainer_errors"]
@@ -92,6 +94,13 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
             f"trainer.accumulate_grad_batches: {options['accumulate_grad_batches']} must be at least 1, which is one "
             "batch for each optimizer step."
         )
+    for callback in options["callbacks"] if isinstance(options["callbacks"], list) else [options["callbacks"]]:
+        if isinstance(callback, EarlyStopping) and callback.mode != (best_mode(callback.monitor) or callback.mode):
+            right = best_mode(callback.monitor)
+            raise ConfigurationError(
+                f"trainer.callbacks: EarlyStopping watches {callback.monitor}, of which the {right} is best, with mode "
+                f"{callback.mode!r}: it would stop as that gets better. Give --trainer.callbacks.mode {right}."
+            )
     if subcommand == "fit":
         for name in ("limit_train_batches", "max_steps", "max_epochs"):
             if options[name] is not None and options[name] == 0:
@@ -102,9 +111,15 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
 
 
 @contextlib.contextmanager
-def trainer_errors() -> Iterator[None]:
+def trainer_errors(options: Mapping[str, Any]) -> Iterator[None]:
     """Makes messages of what Lightning complains about when it makes a Trainer of options."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
-        raise ConfigurationError(f"trainer: {error}") from error
+        given = ", ".join(f"{name} {options[name]}" for name in ("accelerator", "devices", "strategy"))
+        hint = (
+            ""
+            if torch.cuda.is_available() or options["accelerator"] == "cpu"
+            else ("\nThis machine has no GPU that torch can use: --trainer.accelerator cpu runs.")
+        )
+        raise ConfigurationError(f"trainer ({given}): {error}{hint}") from error

@@ -17,6 +17,7 @@ from lightning_attn.callbacks import (
     RUN_KEY,
     BestCheckpoint,
     InitialWeights,
+    InterruptionNote,
     ProgressLines,
     SaveConfiguration,
     TopCheckpoints,
@@ -25,6 +26,7 @@ from lightning_attn.callbacks import (
 )
 from lightning_attn.cli.checks import check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
+from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
 from lightning_attn.loggers import MetricsLogger
@@ -37,6 +39,7 @@ from lightning_attn.training.checkpoints import (
     described_differences,
     read_checkpoint,
 )
+from lightning_attn.training.scores import best_mode
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
 _CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions", "trust")
@@ -73,7 +76,7 @@ class CommandLine(LightningCLI):
         self._typed, self._stored_name = {}, None
         if isinstance(typed, list):
             self._typed = {option: value_of(f"--run.{option}", typed) for option in ("name", "root")}
-            with with_stored_configuration(typed, self.subcommands()) as (arguments, self._stored_name):
+            with with_stored_configuration(_files_first(typed), self.subcommands()) as (arguments, self._stored_name):
                 self.config = parser.parse_args(arguments)
         else:
             super().parse_arguments(parser, args)
@@ -136,10 +139,12 @@ class CommandLine(LightningCLI):
             shows_bar = sys.stdout.isatty() and not getattr(self.datamodule, "reads_standard_input", False)
             kwargs["enable_progress_bar"] = shows_bar
             callbacks.append(TrainingBar() if shows_bar else ProgressLines())
+        if self.subcommand != "fit":
+            callbacks.append(InterruptionNote())
         if training:
             callbacks.append(TrainingSummary(self.run_path, command_name(), needed_trust(configuration)))
         kwargs["callbacks"] = [*given, *callbacks]
-        with trainer_errors():
+        with trainer_errors(options):
             trainer = super().instantiate_trainer(**kwargs)
         rank_zero_info(f"Run directory: {self.run_path}")
         return trainer
@@ -196,6 +201,9 @@ class CommandLine(LightningCLI):
             if its_own and checkpoint.name == "last.ckpt":
                 return run_directory.reopen(owner)
         place, name = Path(run.root).absolute(), self._run_name(run)
+        if owner is not None and self._typed.get("root") is None and run.root == RunOptions.root:
+            # No call or file says otherwise: beside the checkpoint's run.
+            place = owner.parent.parent if owner.parent.name == self.model.task_name else place
         if self.subcommand == "predict" and getattr(self.datamodule, "skip_done", False):
             begun = run_directory.newest_with(place, self.model.task_name, name, "predictions/hypotheses_so_far*")
             if begun is not None:
@@ -210,6 +218,22 @@ class CommandLine(LightningCLI):
             for name, value in namespace_to_dict(self.config[self.subcommand]).items()
             if name not in _CALL_ARGUMENTS
         }
+
+
+def _files_first(arguments: list[str]) -> list[str]:
+    """Configuration files before options, which win wherever they stand."""
+    files: list[str] = []
+    others: list[str] = []
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if argument in ("-c", "--config") and pending:
+            files += [argument, pending.pop(0)]
+        elif argument.startswith("--config="):
+            files.append(argument)
+        else:
+            others.append(argument)
+    return [*others[:1], *files, *others[1:]] if others and not others[0].startswith("-") else arguments
 
 
 def _listed(value: Any) -> list[Any]:
@@ -256,10 +280,16 @@ def _metrics_logger(path: Path, stored: dict[str, Any]) -> MetricsLogger:
 
 def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[Callback]:
     """`best.ckpt` by the task's monitored value; `last.ckpt` after validations, at ends of epochs and every n steps."""
+    monitor = run.monitor or task.monitor
+    mode = run.monitor_mode or (task.monitor_mode if monitor == task.monitor else best_mode(monitor))
+    if mode is None:
+        raise ConfigurationError(
+            f"run.monitor: whether more or less of {monitor!r} is better is not known; give --run.monitor_mode."
+        )
     shared: dict[str, Any] = {
         "dirpath": path,
-        "monitor": task.monitor,
-        "mode": task.monitor_mode,
+        "monitor": monitor,
+        "mode": mode,
         "save_on_train_epoch_end": False,
         "enable_version_counter": False,
     }

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_attn.files import write_figure, write_table
+from lightning_attn.training.scores import best_mode
 
 __all__ = ["Comparison", "RunRecord", "compare_runs"]
 
 _MOST_CURVES = 6
-_SMALLER_IS_BETTER = ("loss",)
 _UNINTERESTING = ("run.name", "run.root", "ckpt_path")
 
 
@@ -66,16 +66,16 @@ class RunRecord:
         return cls(path, configuration, _read_curves(path / "metrics.csv"), numbers)
 
     def best(self, name: str) -> tuple[float, int] | None:
-        """The best value of a curve, and its step."""
-        points = [(value, step) for step, value in self.curves.get(name, []) if not math.isnan(value)]
+        """The best value of a curve, and after how many optimizer steps it was; loggers count them from 0."""
+        points = [(value, step + 1) for step, value in self.curves.get(name, []) if not math.isnan(value)]
         if not points:
             return None
-        return min(points) if name.endswith(_SMALLER_IS_BETTER) else max(points, key=lambda point: point[0])
+        return min(points) if best_mode(name) == "min" else max(points, key=lambda point: point[0])
 
     @property
     def steps(self) -> int:
         """Optimizer steps that were logged."""
-        return max((points[-1][0] for points in self.curves.values() if points), default=0)
+        return max((points[-1][0] + 1 for points in self.curves.values() if points), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Comparison:
         for axes, name in zip(panels, names, strict=False):
             for number, (label, run) in enumerate(zip(self.names, self.runs, strict=True)):
                 points = run.curves.get(name, [])
-                steps, values = [step for step, _ in points], [value for _, value in points]
+                steps, values = [step + 1 for step, _ in points], [value for _, value in points]
                 marker = "o" if len(points) < 30 else None
                 axes.plot(steps, values, color=f"C{number}", label=label, linewidth=1.2, marker=marker, markersize=3)
             axes.set_title(name, fontsize=10, loc="left")

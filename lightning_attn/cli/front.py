@@ -49,7 +49,10 @@ def answer(arguments: Sequence[str]) -> bool:
         _check_configuration(path)
     for path in option_values(arguments, "--ckpt_path"):
         if path and path not in CHECKPOINT_WORDS:
-            _check_checkpoint(Path(path))
+            _check_checkpoint("ckpt_path", Path(path))
+    for path in option_values(arguments, "--run.initial_weights"):
+        if path.endswith((".ckpt", ".safetensors", ".pth")):
+            _check_checkpoint("run.initial_weights", Path(path))
     return False
 
 
@@ -72,7 +75,8 @@ def _help() -> str:
             "",
             *lines,
             "",
-            f"{name} SUBCOMMAND --help lists the options of one; --version says which version this is.",
+            f"{name} SUBCOMMAND --help lists the options of one, fit --model.help TranslationTask and",
+            "fit --data.help WMT14DataModule those of a task and its data; --version says which version this is.",
             f"A first result: {name} fit -c configs/miniature/translation.yaml",
         ]
     )
@@ -114,14 +118,14 @@ def _check_configuration(given: str) -> None:
         _fail(f"config: {given} holds a {type(content).__name__}, not options such as 'trainer: {{max_steps: 100}}'.")
 
 
-def _check_checkpoint(path: Path) -> None:
+def _check_checkpoint(option: str, path: Path) -> None:
     """Refuses a checkpoint that is not there."""
     if path.is_file():
         return
     if path.is_dir():
-        _fail(f"ckpt_path: {path} is a folder.{_nearby(path / '-', '*.ckpt')} Give a file.")
+        _fail(f"{option}: {path} is a folder.{_nearby(path / '-', '*.ckpt')} Give a file.")
     why = " best.ckpt is there after a validation." if path.name == "best.ckpt" and path.parent.is_dir() else ""
-    _fail(f"ckpt_path: There is no checkpoint at {path}.{_nearby(path, '*.ckpt')}{why}")
+    _fail(f"{option}: There is no checkpoint at {path}.{_nearby(path, '*.ckpt')}{why}")
 
 
 def _nearby(path: Path, pattern: str) -> str:
@@ -131,10 +135,16 @@ def _nearby(path: Path, pattern: str) -> str:
         return f" There is no folder {folder}."
     names = sorted(one.name for one in folder.glob(pattern))
     if not names:
-        return f" {folder} holds none."
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    hint = f" Did you mean {folder / close[0]}?" if close else ""
-    return f" {folder} holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}.{hint}"
+        return f" {_called(folder)} holds none."
+    # By the name alone: all have the same ending.
+    stems = {Path(name).stem: name for name in names}
+    close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.6)
+    hint = f" Did you mean {folder / stems[close[0]]}?" if close else ""
+    return f" {_called(folder)} holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}.{hint}"
+
+
+def _called(folder: Path) -> str:
+    return "The current folder" if folder == Path() else str(folder)
 
 
 def _fail(message: str) -> NoReturn:

@@ -102,13 +102,20 @@ def _essence(message: str) -> str:
         )
     if re.search(r"Expected a <class 'tuple'>", text):
         text += '\nA list is expected, such as "[0.8, 1.0]"; "[]" is an empty one.'
+    if 'Parser key "trainer.precision"' in text:
+        return "trainer.precision: give 32-true, bf16-mixed, 16-mixed or, for translation, 64-true."
     literal = re.search(r"Expected a typing.Literal\[(.*?)\]", text)
     if literal:
         text += f"\nOne of {literal.group(1)} is expected."
-    if re.search(r"arguments are required: \w+\.model", text):
+    missing = re.search(r"arguments are required: (.*)", text)
+    if missing and re.search(r"\b\w+\.(model|data)\b", missing.group(1)):
         text += (
-            "\nGive a complete configuration first, such as -c configs/detection/own_images.yaml, and yours after it."
+            "\nGive a complete configuration, such as -c configs/detection/own_images.yaml, and yours after it; or a "
+            "checkpoint, which holds one (--ckpt_path FILE)."
         )
+    elif missing and (key := re.search(r'Parser key "([\w.]+)"', text)):
+        names = [name for name in re.split(r"[,\s]+", missing.group(1)) if name]
+        text += f"\nGive {' and '.join(f'--{key.group(1)}.{name} VALUE' for name in names)} after it."
     unknown = re.search(r"(?:not accept(?:ed)? option|Option|unrecognized arguments:) '?-*([\w.]+)", text)
     if unknown:
         wrong = unknown.group(1).split(".")
@@ -149,7 +156,7 @@ def configure_messages() -> None:
         ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
         ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
         ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
-        ".*Total length of list across ranks is zero.*",  # training without validation, which the log says
+        ".*Total length of `?list`? across ranks is zero.*",  # training without validation, which the log says
         ".*The dirpath has changed from.*",  # a resumed run has a directory of its own
         ".*is not supported by the model summary.*",  # only the estimated size in the summary is meant
         ".*WeightAveraging state cannot be restored.*",  # a checkpoint's weights are the averaged ones
@@ -158,3 +165,6 @@ def configure_messages() -> None:
     # Lightning advertises other products at every start.
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip: " not in record.getMessage())
+    # It is not what happens: every checkpoint is read with weights_only=True.
+    name = "pytorch_lightning.trainer.connectors.checkpoint_connector"
+    logging.getLogger(name).addFilter(lambda record: "`weights_only` was not set" not in record.getMessage())

@@ -1,6 +1,7 @@
 """Options of a run itself: where its files are, and what it begins with."""
 
 import dataclasses
+from typing import Literal
 
 from lightning_attn.training.checkpoints import Weights
 
@@ -17,7 +18,9 @@ class RunOptions:
         root: Folder of all runs.
         checkpoint_every_n_steps: Write `last.ckpt` also at every so many optimizer steps; it is always written after
             a validation and at the end of an epoch.
-        save_top_k: Keep this many of the best networks; `best.ckpt` is the first, the others are `top-<step>.ckpt`.
+        save_top_k: Keep this many of the best networks as `top-<step>.ckpt`; the best of them is `best.ckpt` too.
+        monitor: The logged score that `best.ckpt` is chosen by, such as val/bleu; empty for the task's own.
+        monitor_mode: Whether the "max" or the "min" of `monitor` is best; empty for what is known of the score.
         initial_weights: A checkpoint whose weights a new training begins with, perhaps of a run with another attention;
             for detection also torchvision's detector: "COCO_V1", or a .pth file of one; empty for none. A training that
             goes on has its own.
@@ -31,6 +34,8 @@ class RunOptions:
     root: str = "checkpoints"
     checkpoint_every_n_steps: int = 0
     save_top_k: int = 1
+    monitor: str = ""
+    monitor_mode: Literal["", "min", "max"] = ""
     initial_weights: str = ""
     initial_weights_strict: bool = True
     weights: Weights = "averaged"

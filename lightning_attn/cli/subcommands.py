@@ -64,6 +64,10 @@ def _run(arguments: list[str]) -> None:
         )
         if command.subcommand == "predict" and getattr(command.model, "bad_images", None):
             raise SystemExit(2)  # everything else was predicted; the log says what was not
+    except SystemExit as stop:
+        if stop.code == 1 and isinstance(stop.__context__, KeyboardInterrupt):  # of Lightning, which swallows it
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
     except TrainingStopped as stopped:
         if run_directory.is_rank_zero():
             print(stopped, file=sys.stderr)

@@ -26,8 +26,8 @@ class TranslationScoring:
     """How BLEU and chrF are computed; the signatures that are logged say it too.
 
     Args:
-        tokenize: BLEU's tokenisation: "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200",
-            "spm" or "none". Those of mecab need `pip install sacrebleu[ja]` or `[ko]`, those of flores fetch a model.
+        tokenize: BLEU's tokenisation: "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200"
+            or "none". Those of mecab need `pip install sacrebleu[ja]` or `[ko]`, those of flores fetch a model.
         lowercase: whether BLEU ignores case.
         word_order: chrF counts words up to this order too; 2 is chrF++.
 
@@ -53,8 +53,11 @@ class TranslationScoring:
         """
         try:
             return BLEU(tokenize=self.tokenize, lowercase=self.lowercase)
-        except (RuntimeError, ImportError) as error:
-            raise ValueError(f"scoring.tokenize: {self.tokenize!r} cannot be used: {error}") from error
+        except (RuntimeError, ImportError, OSError) as error:
+            raise ValueError(
+                f"scoring.tokenize: {self.tokenize!r} cannot be used: {error}. Those of flores fetch a model from the "
+                "network once; 13a, intl, zh and char need nothing."
+            ) from error
 
 
 def one_line(text: str) -> str:

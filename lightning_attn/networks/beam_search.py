@@ -62,7 +62,8 @@ class BeamSearchOptions:
         max_length_ratio: a translation has at most `max_length_ratio * source length + max_length_offset` tokens,
             end-of-sentence not counted.
         max_length_offset: see `max_length_ratio`; Vaswani et al. 2017 use 1 and 50.
-        min_length: fewest tokens of a translation, end-of-sentence not counted.
+        min_length: fewest tokens of a translation, end-of-sentence not counted; also where the two numbers of
+            `max_length` allow fewer.
         no_repeat_ngram: no sequence of this many tokens comes twice in a translation, unless a prefix that is asked for
             has it or nothing else may follow; 0 allows it.
         nbest: hypotheses returned for each sentence, at most `beam_size`.

@@ -90,6 +90,7 @@ class BaseTask(pl.LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         self.sample_means: dict[str, WeightedMean] = {}
+        self.fresh_optimizer_groups: list[dict[str, Any]] = []
         self._scaled_for = 0  # The global batch that the learning rate was scaled for, if it was.
 
     @property
@@ -99,6 +100,13 @@ class BaseTask(pl.LightningModule):
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
+        groups = self.fresh_optimizer_groups
+        if groups:
+            # The optimizer is there: the value is its own, after scaling for the batch.
+            factor = value / groups[0]["initial_lr"]
+            for group in groups:
+                group |= {name: group[name] * factor for name in ("lr", "initial_lr")}
+            value = self.optimizer.learning_rate * factor
         self.optimizer = dataclasses.replace(self.optimizer, learning_rate=value)
         self._arguments["optimizer"] = plain_value("optimizer", self.optimizer)
 
@@ -288,6 +296,10 @@ class BaseTask(pl.LightningModule):
     def predict(self, inputs: Any) -> list[Any]:
         """What the network makes of some inputs, as plain values, one for each; for a task from `load`."""
         raise NotImplementedError(f"{type(self).__name__} must define predict to be used without a Trainer.")
+
+    def interrupted_note(self) -> str:
+        """What is said of an evaluation that is broken off: what is done, where it is, and how to go on."""
+        return ""
 
     def output_names(self) -> tuple[str, ...]:
         """What the network's outputs and inputs mean, in the order of their rows in weights: classes, or pieces."""

@@ -284,6 +284,13 @@ class DetectionTask(ImageTask[Categories, Detector]):
         """Chooses where the detections of all ranks are written."""
         self._files = PartialResults(self.begin_prediction("detections_so_far"), self.global_rank)
 
+    def interrupted_note(self) -> str:
+        """Where the detections are that were made before a prediction was broken off."""
+        if self._files is None:
+            return ""
+        self._files.flush()
+        return f"Detections of {len(self._files.results()):,} images are in {self._files.folder}, in lines of JSON."
+
     def predict_step(self, batch: DetectionBatch, batch_idx: int) -> None:
         """Detects the objects of a batch, and writes them."""
         assert self._files is not None

@@ -5,21 +5,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-__all__ = ["PartialResults", "Results", "write_json_list"]
+from lightning_attn.files import write_file
+
+__all__ = ["PartialResults", "Results", "differing_origin", "write_json_list"]
+
+_ORIGIN = "origin.json"
 
 
 class PartialResults:
     """A line of JSON for each result, in a file of each rank until all are done.
 
-    A prediction that is broken off leaves these files.
+    A prediction that is broken off leaves these files, and beside them what it was of.
 
     Args:
         folder: Where the files of all ranks are; it is made.
         rank: Number of this rank.
+        origin: What the results depend on, as plain values by the words that a message has for them.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    def __init__(self, folder: Path, rank: int, origin: dict[str, Any] | None = None) -> None:
         self.folder = folder
+        self.origin = origin
         self._path = folder / f"rank-{rank}.jsonl"
         self._file: TextIO | None = None
 
@@ -28,6 +34,11 @@ class PartialResults:
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             _drop_broken_line(self._path)
+            if self.origin is not None and not (self.folder / _ORIGIN).exists():
+                # Ranks write the same; one replaces the file of the other.
+                write_file(
+                    self.folder / _ORIGIN, lambda file: file.write(json.dumps(self.origin).encode()), replace=True
+                )
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -51,7 +62,20 @@ class PartialResults:
         for path in self.folder.glob("rank-*.jsonl") if self.folder.is_dir() else ():
             path.unlink()
         if self.folder.is_dir():
+            (self.folder / _ORIGIN).unlink(missing_ok=True)
             self.folder.rmdir()
+
+
+def differing_origin(folder: Path, origin: dict[str, Any]) -> list[str]:
+    """What results that were left in a folder depend on, and is another now; by the words for it."""
+    try:
+        stored = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return ["something that is not noted"]
+    if not isinstance(stored, dict):
+        return ["something that is not noted"]
+    now = json.loads(json.dumps(origin))
+    return [word for word in now if stored.get(word) != now[word]]
 
 
 def _drop_broken_line(path: Path) -> None:

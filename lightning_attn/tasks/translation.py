@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from datamodules.vocabulary import Vocabulary
-from datamodules.wmt14 import TranslationBatch, TranslationDataset, WMT14DataModule
+from datamodules.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.files import unused_path, write_file, write_json, write_text
 from lightning_attn.metrics.gather import gather_by_id
@@ -24,8 +24,8 @@ from lightning_attn.networks.transformer import DecoderProgram, EncoderProgram, 
 from lightning_attn.programs import Program
 from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
 from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
-from lightning_attn.tasks.prediction_files import PartialResults
-from lightning_attn.training.checkpoints import CheckpointError, OutputRows
+from lightning_attn.tasks.prediction_files import PartialResults, differing_origin
+from lightning_attn.training.checkpoints import CheckpointError, OutputRows, crc32_of
 from lightning_attn.visualization import draw_translation_attention
 
 VOCABULARY_KEY = "vocabulary"
@@ -111,7 +111,7 @@ class TranslationTask(TokenMeanTask):
         self._loss = WeightedMean("valid")
         self._texts: dict[int, tuple[str, str, str]] = {}
         self._results: PartialResults | None = None
-        self._done: dict[int, str] = {}  # source of what an earlier prediction has translated, by id
+        self._done: set[int] = set()  # ids of what an earlier prediction has translated
 
     # Network and vocabulary
 
@@ -170,7 +170,7 @@ class TranslationTask(TokenMeanTask):
 
     def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
         """The vocabulary, which is otherwise learnt from the training text."""
-        if isinstance(datamodule, WMT14DataModule) and VOCABULARY_KEY in checkpoint:
+        if hasattr(datamodule, "given_vocabulary") and VOCABULARY_KEY in checkpoint:
             datamodule.given_vocabulary = _stored_vocabulary(checkpoint)
 
     def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
@@ -330,36 +330,61 @@ class TranslationTask(TokenMeanTask):
 
     def on_predict_epoch_start(self) -> None:
         """Chooses where the translations of all ranks are written, and with `skip_done` reads what is there."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._done = set()
+        if getattr(datamodule, "reads_standard_input", False):
+            return
         folder = self.output_directory / "predictions"
+        weights = crc32_of(self.built_network.parameters())
+        text = datamodule.predicted_text() if hasattr(datamodule, "predicted_text") else None
+        origin = {"text": text, "network": weights, "decoding": dataclasses.asdict(self.decoding)}
+        skip_done = getattr(datamodule, "skip_done", False)
         there = sorted(folder.glob("hypotheses_so_far*"), key=lambda path: path.stat().st_mtime)
-        resume = bool(there) and getattr(self.trainer.datamodule, "skip_done", False)  # type: ignore[attr-defined]
-        chosen = there[-1] if resume else unused_path(folder / "hypotheses_so_far")
+        begun = [path for path in there if not differing_origin(path, origin)]
+        resume = skip_done and bool(begun)
+        if skip_done and there and not begun:
+            differing = " and ".join(differing_origin(there[-1], origin))
+            raise ValueError(
+                f"skip_done: {there[-1]} holds a prediction that was broken off, of another {differing}. Give the same "
+                "text, checkpoint and decoding to go on with it, or take --data.skip_done away to translate all."
+            )
+        chosen = begun[-1] if resume else unused_path(folder / "hypotheses_so_far")
         # Rank 0 decides: by the time that another looks, it may have begun to write.
         chosen = Path(self.trainer.strategy.broadcast(str(chosen)))
-        self._results = PartialResults(chosen, self.global_rank)
-        self._done = {one["id"]: one["source"] for one in self._results.results()} if resume else {}
+        self._results = PartialResults(chosen, self.global_rank, origin)
+        self._done = {one["id"] for one in self._results.results()} if resume else set()
         self.trainer.strategy.barrier()
-        if not self._done and getattr(self.trainer.datamodule, "skip_done", False):  # type: ignore[attr-defined]
-            rank_zero_info(f"skip_done: {folder} holds no prediction that was broken off; all is translated.")
         if self._done:
             rank_zero_info(f"{len(self._done):,} sentences were translated before ({chosen})")
+        elif skip_done:
+            rank_zero_info(f"skip_done: {folder} holds no prediction that was broken off; all is translated.")
+        elif begun:
+            rank_zero_info(
+                f"{begun[-1]} holds a prediction of the same text that was broken off; with --data.skip_done true it "
+                "would go on."
+            )
+
+    def interrupted_note(self) -> str:
+        """Where the translations are that were made before a prediction was broken off, and how to go on."""
+        if self._results is None:
+            return ""
+        self._results.flush()
+        done = len(self._results.results())
+        return (
+            f"{done:,} sentences are translated, in {self._results.folder}. To go on, give the same command with "
+            "--data.skip_done true."
+        )
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> None:
         """Translates a batch and writes it, or prints it if it was typed."""
-        assert self._results is not None
-        if isinstance(self.trainer.datamodule, WMT14DataModule) and self.trainer.datamodule.reads_standard_input:  # type: ignore[attr-defined]
+        if getattr(self.trainer.datamodule, "reads_standard_input", False):  # type: ignore[attr-defined]
             for best in self._translations(batch.source, batch.prefixes):
                 text = best[0]["text"] if self.decoding.nbest == 1 else json.dumps(best, ensure_ascii=False)
                 print(text, flush=True)
             return
+        assert self._results is not None
         ids = batch.ids.tolist()
         texts = batch.source_text or [""] * len(ids)
-        other = [number for number, text in zip(ids, texts, strict=True) if self._done.get(number, text) != text]
-        if other:
-            raise ValueError(
-                f"skip_done: {self._results.folder} holds translations of other text (line {other[0] + 1} differs). "
-                "Take --data.skip_done away to translate all of it."
-            )
         left = [place for place, index in enumerate(ids) if index not in self._done]
         if not left:
             return
@@ -370,7 +395,8 @@ class TranslationTask(TokenMeanTask):
 
     def on_predict_epoch_end(self) -> None:
         """Writes `predictions/hypotheses.txt`, one sentence a line in corpus order, and all n best with scores."""
-        assert self._results is not None
+        if self._results is None:
+            return
         self._results.close()
         self.trainer.strategy.barrier()
         results = self._results.results()

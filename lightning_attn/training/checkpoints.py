@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -51,7 +52,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         others = sorted(one.name for one in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        there = f"{path.parent} holds {', '.join(others)}" if others else f"{path.parent} holds none"
+        folder = "the current folder" if path.parent == Path() else str(path.parent)
+        there = f"{folder} holds {', '.join(others)}" if others else f"{folder} holds none"
         why = "; best.ckpt is there after a validation" if path.name == "best.ckpt" and others else ""
         raise FileNotFoundError(f"There is no checkpoint at {path}; {there}{why}.")
     checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_archive(path)
@@ -139,6 +141,15 @@ def stored_task(checkpoint: dict[str, Any], what: str | Path) -> dict[str, Any]:
 def count_numbers(weights: Mapping[str, Tensor]) -> int:
     """How many numbers some weights are."""
     return sum(value.numel() for value in weights.values())
+
+
+def crc32_of(tensors: Iterable[Tensor]) -> int:
+    """A checksum of the bytes of some tensors, to tell networks apart."""
+    checksum = 0
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        checksum = zlib.crc32(flat.numpy().data, checksum)
+    return checksum
 
 
 def choose_weights(checkpoint: dict[str, Any], weights: Weights, path: str | Path) -> None:

@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from pytorch_lightning.loggers.logger import DummyLogger
@@ -77,9 +79,41 @@ def test_a_configuration_beside_a_checkpoint_changes_what_is_stored(run, tiny_co
 
 
 def test_the_learning_rate_finder_finds_its_field(run, tiny_config):
-    finder = ["--trainer.callbacks", "LearningRateFinder", "--trainer.callbacks.num_training_steps", 8]
+    finder = ["--trainer.callbacks", "LearningRateFinder", "--trainer.callbacks.num_training_steps", 24]
     printed = run("fit", "-c", tiny_config, *finder, "--trainer.callbacks.early_stop_threshold", "null")
     assert "Training ended at step 4" in printed
+    found = float(re.search(r"Learning rate set to (\S+)", printed).group(1))
+    assert found != 0.01
+    checkpoint = torch.load(RUN / "last.ckpt", weights_only=True)
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == found
+    assert checkpoint["task"]["arguments"]["optimizer"]["learning_rate"] == pytest.approx(found)
+
+
+def test_best_by_another_score(run, tiny_config):
+    run("fit", "-c", tiny_config, "--run.monitor", "val/chrf")
+    state = next(iter(torch.load(RUN / "best.ckpt", weights_only=True)["callbacks"]))
+    assert "'monitor': 'val/chrf', 'mode': 'max'" in state
+    printed = run("fit", "-c", tiny_config, "--run.monitor", "val/strange", status=2)
+    assert "whether more or less of 'val/strange' is better is not known; give --run.monitor_mode" in printed
+
+
+def test_early_stopping_the_wrong_way_round_is_refused(run, tiny_config):
+    stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/bleu"]
+    printed = run("fit", "-c", tiny_config, *stopping, status=2)
+    assert "EarlyStopping watches val/bleu, of which the max is best, with mode 'min'" in printed
+    run("fit", "-c", tiny_config, *stopping, "--trainer.callbacks.mode", "max")
+
+
+def test_options_win_wherever_files_stand(run, tiny_config):
+    run("fit", "--trainer.max_steps", 2, "-c", tiny_config, "--run.name", "two")
+    assert torch.load(RUN.with_name("two") / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_another_name_stays_beside_the_run_of_the_checkpoint(run, tiny_config):
+    run("fit", "-c", tiny_config, "--run.root", "there")
+    run("predict", "--ckpt_path", "there/translation/tiny/last.ckpt", "--run.name", "other")
+    assert Path("there/translation/other/predictions/hypotheses.txt").is_file()
+    assert not Path("checkpoints").exists()
 
 
 def test_the_batch_size_finder_finds_the_tokens_of_a_batch(run, tiny_config):

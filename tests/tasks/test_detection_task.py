@@ -280,7 +280,7 @@ def test_predictions_are_written_as_they_come(run, trained, coco, monkeypatch):
         step(task, batch, batch_idx)
 
     monkeypatch.setattr(DetectionTask, "predict_step", broken_off)
-    run("predict", "--ckpt_path", trained / "last.ckpt", "--data.predict_folder", coco / "test2017", status=1)
+    run("predict", "--ckpt_path", trained / "last.ckpt", "--data.predict_folder", coco / "test2017", status=130)
     (part,) = (trained / "predictions" / "detections_so_far").iterdir()
     lines = [json.loads(line) for line in part.read_text().splitlines()]
     assert [line["file_name"] for line in lines] == calls[0].names

@@ -167,8 +167,12 @@ def test_a_prediction_that_was_broken_off_goes_on(run, trained, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(TranslationTask, "predict_step", broken_off)
-        run("predict", "--ckpt_path", trained, "--data.eval_max_tokens", 100, status=1)
-    (part,) = (RUN / "predictions/hypotheses_so_far").iterdir()
+        printed = run("predict", "--ckpt_path", trained, "--data.eval_max_tokens", 100, status=130)
+    assert f"{sum(calls)} sentences are translated, in " in printed
+    assert "the same command with --data.skip_done true" in printed
+    assert "with --data.skip_done true it would go on" in run("predict", "--ckpt_path", trained)
+    (RUN / "predictions/hypotheses-2.txt").unlink()
+    (part,) = (RUN / "predictions/hypotheses_so_far").glob("rank-*.jsonl")
     assert len(part.read_text().splitlines()) == sum(calls)
     with part.open("a") as file:
         file.write('{"id": 30, "sou')  # as a kill may leave it
@@ -185,6 +189,29 @@ def test_a_prediction_that_was_broken_off_goes_on(run, trained, monkeypatch):
     assert sum(done) == 31 - sum(calls)
     assert (RUN / "predictions/hypotheses-2.txt").read_text() == expected
     assert not (RUN / "predictions/hypotheses_so_far").exists()
+
+
+def test_what_is_left_of_another_prediction_is_not_taken(run, trained, monkeypatch, tmp_path):
+    """Other text, shorter or longer, or other options: it is refused, and what is left stays."""
+    (tmp_path / "long.en").write_text("".join(f"The man reads book {number}.\n" for number in range(40)))
+    (tmp_path / "short.en").write_text("".join(f"The man reads book {number}.\n" for number in range(3)))
+
+    def broken_off(task, batch, batch_idx):
+        if batch_idx:
+            raise KeyboardInterrupt
+        step(task, batch, batch_idx)
+
+    step = TranslationTask.predict_step
+    predict = ["predict", "--ckpt_path", trained, "--data.eval_max_tokens", 100, "--data.predict_file"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TranslationTask, "predict_step", broken_off)
+        run(*predict, "long.en", status=130)
+    skip = ["--data.skip_done", "true"]
+    assert "that was broken off, of another text" in run(*predict, "short.en", *skip, status=2)
+    printed = run(*predict, "long.en", *skip, "--model.decoding.beam_size", 1, status=2)
+    assert "that was broken off, of another decoding" in printed
+    assert "were translated before" in run(*predict, "long.en", *skip)
+    assert len((RUN / "predictions/hypotheses.txt").read_text().splitlines()) == 40
 
 
 def test_all_of_the_n_best_have_scores(run, trained):
@@ -271,7 +298,7 @@ def test_a_prediction_in_a_directory_of_its_own_goes_on_too(run, trained, monkey
     arguments = ["predict", "--ckpt_path", tmp_path / "copy.ckpt", "--run.name", "own", "--data.eval_max_tokens", 100]
     with monkeypatch.context() as patch:
         patch.setattr(TranslationTask, "predict_step", broken_off)
-        run(*arguments, status=1)
+        run(*arguments, status=130)
     printed = run(*arguments, "--data.skip_done", "true")
     assert f"{calls[0]} sentences were translated before" in printed
     assert len((RUN.with_name("own") / "predictions/hypotheses.txt").read_text().splitlines()) == 31
