@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_attn import __version__, run_directory
 from lightning_attn.files import write_text
+from lightning_attn.loggers import logger_ids
 from lightning_attn.tasks.base import BaseTask
 from lightning_attn.training.checkpoints import CHECKPOINT_KEY, load_initial_weights, read_checkpoint
 
@@ -394,4 +395,5 @@ class SaveConfiguration(Callback):
             "name": self.directory.name,
             "configuration": self.configuration,
             "origin": run_directory.origin(),
+            "logger_ids": logger_ids(trainer.loggers),
         }

@@ -3,11 +3,13 @@
 import csv
 import io
 import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from lightning_attn.files import sync, write_file
@@ -42,6 +44,42 @@ class MetricsLogger(CSVLogger):
         """How many have been logged, those before a run went on included; 0 on other ranks than 0."""
         experiment = self.experiment
         return experiment.lines if isinstance(experiment, _Writer) else 0
+
+
+# Loggers of services, by class as they need not be installed: what names a run, and where files go by default.
+_SERVICES = {"WandbLogger": ("id", {"save_dir": "."}), "MLFlowLogger": ("run_id", {"save_dir": "./mlruns"})}
+_RUN_ID = re.compile(r"[\w-]{1,128}")
+
+
+def logger_ids(loggers: Iterable[Logger]) -> dict[str, str]:
+    """What names the run in the services that it is logged to, by class of the logger."""
+    found = {type(logger).__name__: logger.version for logger in loggers if type(logger).__name__ in _SERVICES}
+    return {name: str(value) for name, value in found.items() if value}
+
+
+def placed_loggers(
+    loggers: Sequence[Logger], arguments: Sequence[Mapping[str, Any]], directory: Path, ids: Mapping[str, Any]
+) -> list[Logger]:
+    """Loggers whose files lie in the run directory, and which go on with the run of a service.
+
+    Args:
+        loggers: As they were made.
+        arguments: What each was made with; what is not the default stays.
+        directory: The run directory.
+        ids: Of a training that goes on, what `logger_ids` returned; else nothing.
+    """
+    placed = []
+    for logger, given in zip(loggers, arguments, strict=True):
+        kind = type(logger).__name__
+        identifier, defaults = _SERVICES.get(kind, ("", {}))
+        changes = {
+            name: str(directory / value) for name, value in defaults.items() if given.get(name, value) in (value, None)
+        }
+        stored = ids.get(kind)
+        if identifier and not given.get(identifier) and isinstance(stored, str) and _RUN_ID.fullmatch(stored):
+            changes[identifier] = stored
+        placed.append(type(logger)(**{**given, **changes}) if changes else logger)
+    return placed
 
 
 class _Writer(ExperimentWriter):

@@ -29,7 +29,7 @@ from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
-from lightning_attn.loggers import MetricsLogger
+from lightning_attn.loggers import MetricsLogger, placed_loggers
 from lightning_attn.resuming import LINES_KEY, LastCheckpoint
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.checkpoints import (
@@ -122,7 +122,11 @@ class CommandLine(LightningCLI):
         if options["logger"] in (None, True):
             kwargs["logger"] = _loggers(self.run_path, stored) if training else False
         elif options["logger"] and training:  # metrics.csv is there in any case
-            kwargs["logger"] = [_metrics_logger(self.run_path, stored), *_listed(options["logger"])]
+            its_own = checkpoint is not None and checkpoint.parent == self.run_path
+            ids = stored.get(RUN_KEY, {}).get("logger_ids", {}) if its_own else {}
+            arguments = [namespace_to_dict(one).get("init_args", {}) for one in _listed(self._option("trainer").logger)]
+            placed = placed_loggers(_listed(options["logger"]), arguments, self.run_path, ids)
+            kwargs["logger"] = [_metrics_logger(self.run_path, stored), *placed]
         configuration = self._resolved_configuration()
         if self.subcommand == "fit" and RUN_KEY in stored:
             _report_differences(stored[RUN_KEY]["configuration"], configuration)

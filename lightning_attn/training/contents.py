@@ -55,7 +55,8 @@ def require_contents(checkpoint: Mapping[str, Any]) -> None:
     if run is not None:
         require_plain("run", run)
         configuration = run.get("configuration", {}) if isinstance(run, dict) else None
-        if not isinstance(configuration, dict) or not isinstance(run.get("name", ""), str):
+        parts = [run.get("name", ""), run.get("logger_ids", {})] if isinstance(run, dict) else []
+        if not isinstance(configuration, dict) or not isinstance(parts[0], str) or not isinstance(parts[1], dict):
             raise ContentsError("is damaged: run is not a name and a configuration")
     if "task" in checkpoint:
         require_plain("task", checkpoint["task"])

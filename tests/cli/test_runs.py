@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +131,51 @@ def test_the_batch_size_finder_says_that_the_learning_rate_is_for_another_batch(
     finder += ["--trainer.callbacks.max_trials", 1, "--trainer.callbacks.steps_per_trial", 1]
     with pytest.warns(UserWarning, match="scaled for a global batch of 2, .* to a global batch of 4"):
         run("fit", "-c", segmentation_config, *finder)
+
+
+SERVICE = """
+from pytorch_lightning.loggers.logger import DummyLogger
+
+
+class WandbLogger(DummyLogger):
+    made = []
+
+    def __init__(self, project: str, id: str | None = None, save_dir: str = "."):
+        super().__init__()
+        self.id, self.folder = id or f"id{len(self.made)}", save_dir
+        self.made.append(self)
+
+    @property
+    def version(self):
+        return self.id
+"""
+
+
+def test_a_logger_of_a_service_goes_on_with_its_run(run, tiny_config):
+    """Under the same id when the run goes on, and its files lie in the run directory."""
+    Path("service.py").write_text(SERVICE)
+    logger = ["--trainer.logger", "service.WandbLogger", "--trainer.logger.project", "x"]
+    run("fit", "-c", tiny_config, *logger)
+    made = sys.modules["service"].WandbLogger.made
+    first = made[-1]
+    assert first.folder == str((RUN / ".").absolute())
+    run("fit", "-c", tiny_config, *logger, "--ckpt_path", "last", "--trainer.max_steps", 6)
+    assert (made[-1].id, made[-1].folder) == (first.id, first.folder)
+    run(
+        "fit",
+        "-c",
+        tiny_config,
+        *logger,
+        "--trainer.logger.id",
+        "mine",
+        "--ckpt_path",
+        "last",
+        "--trainer.max_steps",
+        8,
+    )
+    assert made[-1].id == "mine"
+    run("fit", "-c", tiny_config, *logger)
+    assert made[-1].id != first.id, "another run"
 
 
 def test_runs_are_compared(run, tiny_config):
