@@ -46,14 +46,32 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        path = path if replace else unused_path(path)
         Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        path = _replaced(Path(temporary), path) if replace else _numbered(Path(temporary), path)
         sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def _replaced(temporary: Path, path: Path) -> Path:
+    temporary.replace(path)
+    return path
+
+
+def _numbered(temporary: Path, path: Path) -> Path:
+    """Gives a file a name that no other has, also where another process looks for one at the same time."""
+    while True:
+        candidate = unused_path(path)
+        try:
+            os.link(temporary, candidate)
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            return _replaced(temporary, candidate)
+        temporary.unlink()
+        return candidate
 
 
 def sync(path: Path) -> None:

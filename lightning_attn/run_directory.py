@@ -3,9 +3,9 @@
 import fcntl
 import functools
 import glob
+import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 from importlib import metadata
@@ -55,7 +55,7 @@ def claim(root: Path, task_name: str, name: str) -> Path:
     os.environ[_VARIABLE] = str(path)
     _claimed.append(path)
     _lock(path)
-    write_json(path / MARKER, origin())
+    write_json(path / MARKER, origin() | {"name": name, "number": number})
     return path
 
 
@@ -78,8 +78,18 @@ def _of_name(root: Path, task_name: str, name: str) -> list[Path]:
 
 
 def is_named(folder: Path, name: str) -> bool:
-    """Whether a run directory is `name`, or has a number behind it because that was taken."""
-    return re.fullmatch(rf"{re.escape(name)}(-\d+)?", folder.name) is not None
+    """Whether a run directory is of a name, perhaps with a number behind it because that was taken.
+
+    `run.json` says so: `seed-2` may be the second run of `seed` or the first of `seed-2`. A directory that was renamed
+    has the name that it has now.
+    """
+    try:
+        stored = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        given, number = stored["name"], stored["number"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return folder.name == name
+    is_renamed = folder.name != (given if number == 1 else f"{given}-{number}")
+    return name == (folder.name if is_renamed else given)
 
 
 def reopen(path: Path) -> Path:

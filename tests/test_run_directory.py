@@ -19,6 +19,42 @@ def test_taken_names_get_a_number(tmp_path):
     assert {"lightning_attn", "torch", "git"} <= origin.keys()
 
 
+def test_a_number_is_not_taken_for_a_name(tmp_path):
+    """A run of another experiment is none of this name, whatever its own name ends in."""
+
+    def last(name):
+        return run_directory.newest(tmp_path, "translation", name, "last.ckpt")
+
+    other = run_directory.claim(tmp_path, "translation", "seed-1")
+    (other / "last.ckpt").touch()
+    assert last("seed") is None
+    assert not run_directory.is_named(other, "seed")
+    first = run_directory.claim(tmp_path, "translation", "seed")
+    second = run_directory.claim(tmp_path, "translation", "seed")
+    assert second.name == "seed-2"
+    (second / "last.ckpt").touch()
+    assert last("seed") == second / "last.ckpt"
+    assert last("seed-2") is None
+    third = run_directory.claim(tmp_path, "translation", "seed-2")
+    (third / "last.ckpt").touch()
+    assert last("seed-2") == third / "last.ckpt"
+    assert last("seed") == second / "last.ckpt"
+    renamed = first.rename(first.with_name("best-of-all"))
+    assert run_directory.is_named(renamed, "best-of-all")
+    assert not run_directory.is_named(renamed, "seed")
+
+
+def test_a_name_that_is_taken_meanwhile_is_not_overwritten(tmp_path):
+    path = tmp_path / "scores.json"
+
+    def write(file):
+        path.write_text("of another process")
+        file.write(b"{}")
+
+    assert files.write_file(path, write) == path.with_name("scores-2.json")
+    assert path.read_text() == "of another process"
+
+
 def test_other_ranks_make_none(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     monkeypatch.delenv(run_directory._VARIABLE)
