@@ -43,6 +43,23 @@ class SignalAt(pl.Callback):
             os.kill(os.getpid(), signal.Signals(self.number))
 
 
+class LeaveAt(pl.Callback):
+    """Ends its process at once in the middle of a step, without a word.
+
+    Args:
+        step: The optimizer step, from 0.
+        code: The exit code.
+        rank: The rank that leaves.
+    """
+
+    def __init__(self, step: int, code: int, rank: int) -> None:
+        self.step, self.code, self.rank = step, code, rank
+
+    def on_before_backward(self, trainer: pl.Trainer, *arguments: object) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            os._exit(self.code)
+
+
 class NoteProcess(pl.Callback):
     """Writes the number of each rank's process into the current folder."""
 

@@ -1,5 +1,6 @@
 """What goes wrong in the middle of a training ends it with a message, and what was saved is whole."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+REPOSITORY = Path(__file__).parents[1]
 EVERY_STEP = [
     "--run.checkpoint_every_n_steps",
     1,
@@ -105,5 +107,59 @@ def test_a_killed_rank_ends_the_other(run_process, tiny_config, in_folder, rank)
     while (Path("/proc") / str(survivor)).is_dir() and time.monotonic() - ended < 60:
         time.sleep(0.1)
     assert not (Path("/proc") / str(survivor)).is_dir(), "the other rank has ended too"
-    assert "Another process of this training has died" in done.stderr
+    if rank:
+        process = Path("rank1.pid").read_text()
+        assert f"rank 1 (process {process}) was ended by SIGKILL" in done.stderr
+        assert "go on with --ckpt_path last" in done.stderr
     assert step_of(in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt") in (1, 2)
+
+
+@pytest.mark.ddp
+def test_a_rank_that_ends_by_itself_is_named(run_process, tiny_config, in_folder):
+    two = ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.max_steps", 50]
+    leave = ("LeaveAt", "{step: 2, code: 3, rank: 1}")
+    done = run_process("fit", "-c", tiny_config, *EVERY_STEP, *two, *callbacks(leave), status=2)
+    assert "rank 1 (process " in done.stderr
+    assert "ended with exit code 3; what it said stands above" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 6.0, 12.0])
+def test_no_rank_outlives_its_launcher(tiny_config, in_folder, seconds):
+    """Whenever that is killed: while the other imports, while they look for one another, or later."""
+    command = [sys.executable, str(REPOSITORY / "train.py"), "fit", "-c", str(tiny_config)]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000"]
+    with Path("out.txt").open("w") as out:
+        launcher = subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    children: list[int] = []
+    try:
+        while not children and launcher.poll() is None:
+            children = [
+                int(one) for one in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            ]
+            children = [one for one in children if b"train.py" in Path(f"/proc/{one}/cmdline").read_bytes()]
+            time.sleep(0.05)
+        assert children, Path("out.txt").read_text()
+        time.sleep(seconds)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    killed = time.monotonic()
+    while any(Path(f"/proc/{one}").is_dir() for one in children) and time.monotonic() - killed < 30:
+        time.sleep(0.1)
+    left = [one for one in children if Path(f"/proc/{one}").is_dir()]
+    for one in left:
+        os.kill(one, signal.SIGKILL)
+    assert not left
+
+
+def test_ranks_that_do_not_find_one_another_say_so():
+    script = (
+        "import os, time; os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='1234')\n"
+        "from lightning_attn.cli.launching import watch_rendezvous\n"
+        "watch_rendezvous(1, 3, seconds=0.2)\ntime.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert "rank 1 of 3 has waited 0 s for the others at 127.0.0.1:1234" in done.stderr

@@ -10,6 +10,7 @@ from jsonargparse import namespace_to_dict
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies.launchers import subprocess_script
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_attn import run_directory
@@ -26,6 +27,7 @@ from lightning_attn.callbacks import (
 )
 from lightning_attn.cli.checks import check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
+from lightning_attn.cli.launching import observe_ranks, watch_rendezvous
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
@@ -151,6 +153,9 @@ class CommandLine(LightningCLI):
         with trainer_errors(options):
             trainer = super().instantiate_trainer(**kwargs)
         rank_zero_info(f"Run directory: {self.run_path}")
+        if trainer.world_size > 1:
+            subprocess_script._launch_process_observer = observe_ranks  # type: ignore[attr-defined, assignment]
+            watch_rendezvous(trainer.global_rank, trainer.world_size)
         return trainer
 
     def _option(self, name: str) -> Any:

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_attn import run_directory
+from lightning_attn.cli.launching import dead_rank
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.tasks import BaseTask
 
@@ -42,10 +43,8 @@ def message_of(error: Exception) -> str | None:
             "--ckpt_path last."
         )
     if has_lost_rank(text):
-        return (
-            "Another process of this training has died; what it said may stand above. What was saved is whole; go on "
-            "with --ckpt_path last."
-        )
+        which = dead_rank() or "another process of this training has died; what it said may stand above"
+        return f"{which}. What was saved is whole; go on with --ckpt_path last."
     if _is_ours(error):
         return _essence(text)
     if _is_of_restoring(error):

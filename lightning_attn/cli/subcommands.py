@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -16,7 +18,7 @@ from lightning_attn import run_directory
 from lightning_attn.averaging import average_checkpoints
 from lightning_attn.cli.command_line import CommandLine
 from lightning_attn.cli.comparison import compare_runs
-from lightning_attn.cli.messages import configure_messages, has_lost_rank, message_of
+from lightning_attn.cli.messages import configure_messages, message_of
 from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.stored_configuration import TRUST_HELP
 from lightning_attn.export import ExportFormat, export_checkpoint
@@ -76,8 +78,11 @@ def _run(arguments: list[str]) -> None:
         message = message_of(error)
         if message is None:
             raise
-        if run_directory.is_rank_zero() or has_lost_rank(str(error)):
-            print(f"error: {message}", file=sys.stderr)
+        if not run_directory.is_rank_zero():
+            # Rank 0 says what all ranks meet, and takes this one with it.
+            time.sleep(3)
+            message = f"on rank {os.environ.get('RANK') or os.environ.get('LOCAL_RANK', '?')}: {message}"
+        print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     finally:
         run_directory.discard_if_unused()

@@ -1,0 +1,135 @@
+"""Processes of one training: they end with the one that started them, and it says which of them has died, and how.
+
+Does not import torch at the start, as a process must be bound to its launcher before that takes its seconds.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+__all__ = ["bind_to_launcher", "dead_rank", "observe_ranks", "watch_rendezvous"]
+
+_LAUNCHER = "LIGHTNING_ATTN_LAUNCHER"  # process that started the ranks of a training
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_GRACE = 10.0  # seconds in which the others may end on their own
+_OWN_ENDS = (2, 128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # with a message, or because asked to
+RENDEZVOUS_SECONDS = 600.0
+
+_observed: list["_Observer"] = []
+
+
+def bind_to_launcher() -> None:
+    """Ends this process when the one that started it as a rank of its training ends, however that ends.
+
+    Of torchrun and SLURM, which look after their processes, nothing is asked.
+    """
+    launcher = os.environ.get(_LAUNCHER, "")
+    if os.environ.get("LOCAL_RANK", "0") in ("", "0") or "TORCHELASTIC_RUN_ID" in os.environ or not launcher:
+        os.environ[_LAUNCHER] = str(os.getpid())
+        return
+    if launcher == str(os.getppid()) and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+    if launcher.isdecimal() and not _is_there(int(launcher)):  # it died before that
+        os._exit(1)
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def watch_rendezvous(rank: int, ranks: int, seconds: float = RENDEZVOUS_SECONDS) -> None:
+    """Ends this process with a message if the ranks have not found one another by then.
+
+    torch waits for half an hour, as it does for a collective that takes long.
+    """
+
+    def end_if_alone() -> None:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            print(
+                f"error: rank {rank} of {ranks} has waited {seconds:.0f} s for the others at {address}. See what they "
+                "say, whether that address can be reached from every host, and whether as many processes were started "
+                "as trainer.devices and trainer.num_nodes ask for.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(2)
+
+    timer = threading.Timer(seconds, end_if_alone)
+    timer.daemon = True
+    timer.start()
+
+
+def observe_ranks(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Watches the ranks that this process has started; stands in for Lightning's observer, which kills at once."""
+    observer = _Observer(processes)
+    _observed[:] = [observer]
+    observer.start()
+
+
+def dead_rank(wait: float = 3.0) -> str:
+    """Which rank has died and how, if that is found within some seconds; else nothing."""
+    until = time.monotonic() + wait
+    while _observed:
+        found = _observed[0].described()
+        if found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
+    return ""
+
+
+class _Observer(threading.Thread):
+    def __init__(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+        super().__init__(daemon=True, name="rank-observer")
+        self.processes = processes
+
+    def described(self) -> str:
+        """The first rank that has failed, in words."""
+        for rank, process in enumerate(self.processes, start=1):
+            code = process.poll()
+            if code is None or code == 0:
+                continue
+            if code < 0:
+                name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+                why = ", often for want of memory: see what the system's log says of it" if code == -9 else ""
+                return f"rank {rank} (process {process.pid}) was ended by {name}{why}"
+            return f"rank {rank} (process {process.pid}) ended with exit code {code}; what it said stands above"
+        return ""
+
+    def run(self) -> None:
+        """Waits for a rank to fail; says so, and ends the others unless they do on their own."""
+        while not (failed := self.described()):
+            if all(process.poll() == 0 for process in self.processes):
+                return
+            time.sleep(0.5)
+        codes = [code for process in self.processes if (code := process.poll())]
+        quiet = all(code in _OWN_ENDS for code in codes)  # this process most likely ends likewise, and says why
+        if not quiet:
+            print(f"error: {failed}.", file=sys.stderr, flush=True)
+        time.sleep(_GRACE)
+        if quiet:
+            print(f"error: {failed}.", file=sys.stderr, flush=True)
+        print(
+            "error: the other ranks wait for it and are ended. What was saved is whole; go on with --ckpt_path last.",
+            file=sys.stderr,
+            flush=True,
+        )
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                process.kill()
+        os._exit(2)
