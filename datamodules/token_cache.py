@@ -453,9 +453,19 @@ def default_cache_folder(root: Path) -> Path:
 
 
 def user_cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/lightning_attn``, by default ``~/.cache/lightning_attn``."""
+    """``$XDG_CACHE_HOME/lightning_attn``, by default ``~/.cache/lightning_attn``.
+
+    Raises:
+        NotADirectoryError: if there is neither a variable nor a home.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "lightning_attn"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "lightning_attn"
+    except RuntimeError as error:
+        raise NotADirectoryError(
+            "cache_dir: this user has no home directory, where the cache would be. Set XDG_CACHE_HOME or HOME to a "
+            "folder, or give one (--data.cache_dir FOLDER for text, --data.root FOLDER for miniature data)."
+        ) from error
 
 
 def _summarise_once(path: Path, cache: Path) -> FileSummary:

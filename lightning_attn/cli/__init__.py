@@ -17,8 +17,9 @@ def main(args: Sequence[str] | None = None) -> None:
             of a prediction, which is complete without them; with 128 and the signal's number if a signal stopped a
             training, whose state is saved.
     """
-    from lightning_attn.cli.launching import bind_to_launcher
+    from lightning_attn.cli.launching import bind_to_launcher, open_standard_streams
 
+    open_standard_streams()
     bind_to_launcher()
     arguments = sys.argv[1:] if args is None else [str(argument) for argument in args]
     from lightning_attn.cli.front import answer

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import resource
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,10 @@ from lightning_attn.tasks import BaseTask
 from lightning_attn.training.scores import best_mode
 from lightning_attn.training.trust import argument_types
 
-__all__ = ["check_trainer", "check_values", "trainer_errors"]
+# Open files of a run, and of each process that makes batches for it; both are generous.
+_FILES, _FILES_OF_WORKER = 64, 32
+
+__all__ = ["check_open_files", "check_trainer", "check_values", "trainer_errors"]
 
 
 def check_values(configuration: Mapping[str, Any]) -> None:
@@ -108,6 +112,31 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
                     f"trainer.{name}: 0 trains nothing. Leave it out, or score what there is with the subcommand "
                     "validate."
                 )
+
+
+def check_open_files(workers: int) -> None:
+    """Raises the limit of open files as far as the system allows, and refuses one that processes would hang at.
+
+    Args:
+        workers: Processes that make batches, which hand each over as an open file.
+
+    Raises:
+        ConfigurationError: Says how many are needed.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    needed, wanted = _FILES + _FILES_OF_WORKER * workers, 4096
+    if soft != unlimited and soft < wanted:
+        raised = wanted if hard == unlimited else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft != unlimited and soft < needed:
+        fewer = f", or take fewer workers (--data.num_workers, which is {workers})" if workers else ""
+        raise ConfigurationError(
+            f"this process may open {soft} files at a time, and needs {needed}: raise the limit (ulimit -n {wanted} in "
+            f"the shell, or its hard limit by the administrator){fewer}."
+        )
 
 
 @contextlib.contextmanager

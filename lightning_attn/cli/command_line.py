@@ -25,7 +25,7 @@ from lightning_attn.callbacks import (
     TrainingBar,
     TrainingSummary,
 )
-from lightning_attn.cli.checks import check_trainer, check_values, trainer_errors
+from lightning_attn.cli.checks import check_open_files, check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.launching import observe_ranks, watch_rendezvous
 from lightning_attn.cli.parser import ConfigurationError
@@ -94,6 +94,8 @@ class CommandLine(LightningCLI):
         self.model.require_steps(self.subcommand)
         options = self.config_init[self.subcommand]["trainer"]
         check_trainer(options, self.model, self.subcommand)
+        workers = getattr(self.datamodule, "num_workers", 0)
+        check_open_files(workers if isinstance(workers, int) else 0)
         run = RunOptions(**self._option("run").as_dict())
         checkpoint = self._checkpoint(run)
         stored = read_checkpoint(checkpoint) if checkpoint else {}

@@ -45,6 +45,15 @@ def answer(arguments: Sequence[str]) -> bool:
     first = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
     if first is None or (arguments[0] not in SUBCOMMANDS and not arguments[0].startswith("-")):
         _fail(_unknown(arguments[0]))
+    try:
+        _check_files(arguments)
+    except OSError as error:  # such as a name that is too long
+        _fail(f"{str(error.filename)[:100]}: {error.strerror}.")
+    return False
+
+
+def _check_files(arguments: Sequence[str]) -> None:
+    """Refuses files that are not there, or are something else."""
     for path in option_values(arguments, "-c", "--config"):
         _check_configuration(path)
     for path in option_values(arguments, "--ckpt_path"):
@@ -53,7 +62,6 @@ def answer(arguments: Sequence[str]) -> bool:
     for path in option_values(arguments, "--run.initial_weights"):
         if path.endswith((".ckpt", ".safetensors", ".pth")):
             _check_checkpoint("run.initial_weights", Path(path))
-    return False
 
 
 def command_name() -> str:

@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["bind_to_launcher", "dead_rank", "observe_ranks", "watch_rendezvous"]
+__all__ = ["bind_to_launcher", "dead_rank", "observe_ranks", "open_standard_streams", "watch_rendezvous"]
 
 _LAUNCHER = "LIGHTNING_ATTN_LAUNCHER"  # process that started the ranks of a training
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -22,6 +23,18 @@ _OWN_ENDS = (2, 128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM) 
 RENDEZVOUS_SECONDS = 600.0
 
 _observed: list["_Observer"] = []
+
+
+def open_standard_streams() -> None:
+    """Opens what was closed by whoever started this process, or a file of the run would get its number and lines."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until this process ends
 
 
 def bind_to_launcher() -> None:

@@ -4,12 +4,15 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import itertools
 import linecache
 import logging
 import os
 import re
+import sys
 import traceback
 import warnings
+from pathlib import Path
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -18,6 +21,8 @@ from lightning_attn import run_directory
 from lightning_attn.cli.launching import dead_rank
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.tasks import BaseTask
+
+_LONGEST_PATH = 200  # that is shown whole
 
 __all__ = ["configure_messages", "has_lost_rank", "message_of"]
 
@@ -47,12 +52,33 @@ def message_of(error: Exception) -> str | None:
         return f"{which}. What was saved is whole; go on with --ckpt_path last."
     if _is_ours(error):
         return _essence(text)
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return _of_file(error)
     if _is_of_restoring(error):
         return (
             f"The checkpoint cannot be restored; a part of it is damaged, or made by other classes than those of now "
             f"({type(error).__name__}: {text}). Use another checkpoint of the same run."
         )
     return None
+
+
+def _of_file(error: OSError) -> str:
+    """What the system says of a file, and the option that named it, if one did."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    place = path if len(path) <= _LONGEST_PATH else f"{path[:_LONGEST_PATH]}... ({len(path)} characters)"
+    if error.errno == errno.EMFILE:
+        return f"{place}: {error.strerror}. Raise the limit in the shell: ulimit -n 4096."
+    absolute = str(Path(path).absolute())
+    for option, value in itertools.pairwise([*sys.argv, ""]):
+        name, equals, own = option.partition("=")
+        value = own if equals else value
+        if name.startswith("-") and value and (path == value or _is_within(absolute, str(Path(value).absolute()))):
+            return f"{place}: {error.strerror}. It is of {name}; give another."
+    return f"{place}: {error.strerror}."
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
 
 def _is_of_restoring(error: BaseException) -> bool:
