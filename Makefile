@@ -7,7 +7,7 @@ RUN ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint format clean
+.PHONY: help quickstart test test-all test-long lint format clean
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,7 +21,10 @@ test: lint  ## Lint, check types, and run the tests that take minutes
 	$(PYTEST)
 
 test-all: lint  ## The same with the slow tests
-	$(PYTEST) -m "slow or not slow"
+	$(PYTEST) -m "not long"
+
+test-long: .venv/installed-dev  ## Kills, damaged inputs: an hour or so, with results to read; not a part of CI
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s tests/long
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -19,6 +19,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_attn.loggers import MetricsLogger
@@ -314,6 +315,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._streams: list[dict[str, Any]] | None = None
         self._resumed = False
+        self._told = False
         self._states: dict[str, Any] = {}
 
     def on_save_checkpoint(
@@ -350,7 +352,10 @@ class ExactResume(Callback):
         with _fitting():
             _require_list("optimizer_states", states, len(trainer.optimizers))
             for number, optimizer in enumerate(trainer.optimizers):
-                require_optimizer_state(f"optimizer_states[{number}]", states["optimizer_states"][number], optimizer)
+                key = f"optimizer_states[{number}]"
+                missing = require_optimizer_state(key, states["optimizer_states"][number], optimizer)
+                if missing:
+                    rank_zero_info(f"The checkpoint's {key} says nothing of {missing} parameters: theirs begins anew.")
             _require_list("lr_schedulers", states, len(trainer.lr_scheduler_configs))
             for number, config in enumerate(trainer.lr_scheduler_configs):
                 current = config.scheduler.state_dict()
@@ -368,6 +373,7 @@ class ExactResume(Callback):
             return
         for group, options in zip(trainer.optimizers[0].param_groups, fresh, strict=True):
             group.update(options)
+        _complete_momentum(trainer.optimizers[0])
         scheduler = trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(scheduler, LambdaLR), "what the base class of tasks makes"
         scheduler.base_lrs = [options["initial_lr"] for options in fresh]
@@ -397,7 +403,11 @@ class ExactResume(Callback):
     def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         streams, self._streams = self._streams, None
         if streams is None:
+            if self._resumed and not self._told:
+                rank_zero_info("The checkpoint holds no states of random generators: new ones are used.")
+            self._told = self._resumed
             return
+        self._told = True
         if len(streams) != trainer.world_size:
             rank_zero_info(
                 f"The checkpoint holds the random streams of {len(streams)} ranks, and there are {trainer.world_size}: "
@@ -405,6 +415,16 @@ class ExactResume(Callback):
             )
             return
         set_random_streams(streams[trainer.global_rank], pl_module.device)
+
+
+def _complete_momentum(optimizer: Optimizer) -> None:
+    """Gives every parameter a momentum if one has it: a fused SGD takes all or none, and zeros are like none."""
+    groups = optimizer.param_groups if isinstance(optimizer, SGD) else []
+    parameters = [parameter for group in groups if group["momentum"] for parameter in group["params"]]
+    if any(optimizer.state[one].get("momentum_buffer") is not None for one in parameters if one in optimizer.state):
+        for one in parameters:
+            if optimizer.state[one].get("momentum_buffer") is None:
+                optimizer.state[one]["momentum_buffer"] = torch.zeros_like(one)
 
 
 @contextlib.contextmanager

@@ -78,8 +78,15 @@ class CommandLine(LightningCLI):
         self._typed, self._stored_name = {}, None
         if isinstance(typed, list):
             self._typed = {option: value_of(f"--run.{option}", typed) for option in ("name", "root")}
-            with with_stored_configuration(_files_first(typed), self.subcommands()) as (arguments, self._stored_name):
-                self.config = parser.parse_args(arguments)
+            given = _files_first(typed)
+            with with_stored_configuration(given, self.subcommands()) as (arguments, self._stored_name):
+                try:
+                    self.config = parser.parse_args(arguments)
+                except ConfigurationError as error:
+                    if arguments == given:
+                        raise
+                    stored = value_of("--ckpt_path", typed)
+                    raise ConfigurationError(f"{error}\n(The configuration in {stored} is a part of it.)") from error
         else:
             super().parse_arguments(parser, args)
         check_values(self.config[self.config["subcommand"]])

@@ -138,13 +138,16 @@ def require_same_structure(key: str, stored: Any, current: Any) -> None:
         _require_count(key, stored)
 
 
-def require_optimizer_state(key: str, stored: Any, optimizer: Optimizer) -> None:
+def require_optimizer_state(key: str, stored: Any, optimizer: Optimizer) -> int:
     """Refuses a state that does not fit the parameters of an optimizer; fused optimizers write past its end.
 
     Args:
         key: Of the stored state, for messages.
         stored: Of a checkpoint.
         optimizer: What it will be loaded into.
+
+    Returns:
+        How many parameters it says nothing of: they may never have had a gradient.
 
     Raises:
         ContentsError: Names the key.
@@ -168,9 +171,14 @@ def require_optimizer_state(key: str, stored: Any, optimizer: Optimizer) -> None
                 raise ContentsError(
                     f"is damaged: {key}.param_groups[{number}].{name} is {str(group[name])[:40]!r}, and here {value!r}"
                 )
+    adaptive = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    needed = ("step", "exp_avg", "exp_avg_sq") if adaptive else ()
     for number, state in states.items():
         if number not in parameters or not isinstance(state, dict):
             raise ContentsError(f"is damaged: {key}.state holds {str(number)[:40]!r}, which is no parameter")
+        lacking = [name for name in needed if name not in state]
+        if lacking:
+            raise ContentsError(f"is damaged: {key}.state[{number}] has no {lacking[0]}")
         for name, value in state.items():
             where = f"{key}.state[{number}].{name}"
             if name in _LIKE_PARAMETER and value is not None:
@@ -183,6 +191,7 @@ def require_optimizer_state(key: str, stored: Any, optimizer: Optimizer) -> None
                     raise ContentsError(f"is damaged: {where} is no number of steps")
                 if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
                     raise ContentsError(f"is damaged: {where} has the type {value.dtype}")
+    return len(parameters) - len(states) if states else 0
 
 
 def _is_same_kind(stored: Any, current: Any) -> bool:
