@@ -92,6 +92,8 @@ def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
             f"{path} is no whole JSON file: {error.msg} at character {error.pos:,} of {len(error.doc):,}. It may be "
             "cut off; copy or download it again."
         ) from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is no annotation file: lists or objects in it are nested without end.") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 (byte {error.start:,}); an older Windows program may have written it as Latin-1. "

@@ -44,6 +44,9 @@ ExifPolicy = Literal["apply", "ignore"]
 upright image and that of the stored pixels, these are taken. `ignore` always takes the stored pixels.
 """
 
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
+"""What Pillow may take a file for, whatever its name ends in: no format for which it would start another program."""
+
 IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Endings of the files that count as images in a folder, in lower case."""
 
@@ -253,7 +256,7 @@ def _header(
 @contextmanager
 def decoding(path: Path) -> Iterator[Image.Image]:
     """Opens an image, and makes one kind of error of all that a decoder may raise on a damaged file."""
-    with _one_kind_of_error(path), Image.open(path) as image:
+    with _one_kind_of_error(path), Image.open(path, formats=FORMATS) as image:
         yield image
 
 
@@ -275,9 +278,10 @@ def _one_kind_of_error(path: Path | str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the system could not read it
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise ImageError(
-            f"{path} is damaged, cut short, or no image ({error}). Copy or download it again, or take it out of the "
-            "data."
+            f"{path} is damaged, cut short, or no image of {kinds} ({error}). Copy or download it again, or take it "
+            "out of the data."
         ) from error
 
 

@@ -1,4 +1,5 @@
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -232,3 +233,21 @@ def test_channels_first(picture):
         assert made.shape == (3, *image.shape[:2])
         assert made.is_contiguous()
         assert (made.numpy() == image.transpose(2, 0, 1)).all()
+
+
+def test_a_format_that_another_program_would_open_is_refused(tmp_path, monkeypatch):
+    """Pillow takes a file for what it begins with, and Encapsulated PostScript for Ghostscript."""
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(path, format="EPS")
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("started a program"))
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match="no image of JPEG, PNG, TIFF, WEBP, BMP or GIF"):
+            read(path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF"])
+def test_formats_that_are_read(tmp_path, kind):
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (12, 8), (200, 100, 50)).save(path, format=kind)
+    assert image_size(path) == (8, 12)
+    assert np.abs(read_image(path).astype(int) - (200, 100, 50)).max() < 20
