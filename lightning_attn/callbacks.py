@@ -35,6 +35,17 @@ class BestCheckpoint(ModelCheckpoint):
     _told = False
     best_step = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Also the step of the best score."""
+        return super().state_dict() | {"best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also takes the score of the last time, which Lightning leaves out."""
+        super().load_state_dict(state_dict)
+        if self.dirpath == state_dict.get("dirpath", self.dirpath):
+            self.current_score = state_dict.get("current_score")
+            self.best_step = state_dict.get("best_step", 0)
+
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether the network is to be saved."""
         if current is None or not torch.isnan(current):

@@ -69,6 +69,9 @@ def _require_model_checkpoint(key: str, state: Mapping[str, Any]) -> None:
     best = state.get(_PATH_KEYS, {})
     if not isinstance(best, dict) or not all(isinstance(path, str) for path in best):
         raise ContentsError(f"is damaged: callbacks.{key}.{_PATH_KEYS} is no table of scores by path")
+    best_step = state.get("best_step", 0)
+    if type(best_step) is not int or best_step < 0:
+        raise ContentsError(f"is damaged: callbacks.{key}.best_step is {str(best_step)[:40]!r}")
     scores = {name: state.get(name) for name in ("best_model_score", "current_score", "kth_value")}
     for name, score in (scores | best).items():
         if score is not None and not (isinstance(score, Tensor) and score.numel() == 1):
