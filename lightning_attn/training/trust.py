@@ -77,15 +77,19 @@ class Trust:
             if not isinstance(package, str) or not _CLASS_PATH.fullmatch(package):
                 raise ValueError(f"trust: {package!r} is no name of a package, such as 'mypackage' or 'my_module'.")
 
-    def allows(self, path: str) -> bool:
-        """Whether a class of this path may be imported; nothing is imported to say so."""
+    def allows(self, path: str, *, short: bool = True) -> bool:
+        """Whether a class of this path may be imported; nothing is imported to say so.
+
+        Args:
+            path: Its import path.
+            short: Whether this call may name it by its last part, where its module has been imported already.
+        """
         if path in self.listed or path in self.named:
             return True
         if any(path == package or path.startswith(f"{package}.") for package in self.packages):
             return True
-        # A short name of this call means a class that is there already.
         module, _, name = path.rpartition(".")
-        return name in self.named and module in sys.modules
+        return short and name in self.named and module in sys.modules
 
     def resolve(self, path: Any, base: type, key: str) -> type:
         """The class that a checkpoint names.
@@ -155,10 +159,17 @@ class Trust:
         if described is not None and isinstance(value, Mapping) and "class_path" not in value:
             self._require_described(value, described, key)
             return
+        if described is not None and isinstance(value, list | tuple):
+            for place, one in enumerate(value):
+                self.require_value(one, described, f"{key}[{place}]")
+            return
+        if described is not None and isinstance(value, str):
+            # The parser would read a file of that name, about which nobody has been asked.
+            raise TrustError(f"is damaged: {key} is {value[:80]!r}, and no section of options")
         self._require_no_class(value, key)
         if hint is _UNKNOWN or _is_imported(hint):
             for word in _texts(value):
-                if not (_WORD.fullmatch(word) or self.allows(word)):
+                if not (_WORD.fullmatch(word) or self.allows(word, short=False)):
                     raise TrustError(f"names {word[:80]!r} ({key}), which could be an object to import: it is refused")
 
     def _require_objects(self, value: Any, bases: list[type], key: str, *, words: bool) -> None:
@@ -167,7 +178,8 @@ class Trust:
             if isinstance(one, list | tuple):
                 self._require_objects(one, bases, where, words=words)
             elif isinstance(one, str):
-                if not (words and _WORD.fullmatch(one)):
+                # Not the name of a file, which the parser would read.
+                if not (words and _WORD.fullmatch(one) and not Path(one).exists()):
                     self._resolve_any(one, bases, where)
             elif isinstance(one, Mapping) and "class_path" in one:
                 found = self._resolve_any(one["class_path"], bases, where)
@@ -195,7 +207,7 @@ class Trust:
     def _require_no_class(self, value: Any, key: str) -> None:
         """Where values are of any kind, none of them may ask for an object."""
         if isinstance(value, Mapping):
-            if "class_path" in value and not self.allows(str(value["class_path"])):
+            if "class_path" in value and not self.allows(str(value["class_path"]), short=False):
                 self.resolve(value["class_path"], object, key)
             for name, inner in value.items():
                 self._require_no_class(inner, f"{key}.{name}")

@@ -109,6 +109,30 @@ def test_fields_of_any_kind_are_data_in_yaml_too(run, tiny_config):
     assert not Path("ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (("model", "init_args", "self_attention"), "evil.yaml"),
+        (("model", "init_args", "optimizer"), "evil.yaml"),
+        (("data", "init_args", "cleaning"), "evil"),
+        (("trainer", "strategy"), "evil"),
+        (("trainer", "callbacks"), "evil.yaml"),
+        (("model",), "evil.yaml"),
+    ],
+)
+def test_files_that_a_configuration_names_are_not_read(run, changed, keys, name):
+    """The parser takes a path for any section: what is in the file nobody has looked at."""
+    evil = {"class_path": "pytorch_lightning.strategies.DDPStrategy", "init_args": {"ddp_comm_hook": "os.abort"}}
+    for file in ("evil.yaml", "evil"):
+        Path(file).write_text(yaml.safe_dump({"mechanism": "torch.nn.Identity"} if "model" in keys else evil))
+
+    def change(checkpoint, configuration):
+        put(configuration, keys, name)
+
+    printed = run("fit", "--ckpt_path", changed(change), status=2)
+    assert "evil.ckpt is damaged: " in printed or "evil.ckpt names " in printed
+
+
 @pytest.mark.parametrize("with_configuration", [False, True])
 def test_hyper_parameters_are_not_read(run, changed, tiny_config, with_configuration):
     def change(checkpoint, configuration):
