@@ -101,7 +101,7 @@ def require_plain(key: str, value: Any) -> None:
             raise ContentsError(f"is damaged: {name[:80]} is a {type(one).__name__}, and no plain value")
 
 
-def require_same_structure(key: str, stored: Any, current: Any) -> None:
+def require_same_structure(key: str, stored: Any, current: Any, *, counts: bool = True) -> None:
     """Refuses a state whose names, kinds, shapes or lengths are not those of the state that it is put into.
 
     Counts and numbers must be finite, and counts not below zero.
@@ -110,6 +110,7 @@ def require_same_structure(key: str, stored: Any, current: Any) -> None:
         key: Of the stored state, for messages.
         stored: Of a checkpoint.
         current: The state of the same object now.
+        counts: Whether what is an integer now must be a count.
 
     Raises:
         ContentsError: Names the key.
@@ -119,7 +120,7 @@ def require_same_structure(key: str, stored: Any, current: Any) -> None:
             here = sorted(map(str, stored)) if isinstance(stored, dict) else type(stored).__name__
             raise ContentsError(f"is damaged: {key} holds {str(here)[:200]}, and not {sorted(map(str, current))}")
         for name, value in current.items():
-            require_same_structure(f"{key}.{name}", stored[name], value)
+            require_same_structure(f"{key}.{name}", stored[name], value, counts=counts)
     elif isinstance(current, Tensor):
         if not isinstance(stored, Tensor) or stored.shape != current.shape:
             found = tuple(stored.shape) if isinstance(stored, Tensor) else type(stored).__name__
@@ -128,13 +129,13 @@ def require_same_structure(key: str, stored: Any, current: Any) -> None:
         if not isinstance(stored, list | tuple) or len(stored) != len(current):
             raise ContentsError(f"is damaged: {key} has not {len(current)} entries")
         for place, value in enumerate(current):
-            require_same_structure(f"{key}[{place}]", stored[place], value)
+            require_same_structure(f"{key}[{place}]", stored[place], value, counts=counts)
     elif isinstance(current, bool) or not isinstance(current, int | float):
         if current is not None and type(stored) is not type(current):
             raise ContentsError(f"is damaged: {key} is {str(stored)[:40]!r}, and no {type(current).__name__}")
     elif isinstance(stored, bool) or not isinstance(stored, int | float) or not math.isfinite(stored):
         raise ContentsError(f"is damaged: {key} is {str(stored)[:40]!r}, and no finite number")
-    elif isinstance(current, int):
+    elif counts and isinstance(current, int):
         _require_count(key, stored)
 
 

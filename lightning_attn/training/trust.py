@@ -24,7 +24,7 @@ from torch import nn
 __all__ = ["Trust", "TrustError", "argument_types", "public_classes"]
 
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_WORD = re.compile(r"[\w/ :+-]*")  # nothing that could be the path of an object to import
+_WORD = re.compile(r"[\w/ :+#-]*")  # nothing that could be the path of an object to import
 _PLAIN_TYPES = (
     bool,
     int,
@@ -179,7 +179,7 @@ class Trust:
                 self._require_objects(one, bases, where, words=words)
             elif isinstance(one, str):
                 # Not the name of a file, which the parser would read.
-                if not (words and _WORD.fullmatch(one) and not Path(one).exists()):
+                if not (words and _WORD.fullmatch(one) and not (one and Path(one).exists())):
                     self._resolve_any(one, bases, where)
             elif isinstance(one, Mapping) and "class_path" in one:
                 found = self._resolve_any(one["class_path"], bases, where)

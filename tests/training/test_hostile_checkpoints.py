@@ -251,6 +251,28 @@ def test_plain_options_and_listed_callbacks_are_taken(run, changed):
     ]
 
 
+def test_a_run_with_listed_callbacks_goes_on_from_its_checkpoint_alone(run, tiny_config):
+    """With all their arguments, as the run has stored them."""
+    names = {
+        "EarlyStopping": {"monitor": "val/loss"},
+        "LearningRateMonitor": {},
+        "ModelCheckpoint": {"filename": "{epoch}-{step}", "monitor": "val/loss", "dirpath": "own"},
+        "ModelSummary": {},
+        "RichProgressBar": {},
+        "Timer": {"duration": "00:01:00:00"},
+    }
+    callbacks = [{"class_path": name, "init_args": arguments} for name, arguments in names.items()]
+    options = {"callbacks": callbacks, "strategy": {"class_path": "SingleDeviceStrategy"}, "max_time": "00:01:00:00"}
+    options["strategy"]["init_args"] = {"device": "cpu"}
+    Path("more.yaml").write_text(yaml.safe_dump({"trainer": options}))
+    run("fit", "-c", tiny_config, "-c", "more.yaml")
+    path = Path("checkpoints/translation/tiny/last.ckpt")
+    run("fit", "--ckpt_path", path, "--trainer.max_steps", 6)
+    assert torch.load(path, weights_only=True)["global_step"] == 6
+    written = yaml.safe_load(path.with_name("config_fit-2.yaml").read_text())
+    assert [one["class_path"].split(".")[-1] for one in written["trainer"]["callbacks"]] == list(names)
+
+
 # Classes of the user's own
 
 
