@@ -5,6 +5,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping, Timer
 from torch import Tensor
 
 from lightning_attn.training.contents import ContentsError, require_same_structure
@@ -79,16 +80,16 @@ def _require_model_checkpoint(key: str, state: Mapping[str, Any]) -> None:
 
 
 def require_callback_states(states: Mapping[str, Any], callbacks: Iterable[pl.Callback]) -> None:
-    """Refuses states that do not fit the callbacks of Lightning and of this project that they are for.
+    """Refuses states that do not fit the callbacks that they are for, of those whose states have one structure.
 
     Raises:
         ContentsError: Names the key.
     """
     for callback in callbacks:
         state = states.get(callback.state_key)
-        package = type(callback).__module__.partition(".")[0]
-        if state is None or package not in ("pytorch_lightning", "lightning_attn"):
-            continue
-        if _OF_MODEL_CHECKPOINT not in state:
+        is_known = isinstance(callback, EarlyStopping | Timer) or type(callback).__module__.startswith(
+            "lightning_attn."
+        )
+        if state is not None and is_known and _OF_MODEL_CHECKPOINT not in state:
             # A Timer begins with 0 and goes on with seconds.
             require_same_structure(f"callbacks.{callback.state_key}", state, callback.state_dict(), counts=False)
