@@ -359,7 +359,8 @@ class ExactResume(Callback):
             _require_list("lr_schedulers", states, len(trainer.lr_scheduler_configs))
             for number, config in enumerate(trainer.lr_scheduler_configs):
                 current = config.scheduler.state_dict()
-                require_same_structure(f"lr_schedulers[{number}]", states["lr_schedulers"][number], current)
+                stored = states["lr_schedulers"][number]
+                require_same_structure(f"lr_schedulers[{number}]", stored, current, counts=False)
             plugin = trainer.precision_plugin
             scaler, current = states.get(type(plugin).__qualname__), plugin.state_dict()
             if scaler and current:

@@ -133,6 +133,8 @@ def require_same_structure(key: str, stored: Any, current: Any, *, counts: bool 
     elif isinstance(current, bool) or not isinstance(current, int | float):
         if current is not None and type(stored) is not type(current):
             raise ContentsError(f"is damaged: {key} is {str(stored)[:40]!r}, and no {type(current).__name__}")
+    elif stored == current and isinstance(stored, float):
+        return  # such as the infinity that a best value begins with
     elif isinstance(stored, bool) or not isinstance(stored, int | float) or not math.isfinite(stored):
         raise ContentsError(f"is damaged: {key} is {str(stored)[:40]!r}, and no finite number")
     elif counts and isinstance(current, int):
