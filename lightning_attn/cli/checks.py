@@ -99,8 +99,8 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
             "batch for each optimizer step."
         )
     for callback in options["callbacks"] if isinstance(options["callbacks"], list) else [options["callbacks"]]:
-        if isinstance(callback, EarlyStopping) and callback.mode != (best_mode(callback.monitor) or callback.mode):
-            right = best_mode(callback.monitor)
+        right = best_mode(callback.monitor) if isinstance(callback, EarlyStopping) else None
+        if right is not None and callback.mode != right:
             raise ConfigurationError(
                 f"trainer.callbacks: EarlyStopping watches {callback.monitor}, of which the {right} is best, with mode "
                 f"{callback.mode!r}: it would stop as that gets better. Give --trainer.callbacks.mode {right}."

@@ -24,7 +24,7 @@ from lightning_attn.tasks import BaseTask
 
 _LONGEST_PATH = 200  # that is shown whole
 
-__all__ = ["configure_messages", "has_lost_rank", "message_of"]
+__all__ = ["configure_messages", "message_of"]
 
 
 def message_of(error: Exception) -> str | None:
@@ -47,7 +47,7 @@ def message_of(error: Exception) -> str | None:
             "system's log says of it, and use fewer (--data.num_workers). What was saved is whole; go on with "
             "--ckpt_path last."
         )
-    if has_lost_rank(text):
+    if _has_lost_rank(text):
         which = dead_rank() or "another process of this training has died; what it said may stand above"
         return f"{which}. What was saved is whole; go on with --ckpt_path last."
     if _is_ours(error):
@@ -87,7 +87,7 @@ def _is_of_restoring(error: BaseException) -> bool:
     return any(frame.f_globals.get("__name__", "").endswith(".checkpoint_connector") for frame, _ in frames)
 
 
-def has_lost_rank(text: str) -> bool:
+def _has_lost_rank(text: str) -> bool:
     """Whether an error says that another rank has closed its connection."""
     return "gloo" in text and re.search(r"Connection (closed|reset) by peer|Broken pipe", text) is not None
 

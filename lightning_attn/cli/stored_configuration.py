@@ -21,7 +21,7 @@ from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
 from lightning_attn.cli.parser import ConfigurationError
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
-from lightning_attn.training.trust import Trust, TrustError, argument_types, public_classes
+from lightning_attn.training.trust import Trust, TrustError, argument_types, public_classes, texts_in
 
 __all__ = ["TRUST_HELP", "needed_trust", "trust_of", "value_of", "with_stored_configuration"]
 
@@ -125,19 +125,7 @@ def _words(arguments: Sequence[str]) -> Iterator[str]:
     for path in option_values(arguments, "-c", "--config"):
         with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
             text = Path(path).expanduser().read_text(encoding="utf-8")
-            yield from _texts(yaml.safe_load(text))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    pending = [value]
-    while pending:
-        one = pending.pop()
-        if isinstance(one, str):
-            yield one
-        elif isinstance(one, dict):
-            pending += [*one.keys(), *one.values()]
-        elif isinstance(one, list):
-            pending += one
+            yield from texts_in(yaml.safe_load(text))
 
 
 def _allowed(stored: dict[str, Any], subcommand: str, trust: Trust) -> dict[str, Any]:

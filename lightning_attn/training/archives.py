@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ArchiveError", "plain_tensor_fault", "read_archive", "tensors_in"]
+__all__ = ["ArchiveError", "read_archive"]
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: lengths of its name and of what else stands before its data
 _MOST_RECORDS = 1_000_000
@@ -44,7 +44,7 @@ def read_archive(path: Path) -> Any:
     try:
         # Without data first: where each tensor's data would lie in the file, and how much of it there would be.
         places = []
-        for key, tensor in tensors_in(torch.load(path, map_location="meta", weights_only=True)):
+        for key, tensor in _tensors_in(torch.load(path, map_location="meta", weights_only=True)):
             storage = tensor.untyped_storage()
             place: int = getattr(storage, "_checkpoint_offset", -1)
             if place not in records:
@@ -70,8 +70,8 @@ def read_archive(path: Path) -> Any:
         raise ArchiveError("is damaged: a tensor in it is sparse, quantised or without data") from error
     except Exception as error:  # of the many that a damaged pickle can end in
         raise ArchiveError(f"is damaged: {type(error).__name__}: {error}") from error
-    for key, tensor in tensors_in(contents):
-        fault = plain_tensor_fault(tensor)
+    for key, tensor in _tensors_in(contents):
+        fault = _plain_tensor_fault(tensor)
         if fault is not None:
             raise ArchiveError(f"is damaged: {key} {fault}")
     return contents
@@ -79,7 +79,7 @@ def read_archive(path: Path) -> Any:
 
 def _require_places(contents: Any, places: list[int]) -> None:
     """Refuses tensors that came from elsewhere in the file than was said before: all lie as far apart as there."""
-    starts = [tensor.untyped_storage() for _, tensor in tensors_in(contents)]
+    starts = [tensor.untyped_storage() for _, tensor in _tensors_in(contents)]
     begins = {storage.data_ptr() - place for storage, place in zip(starts, places, strict=True) if storage.nbytes() > 0}
     if len(begins) > 1:
         raise ArchiveError("is damaged: its tensors are not where its directory says")
@@ -124,7 +124,7 @@ def _records(path: Path, *status: int) -> dict[int, int]:
     return records
 
 
-def tensors_in(contents: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors_in(contents: Any) -> Iterator[tuple[str, Tensor]]:
     """All tensors in nested containers, each container looked at once, with where they stand.
 
     Raises:
@@ -148,7 +148,7 @@ def tensors_in(contents: Any) -> Iterator[tuple[str, Tensor]]:
             raise ArchiveError(f"is damaged: {key} is a {type(value).__name__}")
 
 
-def plain_tensor_fault(tensor: Tensor) -> str | None:
+def _plain_tensor_fault(tensor: Tensor) -> str | None:
     """Why a tensor is none of a checkpoint of ours: sparse, quantised, without data, of other numbers, overlapping."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         return f"is no dense tensor ({'quantised' if tensor.is_quantized else tensor.layout})"

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Trust", "TrustError", "argument_types", "public_classes"]
+__all__ = ["Trust", "TrustError", "argument_types", "public_classes", "texts_in"]
 
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _WORD = re.compile(r"[\w/ :+#-]*")  # nothing that could be the path of an object to import
@@ -168,7 +168,7 @@ class Trust:
             raise TrustError(f"is damaged: {key} is {value[:80]!r}, and no section of options")
         self._require_no_class(value, key)
         if hint is _UNKNOWN or _is_imported(hint):
-            for word in _texts(value):
+            for word in texts_in(value):
                 if not (_WORD.fullmatch(word) or self.allows(word, short=False)):
                     raise TrustError(f"names {word[:80]!r} ({key}), which could be an object to import: it is refused")
 
@@ -269,12 +269,14 @@ def _is_imported(hint: Any) -> bool:
     return collections.abc.Callable in origins or type in origins
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts(inner)
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in nested containers, names in mappings among them."""
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, Mapping):
+            pending += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            pending += one
