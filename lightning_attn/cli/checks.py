@@ -14,7 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping
 
 from datamodules.token_cache import available_cores
-from lightning_attn.cli.parser import ConfigurationError
+from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.scores import best_mode
 from lightning_attn.training.trust import argument_types
@@ -98,7 +98,7 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
             f"trainer.accumulate_grad_batches: {options['accumulate_grad_batches']} must be at least 1, which is one "
             "batch for each optimizer step."
         )
-    for callback in options["callbacks"] if isinstance(options["callbacks"], list) else [options["callbacks"]]:
+    for callback in listed(options["callbacks"]):
         right = best_mode(callback.monitor) if isinstance(callback, EarlyStopping) else None
         if right is not None and callback.mode != right:
             raise ConfigurationError(

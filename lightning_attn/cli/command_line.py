@@ -28,7 +28,7 @@ from lightning_attn.callbacks import (
 from lightning_attn.cli.checks import check_open_files, check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.launching import observe_ranks, watch_rendezvous
-from lightning_attn.cli.parser import ConfigurationError
+from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
 from lightning_attn.loggers import MetricsLogger, placed_loggers
@@ -122,7 +122,7 @@ class CommandLine(LightningCLI):
         self.run_path = self._run_directory(run, checkpoint)
         kwargs["default_root_dir"] = str(self.run_path)
         weights = "averaged" if self.subcommand == "fit" else run.weights
-        kwargs["plugins"] = [*_listed(options["plugins"]), WholeCheckpoints(weights, self.run_path)]
+        kwargs["plugins"] = [*listed(options["plugins"]), WholeCheckpoints(weights, self.run_path)]
         # Every sampler here knows its rank; a second one around it would share out the data twice.
         kwargs["use_distributed_sampler"] = False
         # Tasks log their arguments themselves, as plain values.
@@ -135,8 +135,8 @@ class CommandLine(LightningCLI):
         elif options["logger"] and training:  # metrics.csv is there in any case
             its_own = checkpoint is not None and checkpoint.parent == self.run_path
             ids = stored.get(RUN_KEY, {}).get("logger_ids", {}) if its_own else {}
-            arguments = [namespace_to_dict(one).get("init_args", {}) for one in _listed(self._option("trainer").logger)]
-            placed = placed_loggers(_listed(options["logger"]), arguments, self.run_path, ids)
+            arguments = [namespace_to_dict(one).get("init_args", {}) for one in listed(self._option("trainer").logger)]
+            placed = placed_loggers(listed(options["logger"]), arguments, self.run_path, ids)
             kwargs["logger"] = [_metrics_logger(self.run_path, stored), *placed]
         configuration = self._resolved_configuration()
         if self.subcommand == "fit" and RUN_KEY in stored:
@@ -148,7 +148,7 @@ class CommandLine(LightningCLI):
             callbacks += _checkpoint_callbacks(self.run_path, self.model, run)
         if training and kwargs.get("logger", options["logger"]):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        given = _listed(options["callbacks"])
+        given = listed(options["callbacks"])
         if options["enable_progress_bar"] is None and not any(isinstance(one, ProgressBar) for one in given):
             # Between what is typed and its answers no bar has a place.
             shows_bar = sys.stdout.isatty() and not getattr(self.datamodule, "reads_standard_input", False)
@@ -252,12 +252,6 @@ def _files_first(arguments: list[str]) -> list[str]:
         else:
             others.append(argument)
     return [*others[:1], *files, *others[1:]] if others and not others[0].startswith("-") else arguments
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
 
 
 def _report_differences(stored: dict[str, Any], current: dict[str, Any]) -> None:

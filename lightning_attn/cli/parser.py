@@ -27,3 +27,10 @@ class Parser(LightningArgumentParser):
             ConfigurationError: Always.
         """
         raise ConfigurationError(message) from ex
+
+
+def listed(value: Any) -> list[Any]:
+    """An option that may be one, several or none, as a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

@@ -18,7 +18,7 @@ import lightning_attn.callbacks
 from lightning_attn import tasks
 from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
-from lightning_attn.cli.parser import ConfigurationError
+from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.training.trust import Trust, TrustError, argument_types, public_classes, texts_in
@@ -192,7 +192,7 @@ def _say_left_out(part: str, options: Mapping[str, Any]) -> None:
 def _callbacks(stored: Any) -> list[Any] | None:
     """Callbacks that write nowhere else than into the run directory."""
     kept: list[Any] = []
-    for place, one in enumerate(stored if isinstance(stored, list) else [stored] if stored is not None else []):
+    for place, one in enumerate(listed(stored)):
         arguments = one.get("init_args") if isinstance(one, dict) else None
         if not isinstance(arguments, dict):
             kept.append(one)
