@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datamodules.file_errors import naming
+
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """What a manifest says; nothing (`{}`) if it is damaged, None if there is none.
@@ -29,5 +31,10 @@ def replace_manifest(path: Path, content: Mapping[str, Any], scratch: Path | Non
         scratch: Folder on the same disk where it is written first; that of `path` if None.
     """
     temporary = path.with_name(f".{path.name}.part") if scratch is None else scratch / path.name
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with naming(path):
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

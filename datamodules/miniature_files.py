@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from datamodules.file_errors import naming
 from datamodules.manifests import read_manifest, replace_manifest
 
 __all__ = ["write_set"]
@@ -65,7 +66,8 @@ def write_set(
     root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".miniature-", dir=root))
     try:
-        draw(scratch, counts)
+        with naming(root):
+            draw(scratch, counts)
         hashes = {
             path.relative_to(scratch).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(scratch.rglob("*.*"))

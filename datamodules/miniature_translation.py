@@ -30,6 +30,7 @@ from babel.numbers import format_currency
 from babel.units import format_unit
 from num2words import num2words
 
+from datamodules.file_errors import naming
 from datamodules.manifests import read_manifest, replace_manifest
 
 __all__ = ["MINIATURE_PAIRS", "miniature_pairs", "write_miniature_corpus"]
@@ -836,7 +837,8 @@ def write_miniature_corpus(root: Path, pairs: Mapping[str, int] = MINIATURE_PAIR
         for part in ("test", "valid", "train"):
             drawn = list(islice(source, pairs[part]))
             for language, sentences in zip(("en", "de"), zip(*drawn, strict=True), strict=True):
-                (scratch / f"{part}.{language}").write_bytes("".join(f"{line}\n" for line in sentences).encode())
+                with naming(root):
+                    (scratch / f"{part}.{language}").write_bytes("".join(f"{line}\n" for line in sentences).encode())
         hashes = _hashes(scratch, names)
         replace_manifest(root / MANIFEST_NAME, {"settings": settings}, scratch)
         for name in names:

@@ -50,7 +50,16 @@ from datamodules.parallel_text import (
 from datamodules.vocabulary import Vocabulary, VocabularyOptions, train_vocabulary
 
 _FORMAT = 2
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 _OWNER = "owner"  # in the folder of an entry that is being made: which process makes it
 _BLOCK_LINES = 10_000
 # Below this, starting processes takes longer than the work.
@@ -254,8 +263,8 @@ class Preparation:
             cache.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(cache)
             scratch.mkdir()
-            (scratch / _OWNER).write_text(_this_process(), encoding="utf-8")
             try:
+                (scratch / _OWNER).write_text(_this_process(), encoding="utf-8")
                 self._write(scratch, cache, processes, show_progress)
                 (scratch / _OWNER).unlink()
                 _move(scratch, folder)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_attn.callbacks import RUN_KEY
-from lightning_attn.files import unused_path
+from lightning_attn.files import unused_path, written_together
 from lightning_attn.training.checkpoints import (
     CHECKPOINT_KEY,
     SAFETENSORS,
@@ -71,7 +71,8 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
     kept = {name: value for name, value in first.items() if name not in TRAINING_KEYS}
     averaged = kept | {"state_dict": weights, "averaged": [str(one) for one in paths]}
     if path.suffix == SAFETENSORS:
-        write_safetensors(averaged, path)
+        with written_together(path.parent) as scratch:
+            write_safetensors(averaged, scratch / path.name)
     else:
         WholeCheckpoints().save_checkpoint(averaged, path)
     return path

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lightning_attn.files import unused_path, write_json
+from lightning_attn.files import unused_path, write_json, written_together
 from lightning_attn.programs import SUFFIXES, Program, write_program
 from lightning_attn.tasks.base import BaseTask
 from lightning_attn.training.checkpoints import (
@@ -74,11 +74,12 @@ def export_checkpoint(
         if one.exists():
             raise FileExistsError(f"output: {one} is there already, and nothing is overwritten. Give another folder.")
     descriptions = {}
-    for target, program in programs.items():
-        assert format != "safetensors"
-        difference = write_program(program, target, format)
-        descriptions[target.name] = program.described() | {"largest_difference": difference}
-    if descriptions:
-        write_json(folder / "programs.json", descriptions)
-    write_safetensors(checkpoint, file)
+    with written_together(folder) as scratch:
+        for target, program in programs.items():
+            assert format != "safetensors"
+            difference = write_program(program, scratch / target.name, format)
+            descriptions[target.name] = program.described() | {"largest_difference": difference}
+        if descriptions:
+            write_json(scratch / "programs.json", descriptions)
+        write_safetensors(checkpoint, scratch / file.name)
     return [file, *programs]

@@ -1,13 +1,18 @@
 """Writing results so that nothing is half-written, and nothing is overwritten unless that is asked for."""
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from datamodules.file_errors import naming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # not imported at every start
@@ -37,12 +42,12 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
         Where the file is.
 
     Raises:
-        OSError: If the folder cannot be written to or is full; nothing is left behind.
+        OSError: If the folder cannot be written to or is full; nothing is left behind, and `filename` is the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -83,10 +88,42 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """A folder for new files that come to lie in `folder` when all of them are written, and none of them otherwise.
+
+    Raises:
+        FileExistsError: If `folder` has a file of such a name by then, which stays as it is.
+        OSError: If a file cannot be written; nothing is left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=_PART))
+    moved: list[Path] = []
+    try:
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            target = folder / path.name
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, "is there already, and nothing is overwritten", str(target))
+            moved.append(path.rename(target))
+        sync(folder)
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds files
+            folder.rmdir()
+
+
 def remove_parts(folder: Path) -> None:
     """Removes what processes that were killed while they wrote into a folder have left behind."""
     for path in folder.glob(f".*{_PART}"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -12,6 +12,7 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
+from datamodules.file_errors import naming
 from lightning_attn.files import sync, write_file
 
 
@@ -112,7 +113,8 @@ class _Writer(ExperimentWriter):
         """Appends what was logged since the last time, and waits until it is on the disk."""
         if not self.metrics:
             return
-        super().save()
+        with naming(self.metrics_file_path):
+            super().save()
         sync(Path(self.metrics_file_path))
 
     def _check_log_dir_exists(self) -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import ClassVar
@@ -88,6 +89,15 @@ class RemoveFile(pl.Callback):
     def on_before_backward(self, trainer: pl.Trainer, *arguments: object) -> None:
         if trainer.global_step == 1:
             self.path.unlink(missing_ok=True)
+
+
+class RemoveDirectory(pl.Callback):
+    """Removes the run directory in the middle of a training, a test or a prediction."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: object) -> None:
+        shutil.rmtree(trainer.default_root_dir, ignore_errors=True)
+
+    on_test_batch_end = on_predict_batch_end = on_train_batch_end
 
 
 def _hook(name):

@@ -1,5 +1,6 @@
 """LightningCLI with the run directory and the checkpoints of this project."""
 
+import atexit
 import enum
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from lightning_attn.callbacks import (
 )
 from lightning_attn.cli.checks import check_open_files, check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
-from lightning_attn.cli.launching import observe_ranks, watch_rendezvous
+from lightning_attn.cli.launching import observe_ranks, settle_collectives, watch_rendezvous
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
@@ -165,6 +166,7 @@ class CommandLine(LightningCLI):
         if trainer.world_size > 1:
             subprocess_script._launch_process_observer = observe_ranks  # type: ignore[attr-defined, assignment]
             watch_rendezvous(trainer.global_rank, trainer.world_size)
+            atexit.register(settle_collectives)
         return trainer
 
     def _option(self, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -49,7 +50,19 @@ def answer(arguments: Sequence[str]) -> bool:
         _check_files(arguments)
     except OSError as error:  # such as a name that is too long
         _fail(f"{str(error.filename)[:100]}: {error.strerror}.")
+    _check_temporary_folder()
     return False
+
+
+def _check_temporary_folder() -> None:
+    """Torch asks for it when it is imported."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        _fail(
+            f"{error.strerror}: their disks are full, or none of them can be written to. Make room, or "
+            "name another folder in the variable TMPDIR."
+        )
 
 
 def _check_files(arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import TypeGuard
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -33,7 +34,7 @@ def message_of(error: Exception) -> str | None:
         return None
     text = str(error)
     if _is_full(error):
-        return f"{text}. Nothing older was lost. Make room, then go on from the last checkpoint with --ckpt_path."
+        return _of_full(error)
     if isinstance(error, MisconfigurationException):
         return text
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
@@ -62,10 +63,33 @@ def message_of(error: Exception) -> str | None:
     return None
 
 
+def _of_full(error: OSError) -> str:
+    """What to do when a file cannot grow."""
+    subject = f"{_place(error)}: {error.strerror}" if error.filename else str(error)
+    limit = " (a limit of the shell: ulimit -f)" if error.errno == errno.EFBIG else ""
+    if "fit" in sys.argv[1:2]:
+        return f"{subject}{limit}. Nothing older was lost. Make room, then go on with --ckpt_path last."
+    return (
+        f"{subject}{limit}. Nothing older was lost. Make room, or give another place (--run.root FOLDER, or "
+        "--output for export, average and compare), and run again."
+    )
+
+
+def _path(error: OSError) -> str:
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+
+
+def _place(error: OSError) -> str:
+    """The file of an error, at a length that can be read."""
+    path = _path(error)
+    return path if len(path) <= _LONGEST_PATH else f"{path[:_LONGEST_PATH]}... ({len(path)} characters)"
+
+
 def _of_file(error: OSError) -> str:
     """What the system says of a file, and the option that named it, if one did."""
-    path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
-    place = path if len(path) <= _LONGEST_PATH else f"{path[:_LONGEST_PATH]}... ({len(path)} characters)"
+    path, place = _path(error), _place(error)
+    if error.errno == errno.ENOENT and not Path(path).parent.exists():
+        return f"{place}: its folder is not there; if it was, something has removed it meanwhile."
     if error.errno == errno.EMFILE:
         return f"{place}: {error.strerror}. Raise the limit in the shell: ulimit -n 4096."
     absolute = str(Path(path).absolute())
@@ -92,7 +116,7 @@ def _has_lost_rank(text: str) -> bool:
     return "gloo" in text and re.search(r"Connection (closed|reset) by peer|Broken pipe", text) is not None
 
 
-def _is_full(error: BaseException) -> bool:
+def _is_full(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 import datamodules
 import lightning_attn.callbacks
+from datamodules.file_errors import naming
 from lightning_attn import tasks
 from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
@@ -84,9 +85,9 @@ def with_stored_configuration(
         values = _allowed(run["configuration"], subcommand, trust_of(arguments))
     except TrustError as error:
         raise CheckpointError(f"{checkpoint} {error}.") from error
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
-        file.flush()
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        with naming(file.name):
+            Path(file.name).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
         begin = arguments.index(subcommand) + 1
         yield [*arguments[:begin], "--config", file.name, *arguments[begin:]], str(run.get("name", ""))
 

@@ -1,10 +1,13 @@
 """Results of a prediction, written as they come: memory does not grow with them, and nothing is lost when it stops."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from datamodules.file_errors import naming
 from lightning_attn.files import write_file
 
 __all__ = ["PartialResults", "Results", "differing_origin", "write_json_list"]
@@ -40,16 +43,25 @@ class PartialResults:
                     self.folder / _ORIGIN, lambda file: file.write(json.dumps(self.origin).encode()), replace=True
                 )
             self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        with naming(self._path):
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def flush(self) -> None:
-        """Hands what was added to the system."""
+        """Hands what was added to the system.
+
+        Raises:
+            FileNotFoundError: If somebody has removed the file meanwhile.
+        """
         if self._file is not None:
-            self._file.flush()
+            with naming(self._path):
+                self._file.flush()
+            if not self._path.exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
 
     def close(self) -> None:
         """Ends writing; every rank does this before one reads the files."""
         if self._file is not None:
+            self.flush()
             self._file.close()
             self._file = None
 

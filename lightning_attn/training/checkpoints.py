@@ -306,11 +306,6 @@ def load_initial_weights(
     rank_zero_info(f"Initial weights: {len(fitting)} of {len(current)} tensors from {path}{added}{rest}")
 
 
-def _of_file(error: OSError, path: str | Path) -> OSError:
-    """An error that names the file."""
-    return OSError(error.errno, error.strerror, str(path))
-
-
 class WholeCheckpoints(CheckpointIO):
     """How Lightning's Trainer writes and reads checkpoints here.
 
@@ -342,12 +337,10 @@ class WholeCheckpoints(CheckpointIO):
             # Whatever breaks it off, torch's writer complains about its position in the file in the end.
             cause = error.__context__
             if isinstance(cause, OSError):
-                raise _of_file(cause, path) from error
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
             if cause is not None and "unexpected pos" in str(error):
                 raise cause from None
             raise
-        except OSError as error:
-            raise _of_file(error, path) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
