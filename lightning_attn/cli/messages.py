@@ -9,9 +9,9 @@ import linecache
 import logging
 import os
 import re
-import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeGuard
 
@@ -28,13 +28,21 @@ _LONGEST_PATH = 200  # that is shown whole
 __all__ = ["configure_messages", "message_of"]
 
 
-def message_of(error: Exception) -> str | None:
-    """What a user reads of an error; None if it is a fault somewhere below, which needs its traceback."""
+def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
+    """What a user reads of an error.
+
+    Args:
+        error: What was raised.
+        arguments: Of the command line, the subcommand first: which options the message may name.
+
+    Returns:
+        The message; None if it is a fault somewhere below, which needs its traceback.
+    """
     if os.environ.get("LIGHTNING_ATTN_TRACEBACK"):
         return None
     text = str(error)
     if _is_full(error):
-        return _of_full(error)
+        return _of_full(error, arguments)
     if isinstance(error, MisconfigurationException):
         return text
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
@@ -51,10 +59,10 @@ def message_of(error: Exception) -> str | None:
     if _has_lost_rank(text):
         which = dead_rank() or "another process of this training has died; what it said may stand above"
         return f"{which}. What was saved is whole; go on with --ckpt_path last."
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return _of_file(error, arguments)
     if _is_ours(error):
         return _essence(text)
-    if isinstance(error, OSError) and error.errno and error.filename:
-        return _of_file(error)
     if _is_of_restoring(error):
         return (
             f"The checkpoint cannot be restored; a part of it is damaged, or made by other classes than those of now "
@@ -63,11 +71,11 @@ def message_of(error: Exception) -> str | None:
     return None
 
 
-def _of_full(error: OSError) -> str:
+def _of_full(error: OSError, arguments: Sequence[str]) -> str:
     """What to do when a file cannot grow."""
     subject = f"{_place(error)}: {error.strerror}" if error.filename else str(error)
     limit = " (a limit of the shell: ulimit -f)" if error.errno == errno.EFBIG else ""
-    if "fit" in sys.argv[1:2]:
+    if "fit" in arguments[:1]:
         return f"{subject}{limit}. Nothing older was lost. Make room, then go on with --ckpt_path last."
     return (
         f"{subject}{limit}. Nothing older was lost. Make room, or give another place (--run.root FOLDER, or "
@@ -85,7 +93,7 @@ def _place(error: OSError) -> str:
     return path if len(path) <= _LONGEST_PATH else f"{path[:_LONGEST_PATH]}... ({len(path)} characters)"
 
 
-def _of_file(error: OSError) -> str:
+def _of_file(error: OSError, arguments: Sequence[str]) -> str:
     """What the system says of a file, and the option that named it, if one did."""
     path, place = _path(error), _place(error)
     if error.errno == errno.ENOENT and not Path(path).parent.exists():
@@ -93,7 +101,7 @@ def _of_file(error: OSError) -> str:
     if error.errno == errno.EMFILE:
         return f"{place}: {error.strerror}. Raise the limit in the shell: ulimit -n 4096."
     absolute = str(Path(path).absolute())
-    for option, value in itertools.pairwise([*sys.argv, ""]):
+    for option, value in itertools.pairwise([*arguments, ""]):
         name, equals, own = option.partition("=")
         value = own if equals else value
         if name.startswith("-") and value and (path == value or _is_within(absolute, str(Path(value).absolute()))):

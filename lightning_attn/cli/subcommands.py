@@ -75,7 +75,7 @@ def _run(arguments: list[str]) -> None:
             print(stopped, file=sys.stderr)
         raise SystemExit(128 + stopped.signal_number) from None
     except Exception as error:
-        message = message_of(error)
+        message = message_of(error, arguments)
         if message is None:
             raise
         if not run_directory.is_rank_zero():
