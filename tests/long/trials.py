@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import resource
 import select
@@ -33,7 +34,8 @@ class Trial:
     @property
     def errors(self) -> list[str]:
         """What it said of a mistake."""
-        return [line for line in self.printed.splitlines() if line.startswith("error:")]
+        lines = self.printed.splitlines()
+        return [line for line in lines if line.startswith("error:") or "could not be used and were skipped" in line]
 
     @property
     def is_sound(self) -> bool:
@@ -75,6 +77,7 @@ def _child(arguments: list[str], folder: Path, prepare: Callable[[], None], outp
         os.dup2(output, 2)
         sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="replace", buffering=1)  # noqa: SIM115
         sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="replace", buffering=1)  # noqa: SIM115
+        logging.getLogger().handlers.clear()  # pytest's
         os.chdir(folder)
         sys.argv = ["train.py", *arguments]
         prepare()
