@@ -4,12 +4,12 @@ import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 
+from lightning_attn.archives import ArchiveError, read_archive
 from lightning_attn.attention import DeformableConv, GatedResidual
 
 _logger = logging.getLogger(__name__)
@@ -139,13 +139,9 @@ def _download(name: str, architecture: str) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     way_out = "Write the file by torch.save(module.state_dict(), path)."
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise  # says what is wrong with the file by itself
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"weights={str(path)!r} is damaged, or holds more than tensors ({_first_line(error)}). {way_out}"
-        ) from error
+        state = read_archive(path, legacy=True)
+    except ArchiveError as error:
+        raise ValueError(f"weights={str(path)!r} {str(error).rstrip('.')}. {way_out}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"weights={str(path)!r} holds a {type(state).__name__}, not tensors by name. {way_out}")
     if not state:

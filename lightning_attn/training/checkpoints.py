@@ -13,9 +13,9 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_attn.archives import ArchiveError, read_archive
 from lightning_attn.files import write_file, write_json
 from lightning_attn.networks.weights import COUNTER, names_added_by_attention
-from lightning_attn.training.archives import ArchiveError, read_archive
 from lightning_attn.training.callback_states import placed_in, relative_to
 from lightning_attn.training.contents import ContentsError, require_contents
 

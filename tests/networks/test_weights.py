@@ -137,13 +137,22 @@ def test_bad_files(tmp_path, file, capfd):
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    torch.save(_Harmful(), tmp_path / "harmful.pth")
-    for name in (*contents, "harmful.pth"):
-        with pytest.raises(
-            ValueError, match=rf"{name}' is damaged, or holds more than tensors \(.*\. Write the file by"
-        ):
+    way_out = r"\. Write the file by torch\.save"
+    for name in contents:
+        with pytest.raises(ValueError, match=rf"{name}' is damaged.*{way_out}"):
             read_weights(str(tmp_path / name), "resnet18")
+    large = {"a": torch.zeros(1).expand(10**11)}
+    for zipped in (True, False):
+        for value, message in (
+            (_Harmful(), r"objects other than tensors and plain values \(print\)"),
+            (large, "a claims"),
+        ):
+            torch.save(value, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
+            with pytest.raises(ValueError, match=rf"bad\.pth' .*{message}.*{way_out}"):
+                read_weights(str(tmp_path / "bad.pth"), "resnet18")
     assert "unpickled" not in capfd.readouterr().out
+    torch.save({"a": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_weights(str(tmp_path / "old.pth"), "resnet18")["a"], torch.ones(3)), "torch before 1.6"
 
     for value, message in [
         ([torch.zeros(1)], "holds a list, not tensors by name"),

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -27,38 +28,36 @@ class ArchiveError(ValueError):
     """A file that is no sound archive of tensors and plain values; the message goes on after the file's name."""
 
 
-def read_archive(path: Path) -> Any:
+def read_archive(path: Path, legacy: bool = False) -> Any:
     """What `torch.save` wrote, on the CPU, its tensors mapped from the file; no code in it is run.
+
+    Args:
+        path: The file.
+        legacy: Also reads the format of torch before 1.6, as older pretrained weights have it, into memory; what it
+            claims to hold is not checked before.
 
     Raises:
         ArchiveError: If the file is cut short, damaged, compressed, claims to hold more than it does, or holds anything
             else than tensors of ordinary numbers and plain values.
         OSError: If the system cannot read it.
     """
-    if not zipfile.is_zipfile(path):
-        # The directory of the archive stands at the end of the file: a file that was cut short has none.
+    # The directory of an archive stands at the end of the file: a file that was cut short has none.
+    if zipfile.is_zipfile(path):
+        load = _mapped
+    elif legacy:
+        load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    else:
         size = path.stat().st_size
         raise ArchiveError(f"({size} bytes) is not a whole checkpoint: it was cut short or is something else")
-    status = path.stat()
-    records = _records(path, status.st_ino, status.st_size, status.st_mtime_ns)
     try:
-        # Without data first: where each tensor's data would lie in the file, and how much of it there would be.
-        places = []
-        for key, tensor in _tensors_in(torch.load(path, map_location="meta", weights_only=True)):
-            storage = tensor.untyped_storage()
-            place: int = getattr(storage, "_checkpoint_offset", -1)
-            if place not in records:
-                raise ArchiveError(f"is no archive as torch writes it: {key} is not where it should be")
-            there = records[place]
-            if storage.nbytes() > there:
-                raise ArchiveError(f"is damaged: of {key} it holds {there:,} bytes, and not {storage.nbytes():,}")
-            places.append(place)
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        _require_places(contents, places)
+        contents = load(path)
     except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        if named is None and load is not _mapped:
+            raise ArchiveError("is damaged, or something else than torch.save writes") from error
         raise ArchiveError(
-            "holds objects other than tensors and plain values, which could run code when loaded. Nothing was run. "
-            f"Do not use it if you do not know who made it ({str(error).splitlines()[0].rstrip('.')})."
+            f"holds objects other than tensors and plain values{f' ({named[1]})' if named else ''}, which could run "
+            "code when loaded. Nothing was run. Do not use it if you do not know who made it."
         ) from error
     except ArchiveError:
         raise
@@ -69,11 +68,32 @@ def read_archive(path: Path) -> Any:
     except NotImplementedError as error:
         raise ArchiveError("is damaged: a tensor in it is sparse, quantised or without data") from error
     except Exception as error:  # of the many that a damaged pickle can end in
-        raise ArchiveError(f"is damaged: {type(error).__name__}: {error}") from error
+        said = str(error).rstrip(".")
+        raise ArchiveError(f"is damaged: {type(error).__name__}{f': {said}' if said else ''}") from error
     for key, tensor in _tensors_in(contents):
         fault = _plain_tensor_fault(tensor)
         if fault is not None:
             raise ArchiveError(f"is damaged: {key} {fault}")
+    return contents
+
+
+def _mapped(path: Path) -> Any:
+    """The contents of an archive, after its tensors were found to lie in the file with all their bytes."""
+    status = path.stat()
+    records = _records(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    # Without data first: where each tensor's data would lie in the file, and how much of it there would be.
+    places = []
+    for key, tensor in _tensors_in(torch.load(path, map_location="meta", weights_only=True)):
+        storage = tensor.untyped_storage()
+        place: int = getattr(storage, "_checkpoint_offset", -1)
+        if place not in records:
+            raise ArchiveError(f"is no archive as torch writes it: {key} is not where it should be")
+        there = records[place]
+        if storage.nbytes() > there:
+            raise ArchiveError(f"is damaged: of {key} it holds {there:,} bytes, and not {storage.nbytes():,}")
+        places.append(place)
+    contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    _require_places(contents, places)
     return contents
 
 
