@@ -30,6 +30,8 @@ class Tried:
     def add(self, what, trial):
         self.counts[trial.status] += 1
         self.slowest, self.most = max(self.slowest, trial.seconds), max(self.most, trial.memory)
+        if "LONG_ACCEPTED" in os.environ and trial.status == 0:
+            print(f"accepted: {what}")
         if not trial.is_sound or trial.memory > MOST_MEMORY:
             self.bad.append((what, trial.status, trial.memory >> 20, trial.printed[-3000:]))
 
