@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
@@ -319,14 +320,14 @@ def print_report(console: Console, report: SplitReport) -> None:
     """Tables of a split, and its problems."""
     table = Table(title=report.name, title_justify="left", show_header=False)
     for what, fact in report.facts:
-        table.add_row(what, fact)
+        table.add_row(escape(what), escape(fact))
     console.print(table)
     if report.classes:
         total = sum(report.classes.values()) or 1
         classes = Table("class", report.unit, *(("share",) if report.unit == "boxes" else ()), "images")
         for name, value in sorted(report.classes.items(), key=lambda pair: -pair[1]):
             shown = (f"{value:,.0f}", f"{100 * value / total:.1f} %") if report.unit == "boxes" else (f"{value:.2f}",)
-            classes.add_row(name, *shown, f"{report.images_with[name]:,}")
+            classes.add_row(escape(name), *shown, f"{report.images_with[name]:,}")
         console.print(classes)
     for name, reason in report.problems.items():
         console.print(f"{name}: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -21,6 +22,8 @@ _DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 _DEEPEST = 100
+_MOST_VALUES = 1_000_000
+_LARGEST_TUPLE = 100_000  # values in it, and in those that it holds
 _PLAIN = (bool, int, float, str, bytes, torch.Size, torch.dtype)
 
 
@@ -81,6 +84,10 @@ def _mapped(path: Path) -> Any:
     """The contents of an archive, after its tensors were found to lie in the file with all their bytes."""
     status = path.stat()
     records = _records(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("/data.pkl"):
+                _require_small_tuples(archive.read(name))
     # Without data first: where each tensor's data would lie in the file, and how much of it there would be.
     places = []
     for key, tensor in _tensors_in(torch.load(path, map_location="meta", weights_only=True)):
@@ -103,6 +110,58 @@ def _require_places(contents: Any, places: list[int]) -> None:
     begins = {storage.data_ptr() - place for storage, place in zip(starts, places, strict=True) if storage.nbytes() > 0}
     if len(begins) > 1:
         raise ArchiveError("is damaged: its tensors are not where its directory says")
+
+
+def _require_small_tuples(pickled: bytes) -> None:
+    """Refuses tuples of tuples that hold one another: as a name in a dictionary, hashing one would take for ever.
+
+    Follows what the pickle builds by the number of values alone.
+    """
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+
+    def pop_to_mark() -> list[int]:
+        begin = marks.pop()
+        taken = stack[begin:]
+        del stack[begin:]
+        return taken
+
+    try:
+        for operation, argument, _ in pickletools.genops(pickled):
+            name = operation.name
+            if name == "MARK":
+                marks.append(len(stack))
+            elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+                memo[argument] = stack[-1]
+            elif name == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET", "GET"):
+                stack.append(memo[argument])
+            elif name.startswith("TUPLE"):
+                count = int(name[5:] or 0)
+                taken = [stack.pop() for _ in range(count)] if count else pop_to_mark()
+                stack.append(1 + sum(taken))
+                if stack[-1] > _LARGEST_TUPLE:
+                    raise ArchiveError(f"is damaged: a tuple in it holds more than {_LARGEST_TUPLE:,} values")
+            elif name in ("APPENDS", "SETITEMS", "ADDITEMS", "POP_MARK"):
+                pop_to_mark()
+            elif name in ("LIST", "DICT", "FROZENSET"):
+                stack.append(1 + sum(pop_to_mark()))
+            elif name in ("APPEND", "POP", "BUILD"):
+                stack.pop()
+            elif name == "SETITEM":
+                del stack[-2:]
+            elif name in ("REDUCE", "NEWOBJ"):
+                stack.append(1 + stack.pop() + stack.pop())
+            elif name == "BINPERSID":
+                stack[-1] = 1
+            elif operation.stack_after and not operation.stack_before:
+                stack.append(1)
+    except (IndexError, KeyError, ValueError) as error:
+        if isinstance(error, ArchiveError):
+            raise
+        raise ArchiveError("is damaged: its pickle is none") from error
 
 
 @functools.lru_cache(maxsize=16)
@@ -145,25 +204,30 @@ def _records(path: Path, *status: int) -> dict[int, int]:
 
 
 def _tensors_in(contents: Any) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in nested containers, each container looked at once, with where they stand.
+    """All tensors in nested containers, with where they stand.
 
     Raises:
-        ArchiveError: If there is anything else than tensors, containers and plain values, or it is nested too deeply.
+        ArchiveError: If there is anything else than tensors, containers and plain values, they are nested too deeply,
+            or there are too many of them, counted as often as they stand somewhere.
     """
-    seen: set[int] = set()
+    number = 0
     pending: list[tuple[Any, str, int]] = [(contents, "", 0)]
     while pending:
         value, key, depth = pending.pop()
+        number += 1
+        if number > _MOST_VALUES or depth > _DEEPEST:
+            # Lists that each hold the next one twice are few in the file, and 2^40 to whoever walks over them.
+            what = (
+                f"values nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"more than {_MOST_VALUES:,} values"
+            )
+            raise ArchiveError(f"is damaged: {key.partition('.')[0]} holds {what}")
         if isinstance(value, Tensor):
             yield key, value
         elif isinstance(value, dict | list | tuple | set) and not isinstance(value, torch.Size):
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            if depth > _DEEPEST:
-                raise ArchiveError(f"is damaged: {key[:80]}... is nested more than {_DEEPEST} deep")
             items = value.items() if isinstance(value, dict) else enumerate(value)
-            pending += [(item, f"{key}.{name}" if key else str(name), depth + 1) for name, item in items]
+            for name, item in items:
+                place = f"{key}.{str(name)[:80]}" if key else str(name)[:80]
+                pending.append((item, place if len(place) < 400 else f"{place[:200]}...", depth + 1))
         elif value is not None and not isinstance(value, _PLAIN):
             raise ArchiveError(f"is damaged: {key} is a {type(value).__name__}")
 

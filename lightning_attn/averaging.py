@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_attn.callbacks import RUN_KEY
@@ -17,6 +16,7 @@ from lightning_attn.training.checkpoints import (
     WholeCheckpoints,
     described_differences,
     described_mismatches,
+    is_same,
     read_checkpoint,
     stored_task,
     write_safetensors,
@@ -87,7 +87,6 @@ def _check_fit(first: dict[str, Any], other: dict[str, Any], names: str) -> None
         one, two = first.get(name), other.get(name)
         if name == CHECKPOINT_KEY:
             one, two = one["name"], two["name"]  # type: ignore[index]  # learning rates may differ
-        same = torch.equal(one, two) if isinstance(one, Tensor) and isinstance(two, Tensor) else one == two
-        if not same:
+        if not is_same(one, two):
             found = described_differences({name: one}, {name: two})
             raise CheckpointError(f"{names} mean different things by their outputs:{found}")

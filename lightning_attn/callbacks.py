@@ -393,7 +393,7 @@ class SaveConfiguration(Callback):
         header = f"# lightning_attn {__version__}: train.py {self.subcommand}\n"
         text = header + yaml.safe_dump(self.configuration, sort_keys=False, allow_unicode=True)
         name = f"config_{self.subcommand}"
-        if all(path.read_text() != text for path in self.directory.glob(f"{name}*.yaml")):
+        if all(path.read_bytes() != text.encode() for path in self.directory.glob(f"{name}*.yaml")):
             write_text(self.directory / f"{name}.yaml", text)
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start

@@ -24,7 +24,7 @@ _PART = ".part"
 def unused_path(path: Path) -> Path:
     """`path`, or `<stem>-2<suffix>`, `-3` and so on if it is taken."""
     candidate, number = path, 2
-    while candidate.exists():
+    while os.path.lexists(candidate):
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
         number += 1
     return candidate
@@ -107,9 +107,12 @@ def written_together(folder: Path) -> Iterator[Path]:
                 raise FileExistsError(errno.EEXIST, "is there already, and nothing is overwritten", str(target))
             moved.append(path.rename(target))
         sync(folder)
-    except BaseException:
+    except BaseException as error:
         for path in moved:
             path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and str(error.filename).startswith(f"{scratch}/"):
+            there = str(folder / Path(str(error.filename)).relative_to(scratch))
+            raise OSError(error.errno, error.strerror, there) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

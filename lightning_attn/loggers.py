@@ -92,10 +92,17 @@ class _Writer(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        text = path.read_text()
-        whole, _, _ = text.rpartition("\n")  # a process that was killed may have left a part of a line
-        lines = csv.DictReader(whole.splitlines())
-        kept = [row for row in itertools.islice(lines, number) if int(row["step"]) < first_step]
+        try:
+            whole, _, _ = path.read_text().rpartition("\n")  # a process that was killed may have left a part of a line
+            lines = csv.DictReader(whole.splitlines())
+            kept = [row for row in itertools.islice(lines, number) if int(row["step"]) < first_step]
+            if any(None in row or None in row.values() for row in kept):
+                raise ValueError("a line has not as many values as there are names")
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}), and the training would go on in it. Move it "
+                "away: a new one is begun."
+            ) from error
         self.metrics_keys = [str(name) for name in lines.fieldnames or ()]
         self.lines = len(kept)
         if kept:

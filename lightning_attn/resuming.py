@@ -19,6 +19,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.types import LRSchedulerConfig
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -160,7 +161,9 @@ class LastCheckpoint(Checkpoint):
             return
         periodic = bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
         asked = self.requests.agreed() is not None
-        self._due, self._postponed = periodic or asked or self._postponed, False
+        # A run that has done its last step is not resumed, so what could fail in its last validation is saved before.
+        before_last = trainer.global_step == trainer.max_steps - 1
+        self._due, self._postponed = periodic or asked or before_last or self._postponed, False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -336,7 +339,7 @@ class ExactResume(Callback):
         Raises:
             CheckpointError: If one does not.
         """
-        with _fitting():
+        with _fitting(trainer.ckpt_path):
             require_callback_states(checkpoint.get("callbacks", {}), trainer.callbacks)  # type: ignore[attr-defined]
         self._streams, self._resumed, self._states = checkpoint.get(RANDOM_STREAMS_KEY), True, checkpoint
 
@@ -349,7 +352,7 @@ class ExactResume(Callback):
         states, self._states = self._states, {}
         if not states:
             return
-        with _fitting():
+        with _fitting(trainer.ckpt_path):
             _require_list("optimizer_states", states, len(trainer.optimizers))
             for number, optimizer in enumerate(trainer.optimizers):
                 key = f"optimizer_states[{number}]"
@@ -361,6 +364,7 @@ class ExactResume(Callback):
                 current = config.scheduler.state_dict()
                 stored = states["lr_schedulers"][number]
                 require_same_structure(f"lr_schedulers[{number}]", stored, current, counts=False)
+                _require_schedule_step(f"lr_schedulers[{number}]", stored, config, states["global_step"])
             plugin = trainer.precision_plugin
             scaler, current = states.get(type(plugin).__qualname__), plugin.state_dict()
             if scaler and current:
@@ -429,12 +433,20 @@ def _complete_momentum(optimizer: Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def _fitting() -> Iterator[None]:
-    """Makes one kind of error of what does not fit."""
+def _fitting(path: object) -> Iterator[None]:
+    """Makes one kind of error, which names the checkpoint, of what does not fit."""
     try:
         yield
     except ContentsError as error:
-        raise CheckpointError(f"The checkpoint {error}. Use another checkpoint of the same run.") from error
+        raise CheckpointError(f"{path or 'The checkpoint'} {error}. Use another checkpoint of the same run.") from error
+
+
+def _require_schedule_step(key: str, stored: dict[str, Any], config: LRSchedulerConfig, steps: int) -> None:
+    """Refuses a schedule that is at another step than the training: its rates would be other ones, or negative."""
+    step = stored.get("last_epoch", 0)
+    by_step = config.interval == "step" and config.frequency == 1 and isinstance(config.scheduler, LambdaLR)
+    if not 0 <= step <= steps or (by_step and step != steps):
+        raise ContentsError(f"is damaged: {key}.last_epoch is {str(step)[:40]}, and the training is at step {steps}")
 
 
 def _require_list(key: str, states: dict[str, Any], number: int) -> None:

@@ -99,10 +99,31 @@ def reopen(path: Path) -> Path:
         BlockingIOError: If another process trains in it.
     """
     if is_rank_zero():
+        require_own_entries(path)
         _lock(path)
         os.environ[_VARIABLE] = str(path)
         remove_parts(path)
     return path
+
+
+def require_own_entries(path: Path) -> None:
+    """Refuses a run directory in which something leads elsewhere, or would wait for another program.
+
+    Raises:
+        FileExistsError: Names what is in it.
+    """
+    root = path.resolve()
+    for one in sorted(path.iterdir()):
+        what = ""
+        if one.is_symlink() and not (one.exists() and one.resolve().is_relative_to(root)):
+            what = f"is a link that leads out of it (to {one.readlink()})"
+        elif not (one.is_file() or one.is_dir()):
+            what = "is no file and no folder"
+        if what:
+            raise FileExistsError(
+                f"{path}: {one.name} in it {what}, and results would be written there. Remove it, or give another "
+                "place: --run.root FOLDER."
+            )
 
 
 def require_writable(path: Path) -> Path:
@@ -110,7 +131,10 @@ def require_writable(path: Path) -> Path:
 
     Raises:
         PermissionError: If not.
+        FileExistsError: If something in it leads elsewhere.
     """
+    if is_rank_zero():
+        require_own_entries(path)
     if is_rank_zero() and not os.access(path, os.W_OK):
         raise PermissionError(
             f"{path} cannot be written to, and is where results go: beside the checkpoint. Give another place: "
@@ -121,7 +145,8 @@ def require_writable(path: Path) -> Path:
 
 def _lock(path: Path) -> None:
     """Keeps other processes out of a run directory until this one ends, however it ends."""
-    file = (path / _LOCK).open("w")
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody's link, nobody's pipe
+    file = os.fdopen(os.open(path / _LOCK, flags, 0o644), "r+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -165,7 +165,7 @@ def test_messages_name_the_file_and_the_way_out(run_process, tiny_config, in_fol
     with limited(100):
         printed = run_process("fit", "-c", tiny_config, status=2).stderr
     assert "run.json: File too large (a limit of the shell: ulimit -f). Nothing older was lost." in printed
-    assert "then go on with --ckpt_path last" in printed
+    assert "then go on with --ckpt_path auto" in printed
     assert not list(in_folder.glob("checkpoints/*/*")), "an empty run is no run"
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_attn.files import write_figure, write_table
+from lightning_attn.run_directory import require_own_entries
+from lightning_attn.training.contents import require_plain
 from lightning_attn.training.scores import best_mode
 
 __all__ = ["Comparison", "RunRecord", "compare_runs"]
@@ -51,6 +54,7 @@ class RunRecord:
             raise FileNotFoundError(
                 f"compare: {path} is no run directory. Give some, such as checkpoints/<task>/<name>."
             )
+        require_own_entries(path)
         # The newest of config_fit.yaml, config_fit-2.yaml and so on is that of the training as it went on last.
         configurations = sorted(path.glob("config_fit*.yaml"), key=lambda one: one.stat().st_mtime_ns)
         if not configurations:
@@ -114,9 +118,9 @@ class Comparison:
         """Tables on the standard output."""
         console = Console()
         for title, rows in (("Options that differ", self.differences()), ("Scores", self.scores())):
-            table = Table("", *self.names, title=title, title_justify="left")
+            table = Table("", *map(escape, self.names), title=title, title_justify="left")
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*map(escape, row))
             console.print(table if rows else f"{title}: none")
 
     def write(self, path: Path) -> Path:
@@ -185,13 +189,14 @@ def _named(path: Path) -> Iterator[None]:
     """Makes one kind of error, which names the file, of all that damaged contents lead to."""
     try:
         yield
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError, OverflowError, csv.Error) as error:
         raise ValueError(f"compare: {path} cannot be read ({' '.join(str(error).split())}).") from error
 
 
 def _mapping(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TypeError(f"it holds a {type(content).__name__}, not options or scores by name")
+    require_plain("it", content)
     return content
 
 
@@ -201,6 +206,8 @@ def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
         with _named(path), path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
+                    if name is None:
+                        raise ValueError("a line has more values than there are names")
                     if value and name not in ("step", "epoch") and not name.startswith("lr-"):
                         curves.setdefault(name, []).append((int(float(row["step"])), float(value)))
     return curves

@@ -154,7 +154,7 @@ class _Observer(threading.Thread):
         if quiet:
             print(f"error: {failed}.", file=sys.stderr, flush=True)
         print(
-            "error: the other ranks wait for it and are ended. What was saved is whole; go on with --ckpt_path last.",
+            "error: the other ranks wait for it and are ended. What was saved is whole; go on with --ckpt_path auto.",
             file=sys.stderr,
             flush=True,
         )

@@ -9,6 +9,7 @@ import linecache
 import logging
 import os
 import re
+import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -54,11 +55,11 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
         return (
             f"{text.splitlines()[0]} A process that makes batches has died, often for want of memory: see what the "
             "system's log says of it, and use fewer (--data.num_workers). What was saved is whole; go on with "
-            "--ckpt_path last."
+            "--ckpt_path auto."
         )
     if _has_lost_rank(text):
         which = dead_rank() or "another process of this training has died; what it said may stand above"
-        return f"{which}. What was saved is whole; go on with --ckpt_path last."
+        return f"{which}. What was saved is whole; go on with --ckpt_path auto."
     if isinstance(error, OSError) and error.errno and error.filename:
         return _of_file(error, arguments)
     if _is_ours(error):
@@ -75,12 +76,13 @@ def _of_full(error: OSError, arguments: Sequence[str]) -> str:
     """What to do when a file cannot grow."""
     subject = f"{_place(error)}: {error.strerror}" if error.filename else str(error)
     limit = " (a limit of the shell: ulimit -f)" if error.errno == errno.EFBIG else ""
+    kept = f"{subject}{limit}. Nothing older was lost. Make room"
+    if error.filename and Path(_path(error)).parent == Path(tempfile.gettempdir()):
+        return f"{kept}, or name another folder for temporary files in the variable TMPDIR, and run again."
     if "fit" in arguments[:1]:
-        return f"{subject}{limit}. Nothing older was lost. Make room, then go on with --ckpt_path last."
-    return (
-        f"{subject}{limit}. Nothing older was lost. Make room, or give another place (--run.root FOLDER, or "
-        "--output for export, average and compare), and run again."
-    )
+        return f"{kept}, then go on with --ckpt_path auto."
+    further = any(name in arguments[:1] for name in ("export", "average", "compare"))
+    return f"{kept}, or give another place ({'--output' if further else '--run.root FOLDER'}), and run again."
 
 
 def _path(error: OSError) -> str:
@@ -105,7 +107,7 @@ def _of_file(error: OSError, arguments: Sequence[str]) -> str:
         name, equals, own = option.partition("=")
         value = own if equals else value
         if name.startswith("-") and value and (path == value or _is_within(absolute, str(Path(value).absolute()))):
-            return f"{place}: {error.strerror}. It is of {name}; give another."
+            return f"{place}: {error.strerror}. {name} names it: give another."
     return f"{place}: {error.strerror}."
 
 

@@ -1,6 +1,7 @@
 """Options of a run itself: where its files are, and what it begins with."""
 
 import dataclasses
+import re
 from typing import Literal
 
 from lightning_attn.training.checkpoints import Weights
@@ -41,8 +42,8 @@ class RunOptions:
     weights: Weights = "averaged"
 
     def __post_init__(self) -> None:
-        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
-            raise ValueError(f"run.name must be the name of a folder, not a path, got {self.name!r}.")
+        if self.name in (".", "..") or re.search(r"[/\\\0\ud800-\udfff]", self.name):
+            raise ValueError(f"run.name must be the name of a folder, not a path, got {self.name!a}.")
         size = len(self.name.encode())
         if size > _LONGEST_NAME:
             raise ValueError(f"run.name has {size} bytes, and {_LONGEST_NAME} are possible: give a shorter one.")

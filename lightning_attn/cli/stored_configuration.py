@@ -20,6 +20,7 @@ from lightning_attn import tasks
 from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
 from lightning_attn.cli.parser import ConfigurationError, listed
+from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.training.trust import Trust, TrustError, argument_types, public_classes, texts_in
@@ -49,6 +50,16 @@ _PLACES = {
     "data": ("cache_dir", "download"),
     "trainer.callbacks": ("dirpath",),
 }
+
+
+# DataModules that draw their data into `root`.
+_MINIATURE = (
+    datamodules.MiniatureDetectionDataModule,
+    datamodules.MiniatureSegmentationDataModule,
+    datamodules.MiniatureTranslationDataModule,
+)
+# Of a checkpoint callback: formats of Python could read attributes, and fill the memory.
+_FILENAME = re.compile(r"(?!\.\.?$)(?:[\w .,=+@%-]|\{[\w/ @-]+(?::0?\d{0,2}(?:\.\d{1,2})?[dfeg]?)?\})*")
 
 
 @contextlib.contextmanager
@@ -82,14 +93,17 @@ def with_stored_configuration(
         found = "means the newest of a run" if is_word else "holds no configuration of a run"
         raise ConfigurationError(f"ckpt_path: {checkpoint!r} {found}. Give the configuration: -c FILE.")
     try:
-        values = _allowed(run["configuration"], subcommand, trust_of(arguments))
+        values = _allowed(run["configuration"], subcommand, trust_of(arguments), _given(arguments))
+        name = RunOptions(name=str(run.get("name", ""))).name
     except TrustError as error:
         raise CheckpointError(f"{checkpoint} {error}.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
     with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
         with naming(file.name):
             Path(file.name).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
         begin = arguments.index(subcommand) + 1
-        yield [*arguments[:begin], "--config", file.name, *arguments[begin:]], str(run.get("name", ""))
+        yield [*arguments[:begin], "--config", file.name, *arguments[begin:]], name
 
 
 def trust_of(arguments: Sequence[str]) -> Trust:
@@ -110,7 +124,7 @@ def needed_trust(configuration: dict[str, Any]) -> list[str]:
     packages: list[str] = []
     while True:
         try:
-            _allowed(configuration, "test", trust_of([f"--trust={package}" for package in packages]))
+            _allowed(configuration, "test", trust_of([f"--trust={package}" for package in packages]), set())
         except TrustError as error:
             if not error.package or error.package in packages:
                 return packages
@@ -129,26 +143,90 @@ def _words(arguments: Sequence[str]) -> Iterator[str]:
             yield from texts_in(yaml.safe_load(text))
 
 
-def _allowed(stored: dict[str, Any], subcommand: str, trust: Trust) -> dict[str, Any]:
+def _given(arguments: list[str]) -> set[str]:
+    """Which of model, data and trainer.callbacks this call gives itself, by an option or in a `-c` file."""
+    given = {name for name in ("model", "data") if value_of(f"--{name}", arguments)}
+    if value_of("--trainer.callbacks", arguments) is not None:
+        given.add("trainer.callbacks")
+    for path in option_values(arguments, "-c", "--config"):
+        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+            for name in ("model", "data"):
+                section = content.get(name) if isinstance(content, dict) else None
+                if isinstance(section, str) or (isinstance(section, dict) and "class_path" in section):
+                    given.add(name)
+            trainer = content.get("trainer") if isinstance(content, dict) else None
+            if isinstance(trainer, dict) and "callbacks" in trainer:
+                given.add("trainer.callbacks")
+    return given
+
+
+def _classes_named(values: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Import paths of classes in nested options, and where they stand."""
+    pending = [(values, key)]
+    while pending:
+        one, place = pending.pop()
+        if isinstance(one, Mapping):
+            if isinstance(one.get("class_path"), str):
+                yield one["class_path"], place
+            pending += [(inner, f"{place}.{name}") for name, inner in one.items()]
+        elif isinstance(one, list | tuple):
+            pending += [(inner, f"{place}[{number}]") for number, inner in enumerate(one)]
+
+
+def _without_replaced(stored: dict[str, Any], subcommand: str, trust: Trust, given: Collection[str]) -> dict[str, Any]:
+    """A stored configuration without what this call replaces, if that names classes that are not allowed.
+
+    Raises:
+        TrustError: If other parts name such classes; all are looked at before the first is imported.
+    """
+    kept = dict(stored)
+    trainer = stored.get("trainer")
+    parts = {"model": stored.get("model"), "data": stored.get("data")}
+    if subcommand == "fit" and isinstance(trainer, dict):
+        parts["trainer.callbacks"] = trainer.get("callbacks")
+    refused: dict[str, str] = {}
+    for part, values in parts.items():
+        wrong = {path: key for path, key in _classes_named(values, part) if not trust.allows(path)}
+        if wrong and part in given:
+            if part == "trainer.callbacks":
+                kept["trainer"] = {**stored["trainer"], "callbacks": None}
+            else:
+                kept[part] = {}
+        else:
+            refused |= wrong
+    if refused:
+        raise trust.refusal(refused)
+    return kept
+
+
+def _allowed(stored: dict[str, Any], subcommand: str, trust: Trust, given: Collection[str]) -> dict[str, Any]:
     """What a call takes from a stored configuration.
+
+    Args:
+        stored: The configuration.
+        subcommand: For what.
+        trust: Which classes it may name.
+        given: Parts that the call gives itself, which are left out where they name other classes.
 
     Raises:
         TrustError: If a part is not what belongs there, or could become an object of a class that is not allowed.
     """
+    stored = _without_replaced(stored, subcommand, trust, given)
     seed = stored.get("seed_everything", 0)
     if seed is not None and not isinstance(seed, bool | int):
         raise TrustError(f"is damaged: seed_everything is {str(seed)[:40]!r}")
     model, data, trainer, run = (_section(stored, name) for name in ("model", "data", "trainer", "run"))
     for name, section, base in (("model", model, BaseTask), ("data", data, pl.LightningDataModule)):
+        if not section and name in given:
+            continue
         if not isinstance(section.get("class_path"), str):
             raise TrustError(f"is damaged: its configuration names no class of {name}")
         trust.require_value(section, base, name)
-    arguments = data.get("init_args") or {}
     if subcommand == "fit":
         hints = argument_types(pl.Trainer)
         trainer = {name: trainer[name] for name in trainer.keys() & hints.keys()}
         _say_left_out("trainer", trainer)
-        _say_left_out("data", arguments)
         trainer["callbacks"] = _callbacks(trainer.get("callbacks"))
     else:
         hints = {"precision": str}
@@ -157,13 +235,31 @@ def _allowed(stored: dict[str, Any], subcommand: str, trust: Trust) -> dict[str,
     for name, value in trainer.items():
         trust.require_value(value, hints[name], f"trainer.{name}")
     trust.require_value(run, str, "run")
-    return {
+    values = {
         "seed_everything": seed,
         "model": model,
-        "data": data | {"init_args": _without_places("data", arguments)},
+        "data": _data(data, trust, say=subcommand == "fit"),
         "trainer": trainer,
         "run": _without_places("run", run) | {"name": ""},
     }
+    return {name: value for name, value in values.items() if value != {}}
+
+
+def _data(section: dict[str, Any], trust: Trust, *, say: bool) -> dict[str, Any]:
+    """A DataModule, and those that it merges, without places that they would write to."""
+    arguments = section.get("init_args")
+    if not isinstance(arguments, dict):
+        return section
+    if say:
+        _say_left_out("data", arguments)
+    kept = _without_places("data", arguments)
+    if isinstance(trust.listed.get(section.get("class_path", "")), type) and issubclass(
+        trust.listed[section["class_path"]], _MINIATURE
+    ):
+        kept.pop("root", None)  # where the set is drawn
+    if isinstance(kept.get("members"), list):
+        kept["members"] = [_data(one, trust, say=say) if isinstance(one, dict) else one for one in kept["members"]]
+    return section | {"init_args": kept}
 
 
 def _section(stored: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -200,8 +296,11 @@ def _callbacks(stored: Any) -> list[Any] | None:
             continue
         key = f"trainer.callbacks[{place}]"
         filename = arguments.get("filename")
-        if isinstance(filename, str) and (filename.startswith(("/", "~")) or ".." in filename.split("/")):
-            raise TrustError(f"names {filename[:80]!r} ({key}.filename), which is outside of the run directory")
+        if isinstance(filename, str) and not _FILENAME.fullmatch(filename):
+            raise TrustError(
+                f"names {filename[:80]!r} ({key}.filename), which is no file name of the run directory: letters, and "
+                "logged values such as {epoch:02d} or {val/loss:.3f}"
+            )
         _say_left_out(key, arguments)
         kept.append(one | {"init_args": _without_places(key, arguments)})
     return kept or None

@@ -280,8 +280,14 @@ class BaseTask(pl.LightningModule):
         """
         if self.stored_numbers is None:
             return
-        with torch.device("meta"):
-            number = sum(value.numel() for value in build().state_dict().values())
+        try:
+            with torch.device("meta"):
+                number = sum(value.numel() for value in build().state_dict().values())
+        except (RuntimeError, OverflowError, MemoryError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"The checkpoint's settings make no network ({first[:200]}). Use another checkpoint of the same run."
+            ) from error
         if (
             number > 4 * self.stored_numbers + 1_000_000
         ):  # the rest is for `on_load_checkpoint`, which names what differs

@@ -12,6 +12,7 @@ from PIL import Image
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -334,7 +335,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         path = write_json(self.output_directory / "test_metrics.json", results)
         table = Table(*header, title=f"Test set, {results['test/num_images']} images")
         for name, value in results[f"test/{per_class}"].items():
-            table.add_row(name, _shown(value))
+            table.add_row(escape(name), _shown(value))
         table.add_section()
         for name in totals:
             table.add_row(name, _shown(results[f"test/{name}"]))

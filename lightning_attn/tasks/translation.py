@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -460,11 +461,14 @@ def _stored_vocabulary(checkpoint: dict[str, Any]) -> Vocabulary:
     stored = checkpoint[VOCABULARY_KEY]
     if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.ndim != 1:
         raise CheckpointError("The checkpoint is damaged: its vocabulary is no bytes. Use another one of the same run.")
-    return Vocabulary(stored.numpy().tobytes())
+    try:
+        return Vocabulary(stored.numpy().tobytes())
+    except ValueError as error:
+        raise CheckpointError(f"The checkpoint's vocabulary is damaged: {error}") from error
 
 
 def _print_examples(texts: list[tuple[str, str, str]]) -> None:
     table = Table("source", "reference", "translation", title="First sentences of the test set", show_lines=True)
     for row in texts:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)

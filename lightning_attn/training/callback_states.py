@@ -45,10 +45,17 @@ def placed_in(states: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         if _OF_MODEL_CHECKPOINT in state:
             _require_model_checkpoint(key, state)
 
-        def placed(path: str, key: str = key) -> str:
-            if ".." in PurePath(path).parts:
-                raise ContentsError(f"is damaged: callbacks.{key.partition('{')[0]} names {path[:200]!r}")
-            return str(root / path) if path else path
+        own = state.get("dirpath") or ""
+
+        def placed(path: str, key: str = key, own: str = own) -> str:
+            there = root / path
+            # A directory of its own counts for Lightning only where this call gives the callback the same one.
+            inside = there.resolve().is_relative_to(root) or (Path(own).is_absolute() and there.is_relative_to(own))
+            if ".." in there.parts or "::" in path or not inside:
+                raise ContentsError(
+                    f"is damaged: callbacks.{key.partition('{')[0]} names {path[:200]!r}, which is not in {root}"
+                )
+            return str(there) if path else path
 
         found[key] = _with_paths(state, placed)
     return found
@@ -65,7 +72,7 @@ def _require_model_checkpoint(key: str, state: Mapping[str, Any]) -> None:
     """Refuses a state of a ModelCheckpoint whose parts are of other kinds."""
     key = key.partition("{")[0]
     for name in _PATHS:
-        if not isinstance(state.get(name, ""), str | None):
+        if not isinstance(state.get(name, ""), str) or "\0" in state.get(name, ""):
             raise ContentsError(f"is damaged: callbacks.{key}.{name} is no path")
     best = state.get(_PATH_KEYS, {})
     if not isinstance(best, dict) or not all(isinstance(path, str) for path in best):

@@ -61,6 +61,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         require_contents(checkpoint)
     except ContentsError as error:
         raise CheckpointError(f"{path} {error}. Use another checkpoint of the same run.") from error
+    # Several names of one tensor are several tensors to whoever computes with them.
+    claimed = sum(value.numel() * value.element_size() for value in checkpoint["state_dict"].values())
+    if claimed > 8 * path.stat().st_size + (1 << 20):
+        raise CheckpointError(
+            f"{path} is damaged: its state_dict claims {claimed:,} bytes, far more than the file has."
+        )
     found = checkpoint.get(FORMAT_KEY, FORMAT)
     if found != FORMAT:
         raise CheckpointError(
@@ -91,10 +97,17 @@ def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
 
     Raises:
         OSError: If a file cannot be written.
+        CheckpointError: If it holds what JSON cannot.
     """
     kept = {name: value for name, value in checkpoint.items() if name not in TRAINING_KEYS}
-    tensors = {f"{_WEIGHTS}{name}": value.contiguous() for name, value in kept.pop("state_dict").items()}
-    tensors |= {name: kept.pop(name) for name, value in list(kept.items()) if isinstance(value, Tensor)}
+    # Each its own copy: tied weights have one memory, which safetensors refuse.
+    tensors = {f"{_WEIGHTS}{name}": value.contiguous().clone() for name, value in kept.pop("state_dict").items()}
+    tensors |= {name: kept.pop(name).clone() for name, value in list(kept.items()) if isinstance(value, Tensor)}
+    for name, value in kept.items():
+        try:
+            json.dumps(value, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{name} of the checkpoint cannot be written as JSON: {error}.") from error
     write_json(path.with_suffix(".json"), kept)
     write_file(path, lambda file: file.write(safetensors.torch.save(tensors)))
 
@@ -116,6 +129,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{described} holds no object; export it again.")
     weights = {name.removeprefix(_WEIGHTS): value for name, value in tensors.items() if name.startswith(_WEIGHTS)}
     others = {name: value for name, value in tensors.items() if not name.startswith(_WEIGHTS)}
+    for name in TRAINING_KEYS:  # an exported model has none; a training would go on with them
+        rest.pop(name, None)
     return rest | others | {"state_dict": weights}
 
 
@@ -190,17 +205,26 @@ def described_differences(stored: dict[str, Any], current: dict[str, Any], prefi
     return "".join(f"\n  {name}: {old!r} in the checkpoint, {new!r} now" for name, old, new in changed)
 
 
+def is_same(one: Any, two: Any) -> bool:
+    """Whether nested values and tensors are equal."""
+    if isinstance(one, Tensor) or isinstance(two, Tensor):
+        return isinstance(one, Tensor) and isinstance(two, Tensor) and torch.equal(one, two)
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(is_same(value, two[name]) for name, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(is_same, one, two))
+    return bool(one == two)
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
     found = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             found += _differences(before, after, f"{prefix}{name}.")
-        elif isinstance(before, Tensor) or isinstance(after, Tensor):
-            if not (isinstance(before, Tensor) and isinstance(after, Tensor) and torch.equal(before, after)):
-                found.append((prefix + name, _Brief(before), _Brief(after)))
-        elif before != after:
-            found.append((prefix + name, before, after))
+        elif not is_same(before, after):
+            tensors = isinstance(before, Tensor) or isinstance(after, Tensor)
+            found.append((prefix + name, _Brief(before), _Brief(after)) if tensors else (prefix + name, before, after))
     return found
 
 

@@ -15,6 +15,7 @@ __all__ = ["ContentsError", "require_contents", "require_optimizer_state", "requ
 _MOST_VALUES = 100_000
 _DEEPEST = 40
 _LARGEST = 1 << 53
+_LARGEST_NUMBER = 1 << 1000  # that a float can hold
 # Of optimizers of torch, by the name in their state: what has the shape of its parameter.
 _LIKE_PARAMETER = (
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"),
@@ -32,6 +33,9 @@ def require_contents(checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ContentsError: Names the key.
     """
+    wrong = next((name for name in checkpoint if not _is_text(name)), None)
+    if wrong is not None:
+        raise ContentsError(f"is damaged: it has {str(wrong)[:80]!a} for a name")
     _require_weights("state_dict", checkpoint["state_dict"])
     for key in ("current_model_state", "averaging_state"):
         if key in checkpoint:
@@ -56,17 +60,24 @@ def require_contents(checkpoint: Mapping[str, Any]) -> None:
         require_plain("run", run)
         configuration = run.get("configuration", {}) if isinstance(run, dict) else None
         parts = [run.get("name", ""), run.get("logger_ids", {})] if isinstance(run, dict) else []
-        if not isinstance(configuration, dict) or not isinstance(parts[0], str) or not isinstance(parts[1], dict):
+        if not isinstance(configuration, dict) or not _is_text(parts[0]) or not isinstance(parts[1], dict):
             raise ContentsError("is damaged: run is not a name and a configuration")
     if "task" in checkpoint:
         require_plain("task", checkpoint["task"])
+        if not isinstance(checkpoint["task"], dict):
+            raise ContentsError("is damaged: task is not a class and its arguments")
 
 
 def _require_weights(key: str, weights: Any) -> None:
     if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+        _is_text(name) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise ContentsError(f"is no checkpoint of a network: its {key!r} is not tensors by name")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that can be written."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff\0]", value)
 
 
 def _require_count(key: str, value: Any) -> None:
@@ -95,10 +106,12 @@ def require_plain(key: str, value: Any) -> None:
             if wrong is not None:
                 raise ContentsError(f"is damaged: {name[:80]} has a {type(wrong).__name__} for a name")
             pending += [(f"{name}.{item}", inner, depth + 1) for item, inner in one.items()]
-        elif isinstance(one, list | tuple):
+        elif type(one) in (list, tuple):
             pending += [(f"{name}[{place}]", inner, depth + 1) for place, inner in enumerate(one)]
         elif one is not None and type(one) not in (bool, int, float, str):
             raise ContentsError(f"is damaged: {name[:80]} is a {type(one).__name__}, and no plain value")
+        elif type(one) is int and abs(one) >= 1 << 64:
+            raise ContentsError(f"is damaged: {name[:80]} is a number of {one.bit_length()} bits")
 
 
 def require_same_structure(key: str, stored: Any, current: Any, *, counts: bool = True) -> None:
@@ -135,7 +148,7 @@ def require_same_structure(key: str, stored: Any, current: Any, *, counts: bool 
             raise ContentsError(f"is damaged: {key} is {str(stored)[:40]!r}, and no {type(current).__name__}")
     elif stored == current and isinstance(stored, float):
         return  # such as the infinity that a best value begins with
-    elif isinstance(stored, bool) or not isinstance(stored, int | float) or not math.isfinite(stored):
+    elif not _is_number(stored):
         raise ContentsError(f"is damaged: {key} is {str(stored)[:40]!r}, and no finite number")
     elif counts and isinstance(current, int):
         _require_count(key, stored)
@@ -184,7 +197,7 @@ def require_optimizer_state(key: str, stored: Any, optimizer: Optimizer) -> int:
             raise ContentsError(f"is damaged: {key}.state[{number}] has no {lacking[0]}")
         for name, value in state.items():
             where = f"{key}.state[{number}].{name}"
-            if name in _LIKE_PARAMETER and value is not None:
+            if name in _LIKE_PARAMETER and (value is not None or name in needed):
                 require_same_structure(where, value, parameters[number])
                 if not value.is_floating_point():
                     raise ContentsError(f"is damaged: {where} has the type {value.dtype}")
@@ -207,7 +220,9 @@ def _is_same_kind(stored: Any, current: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < _LARGEST_NUMBER if isinstance(value, int) else math.isfinite(value)
 
 
 def _require_random_streams(streams: Any) -> None:

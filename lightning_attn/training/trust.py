@@ -105,14 +105,7 @@ class Trust:
         if not isinstance(path, str) or not _CLASS_PATH.fullmatch(path):
             raise TrustError(f"is damaged: {key} is {str(path)[:80]!r}, which is no class")
         if not self.allows(path):
-            package = path.split(".")[0]
-            package = path if package in _LARGE else package
-            raise TrustError(
-                f"names the class {path} ({key}), which is none of lightning_attn's: using it would run its code. "
-                f"Nothing was run. If you trust both, allow it: --trust {package} on the command line, or "
-                f"trust=({package!r},) in Python; classes that options or -c files of this call name are allowed too",
-                package,
-            )
+            raise self.refusal({path: key})
         found = self.listed.get(path)
         if found is None:
             module, _, name = path.rpartition(".")
@@ -126,6 +119,32 @@ class Trust:
         if not (inspect.isclass(found) and issubclass(found, base)):
             raise TrustError(f"names {path} ({key}), which is no {base.__name__}")
         return found
+
+    def refusal(self, refused: Mapping[str, str]) -> TrustError:
+        """What is raised for classes that are not allowed.
+
+        Args:
+            refused: Where the checkpoint names them, by import path.
+        """
+        packages = list(dict.fromkeys(p if p.split(".")[0] in _LARGE else p.split(".")[0] for p in refused))
+        classes = " and ".join(f"{path} ({key})" for path, key in refused.items())
+        options = " ".join(f"--trust {package}" for package in packages)
+        in_vain = f" ({', '.join(self.packages)}, which this call trusts, has none of them)" if self.packages else ""
+        if len(refused) == 1:
+            said = (
+                f"names the class {classes}, which is none of lightning_attn's{in_vain}: using it would run its code. "
+            )
+            said += f"Nothing was run. If you trust both, allow it: {options}"
+        else:
+            said = (
+                f"names the classes {classes}, which are none of lightning_attn's{in_vain}: using them would run their "
+            )
+            said += f"code. Nothing was run. If you trust all, allow them: {options}"
+        return TrustError(
+            f"{said} on the command line, or trust={tuple(packages)!r} in Python; classes that options or -c files of "
+            "this call name are allowed too",
+            packages[0],
+        )
 
     def require_values(self, values: Any, owner: type, key: str) -> None:
         """Refuses arguments of a class if an object that is not allowed could be made of them.
@@ -185,6 +204,8 @@ class Trust:
                 found = self._resolve_any(one["class_path"], bases, where)
                 if one.keys() - {"class_path", "init_args", "dict_kwargs"}:
                     raise TrustError(f"is damaged: {where} is no class_path with init_args")
+                if one.get("dict_kwargs") and found in self.listed.values():
+                    raise TrustError(f"is damaged: {where}.dict_kwargs holds arguments that {path_of(found)} has not")
                 self.require_values(one.get("init_args"), found, f"{where}.init_args")
                 self.require_values(one.get("dict_kwargs"), found, f"{where}.dict_kwargs")
             else:
@@ -214,6 +235,11 @@ class Trust:
         elif isinstance(value, list | tuple):
             for place, inner in enumerate(value):
                 self._require_no_class(inner, f"{key}[{place}]")
+
+
+def path_of(owner: type) -> str:
+    """The import path of a class."""
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def public_classes(modules: Collection[types.ModuleType], base: type) -> dict[str, type]:

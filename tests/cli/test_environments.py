@@ -65,10 +65,10 @@ def test_a_user_without_a_home(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.cache_dir", "/proc/nothing"], "/proc/nothing: No such file or directory. It is of --data.cache_dir"),
-        (["--run.root", "/proc/nothing"], "/proc/nothing: No such file or directory. It is of --run.root"),
-        (["--run.root", LONG], "File name too long. It is of --run.root"),
-        (["--data.cache_dir", LONG], "File name too long. It is of --data.cache_dir"),
+        (["--data.cache_dir", "/proc/nothing"], "/proc/nothing: No such file or directory. --data.cache_dir names it"),
+        (["--run.root", "/proc/nothing"], "/proc/nothing: No such file or directory. --run.root names it"),
+        (["--run.root", LONG], "File name too long. --run.root names it"),
+        (["--data.cache_dir", LONG], "File name too long. --data.cache_dir names it"),
         (["--data.train_files", LONG], "File name too long"),
         (["-c", LONG], "File name too long"),
         (["--ckpt_path", LONG], "File name too long"),
