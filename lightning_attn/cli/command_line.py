@@ -3,6 +3,7 @@
 import atexit
 import enum
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,9 @@ class CommandLine(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         rank_zero_info(f"Run directory: {self.run_path}")
         if trainer.world_size > 1:
+            if type(self.model).__module__.startswith("lightning_attn."):
+                # Lightning cannot know that these scores are of all ranks already; of others' tasks it may be right.
+                warnings.filterwarnings("ignore", message=r".*self\.log\('(val|test)/.*sync_dist=True.*")
             subprocess_script._launch_process_observer = observe_ranks  # type: ignore[attr-defined, assignment]
             watch_rendezvous(trainer.global_rank, trainer.world_size)
             atexit.register(settle_collectives)

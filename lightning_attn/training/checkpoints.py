@@ -50,6 +50,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             a later version.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = ", ".join(sorted(one.name for one in path.glob("*.ckpt"))) or "no checkpoint"
+        raise FileNotFoundError(f"{path} is a folder, and holds {inside}. Give a file.")
     if not path.is_file():
         others = sorted(one.name for one in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         folder = "the current folder" if path.parent == Path() else str(path.parent)
