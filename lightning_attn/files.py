@@ -45,7 +45,10 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
         OSError: If the folder cannot be written to or is full; nothing is left behind, and `filename` is the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         with naming(path), os.fdopen(descriptor, "wb") as file:
             write(file)

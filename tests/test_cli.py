@@ -279,7 +279,8 @@ def test_checkpoint_of_another_task_is_refused(run, tiny_config, in_folder):
     assert "holds the task 'detection'" in printed
 
 
-def test_full_disk_says_so_and_keeps_the_older_checkpoint(run, tiny_config, in_folder, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_says_so_and_keeps_the_older_checkpoint(run, tiny_config, in_folder, monkeypatch, number):
     """The disk is full from the second writing of last.ckpt on."""
     original = torch.save
     written = []
@@ -288,12 +289,12 @@ def test_full_disk_says_so_and_keeps_the_older_checkpoint(run, tiny_config, in_f
         written.append(file.name)
         if len(written) > 1:
             file.write(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, os.strerror(number))
         original(checkpoint, file)
 
     monkeypatch.setattr(torch, "save", save)
     printed = run("fit", "-c", tiny_config, "--run.checkpoint_every_n_steps", 1, status=2)
-    assert "No space left on device" in printed
+    assert f"{os.strerror(number)}" in printed
     assert "--ckpt_path" in printed
     assert "last.ckpt" in printed
     path = in_folder / "checkpoints" / "translation" / "tiny"
@@ -340,7 +341,7 @@ def test_results_go_where_they_are_wanted(run, tiny_config, in_folder, monkeypat
 
     monkeypatch.setattr("tempfile.mkstemp", refuse)
     printed = run("export", "--ckpt_path", renamed / "last.ckpt", status=2)
-    assert "Read-only file system: 'export/model.json'. If results cannot be written there" in printed
+    assert "export/model.json: Read-only file system. If results cannot be written there" in printed
 
 
 def test_what_a_checkpoint_without_a_run_lacks(run, tiny_config, in_folder):

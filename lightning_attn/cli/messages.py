@@ -47,10 +47,8 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
     if isinstance(error, MisconfigurationException):
         return text
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
-        return (
-            f"{text}. If results cannot be written there, give another place: --run.root FOLDER, or --output for "
-            "export and average."
-        )
+        what = f"{_place(error)}: {error.strerror}"
+        return f"{what}. If results cannot be written there, give another place: {_option(arguments)}."
     if re.match(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", text):
         return (
             f"{text.splitlines()[0]} A process that makes batches has died, often for want of memory: see what the "
@@ -81,8 +79,14 @@ def _of_full(error: OSError, arguments: Sequence[str]) -> str:
         return f"{kept}, or name another folder for temporary files in the variable TMPDIR, and run again."
     if "fit" in arguments[:1]:
         return f"{kept}, then go on with --ckpt_path auto."
-    further = any(name in arguments[:1] for name in ("export", "average", "compare"))
-    return f"{kept}, or give another place ({'--output' if further else '--run.root FOLDER'}), and run again."
+    return f"{kept}, or give another place ({_option(arguments)}), and run again."
+
+
+def _option(arguments: Sequence[str]) -> str:
+    """The option that says where this subcommand writes."""
+    return (
+        "--output" if any(name in arguments[:1] for name in ("export", "average", "compare")) else "--run.root FOLDER"
+    )
 
 
 def _path(error: OSError) -> str:
