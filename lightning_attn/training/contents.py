@@ -65,7 +65,7 @@ def require_contents(checkpoint: Mapping[str, Any]) -> None:
     if "task" in checkpoint:
         require_plain("task", checkpoint["task"])
         if not isinstance(checkpoint["task"], dict):
-            raise ContentsError("is damaged: task is not a class and its arguments")
+            raise ContentsError("is damaged: what it says of its task is not a name, a class and its arguments")
 
 
 def _require_weights(key: str, weights: Any) -> None:

@@ -226,7 +226,7 @@ def test_a_schedule_at_another_step(run, change, step):
             "data.init_args.max_tokens is a Size",
         ),
         (lambda c: c.update({0: torch.ones(2)}), "has '0' for a name"),
-        (lambda c: c.update(task="x"), "task is not a class and its arguments"),
+        (lambda c: c.update(task="x"), "its task is not a name, a class and its arguments"),
         (lambda c: c["state_dict"].update({"\ud800": torch.ones(1)}), "'state_dict' is not tensors by name"),
         (lambda c: c["random_streams"][0]["python"].__setitem__(2, 10**500), "random_streams[0] is no state"),
         (lambda c: c["optimizer_states"][0]["param_groups"][0].update(lr=10**500), "param_groups[0].lr is"),
