@@ -84,10 +84,6 @@ def _mapped(path: Path) -> Any:
     """The contents of an archive, after its tensors were found to lie in the file with all their bytes."""
     status = path.stat()
     records = _records(path, status.st_ino, status.st_size, status.st_mtime_ns)
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith("/data.pkl"):
-                _require_small_tuples(archive.read(name))
     # Without data first: where each tensor's data would lie in the file, and how much of it there would be.
     places = []
     for key, tensor in _tensors_in(torch.load(path, map_location="meta", weights_only=True)):
@@ -158,9 +154,9 @@ def _require_small_tuples(pickled: bytes) -> None:
                 stack[-1] = 1
             elif operation.stack_after and not operation.stack_before:
                 stack.append(1)
+    except ArchiveError:
+        raise
     except (IndexError, KeyError, ValueError) as error:
-        if isinstance(error, ArchiveError):
-            raise
         raise ArchiveError("is damaged: its pickle is none") from error
 
 
@@ -168,7 +164,7 @@ def _require_small_tuples(pickled: bytes) -> None:
 def _records(path: Path, *status: int) -> dict[int, int]:
     """Where the data of each record of an archive begins, and its size; once for each state of a file.
 
-    Compares contents with their checksums, which torch does not.
+    Compares contents with their checksums, which torch does not, and looks through the pickle.
     """
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -192,6 +188,9 @@ def _records(path: Path, *status: int) -> dict[int, int]:
             if end > path.stat().st_size:
                 raise ArchiveError("is damaged: it is shorter than what it should hold")
             damaged = archive.testzip()
+            for name in names if damaged is None else ():
+                if name.endswith("/data.pkl"):
+                    _require_small_tuples(archive.read(name))
     except ArchiveError:
         raise
     except Exception as error:

@@ -133,9 +133,10 @@ def require_writable(path: Path) -> Path:
         PermissionError: If not.
         FileExistsError: If something in it leads elsewhere.
     """
-    if is_rank_zero():
-        require_own_entries(path)
-    if is_rank_zero() and not os.access(path, os.W_OK):
+    if not is_rank_zero():
+        return path
+    require_own_entries(path)
+    if not os.access(path, os.W_OK):
         raise PermissionError(
             f"{path} cannot be written to, and is where results go: beside the checkpoint. Give another place: "
             "--run.root FOLDER."

@@ -84,9 +84,8 @@ def _of_full(error: OSError, arguments: Sequence[str]) -> str:
 
 def _option(arguments: Sequence[str]) -> str:
     """The option that says where this subcommand writes."""
-    return (
-        "--output" if any(name in arguments[:1] for name in ("export", "average", "compare")) else "--run.root FOLDER"
-    )
+    subcommand = arguments[0] if arguments else ""
+    return "--output" if subcommand in ("export", "average", "compare") else "--run.root FOLDER"
 
 
 def _path(error: OSError) -> str:

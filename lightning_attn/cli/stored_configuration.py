@@ -23,7 +23,7 @@ from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
-from lightning_attn.training.trust import Trust, TrustError, argument_types, public_classes, texts_in
+from lightning_attn.training.trust import Trust, TrustError, argument_types, path_of, public_classes, texts_in
 
 __all__ = ["TRUST_HELP", "needed_trust", "trust_of", "value_of", "with_stored_configuration"]
 
@@ -48,11 +48,9 @@ _PLACES = {
     "trainer": ("default_root_dir", "logger", "model_registry", "profiler"),
     "run": ("root",),
     "data": ("cache_dir", "download"),
+    "miniature data": ("cache_dir", "download", "root"),  # which are drawn into it
     "trainer.callbacks": ("dirpath",),
 }
-
-
-# DataModules that draw their data into `root`.
 _MINIATURE = (
     datamodules.MiniatureDetectionDataModule,
     datamodules.MiniatureSegmentationDataModule,
@@ -92,11 +90,13 @@ def with_stored_configuration(
             return
         found = "means the newest of a run" if is_word else "holds no configuration of a run"
         raise ConfigurationError(f"ckpt_path: {checkpoint!r} {found}. Give the configuration: -c FILE.")
+    trust = trust_of(arguments)
     try:
-        values = _allowed(run["configuration"], subcommand, trust_of(arguments), _given(arguments))
-        name = RunOptions(name=str(run.get("name", ""))).name
+        values = _allowed(run["configuration"], subcommand, trust, _given(arguments))
     except TrustError as error:
         raise CheckpointError(f"{checkpoint} {error}.") from error
+    try:
+        name = RunOptions(name=str(run.get("name", ""))).name
     except ValueError as error:
         raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
     with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
@@ -115,7 +115,7 @@ def trust_of(arguments: Sequence[str]) -> Trust:
     for module, names in _LIGHTNING_CLASSES.items():
         for name in names:
             one = getattr(module, name)
-            listed |= dict.fromkeys((name, f"{module.__name__}.{name}", f"{one.__module__}.{one.__qualname__}"), one)
+            listed |= dict.fromkeys((name, f"{module.__name__}.{name}", path_of(one)), one)
     return Trust(listed, tuple(option_values(arguments, "--trust")), frozenset(_words(arguments)))
 
 
@@ -137,10 +137,15 @@ def _words(arguments: Sequence[str]) -> Iterator[str]:
     """Every word of this call: of its options, and of its configuration files."""
     for argument in arguments:
         yield from re.split(r"[=\s]", argument)
+    for content in _files(arguments):
+        yield from texts_in(content)
+
+
+def _files(arguments: Sequence[str]) -> Iterator[Any]:
+    """The contents of this call's configuration files; the parser complains of one that cannot be read."""
     for path in option_values(arguments, "-c", "--config"):
         with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-            text = Path(path).expanduser().read_text(encoding="utf-8")
-            yield from texts_in(yaml.safe_load(text))
+            yield yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
 
 
 def _given(arguments: list[str]) -> set[str]:
@@ -148,16 +153,16 @@ def _given(arguments: list[str]) -> set[str]:
     given = {name for name in ("model", "data") if value_of(f"--{name}", arguments)}
     if value_of("--trainer.callbacks", arguments) is not None:
         given.add("trainer.callbacks")
-    for path in option_values(arguments, "-c", "--config"):
-        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-            for name in ("model", "data"):
-                section = content.get(name) if isinstance(content, dict) else None
-                if isinstance(section, str) or (isinstance(section, dict) and "class_path" in section):
-                    given.add(name)
-            trainer = content.get("trainer") if isinstance(content, dict) else None
-            if isinstance(trainer, dict) and "callbacks" in trainer:
-                given.add("trainer.callbacks")
+    for content in _files(arguments):
+        if not isinstance(content, dict):
+            continue
+        for name in ("model", "data"):
+            section = content.get(name)
+            if isinstance(section, str) or (isinstance(section, dict) and "class_path" in section):
+                given.add(name)
+        trainer = content.get("trainer")
+        if isinstance(trainer, dict) and "callbacks" in trainer:
+            given.add("trainer.callbacks")
     return given
 
 
@@ -250,13 +255,11 @@ def _data(section: dict[str, Any], trust: Trust, *, say: bool) -> dict[str, Any]
     arguments = section.get("init_args")
     if not isinstance(arguments, dict):
         return section
+    found = trust.listed.get(section.get("class_path", ""))
+    part = "miniature data" if found is not None and issubclass(found, _MINIATURE) else "data"
     if say:
-        _say_left_out("data", arguments)
-    kept = _without_places("data", arguments)
-    if isinstance(trust.listed.get(section.get("class_path", "")), type) and issubclass(
-        trust.listed[section["class_path"]], _MINIATURE
-    ):
-        kept.pop("root", None)  # where the set is drawn
+        _say_left_out(part, arguments)
+    kept = _without_places(part, arguments)
     if isinstance(kept.get("members"), list):
         kept["members"] = [_data(one, trust, say=say) if isinstance(one, dict) else one for one in kept["members"]]
     return section | {"init_args": kept}
@@ -281,8 +284,8 @@ def _say_left_out(part: str, options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if value and not (name == "logger" and value is True):
             rank_zero_info(
-                f"{part}.{name} of the checkpoint is not taken, since this call decides where files are written; it "
-                f"was {str(value)[:200]!r}. To have it again, give it as an option or by -c."
+                f"{part.split()[-1]}.{name} of the checkpoint is not taken, since this call decides where files are "
+                f"written; it was {str(value)[:200]!r}. To have it again, give it as an option or by -c."
             )
 
 

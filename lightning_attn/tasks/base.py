@@ -39,7 +39,7 @@ from lightning_attn.training.checkpoints import (
     read_checkpoint,
     stored_task,
 )
-from lightning_attn.training.trust import Trust, TrustError, argument_types
+from lightning_attn.training.trust import Trust, TrustError, argument_types, path_of
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -196,7 +196,7 @@ class BaseTask(pl.LightningModule):
         checkpoint[FORMAT_KEY] = FORMAT
         checkpoint[CHECKPOINT_KEY] = {
             "name": self.task_name,
-            "class_path": _import_path(type(self)),
+            "class_path": path_of(type(self)),
             "arguments": self._arguments,
         }
 
@@ -240,7 +240,7 @@ class BaseTask(pl.LightningModule):
         stored = stored_task(checkpoint, path)
         if isinstance(trust, str):
             raise TypeError(f"trust must be a sequence of packages, such as ({trust!r},), got {trust!r}.")
-        trusted = Trust(_own_classes() | {_import_path(cls): cls}, tuple(trust))
+        trusted = Trust(_own_classes() | {path_of(cls): cls}, tuple(trust))
         try:
             stored_class = trusted.resolve(stored["class_path"], cls, "task.class_path")
             trusted.require_values(stored["arguments"], stored_class, "task.arguments")
@@ -481,10 +481,6 @@ def plain_value(name: str, value: Any) -> Any:
     )
 
 
-def _import_path(owner: type) -> str:
-    return f"{owner.__module__}.{owner.__qualname__}"
-
-
 def _own_classes() -> dict[str, type]:
     """The tasks of this project by import path."""
     found: dict[str, type] = {}
@@ -493,7 +489,7 @@ def _own_classes() -> dict[str, type]:
         one = pending.pop()
         pending += one.__subclasses__()
         if one.__module__.startswith("lightning_attn."):
-            found[_import_path(one)] = one
+            found[path_of(one)] = one
     return found
 
 

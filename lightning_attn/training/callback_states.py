@@ -98,5 +98,5 @@ def require_callback_states(states: Mapping[str, Any], callbacks: Iterable[pl.Ca
             "lightning_attn."
         )
         if state is not None and is_known and _OF_MODEL_CHECKPOINT not in state:
-            # A Timer begins with 0 and goes on with seconds.
+            # A Timer's elapsed time is the integer 0 at first, and later a float of seconds.
             require_same_structure(f"callbacks.{callback.state_key}", state, callback.state_dict(), counts=False)

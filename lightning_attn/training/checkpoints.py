@@ -104,8 +104,9 @@ def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
     """
     kept = {name: value for name, value in checkpoint.items() if name not in TRAINING_KEYS}
     # Each its own copy: tied weights have one memory, which safetensors refuse.
-    tensors = {f"{_WEIGHTS}{name}": value.contiguous().clone() for name, value in kept.pop("state_dict").items()}
-    tensors |= {name: kept.pop(name).clone() for name, value in list(kept.items()) if isinstance(value, Tensor)}
+    named = {f"{_WEIGHTS}{name}": value for name, value in kept.pop("state_dict").items()}
+    named |= {name: kept.pop(name) for name, value in list(kept.items()) if isinstance(value, Tensor)}
+    tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in named.items()}
     for name, value in kept.items():
         try:
             json.dumps(value, sort_keys=True)

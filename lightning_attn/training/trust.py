@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Trust", "TrustError", "argument_types", "public_classes", "texts_in"]
+__all__ = ["Trust", "TrustError", "argument_types", "path_of", "public_classes", "texts_in"]
 
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _WORD = re.compile(r"[\w/ :+#-]*")  # nothing that could be the path of an object to import
@@ -249,7 +249,7 @@ def public_classes(modules: Collection[types.ModuleType], base: type) -> dict[st
         for name in module.__all__:
             one = getattr(module, name)
             if inspect.isclass(one) and issubclass(one, base):
-                found |= dict.fromkeys((name, f"{module.__name__}.{name}", f"{one.__module__}.{one.__qualname__}"), one)
+                found |= dict.fromkeys((name, f"{module.__name__}.{name}", path_of(one)), one)
     return found
 
 

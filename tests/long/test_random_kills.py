@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, of one rank or all: the run that goes on equals the unbroken one to the bit."""
+"""SIGKILL at random moments, of one rank or all: a resumed run is bitwise identical to an uninterrupted one."""
 
 import csv
 import os

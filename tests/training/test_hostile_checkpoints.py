@@ -1,6 +1,5 @@
 """Checkpoints from others: nothing in one is run or decides where files are written, and damage is told by name."""
 
-import contextlib
 import json
 import shutil
 import struct
@@ -16,7 +15,6 @@ import pytest
 import torch
 import yaml
 
-from lightning_attn.cli import main
 from lightning_attn.tasks import BaseTask, CheckpointError, TranslationTask
 from lightning_attn.training.checkpoints import read_checkpoint
 
@@ -49,15 +47,6 @@ def fresh_modules():
     """Lets each test import modules of its own folder."""
     yield
     sys.modules.pop("mine", None)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_config, tmp_path_factory) -> Path:
-    """The directory of a run."""
-    folder = tmp_path_factory.mktemp("trained")
-    with contextlib.chdir(folder):
-        main(["fit", "-c", str(tiny_config)])
-    return folder / "checkpoints/translation/tiny"
 
 
 @pytest.fixture
