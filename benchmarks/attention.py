@@ -52,7 +52,7 @@ from benchmarks.measure import (
     timed_in_turn,
 )
 from lightning_attn.attention.spec import TERM_SETS, parse_terms
-from lightning_attn.files import unused_path, write_json, write_text
+from lightning_attn.io import unused_path, write_json, write_text
 
 QUICK_SETS = ("1111", "1000", "0100", "0011", "0010", "0001")
 LARGE_CASES = ("256x50x84s2", "512x25x42s2", "256x50x84s1", "512x96x96s1", "growth", "deformable")

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from benchmarks.attention_report import Row, Run, by_group, title
 from benchmarks.attention_sides import Shape
 from benchmarks.measure import Side
-from lightning_attn.files import write_file
+from lightning_attn.io import write_file
 
 # Told apart by shape too, and by readers who do not see red and green apart.
 COLORS = {"ours": "#0072b2", "peer": "#d55e00", "naive": "#cc79a7", "floor": "#555555"}

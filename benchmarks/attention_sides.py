@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_attn.attention import DeformableConv, GatedResidual, TransformerAttention
 from lightning_attn.attention.positions import relative_encoding
 from lightning_attn.attention.spec import parse_terms
-from lightning_attn.interop.mmcv import to_mmcv
+from lightning_attn.networks.weights.mmcv import to_mmcv
 
 HEADS = 8
 

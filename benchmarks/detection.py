@@ -84,10 +84,10 @@ from lightning_attn.attention import AttentionSpec, DeformableConv
 from lightning_attn.callbacks import ExponentialAveraging
 from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.run_options import RunOptions
-from lightning_attn.files import unused_path, write_json, write_text
+from lightning_attn.io import unused_path, write_json, write_text
 from lightning_attn.metrics.detection import CocoDetectionMetrics
-from lightning_attn.networks.detection import Detector, DetectorSpec
-from lightning_attn.networks.resnet import NormalizedBatch, ResNetSpec, build_resnet
+from lightning_attn.networks.images.backbone import NormalizedBatch, ResNetSpec, build_resnet
+from lightning_attn.networks.images.detection import Detector, DetectorSpec
 from lightning_attn.tasks import BaseTask, DetectionTask, OptimizerSpec, ScheduleSpec
 
 BARE, TRAINER = "bare loop", "Trainer"

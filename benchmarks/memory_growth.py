@@ -31,7 +31,7 @@ from benchmarks.measure import (
     run_child,
 )
 from lightning_attn.cli import main as run_command
-from lightning_attn.files import unused_path, write_json, write_text
+from lightning_attn.io import unused_path, write_json, write_text
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "miniature"
 TASKS = ("translation", "detection", "segmentation")

@@ -38,10 +38,10 @@ from benchmarks.measure import (
     run_child,
 )
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_json, write_text
-from lightning_attn.networks.resnet import ResNetSpec
-from lightning_attn.networks.segmentation import Segmenter, SegmenterSpec
-from lightning_attn.networks.segmentation_inference import InferenceSpec, segment
+from lightning_attn.io import unused_path, write_json, write_text
+from lightning_attn.networks.images.backbone import ResNetSpec
+from lightning_attn.networks.images.segmentation import Segmenter, SegmenterSpec
+from lightning_attn.networks.images.segmentation_inference import InferenceSpec, segment
 
 ATTENTIONS: Mapping[str, dict[str, Any]] = {
     "none": {"mechanism": "none"},

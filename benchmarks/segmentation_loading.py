@@ -45,10 +45,10 @@ from benchmarks.measure import (
     ratio,
     timed_in_turn,
 )
-from datamodules.backgrounds import photograph
+from datamodules.miniature.backgrounds import photograph
 from datamodules.segmentation.cityscapes import CityscapesDataModule
 from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, SegmentationClasses
-from lightning_attn.files import unused_path, write_json, write_text
+from lightning_attn.io import unused_path, write_json, write_text
 
 OURS, PILLOW, TENSORS = "lightning_attn", "torchvision, Pillow", "torchvision, tensors"
 WORKERS = (0, 1, 2)

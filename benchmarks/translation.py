@@ -53,11 +53,11 @@ from benchmarks.measure import (
 )
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.attention.spec import parse_terms
-from lightning_attn.files import unused_path, write_file, write_json, write_text
-from lightning_attn.networks.beam_search import BeamSearchOptions, beam_search
-from lightning_attn.networks.cross_entropy import summed_cross_entropy
-from lightning_attn.networks.dropout import Dropout
-from lightning_attn.networks.transformer import Transformer
+from lightning_attn.io import unused_path, write_file, write_json, write_text
+from lightning_attn.networks.translation.beam_search import BeamSearchOptions, beam_search
+from lightning_attn.networks.translation.cross_entropy import summed_cross_entropy
+from lightning_attn.networks.translation.dropout import Dropout
+from lightning_attn.networks.translation.transformer import Transformer
 
 PAD, BOS, EOS = 0, 2, 3
 PEERS = {"training": "torch", "decoding": "marian"}
@@ -145,7 +145,7 @@ class TorchTransformer(nn.Module):
         return embedded
 
     def loss(self, source: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As `lightning_attn.networks.transformer.Transformer.loss`."""
+        """As `lightning_attn.networks.translation.transformer.Transformer.loss`."""
         padding, inputs, labels = source == PAD, target[:, :-1], target[:, 1:]
         states = self.transformer(
             self._embed(source),

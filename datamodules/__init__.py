@@ -7,15 +7,15 @@ from datamodules.detection.merged import MergedDetectionDataModule
 from datamodules.detection.transforms import Augmentation
 from datamodules.detection.voc import VOCDetectionDataModule
 from datamodules.detection.yolo import YOLODetectionDataModule
-from datamodules.parallel_text import Cleaning
 from datamodules.segmentation.cityscapes import CityscapesDataModule, MiniatureSegmentationDataModule
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch, SegmentationDataModule
 from datamodules.segmentation.folders import SegmentationFolderDataModule
 from datamodules.segmentation.merged import MergedSegmentationDataModule
 from datamodules.segmentation.transforms import SegmentationAugmentation
-from datamodules.vocabulary import Vocabulary
-from datamodules.wmt14 import MiniatureTranslationDataModule, TranslationBatch, WMT14DataModule
+from datamodules.translation.parallel_text import Cleaning
+from datamodules.translation.vocabulary import Vocabulary
+from datamodules.translation.wmt14 import MiniatureTranslationDataModule, TranslationBatch, WMT14DataModule
 
 __all__ = [
     "Augmentation",

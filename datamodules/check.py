@@ -26,19 +26,19 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.browse import save
 from datamodules.data_option import data_parser, parse_data
 from datamodules.detection.annotations import Fate, of_image
 from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.images.files import ImageError, image_header, read_image
 from datamodules.images.folders import listed
 from datamodules.images.transforms import resized_sizes
-from datamodules.planned_batches import ignore_stop_signals
+from datamodules.sampling.planned_batches import ignore_stop_signals
 from datamodules.segmentation.classes import IGNORED
 from datamodules.segmentation.datamodule import SegmentationDataModule
-from datamodules.token_cache import available_cores
-from datamodules.vocabulary import UNK_ID
-from datamodules.wmt14 import WMT14DataModule
+from datamodules.translation.token_cache import available_cores
+from datamodules.translation.vocabulary import UNK_ID
+from datamodules.translation.wmt14 import WMT14DataModule
+from lightning_attn.io import write_figure
 
 __all__ = ["SplitReport", "check_data", "draw_reports"]
 
@@ -422,7 +422,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 bar.update(tasks[split], advance=count)
 
             reports = check_data(module, None if options.workers < 0 else options.workers, advance)
-        path = save(draw_reports(reports), Path(options.output))
+        path = write_figure(Path(options.output), draw_reports(reports))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

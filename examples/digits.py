@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from datamodules.sample_batches import sample_loader
+from datamodules.sampling.sample_batches import sample_loader
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.networks.resnet import ResNetSpec, build_resnet
+from lightning_attn.networks.images.backbone import ResNetSpec, build_resnet
 from lightning_attn.tasks import BaseTask, OptimizerSpec, ScheduleSpec
 
 

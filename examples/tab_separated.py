@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datamodules import WMT14DataModule
-from datamodules.parallel_text import read_lines
+from datamodules.translation.parallel_text import read_lines
 
 
 class TabSeparatedDataModule(WMT14DataModule):

@@ -13,7 +13,7 @@ import torch
 from cityscapes_data import write_cityscapes
 from coco_data import COUNTS, write_coco
 
-from datamodules.miniature_translation import write_miniature_corpus
+from datamodules.miniature.translation import write_miniature_corpus
 from lightning_attn.cli import main
 
 REPOSITORY = Path(__file__).parents[1]

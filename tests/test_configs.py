@@ -9,9 +9,9 @@ import yaml
 from data_layouts import write_yolo
 from PIL import Image
 
-from datamodules.miniature_detection import write_miniature_detection
-from datamodules.miniature_segmentation import write_miniature_segmentation
-from datamodules.miniature_translation import write_miniature_corpus
+from datamodules.miniature.detection import write_miniature_detection
+from datamodules.miniature.segmentation import write_miniature_segmentation
+from datamodules.miniature.translation import write_miniature_corpus
 from lightning_attn.attention.spec import TERM_SETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -109,9 +109,9 @@ def small_miniature(monkeypatch):
     def draw_streets(root):
         write_miniature_segmentation(root, {"train": 6, "val": 2, "test": 2})
 
-    monkeypatch.setattr("datamodules.miniature_translation.write_miniature_corpus", write)
-    monkeypatch.setattr("datamodules.miniature_detection.write_miniature_detection", draw)
-    monkeypatch.setattr("datamodules.miniature_segmentation.write_miniature_segmentation", draw_streets)
+    monkeypatch.setattr("datamodules.miniature.translation.write_miniature_corpus", write)
+    monkeypatch.setattr("datamodules.miniature.detection.write_miniature_detection", draw)
+    monkeypatch.setattr("datamodules.miniature.segmentation.write_miniature_segmentation", draw_streets)
 
 
 def promised(name: str) -> tuple[str, dict[str, object]]:

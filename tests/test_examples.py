@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from datamodules.sample_batches import sample_loader
+from datamodules.sampling.sample_batches import sample_loader
 from examples.digits import DigitsDataModule, DigitsTask
 from examples.mean_attention import MeanAttention
 from lightning_attn.attention import AttentionSpec, build_attention
-from lightning_attn.networks.resnet import ResNetSpec
+from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.tasks import BaseTask, CheckpointError, OptimizerSpec, ScheduleSpec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -255,9 +255,7 @@ def test_a_network_that_load_cannot_build(run, in_folder):
     config.write_text(DIGITS.read_text().replace("examples.digits.DigitsTask", "test_examples.LateNetwork"))
     run("fit", "-c", config, *SMALL, "--trainer.max_steps", 1, "--trainer.limit_val_batches", 1)
     path = in_folder / "checkpoints" / "classification" / "late" / "last.ckpt"
-    with pytest.raises(
-        NotImplementedError, match=r"LateNetwork must define on_load_checkpoint_alone\(self, checkpoint\)"
-    ):
+    with pytest.raises(NotImplementedError, match=r"LateNetwork must define build_from_checkpoint\(self, checkpoint\)"):
         LateNetwork.load(path)
     stored = torch.load(path, weights_only=True)
     stored["task"]["class_path"] = "examples.digits.DigitsTask"

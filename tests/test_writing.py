@@ -12,18 +12,25 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.manifests import replace_manifest
-from datamodules.miniature_detection import write_miniature_detection
-from datamodules.miniature_segmentation import write_miniature_segmentation
-from datamodules.miniature_translation import write_miniature_corpus
-from datamodules.parallel_text import Cleaning, FilePair
-from datamodules.token_cache import Preparation
-from lightning_attn.averaging import average_checkpoints
-from lightning_attn.export import export_checkpoint
-from lightning_attn.files import remove_parts, write_figure, write_file, write_json, write_table, written_together
-from lightning_attn.loggers import MetricsLogger
+from datamodules.miniature.detection import write_miniature_detection
+from datamodules.miniature.segmentation import write_miniature_segmentation
+from datamodules.miniature.translation import write_miniature_corpus
+from datamodules.translation.parallel_text import Cleaning, FilePair
+from datamodules.translation.token_cache import Preparation
+from lightning_attn.export.checkpoint import export_checkpoint
+from lightning_attn.io import (
+    remove_parts,
+    replace_manifest,
+    write_figure,
+    write_file,
+    write_json,
+    write_table,
+    written_together,
+)
 from lightning_attn.tasks.prediction_files import PartialResults
-from lightning_attn.training.checkpoints import WholeCheckpoints
+from lightning_attn.training.checkpoint_averaging import average_checkpoints
+from lightning_attn.training.checkpoints import AtomicCheckpointIO
+from lightning_attn.training.loggers import MetricsLogger
 from lightning_attn.visualization.pictures import save_picture
 
 PARTS = ("train", "val", "test")
@@ -82,7 +89,7 @@ WRITERS = {
     "json": lambda folder, _: write_json(folder / "new.json", list(range(300))),
     "figure": lambda folder, _: write_figure(folder / "new.svg", figure()),
     "manifest": lambda folder, _: replace_manifest(folder / "new.json", dict.fromkeys(map(str, range(100)))),
-    "checkpoint": lambda folder, _: WholeCheckpoints().save_checkpoint({"w": torch.ones(9999)}, folder / "old"),
+    "checkpoint": lambda folder, _: AtomicCheckpointIO().save_checkpoint({"w": torch.ones(9999)}, folder / "old"),
     "corpus": lambda folder, _: write_miniature_corpus(folder / "set", {"train": 40, "valid": 2, "test": 2}),
     "detection": lambda folder, _: write_miniature_detection(folder / "set", dict.fromkeys(PARTS, 1)),
     "segmentation": lambda folder, _: write_miniature_segmentation(folder / "set", dict.fromkeys(PARTS, 1)),

@@ -9,8 +9,8 @@ from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import contents
-from datamodules.images.sampling import BadImagePolicy
-from datamodules.token_cache import user_cache_folder
+from datamodules.sampling.image_batches import BadImagePolicy
+from datamodules.translation.token_cache import user_cache_folder
 
 __all__ = ["COCODataModule", "MiniatureDetectionDataModule"]
 
@@ -136,7 +136,7 @@ class COCODataModule(DetectionDataModule):
             ValueError: If COCO 2017 has no such split.
         """
         if self.download:
-            from datamodules.detection.coco_sources import download_coco
+            from datamodules.downloads.coco import download_coco
 
             download_coco(self.root, splits)
 
@@ -227,6 +227,6 @@ class MiniatureDetectionDataModule(COCODataModule):
 
     def prepare_files(self, splits: Sequence[str]) -> None:
         """Draws the set, all of it."""
-        from datamodules.miniature_detection import write_miniature_detection
+        from datamodules.miniature.detection import write_miniature_detection
 
         write_miniature_detection(self.root)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_info
 from torch import LongTensor, Tensor
 
@@ -27,7 +26,7 @@ from datamodules.detection.transforms import Augmentation, EvaluationTransform, 
 from datamodules.images.datamodule import ImageDataModule, check_least
 from datamodules.images.files import ExifPolicy, ImageHeader, channels_first, read_image
 from datamodules.images.folders import PackedText, listed, printable, unique_stems
-from datamodules.images.sampling import BadImage, BadImagePolicy, Draw, ImageBatch, ImageDataset
+from datamodules.sampling.image_batches import BadImage, BadImagePolicy, ImageBatch, ImageDataset, SampleRequest
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ class DetectionDataset(ImageDataset[DetectionBatch]):
         """File name below the folder of the split."""
         return printable(self.annotations.names[int(self.chosen[image])])
 
-    def batch(self, draws: Sequence[Draw]) -> DetectionBatch:
+    def batch(self, draws: Sequence[SampleRequest]) -> DetectionBatch:
         """One batch.
 
         Raises:
@@ -127,7 +126,7 @@ class DetectionDataset(ImageDataset[DetectionBatch]):
             bad=bad,
         )
 
-    def _sample(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+    def _sample(self, draw: SampleRequest) -> tuple[Tensor, dict[str, Tensor]]:
         """An image `[3, H, W]` and its target."""
         index = int(self.chosen[draw.image])
         pixels = of_image(self.annotations, index, read_image, self.folder, self.exif)
@@ -322,19 +321,6 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
             exif=self.exif,
             on_bad_image="skip" if split == "predict" else self.on_bad_image,
         )
-
-    def browse_figure(self, split: str, num: int) -> Figure:
-        """A sheet of the first `num` images of a split as the network gets them, with their boxes.
-
-        Args:
-            split: "train", "val", "test" or "predict".
-            num: Most images to show.
-        """
-        from datamodules.browse import draw_detection_sheet, split_loader
-
-        loader = split_loader(self, split)
-        names = self.categories.names if self.categories is not None else ()
-        return draw_detection_sheet(loader, num, names, f"{split} images of {self.root}")
 
     @property
     def training_size(self) -> tuple[int, int]:

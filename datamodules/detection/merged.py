@@ -14,7 +14,7 @@ from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
 from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
-from datamodules.images.sampling import BadImagePolicy
+from datamodules.sampling.image_batches import BadImagePolicy
 
 __all__ = ["MergedDetectionDataModule", "merged_annotations"]
 

@@ -14,9 +14,9 @@ from datamodules.images.transforms import (
     albumentations,
     check_range,
     colour_changes,
-    drawn_by,
     resize_image,
     resized_size,
+    seed_transforms,
 )
 
 Boxes = npt.NDArray[np.float32]
@@ -139,7 +139,7 @@ class TrainingTransform:
             labels: `[n]`.
             draw: What the drawing starts from: seed, epoch, number of the image.
         """
-        generator = drawn_by(draw, self.colours, self.geometry)
+        generator = seed_transforms(draw, self.colours, self.geometry)
         size = image.shape[0], image.shape[1]
         new_size = resized_size(size, self.min_sizes[generator.integers(len(self.min_sizes))], self.max_size)
         # Colours first: images usually grow.

@@ -14,7 +14,7 @@ from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
 from datamodules.images.folders import contents, first_repeated, listed, read_lines
-from datamodules.images.sampling import BadImagePolicy
+from datamodules.sampling.image_batches import BadImagePolicy
 
 __all__ = ["VOC_CLASSES", "VOCDetectionDataModule", "read_voc"]
 

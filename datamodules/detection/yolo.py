@@ -12,7 +12,7 @@ from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
 from datamodules.images.folders import contents, images_below, listed, read_lines, read_text
-from datamodules.images.sampling import BadImagePolicy
+from datamodules.sampling.image_batches import BadImagePolicy
 
 __all__ = ["YOLODetectionDataModule", "read_yolo", "read_yolo_description"]
 

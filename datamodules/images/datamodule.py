@@ -10,7 +10,13 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from datamodules.images.files import ExifPolicy
-from datamodules.images.sampling import BadImage, BadImagePolicy, ImageDataset, evaluation_loader, training_loader
+from datamodules.sampling.image_batches import (
+    BadImage,
+    BadImagePolicy,
+    ImageDataset,
+    evaluation_loader,
+    training_loader,
+)
 
 STAGE_SPLITS: Mapping[str, tuple[str, ...]] = {
     "fit": ("train", "val"),

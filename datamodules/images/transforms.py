@@ -87,7 +87,7 @@ def colour_changes(augmentation: ImageAugmentation) -> Any:
     return library.Compose([jitter] if augmentation.changes_colour else [])
 
 
-def drawn_by(draw: Sequence[int], *steps: Any) -> np.random.Generator:
+def seed_transforms(draw: Sequence[int], *steps: Any) -> np.random.Generator:
     """Makes what albumentations' steps draw, and the generator that is returned, depend on some numbers alone.
 
     Args:

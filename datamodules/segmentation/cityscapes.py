@@ -14,11 +14,11 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from datamodules.images.files import ExifPolicy, ImageError, label_size, read_labels
 from datamodules.images.folders import contents, listed
-from datamodules.images.sampling import BadImagePolicy
+from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, LabelMap, SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation
-from datamodules.token_cache import user_cache_folder
+from datamodules.translation.token_cache import user_cache_folder
 
 __all__ = ["CityscapesDataModule", "CityscapesLabels", "MiniatureSegmentationDataModule", "read_label_ids"]
 
@@ -267,7 +267,7 @@ class MiniatureSegmentationDataModule(CityscapesDataModule):
         eval_batch_size: int = 0,
         predict_folder: str = "",
     ) -> None:
-        from datamodules.miniature_segmentation import MINIATURE_CLASSES
+        from datamodules.miniature.segmentation import MINIATURE_CLASSES
 
         super().__init__(
             root=root or str(user_cache_folder() / "miniature_segmentation"),
@@ -284,6 +284,6 @@ class MiniatureSegmentationDataModule(CityscapesDataModule):
 
     def prepare_files(self, splits: Sequence[str]) -> None:
         """Draws the set, all of it."""
-        from datamodules.miniature_segmentation import write_miniature_segmentation
+        from datamodules.miniature.segmentation import write_miniature_segmentation
 
         write_miniature_segmentation(self.root)

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.figure import Figure
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from datamodules.images.files import (
     read_image,
 )
 from datamodules.images.folders import PackedText, listed, predicted_images, printable, spread, unique_stems
-from datamodules.images.sampling import BadImagePolicy, Draw, ImageBatch, ImageDataset
+from datamodules.sampling.image_batches import BadImagePolicy, ImageBatch, ImageDataset, SampleRequest
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
 from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
 
@@ -356,7 +355,7 @@ class SegmentationDataset(ImageDataset[SegmentationBatch]):
         """Path of the image below the folder of the data."""
         return printable(self.files.images[image])
 
-    def batch(self, draws: Sequence[Draw]) -> SegmentationBatch:
+    def batch(self, draws: Sequence[SampleRequest]) -> SegmentationBatch:
         """One batch.
 
         Raises:
@@ -375,14 +374,14 @@ class SegmentationDataset(ImageDataset[SegmentationBatch]):
             bad=bad,
         )
 
-    def _sample(self, draw: Draw) -> tuple[Tensor, Tensor | None]:
+    def _sample(self, draw: SampleRequest) -> tuple[Tensor, Tensor | None]:
         """An image `[3, H, W]` and, if there are any, its labels `[H, W]`."""
         if not self.files.has_labels:
             return channels_first(read_image(self.files.image(draw.image), exif=self.exif)), None
         pixels, labels = self._labelled(draw)
         return channels_first(pixels), torch.from_numpy(labels)
 
-    def _labelled(self, draw: Draw) -> tuple[ImageArray, LabelMap]:
+    def _labelled(self, draw: SampleRequest) -> tuple[ImageArray, LabelMap]:
         """An image `[H, W, 3]` and its labels `[H, W]`."""
         labels = self.files.read_labels(draw.image)
         size = labels.shape[0], labels.shape[1]
@@ -549,19 +548,6 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
             by_size=self.eval_batch_size > 1,
             exif=self.exif,
             on_bad_image="skip" if split == "predict" else self.on_bad_image,
-        )
-
-    def browse_figure(self, split: str, num: int) -> Figure:
-        """A sheet of the first `num` images of a split as the network gets them, with their labels in colours.
-
-        Args:
-            split: "train", "val", "test" or "predict".
-            num: Most images to show.
-        """
-        from datamodules.browse import draw_segmentation_sheet, split_loader
-
-        return draw_segmentation_sheet(
-            split_loader(self, split), num, self.classes, f"{split} images of {self.predict_folder or self.root}"
         )
 
     def _count_labels(self, split: str, files: SegmentationFiles) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy, ImageError, decoding
 from datamodules.images.folders import contents, first_repeated, images_below, listed, read_lines
-from datamodules.images.sampling import BadImagePolicy
+from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours, value_counts
 from datamodules.segmentation.datamodule import LabelCensus, SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation

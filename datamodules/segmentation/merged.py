@@ -12,7 +12,7 @@ import numpy.typing as npt
 from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
 from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
-from datamodules.images.sampling import BadImagePolicy
+from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours
 from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation

@@ -21,8 +21,8 @@ from datamodules.images.transforms import (
     ImageAugmentation,
     albumentations,
     colour_changes,
-    drawn_by,
     resize_image,
+    seed_transforms,
 )
 from datamodules.segmentation.classes import IGNORED, LabelMap
 
@@ -115,7 +115,7 @@ class SegmentationTransform:
             labels: 0..K-1 or `IGNORED`, of the whole image, `[H, W]`.
             draw: What the drawing starts from: seed, epoch, number of the image.
         """
-        generator = drawn_by(draw, self.colours, self.flip)
+        generator = seed_transforms(draw, self.colours, self.flip)
         height, width = self.crop_size or (labels.shape[0], labels.shape[1])
         factor = generator.uniform(*self.scales)
         rows, new_rows = source_length(labels.shape[0], height, factor)

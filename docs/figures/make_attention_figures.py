@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from datamodules.miniature_translation import miniature_pairs
+from datamodules.miniature.translation import miniature_pairs
 from lightning_attn.attention import AttentionSpec, TransformerAttention
 from lightning_attn.attention.deformable import DeformableConv
 from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.attention.positions import relative_encoding
-from lightning_attn.networks.transformer import Transformer
+from lightning_attn.networks.translation.transformer import Transformer
 from lightning_attn.visualization import (
     draw_dynamic_kernels,
     draw_sampling_points,

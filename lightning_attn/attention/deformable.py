@@ -17,7 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d
 
 from lightning_attn.attention import reference
-from lightning_attn.attention.checks import (
+from lightning_attn.attention.decoding import DeformableConvCache
+from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.projections import without_autocast
+from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.validation import (
     check_input,
     check_mask,
     divisors,
@@ -25,10 +29,6 @@ from lightning_attn.attention.checks import (
     require_int,
     require_ndim,
 )
-from lightning_attn.attention.decoding import DeformableConvCache
-from lightning_attn.attention.positions import computation_dtype
-from lightning_attn.attention.projections import without_autocast
-from lightning_attn.attention.transforms import is_transformed
 
 Algorithm = Literal["auto", "gather", "torchvision", "reference"]
 

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attn.attention import reference
-from lightning_attn.attention.checks import (
+from lightning_attn.attention.decoding import DynamicConvCache
+from lightning_attn.attention.positions import computation_dtype
+from lightning_attn.attention.projections import is_plain, project, project_map
+from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.validation import (
     check_input,
     check_mask,
     divisors,
@@ -20,10 +24,6 @@ from lightning_attn.attention.checks import (
     require_ndim,
     require_odd,
 )
-from lightning_attn.attention.decoding import DynamicConvCache
-from lightning_attn.attention.positions import computation_dtype
-from lightning_attn.attention.projections import is_plain, project, project_map
-from lightning_attn.attention.transforms import is_transformed
 
 DynamicAlgorithm = Literal["auto", "band", "taps", "reference"]
 

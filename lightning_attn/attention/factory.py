@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attn.attention.checks import require_ndim
 from lightning_attn.attention.decoding import AttentionCache, DecodingCache, DeformableConvCache, DynamicConvCache
 from lightning_attn.attention.deformable import DeformableConv
 from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.attention.spec import AttentionSpec
 from lightning_attn.attention.transformer import TransformerAttention
+from lightning_attn.validation import require_ndim
 
 Role = Literal["self", "causal", "cross", "head"]
 

@@ -3,7 +3,7 @@
 The paper prints GFLOPs (Tables 2 and 3, Fig. 3) without saying how they come about. The count here is the one that its
 figures imply: with the "w/o" of the table as printed, it gives every printed difference to "w/o" of COCO and Cityscapes
 within 1 %, and nearly all of them within the rounding of the print. What our algorithms really do is far less for most
-term sets; `lightning_attn.profiling` measures that.
+term sets; `lightning_attn.study.profile` measures that.
 
 What is counted and what is not:
 

@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any, Literal, get_args
 
-from lightning_attn.attention.checks import is_number, require_dropout, require_int, require_odd, require_window
+from lightning_attn.validation import is_number, require_dropout, require_int, require_odd, require_window
 
 MECHANISMS = ("transformer", "dynamic", "none")
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")

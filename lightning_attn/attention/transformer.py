@@ -8,15 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attn.attention.algorithms import AttentionInputs, AttentionProblem, select_algorithm
-from lightning_attn.attention.checks import (
-    check_input,
-    check_mask,
-    divisors,
-    require_bool,
-    require_int,
-    require_mask,
-    require_ndim,
-)
 from lightning_attn.attention.cpu.linear import linear
 from lightning_attn.attention.decoding import AttentionCache
 from lightning_attn.attention.energies import Energies
@@ -25,6 +16,15 @@ from lightning_attn.attention.positions import computation_dtype, relative_encod
 from lightning_attn.attention.projections import has_only_weight, is_plain, project, project_map, without_autocast
 from lightning_attn.attention.spec import TERM_NAMES, AlgorithmName, AttentionSpec, parse_terms
 from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.validation import (
+    check_input,
+    check_mask,
+    divisors,
+    require_bool,
+    require_int,
+    require_mask,
+    require_ndim,
+)
 
 
 class TransformerAttention(nn.Module):

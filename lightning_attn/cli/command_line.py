@@ -15,34 +15,32 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies.launchers import subprocess_script
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_attn import run_directory
-from lightning_attn.callbacks import (
-    RUN_KEY,
-    BestCheckpoint,
-    InitialWeights,
-    InterruptionNote,
-    ProgressLines,
-    SaveConfiguration,
-    TopCheckpoints,
-    TrainingBar,
-    TrainingSummary,
-)
 from lightning_attn.cli.checks import check_open_files, check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.launching import observe_ranks, settle_collectives, watch_rendezvous
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
-from lightning_attn.loggers import MetricsLogger, placed_loggers
-from lightning_attn.resuming import LINES_KEY, LastCheckpoint
 from lightning_attn.tasks import BaseTask
+from lightning_attn.training import run_directory
+from lightning_attn.training.callbacks import (
+    RUN_KEY,
+    BestCheckpoint,
+    InitialWeights,
+    InterruptionNote,
+    SaveConfiguration,
+    TopCheckpoints,
+)
 from lightning_attn.training.checkpoints import (
+    AtomicCheckpointIO,
     CheckpointError,
-    WholeCheckpoints,
     count_numbers,
     described_differences,
     read_checkpoint,
 )
+from lightning_attn.training.loggers import MetricsLogger, placed_loggers
+from lightning_attn.training.progress import ProgressLines, TrainingBar, TrainingSummary
+from lightning_attn.training.resuming import LINES_KEY, LastCheckpoint
 from lightning_attn.training.scores import best_mode
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
@@ -120,11 +118,11 @@ class CommandLine(LightningCLI):
             self.model.checkpoint_path = str(checkpoint)
             self.model.stored_numbers = count_numbers(stored["state_dict"])
             if self.subcommand != "fit":
-                self.model.use_checkpoint_for_data(self.datamodule, stored)
+                self.model.configure_data_from_checkpoint(self.datamodule, stored)
         self.run_path = self._run_directory(run, checkpoint)
         kwargs["default_root_dir"] = str(self.run_path)
         weights = "averaged" if self.subcommand == "fit" else run.weights
-        kwargs["plugins"] = [*listed(options["plugins"]), WholeCheckpoints(weights, self.run_path)]
+        kwargs["plugins"] = [*listed(options["plugins"]), AtomicCheckpointIO(weights, self.run_path)]
         # Every sampler here knows its rank; a second one around it would share out the data twice.
         kwargs["use_distributed_sampler"] = False
         # Tasks log their arguments themselves, as plain values.

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_attn.files import write_figure, write_table
-from lightning_attn.run_directory import require_own_entries
+from lightning_attn.io import write_figure, write_table
 from lightning_attn.training.contents import require_plain
+from lightning_attn.training.run_directory import require_own_entries
 from lightning_attn.training.scores import best_mode
 
 __all__ = ["Comparison", "RunRecord", "compare_runs"]

@@ -19,10 +19,10 @@ from typing import TypeGuard
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_attn import run_directory
 from lightning_attn.cli.launching import dead_rank
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.tasks import BaseTask
+from lightning_attn.training import run_directory
 
 _LONGEST_PATH = 200  # that is shown whole
 
@@ -61,7 +61,7 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
     if isinstance(error, OSError) and error.errno and error.filename:
         return _of_file(error, arguments)
     if _is_ours(error):
-        return _essence(text)
+        return clean_parser_message(text)
     if _is_of_restoring(error):
         return (
             f"The checkpoint cannot be restored; a part of it is damaged, or made by other classes than those of now "
@@ -149,7 +149,7 @@ def _is_ours(error: BaseException) -> bool:
     return not isinstance(error, RuntimeError) or source.lstrip().startswith("raise")
 
 
-def _essence(message: str) -> str:
+def clean_parser_message(message: str) -> str:
     """Drops from a parser's message what says nothing about the mistake, and adds a way out for the usual ones."""
     dull = re.compile(
         r"^\s*(-\s*)?(Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value type: "

@@ -15,13 +15,13 @@ from pytorch_lightning.utilities import rank_zero_info
 
 import datamodules
 import lightning_attn.callbacks
-from datamodules.file_errors import naming
 from lightning_attn import tasks
-from lightning_attn.callbacks import RUN_KEY
 from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
+from lightning_attn.io import naming
 from lightning_attn.tasks import BaseTask
+from lightning_attn.training.callbacks import RUN_KEY
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.training.trust import Trust, TrustError, argument_types, path_of, public_classes, texts_in
 
@@ -42,7 +42,6 @@ _LIGHTNING_CLASSES = {
     strategies: ("DDPStrategy", "FSDPStrategy", "SingleDeviceStrategy"),
     environments: ("LightningEnvironment", "MPIEnvironment", "SLURMEnvironment", "TorchElasticEnvironment"),
 }
-_OWN_CALLBACKS = ("CheckpointAveraging", "ExponentialAveraging", "ProgressLines", "TrainingBar")
 # Where files are written is a choice of this call, never of a checkpoint.
 _PLACES = {
     "trainer": ("default_root_dir", "logger", "model_registry", "profiler"),
@@ -109,9 +108,7 @@ def with_stored_configuration(
 def trust_of(arguments: Sequence[str]) -> Trust:
     """Which classes a checkpoint of this call may name."""
     listed = public_classes((tasks,), BaseTask) | public_classes((datamodules,), pl.LightningDataModule)
-    own = {name: getattr(lightning_attn.callbacks, name) for name in _OWN_CALLBACKS}
-    for name, one in own.items():
-        listed |= dict.fromkeys((name, f"{one.__module__}.{name}"), one)
+    listed |= public_classes((lightning_attn.callbacks,), pl.Callback)
     for module, names in _LIGHTNING_CLASSES.items():
         for name in names:
             one = getattr(module, name)

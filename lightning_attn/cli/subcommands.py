@@ -14,17 +14,17 @@ from typing import get_args
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_attn import run_directory
-from lightning_attn.averaging import average_checkpoints
 from lightning_attn.cli.command_line import CommandLine
 from lightning_attn.cli.comparison import compare_runs
 from lightning_attn.cli.messages import configure_messages, message_of
 from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.stored_configuration import TRUST_HELP
-from lightning_attn.export import ExportFormat, export_checkpoint
-from lightning_attn.resuming import TrainingStopped
+from lightning_attn.export.checkpoint import ExportFormat, export_checkpoint
 from lightning_attn.tasks import BaseTask
+from lightning_attn.training import run_directory
+from lightning_attn.training.checkpoint_averaging import average_checkpoints
 from lightning_attn.training.checkpoints import Weights
+from lightning_attn.training.resuming import TrainingStopped
 
 
 def run(arguments: list[str]) -> None:

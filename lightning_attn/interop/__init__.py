@@ -1,1 +1,1 @@
-"""Weights of other projects, in and out."""
+"""Import paths for weights of other projects; the code is in `lightning_attn.networks.weights`."""

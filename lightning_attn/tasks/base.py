@@ -19,11 +19,8 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_attn.export.graph import Program
 from lightning_attn.metrics import WeightedMean
-from lightning_attn.programs import Program
-from lightning_attn.resuming import ExactResume
-from lightning_attn.tasks.finite_updates import FiniteUpdates
-from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec, gradient_scaler, gradients_of
 from lightning_attn.tasks.sample_means import SampleMeans
 from lightning_attn.training.checkpoints import (
     CHECKPOINT_KEY,
@@ -39,6 +36,9 @@ from lightning_attn.training.checkpoints import (
     read_checkpoint,
     stored_task,
 )
+from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec, gradient_scaler, gradients_of
+from lightning_attn.training.resuming import ExactResume
+from lightning_attn.training.stop_on_non_finite import StopOnNonFinite
 from lightning_attn.training.trust import Trust, TrustError, argument_types, path_of
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -50,7 +50,7 @@ class BaseTask(pl.LightningModule):
     A subclass sets `task_name` and `monitor`, builds its network, and writes the usual Lightning steps. What depends on
     its arguments alone is built in the constructor. What depends on the data is built in `configure_model`, where the
     DataModule is set up and reachable as `self.trainer.datamodule`; then `on_save_checkpoint` stores what is needed of
-    the data, and `on_load_checkpoint_alone` builds the network from that. Constructor arguments must be plain values or
+    the data, and `build_from_checkpoint` builds the network from that. Constructor arguments must be plain values or
     frozen dataclasses of plain values: they are stored in the checkpoint, which alone is enough for `load`.
     docs/extending.md walks through one.
 
@@ -163,7 +163,7 @@ class BaseTask(pl.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run of a task needs; a subclass that adds to it calls this too."""
-        return [ExactResume(), FiniteUpdates(), SampleMeans()]
+        return [ExactResume(), StopOnNonFinite(), SampleMeans()]
 
     def on_fit_start(self) -> None:
         """Logs the constructor's arguments, and warns of a batch that BatchSizeFinder has changed since."""
@@ -250,10 +250,10 @@ class BaseTask(pl.LightningModule):
         task: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides))
         task.stored_numbers = numbers
         choose_weights(checkpoint, weights, path)
-        task.on_load_checkpoint_alone(checkpoint)
+        task.build_from_checkpoint(checkpoint)
         if not task.state_dict() and checkpoint["state_dict"]:
             raise NotImplementedError(
-                f"{stored_class.__name__} must define on_load_checkpoint_alone(self, checkpoint) for load, and build "
+                f"{stored_class.__name__} must define build_from_checkpoint(self, checkpoint) for load, and build "
                 "its network there, or build it in the constructor."
             )
         mismatches = described_mismatches(checkpoint["state_dict"], task.state_dict())
@@ -296,7 +296,7 @@ class BaseTask(pl.LightningModule):
                 f"these settings it has {number:,}. Use the settings that it was trained with, or another checkpoint."
             )
 
-    def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
+    def configure_data_from_checkpoint(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
         """Hands the data of an evaluation what only the checkpoint may know; before the data is set up."""
 
     def predict(self, inputs: Any) -> list[Any]:
@@ -353,7 +353,7 @@ class BaseTask(pl.LightningModule):
         """How the outputs can be made those of a checkpoint; ends in a blank."""
         return ""
 
-    def foreign_weights(self, path: str) -> dict[str, Tensor] | None:
+    def convert_external_weights(self, path: str) -> dict[str, Tensor] | None:
         """What `run.initial_weights` names, by this task's names, if it is no checkpoint but another library's."""
         return None
 
@@ -365,7 +365,7 @@ class BaseTask(pl.LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define programs to be exported as one.")
 
-    def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
+    def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from what the checkpoint holds, unless the constructor does; before weights are loaded."""
 
     def log_samples(self, name: str, ids: Tensor, values: Tensor) -> None:

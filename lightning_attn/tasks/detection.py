@@ -16,7 +16,8 @@ from datamodules.images.files import ExifPolicy, ImageArray, ImageError, channel
 from datamodules.images.folders import unique_stems
 from datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_json
+from lightning_attn.export.graph import Program
+from lightning_attn.io import unused_path, write_json
 from lightning_attn.metrics.detection import (
     COCO_NUMBERS,
     CocoDetectionMetrics,
@@ -25,16 +26,15 @@ from lightning_attn.metrics.detection import (
     image_detections,
 )
 from lightning_attn.metrics.detection_analysis import DetectionAnalysis, analyse_detections
-from lightning_attn.networks.detection import Detection, Detector, DetectorProgram, DetectorSpec
-from lightning_attn.networks.detector_weights import is_torchvision_detector, read_torchvision_detector
+from lightning_attn.networks.images.backbone import ResNetSpec
+from lightning_attn.networks.images.detection import Detection, Detector, DetectorProgram, DetectorSpec
 from lightning_attn.networks.images.detection_inference import DetectionInferenceSpec, detect
-from lightning_attn.networks.resnet import ResNetSpec
-from lightning_attn.programs import Program
+from lightning_attn.networks.weights.torchvision_detectors import is_torchvision_detector, read_torchvision_detector
 from lightning_attn.tasks.detection_files import write_analysis, write_detections
 from lightning_attn.tasks.images import ImageTask, number_or_none
-from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.tasks.prediction_files import PartialResults
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows
+from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.detection import draw_detection_errors, draw_detections, draw_detections_beside_truth
 from lightning_attn.visualization.pictures import Picture, save_picture
 
@@ -58,7 +58,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
     task_name: ClassVar[str] = "detection"
     monitor: ClassVar[str] = "val/ap"
     monitor_mode: ClassVar[str] = "max"
-    classes_word: ClassVar[str] = "categories"
+    classes_key: ClassVar[str] = "categories"
     classes_type: ClassVar[type] = Categories
     output_rows: ClassVar[Mapping[str, OutputRows]] = {
         **dict.fromkeys(("cls_score.weight", "cls_score.bias"), OutputRows(background=True)),
@@ -96,7 +96,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
         """The detector."""
         return Detector(num_classes, backbone, self.attention, self.detector)
 
-    def foreign_weights(self, path: str) -> dict[str, Tensor] | None:
+    def convert_external_weights(self, path: str) -> dict[str, Tensor] | None:
         """The weights of torchvision's detectors; see `read_torchvision_detector`."""
         head = self.detector.head
         if not is_torchvision_detector(path, head):

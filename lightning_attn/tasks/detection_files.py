@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_attn.files import write_figure, write_file, write_table
+from lightning_attn.io import write_figure, write_file, write_table
 from lightning_attn.metrics.detection_analysis import DetectionAnalysis
 from lightning_attn.tasks.prediction_files import Results, write_json_list
 from lightning_attn.visualization.detection_analysis import draw_confusion, draw_precision

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
 from datamodules.images.folders import listed
-from datamodules.images.sampling import BadImage, ImageBatch
+from datamodules.sampling.image_batches import BadImage, ImageBatch
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_json, write_table
+from lightning_attn.io import unused_path, write_json, write_table
 from lightning_attn.metrics.gather import gather_by_id
-from lightning_attn.networks.resnet import ResNetSpec
+from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.tasks.base import BaseTask, evaluating, require_network
-from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.training.contents import require_plain
+from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture, save_picture
 
 
@@ -53,8 +53,8 @@ NetworkType = TypeVar("NetworkType", bound=nn.Module)
 class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     """Base of tasks that look at images with an attended ResNet and tell classes apart.
 
-    The classes come from the DataModule's attribute `classes_word`, or from the checkpoint when the data has none, and
-    are stored in checkpoints under the same word. A subclass sets `classes_word` and `classes_type`, and defines
+    The classes come from the DataModule's attribute `classes_key`, or from the checkpoint when the data has none, and
+    are stored in checkpoints under the same word. A subclass sets `classes_key` and `classes_type`, and defines
     `build_network`, `training_step`, and for validation and test `start_scoring`, `score`, `log_scores` and
     `write_scores`.
 
@@ -66,7 +66,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         num_pictures: How many images of a validation, test or prediction are drawn with what was found.
 
     Attributes:
-        classes_word: What the task calls its classes.
+        classes_key: What the task calls its classes.
         classes_type: The dataclass that holds them.
         classes: They themselves, as soon as there is a network.
         preprocessing: What the DataModule does to every image first; stored in checkpoints too, for `predict`.
@@ -74,7 +74,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         network: The network, as soon as it is built.
     """
 
-    classes_word: ClassVar[str] = "classes"
+    classes_key: ClassVar[str] = "classes"
     classes_type: ClassVar[type]
 
     def __init__(
@@ -123,11 +123,11 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         self._refuse_synchronised_statistics_on_cpus()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.preprocessing = dict(getattr(datamodule, "preprocessing", {}))
-        classes = getattr(datamodule, self.classes_word)
+        classes = getattr(datamodule, self.classes_key)
         if classes is None:
             if not self.checkpoint_path:
                 raise ValueError(
-                    f"The data has no annotations, which name {self.classes_word}. Give a checkpoint, which has them "
+                    f"The data has no annotations, which name {self.classes_key}. Give a checkpoint, which has them "
                     "(--ckpt_path FILE)."
                 )
             classes = self._stored_classes(read_checkpoint(self.checkpoint_path))
@@ -172,25 +172,23 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         """Adds the classes, without which the network's outputs mean nothing."""
         super().on_save_checkpoint(checkpoint)
         stored = dataclasses.asdict(self.known_classes)  # type: ignore[call-overload]  # no protocol says "dataclass"
-        checkpoint[self.classes_word] = {name: list(values) for name, values in stored.items()}
+        checkpoint[self.classes_key] = {name: list(values) for name, values in stored.items()}
         checkpoint[PREPROCESSING_KEY] = self.preprocessing
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also refuses a checkpoint whose outputs mean other classes, by name and order, than the data's."""
-        if self.classes_word in checkpoint:  # otherwise it is another task's, as the base class says
+        if self.classes_key in checkpoint:  # otherwise it is another task's, as the base class says
             stored, current = self._stored_classes(checkpoint), self.known_classes
             if stored.names != current.names:
                 way = "Use the data it was trained with."
                 if sorted(stored.names) == sorted(current.names):
-                    way = (
-                        f"They are the same {self.classes_word} in another order: give them in that of the checkpoint."
-                    )
+                    way = f"They are the same {self.classes_key} in another order: give them in that of the checkpoint."
                 raise CheckpointError(
                     f"The checkpoint was trained for {self._described(stored)}, but the data has "
                     f"{self._described(current)}. {way}"
                 )
             if stored.ids != current.ids:  # numbers in files, which the network knows nothing of
-                _logger.info(f"Ids of {self.classes_word} are the data's: {self._described(current)}.")
+                _logger.info(f"Ids of {self.classes_key} are the data's: {self._described(current)}.")
         super().on_load_checkpoint(checkpoint)
 
     def output_names(self) -> tuple[str, ...]:
@@ -201,23 +199,23 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         """The same of a checkpoint."""
         return self._stored_classes(checkpoint).names
 
-    def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
+    def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network for the classes in the checkpoint, which also holds all weights."""
         self._build(self._stored_classes(checkpoint), _without_weights(self.backbone))
         self.preprocessing = dict(checkpoint.get(PREPROCESSING_KEY, {}))
 
     def _stored_classes(self, checkpoint: dict[str, Any]) -> ClassesType:
-        stored = checkpoint.get(self.classes_word)
+        stored = checkpoint.get(self.classes_key)
         if stored is None:
             raise CheckpointError(
-                f"The checkpoint holds no {self.classes_word}: it was not written by a {type(self).__name__}."
+                f"The checkpoint holds no {self.classes_key}: it was not written by a {type(self).__name__}."
             )
         try:
-            require_plain(self.classes_word, stored)
+            require_plain(self.classes_key, stored)
             classes: ClassesType = self.classes_type(**{name: _tuples(values) for name, values in stored.items()})
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"The checkpoint is damaged: its {self.classes_word} are not names and ids ({error}). Use another "
+                f"The checkpoint is damaged: its {self.classes_key} are not names and ids ({error}). Use another "
                 "checkpoint of the same run."
             ) from error
         return classes
@@ -225,7 +223,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     def _described(self, classes: ClassesType) -> str:
         """The classes, shortened."""
         pairs = [f"{name} ({number})" for name, number in zip(classes.names, classes.ids, strict=True)]
-        return f"{len(pairs)} {self.classes_word}: {', '.join(pairs[:6])}{', ...' if len(pairs) > 6 else ''}"
+        return f"{len(pairs)} {self.classes_key}: {', '.join(pairs[:6])}{', ...' if len(pairs) > 6 else ''}"
 
     # Images that cannot be used
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from datamodules.file_errors import naming
-from lightning_attn.files import write_file
+from lightning_attn.io import naming, write_file
 
 __all__ = ["PartialResults", "Results", "differing_origin", "write_json_list"]
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from pytorch_lightning import Callback
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_attn.files import write_json
+from lightning_attn.io import write_json
 from lightning_attn.metrics import WeightedMean
 
 if TYPE_CHECKING:

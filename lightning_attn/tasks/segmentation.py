@@ -17,15 +17,15 @@ from datamodules.images.files import ImageArray, channels_first
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import write_file, write_table
+from lightning_attn.export.graph import Program
+from lightning_attn.io import write_file, write_table
 from lightning_attn.metrics.segmentation import SegmentationMetrics
-from lightning_attn.networks.resnet import ResNetSpec
-from lightning_attn.networks.segmentation import Segmenter, SegmenterProgram, SegmenterSpec
-from lightning_attn.networks.segmentation_inference import InferenceSpec, segment
-from lightning_attn.programs import Program
+from lightning_attn.networks.images.backbone import ResNetSpec
+from lightning_attn.networks.images.segmentation import Segmenter, SegmenterProgram, SegmenterSpec
+from lightning_attn.networks.images.segmentation_inference import InferenceSpec, segment
 from lightning_attn.tasks.images import ImageTask, number_or_none
-from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.training.checkpoints import OutputRows
+from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture
 from lightning_attn.visualization.segmentation import draw_segmentation, draw_segmentation_beside_truth
 

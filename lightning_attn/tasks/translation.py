@@ -14,19 +14,19 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from datamodules.vocabulary import Vocabulary
-from datamodules.wmt14 import TranslationBatch, TranslationDataset
+from datamodules.translation.vocabulary import Vocabulary
+from datamodules.translation.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.files import unused_path, write_file, write_json, write_text
+from lightning_attn.export.graph import Program
+from lightning_attn.io import unused_path, write_file, write_json, write_text
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.metrics.translation import CorpusTranslationMetrics, TranslationScoring, WeightedMean, one_line
-from lightning_attn.networks.beam_search import BeamSearchOptions, Hypothesis, beam_search
-from lightning_attn.networks.transformer import DecoderProgram, EncoderProgram, NormPosition, Transformer
-from lightning_attn.programs import Program
+from lightning_attn.networks.translation.beam_search import BeamSearchOptions, Hypothesis, beam_search
+from lightning_attn.networks.translation.transformer import DecoderProgram, EncoderProgram, NormPosition, Transformer
 from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
-from lightning_attn.tasks.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.tasks.prediction_files import PartialResults, differing_origin
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows, crc32_of
+from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization import draw_translation_attention
 
 VOCABULARY_KEY = "vocabulary"
@@ -169,12 +169,12 @@ class TranslationTask(TokenMeanTask):
         """How the vocabulary can be that of a checkpoint."""
         return f"To train with its vocabulary, as fine-tuning should, give --data.vocabulary {path}. "
 
-    def use_checkpoint_for_data(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
+    def configure_data_from_checkpoint(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
         """The vocabulary, which is otherwise learnt from the training text."""
         if hasattr(datamodule, "given_vocabulary") and VOCABULARY_KEY in checkpoint:
             datamodule.given_vocabulary = _stored_vocabulary(checkpoint)
 
-    def on_load_checkpoint_alone(self, checkpoint: dict[str, Any]) -> None:
+    def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network for the vocabulary in the checkpoint."""
         self._build(_stored_vocabulary(checkpoint))
 

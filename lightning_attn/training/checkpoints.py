@@ -14,8 +14,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_attn.archives import ArchiveError, read_archive
-from lightning_attn.files import write_file, write_json
-from lightning_attn.networks.weights import COUNTER, names_added_by_attention
+from lightning_attn.io import write_file, write_json
+from lightning_attn.networks.weights.torchvision import COUNTER, names_added_by_attention
 from lightning_attn.training.callback_states import placed_in, relative_to
 from lightning_attn.training.contents import ContentsError, require_contents
 
@@ -334,7 +334,7 @@ def load_initial_weights(
     rank_zero_info(f"Initial weights: {len(fitting)} of {len(current)} tensors from {path}{added}{rest}")
 
 
-class WholeCheckpoints(CheckpointIO):
+class AtomicCheckpointIO(CheckpointIO):
     """How Lightning's Trainer writes and reads checkpoints here.
 
     A checkpoint replaces the one of the same name when it is complete and on the disk: whatever happens while it is

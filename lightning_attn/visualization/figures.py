@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
-from lightning_attn.files import write_file
+from lightning_attn.io import write_file
 from lightning_attn.visualization.maps import TermMaps
 
 Heads = Literal["mean", "each", "both"]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_attn.files import write_file
+from lightning_attn.io import write_file
 
 Picture = npt.NDArray[np.uint8]
 

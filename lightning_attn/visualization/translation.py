@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datamodules.vocabulary import Vocabulary
-from lightning_attn.networks.transformer import DecoderLayer, Transformer
+from datamodules.translation.vocabulary import Vocabulary
+from lightning_attn.networks.translation.transformer import DecoderLayer, Transformer
 from lightning_attn.visualization.figures import draw_token_matrix
 from lightning_attn.visualization.maps import recorded_inputs, term_maps
 

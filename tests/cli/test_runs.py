@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from pytorch_lightning.loggers.logger import DummyLogger
 
-from datamodules.token_cache import Preparation
+from datamodules.translation.token_cache import Preparation
 from lightning_attn.cli.comparison import compare_runs
 from lightning_attn.tasks import SegmentationTask
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from datamodules import WMT14DataModule
-from datamodules.miniature_translation import write_miniature_corpus
-from datamodules.vocabulary import Vocabulary
-from lightning_attn.networks.beam_search import BeamSearchOptions
+from datamodules.miniature.translation import write_miniature_corpus
+from datamodules.translation.vocabulary import Vocabulary
+from lightning_attn.networks.translation.beam_search import BeamSearchOptions
 from lightning_attn.tasks import TranslationTask
 
 RUN = Path("checkpoints/translation/tiny")
@@ -345,7 +345,7 @@ def test_a_plain_script_prepares_with_many_processes(tmp_path):
 
 
 def test_what_killed_preparations_left_is_removed(tmp_path):
-    from datamodules import token_cache
+    from datamodules.translation import token_cache
 
     write_miniature_corpus(tmp_path, {"train": 300, "valid": 3, "test": 3})
     cache = tmp_path / "cache"

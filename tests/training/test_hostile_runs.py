@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from datamodules.miniature_translation import write_miniature_corpus
+from datamodules.miniature.translation import write_miniature_corpus
 from lightning_attn.archives import ArchiveError, read_archive
 
 GO_ON = ["--trainer.max_steps", 6]

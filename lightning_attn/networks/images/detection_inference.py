@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from lightning_attn.attention.checks import is_number, require_int
-from lightning_attn.networks.segmentation_inference import tile_spans
+from lightning_attn.networks.images.segmentation_inference import tile_spans
+from lightning_attn.validation import is_number, require_int
 
 logger = logging.getLogger(__name__)
 

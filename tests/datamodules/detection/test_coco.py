@@ -25,7 +25,7 @@ import datamodules
 from datamodules import Augmentation, Categories, COCODataModule, DetectionBatch, MiniatureDetectionDataModule
 from datamodules.detection import coco_files
 from datamodules.images.files import ImageError
-from datamodules.images.sampling import Draw
+from datamodules.sampling.image_batches import SampleRequest
 
 LABELS = {1: 1, 13: 2, 90: 3}
 NO_CHANGE = Augmentation(horizontal_flip=0.0)
@@ -294,10 +294,10 @@ def test_workers_change_nothing(shared_root, num_workers):
 
 def test_an_image_changes_from_epoch_to_epoch_and_not_with_its_batch(shared_root):
     dataset = ready(shared_root, augmentation=Augmentation(min_sizes=tuple(range(40, 80)))).train_dataloader().dataset
-    shapes = [dataset.batch([Draw(3, epoch)]).images[0].shape for epoch in range(8)]
+    shapes = [dataset.batch([SampleRequest(3, epoch)]).images[0].shape for epoch in range(8)]
     assert len(set(shapes)) > 4
-    together = dataset.batch([Draw(0, 5), Draw(3, 5), Draw(1, 5)])
-    assert torch.equal(together.images[1], dataset.batch([Draw(3, 5)]).images[0])
+    together = dataset.batch([SampleRequest(0, 5), SampleRequest(3, 5), SampleRequest(1, 5)])
+    assert torch.equal(together.images[1], dataset.batch([SampleRequest(3, 5)]).images[0])
     assert dataset[3].images[0].shape == shapes[0]
 
 
@@ -576,9 +576,7 @@ def test_categories_before_setup(root):
 
 def test_download_fetches_what_the_stage_needs(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "datamodules.detection.coco_sources.download_coco", lambda root, splits: calls.append((root, splits))
-    )
+    monkeypatch.setattr("datamodules.downloads.coco.download_coco", lambda root, splits: calls.append((root, splits)))
     module_of(tmp_path, download=True).prepare_data()
     module_of(tmp_path).prepare_data()
     assert calls == [(tmp_path, ["train2017", "val2017"])]
@@ -600,7 +598,7 @@ def test_miniature_set_is_made_on_the_spot(tmp_path, monkeypatch):
         made.append(root)
         write_coco(root, {**COUNTS, "test2017": 3})
 
-    monkeypatch.setattr("datamodules.miniature_detection.write_miniature_detection", write_miniature_detection)
+    monkeypatch.setattr("datamodules.miniature.detection.write_miniature_detection", write_miniature_detection)
     module = MiniatureDetectionDataModule()
     module.prepare_data()
     assert made == [tmp_path / "lightning_attn" / "miniature_detection"]

@@ -32,7 +32,7 @@ from datamodules import (
     SegmentationClasses,
 )
 from datamodules.images.files import ImageError
-from datamodules.images.sampling import Draw
+from datamodules.sampling.image_batches import SampleRequest
 from datamodules.segmentation.cityscapes import read_label_ids
 from datamodules.segmentation.classes import CITYSCAPES_CLASSES, HIGHEST_ID, IGNORED
 from datamodules.segmentation.datamodule import SegmentationFiles
@@ -341,12 +341,12 @@ def test_workers_change_nothing(shared_root, num_workers):
 
 def test_an_image_changes_from_epoch_to_epoch_and_not_with_its_batch(shared_root):
     dataset = ready(shared_root).train_dataloader().dataset
-    crops = {dataset.batch([Draw(3, epoch)]).images[0].numpy().tobytes() for epoch in range(8)}
+    crops = {dataset.batch([SampleRequest(3, epoch)]).images[0].numpy().tobytes() for epoch in range(8)}
     assert len(crops) > 6
-    together = dataset.batch([Draw(0, 5), Draw(3, 5), Draw(1, 5)])
-    assert torch.equal(together.images[1], dataset.batch([Draw(3, 5)]).images[0])
+    together = dataset.batch([SampleRequest(0, 5), SampleRequest(3, 5), SampleRequest(1, 5)])
+    assert torch.equal(together.images[1], dataset.batch([SampleRequest(3, 5)]).images[0])
     assert together.ids.tolist() == [0, 3, 1]
-    other = ready(shared_root, seed=1).train_dataloader().dataset.batch([Draw(3, 5)])
+    other = ready(shared_root, seed=1).train_dataloader().dataset.batch([SampleRequest(3, 5)])
     assert not torch.equal(together.images[1], other.images[0])
 
 
@@ -528,10 +528,10 @@ def test_miniature_set_is_made_on_the_spot(tmp_path, monkeypatch):
         made.append(root)
         write_cityscapes(root, {**COUNTS, "test": 3})
 
-    stand_in = types.ModuleType("datamodules.miniature_segmentation")
+    stand_in = types.ModuleType("datamodules.miniature.segmentation")
     stand_in.MINIATURE_CLASSES = ("road", "sky", "car")
     stand_in.write_miniature_segmentation = write_miniature_segmentation
-    monkeypatch.setitem(sys.modules, "datamodules.miniature_segmentation", stand_in)
+    monkeypatch.setitem(sys.modules, "datamodules.miniature.segmentation", stand_in)
     module = MiniatureSegmentationDataModule()
     assert module.classes.names == ("road", "sky", "car")
     module.prepare_data()

@@ -1,0 +1,1 @@
+"""Small data sets that are generated: images, labels and sentences, the same on every machine."""

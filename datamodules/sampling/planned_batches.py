@@ -1,0 +1,255 @@
+"""Batches that are planned for a whole epoch at once, dealt out to ranks, and continued in the middle of an epoch.
+
+The plan is a function of the data, the seed, the epoch and nothing else. It is the same on every rank; rank r takes
+batches r, r + world size, and so on.
+"""
+
+import abc
+import atexit
+import functools
+import multiprocessing
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+
+Item = TypeVar("Item")
+
+# Lightning cannot tell that these samplers leave nothing out of a prediction and says so each time.
+warnings.filterwarnings("ignore", message=".*custom batch sampler .* for prediction.*")
+
+
+class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
+    """Yields a rank's share of planned batches, for use as a DataLoader's `batch_sampler`.
+
+    A subclass sets `bounds`, says in `settings` what its plan depends on, and makes the batches in `plan`.
+
+    Args:
+        shuffle: Whether this is training.
+        seed: What the drawing starts from, together with the epoch.
+        reshuffle: Whether each epoch is drawn anew; otherwise all are like the first.
+        rank: Which share to yield.
+        world_size: Number of shares.
+
+    Attributes:
+        bounds: Where batches start and end in an epoch's order of samples, `[batches + 1]`.
+
+    Raises:
+        ValueError: If `rank` is no rank.
+    """
+
+    bounds: npt.NDArray[np.int64]
+
+    def __init__(self, *, shuffle: bool, seed: int, reshuffle: bool, rank: int, world_size: int) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: {rank} is not in 0..{world_size - 1}.")
+        self.shuffle = shuffle
+        self.seed = seed
+        self.reshuffle = reshuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self._running_epoch = 0
+        self._skip = 0
+
+    @property
+    @abc.abstractmethod
+    def settings(self) -> dict[str, int]:
+        """What the plan depends on, by names that a user knows."""
+
+    @abc.abstractmethod
+    def plan(self, epoch: int, share: range) -> Iterator[list[Item]]:
+        """The batches of an epoch whose numbers are in `share`."""
+
+    @property
+    def sampler(self) -> Sampler[Any]:
+        """What Lightning hands the epoch to (itself), or takes as a sign that nothing is shuffled."""
+        return self if self.shuffle else SequentialSampler(range(int(self.bounds[-1])))
+
+    @property
+    def num_batches(self) -> int:
+        """Planned batches of an epoch on all ranks together."""
+        return len(self.bounds) - 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration yield this epoch, from its start unless a place in it was loaded."""
+        if epoch != self.epoch:
+            self.epoch, self._skip = epoch, 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank, also when an iteration resumes in the middle."""
+        return len(range(self.rank, self.num_batches, self.world_size))
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        # Not a generator itself: the epoch must be fixed now, not when the first batch is asked for, because
+        # Lightning calls set_epoch in between and DataLoader workers fetch ahead.
+        self._running_epoch = self.epoch
+        share = range(self.rank, self.num_batches, self.world_size)[self._skip :]
+        return self.plan(self.epoch * self.reshuffle, share)
+
+    def state_dict(self, consumed: int, finished: bool = False) -> dict[str, int]:
+        """The place to go on from, the same on every rank.
+
+        Args:
+            consumed: Batches of the running epoch that this rank has trained on.
+            finished: Whether the epoch ends there.
+        """
+        finished = finished or consumed >= len(self)
+        place = {"epoch": self._running_epoch + int(finished), "consumed": 0 if finished else consumed}
+        return place | {"world_size": self.world_size} | self.settings
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next iteration yield what is left of an epoch.
+
+        Raises:
+            ValueError: If the place is in the middle of an epoch and the plan is no longer the same, or is no place.
+        """
+        if not self._is_place(state):
+            raise ValueError(f"the checkpoint's place in the data is damaged: {str(state)[:200]}. Use another one.")
+        if state["consumed"]:
+            here = {"world_size": self.world_size} | self.settings
+            changed = [f"{name} {state[name]} became {now}" for name, now in here.items() if state[name] != now]
+            if changed:
+                raise ValueError(
+                    f"the checkpoint stopped after batch {state['consumed']} of epoch {state['epoch']}, but since then "
+                    f"{', '.join(changed)}, so the rest of that epoch cannot be told. Resume with the same data, "
+                    "settings and number of ranks, resume from a checkpoint of an epoch's end, or start anew from the "
+                    "weights alone."
+                )
+        self.epoch, self._skip = state["epoch"], state["consumed"]
+
+    def _is_place(self, state: object) -> bool:
+        """Whether this is what `state_dict` returns for some plan."""
+        if not isinstance(state, dict) or not state.keys() >= {"epoch", "consumed", "world_size", *self.settings}:
+            return False
+        return all(type(state[name]) is int and 0 <= state[name] < 1 << 53 for name in ("epoch", "consumed"))
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A training loader that Lightning saves and restores in the middle of an epoch.
+
+    Lightning stores `state_dict()` in the checkpoint's fit loop and calls `load_state_dict` before it iterates. What
+    the sampler has yielded says nothing about what was trained on, since workers fetch ahead and a step may be broken
+    off; so the count comes from outside.
+
+    Args:
+        dataset: A map-style data set whose `__getitems__` takes what the sampler yields and returns a batch.
+        batch_sampler: The plan.
+        consumed: Tells how many batches of the running epoch have been trained on, and whether the epoch ends there.
+        options: Further arguments of the DataLoader.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_sampler: PlannedBatchSampler[Any],
+        consumed: Callable[[], tuple[int, bool]],
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, batch_sampler=batch_sampler, **options)
+        self.batches = batch_sampler
+        self._consumed = consumed
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the data; see `PlannedBatchSampler.state_dict`."""
+        return self.batches.state_dict(*self._consumed())
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from a place in the data; see `PlannedBatchSampler.load_state_dict`."""
+        self.batches.load_state_dict(state)
+
+
+def rank_and_world_size(module: pl.LightningDataModule) -> tuple[int, int]:
+    """This rank and the number of ranks.
+
+    Raises:
+        ValueError: If the trainer would deal the batches out a second time.
+    """
+    trainer = module.trainer
+    if trainer is None:
+        return 0, 1
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise ValueError(
+            f"use_distributed_sampler: with {trainer.world_size} ranks the Trainer would replace the batches of "
+            f"{type(module).__name__}, which are dealt out to the ranks already. Set use_distributed_sampler to false "
+            "(--trainer.use_distributed_sampler false)."
+        )
+    return trainer.global_rank, trainer.world_size
+
+
+def reshuffles(module: pl.LightningDataModule) -> bool:
+    """Whether epochs differ: with overfit_batches the same few batches are to come again in every epoch."""
+    return not getattr(module.trainer, "overfit_batches", 0)
+
+
+def resumable(
+    loader: type[ResumableLoader],
+    trainer: pl.Trainer,
+    dataset: Dataset[Any],
+    sampler: PlannedBatchSampler[Any],
+    **options: Any,
+) -> ResumableLoader:
+    """A loader that continues where the trainer's checkpoint stopped."""
+    # Lightning iterates the loader once before its first set_epoch. Not `trainer.current_epoch`: when a run resumes
+    # from the end of an epoch, that one still lags behind.
+    sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+
+    def consumed() -> tuple[int, bool]:
+        """Batches of the running epoch that went through a training step here, and whether it was the last."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        done: int = progress.current.processed  # type: ignore[attr-defined]
+        return done, progress.is_last_batch and done == progress.current.ready
+
+    return loader(dataset, sampler, consumed, **options)
+
+
+def loader_options(module: pl.LightningDataModule, num_workers: int) -> dict[str, Any]:
+    """Arguments of a DataLoader whose data set makes whole batches."""
+    if num_workers:
+        _end_workers_at_exit()
+    return {
+        "collate_fn": _whole,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": ignore_stop_signals,
+        # Without one, every iteration would draw from the stream that the training draws from, and a training that goes
+        # on in the middle of an epoch iterates once more often.
+        "generator": torch.Generator(),
+        "pin_memory": module.trainer is not None and module.trainer.strategy.root_device.type == "cuda",
+    }
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Ends workers whose batches are not used up: Python would send them SIGTERM, which they ignore, and wait."""
+    atexit.register(_end_workers)  # before the handler of multiprocessing, which was registered earlier
+
+
+def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of what is meant
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    for child in children:
+        child.terminate()  # as Python does; a process of the user's own may heed it
+    for child in children:
+        child.join(timeout=0.5)
+        if child.is_alive():
+            child.kill()
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Leaves Ctrl-C and SIGTERM, which a terminal or SLURM sends to every process, to the training process.
+
+    It still needs its workers to finish the step and to save; they end when it does.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _whole(batch: Any) -> Any:
+    return batch

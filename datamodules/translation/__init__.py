@@ -1,0 +1,1 @@
+"""Parallel text: cleaning, vocabulary, token batches, and the DataModules."""

@@ -1,0 +1,251 @@
+"""The joint subword vocabulary of a language pair."""
+
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self, get_args
+
+import sentencepiece
+
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+
+Pieces = Literal["bpe", "unigram", "char"]
+"""How words are cut: byte pair encoding, the unigram language model, or single characters."""
+
+_STORED = "vocabulary"  # where checkpoints of a translation hold the model
+
+
+@dataclass(frozen=True)
+class VocabularyOptions:
+    """How a vocabulary is learnt, beside its size.
+
+    Args:
+        pieces: how words are cut; see `Pieces`.
+        character_coverage: share of the characters of the text that get a piece of their own; below 1 the rarest become
+            unknown, which is usual for Chinese and Japanese (0.9995).
+        byte_fallback: writes characters without a piece as UTF-8 bytes (256 more pieces), so that nothing is unknown.
+        split_digits: cuts numbers into digits.
+        symbols: texts that are always one piece, such as "<doc>".
+
+    Raises:
+        ValueError: if a value is none of these.
+    """
+
+    pieces: Pieces = "bpe"
+    character_coverage: float = 1.0
+    byte_fallback: bool = False
+    split_digits: bool = False
+    symbols: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.pieces not in get_args(Pieces):
+            raise ValueError(f"vocabulary_options.pieces: {self.pieces!r} is none of {', '.join(get_args(Pieces))}.")
+        if not 0 < self.character_coverage <= 1:
+            raise ValueError(
+                f"vocabulary_options.character_coverage: {self.character_coverage} must be above 0 and at most 1."
+            )
+
+
+class Vocabulary:
+    """A sentencepiece model with the special ids of this project: pad 0, unk 1, bos 2, eos 3.
+
+    Text is neither normalised nor lower-cased: ``decode(encode(text)) == text`` for every text whose characters the
+    vocabulary knows and whose words are separated by single blanks. Runs of blanks become one, blanks at the ends are
+    dropped, U+2581 (the sign sentencepiece writes for a blank) comes back as a blank, and an unknown character comes
+    back as " ⁇ ".
+
+    Two vocabularies are equal when their models are byte for byte the same. Instances can be pickled.
+
+    Args:
+        model: the bytes of a sentencepiece model file.
+
+    Raises:
+        ValueError: if the bytes are no sentencepiece model or its special ids are others.
+    """
+
+    pad_id = PAD_ID
+    unk_id = UNK_ID
+    bos_id = BOS_ID
+    eos_id = EOS_ID
+
+    def __init__(self, model: bytes) -> None:
+        self._model = bytes(model)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(self._model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: these {len(self._model)} bytes are not a sentencepiece model ({error}). Give the content of a "
+                "file made by datamodules.translation.vocabulary.train_vocabulary."
+            ) from error
+        found = (
+            self._processor.pad_id(),
+            self._processor.unk_id(),
+            self._processor.bos_id(),
+            self._processor.eos_id(),
+        )
+        if found != (PAD_ID, UNK_ID, BOS_ID, EOS_ID):
+            raise ValueError(
+                f"model: its ids of pad, unk, bos, eos are {found}, but {(PAD_ID, UNK_ID, BOS_ID, EOS_ID)} are needed. "
+                "Train it with --pad_id=0 --unk_id=1 --bos_id=2 --eos_id=3."
+            )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """The vocabulary in a sentencepiece model file, or in a checkpoint of a translation.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds none.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"vocabulary: {path} is not there. Give a sentencepiece model (*.model) or a checkpoint (*.ckpt)."
+            )
+        try:
+            if path.suffix == ".model":
+                return cls(path.read_bytes())
+            import torch
+
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is neither")
+            # Mapped, not read: a compressed archive is not unpacked.
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[_STORED]
+            if stored.dtype != torch.uint8 or stored.ndim != 1 or not stored.is_contiguous():
+                raise ValueError("its vocabulary is no bytes")
+            return cls(stored.numpy().tobytes())
+        except OSError:
+            raise
+        except Exception as error:  # of whatever kind of file it is
+            kind = "it is no checkpoint of plain values" if isinstance(error, pickle.UnpicklingError) else error
+            raise ValueError(
+                f"vocabulary: {path} holds none ({kind}). Give a sentencepiece model (*.model) whose special ids are "
+                "pad 0, unk 1, bos 2, eos 3, or a checkpoint of a translation (*.ckpt)."
+            ) from error
+
+    @property
+    def model(self) -> bytes:
+        """The bytes of the sentencepiece model."""
+        return self._model
+
+    @property
+    def size(self) -> int:
+        """Number of ids, the four special ones included."""
+        return int(self._processor.get_piece_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one sentence, without bos and eos."""
+        return list(self._processor.encode(text))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each sentence, without bos and eos; in the calling thread only."""
+        return list(self._processor.encode(texts, num_threads=1)) if texts else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; pad and bos are dropped, and so is everything from the first eos on."""
+        return str(self._processor.decode(self._until_eos(ids)))
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The written form of every id, special ones too, with "▁" where a word starts."""
+        return [str(self._processor.id_to_piece(int(index))) for index in ids]
+
+    @staticmethod
+    def _until_eos(ids: Iterable[int]) -> list[int]:
+        kept: list[int] = []
+        for index in ids:
+            if index == EOS_ID:
+                break
+            if index not in (PAD_ID, BOS_ID):
+                kept.append(int(index))
+        return kept
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __eq__(self, other: object) -> bool:
+        return self._model == other._model if isinstance(other, Vocabulary) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._model)
+
+    def __reduce__(self) -> tuple[type["Vocabulary"], tuple[bytes]]:
+        return Vocabulary, (self._model,)
+
+    def __repr__(self) -> str:
+        return f"Vocabulary(size={self.size})"
+
+
+def train_vocabulary(
+    sentences: Iterable[str],
+    size: int,
+    *,
+    options: VocabularyOptions = VocabularyOptions(),
+    flag: str = "--data.vocabulary_size",
+) -> Vocabulary:
+    """Learns a vocabulary; the same sentences, size and options always give the same bytes.
+
+    With the usual options every character of the sentences gets a piece of its own (character coverage 1), so nothing
+    the trainer has seen is unknown. No sentence is left out for its length: the bound that sentencepiece applies
+    silently is lifted, so keep extreme lines away by cleaning.
+
+    Args:
+        sentences: text of both languages; read once, held in memory by sentencepiece.
+        size: number of ids, the four special ones included.
+        options: how it is learnt.
+        flag: what the messages call the argument to change.
+
+    Raises:
+        ValueError: if the sentences cannot give a vocabulary of exactly that size; says the sizes that can be had.
+    """
+    buffer = io.BytesIO()
+    failures: list[BaseException] = []
+
+    def watched() -> Iterator[str]:
+        # sentencepiece turns any exception, Ctrl-C too, into a RuntimeError of its own.
+        try:
+            yield from sentences
+        except (Exception, KeyboardInterrupt) as error:
+            failures.append(error)
+            raise
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=watched(),
+            model_writer=buffer,
+            model_type=options.pieces,
+            vocab_size=size,
+            character_coverage=options.character_coverage,
+            byte_fallback=options.byte_fallback,
+            split_digits=options.split_digits,
+            user_defined_symbols=list(options.symbols),
+            normalization_rule_name="identity",
+            max_sentence_length=1 << 30,
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
+        message = str(error)
+        if match := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
+            raise ValueError(
+                f"vocabulary_size: {size} is more than this text allows; the largest possible is {match[1]}. "
+                f"Lower it with {flag} {match[1]} or less, or give more training text."
+            ) from error
+        if match := re.search(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)", message):
+            raise ValueError(
+                f"vocabulary_size: {size} is less than the {match[1]} ids that the single characters of this text "
+                f"need. Raise it with {flag} {match[1]} or more."
+            ) from error
+        if "sentences_.empty()" in message or "all_chars_count" in message:
+            raise ValueError("sentences: there is no text to learn a vocabulary from; every line was empty.") from error
+        raise
+    return Vocabulary(buffer.getvalue())

@@ -1,0 +1,1 @@
+"""Trained models as files: safetensors, torch.export programs and ONNX graphs."""

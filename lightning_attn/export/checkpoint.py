@@ -1,0 +1,85 @@
+"""A trained model as files that others can read."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning_attn.export.graph import SUFFIXES, Program, write_program
+from lightning_attn.io import unused_path, write_json, written_together
+from lightning_attn.tasks.base import BaseTask
+from lightning_attn.training.checkpoints import (
+    SAFETENSORS,
+    Weights,
+    choose_weights,
+    read_checkpoint,
+    stored_task,
+    write_safetensors,
+)
+
+ExportFormat = Literal["safetensors", "program", "onnx"]
+
+
+def export_checkpoint(
+    path: str | Path,
+    output: str | Path | None = None,
+    weights: Weights = "averaged",
+    *,
+    format: ExportFormat = "safetensors",
+    size: tuple[int, int] | None = None,
+    trust: Sequence[str] = (),
+) -> list[Path]:
+    """Writes a checkpoint's model into files that need no checkpoint.
+
+    `safetensors` is the weights, and beside them what they mean as JSON: the class and its arguments, the attention's
+    spec among them, and what came from the data: classes or categories, and the lengths that images are resized to. A
+    vocabulary is among the tensors. The file is read wherever a checkpoint is: by `load`, `--ckpt_path` for evaluation,
+    `--run.initial_weights` and `average`.
+
+    The other two also write what runs, which is checked against the network first: `torch.export`'s program, or ONNX,
+    for which onnxruntime is asked. `programs.json` has their inputs, outputs and largest differences.
+
+    Args:
+        path: The checkpoint.
+        output: The folder to write into, made if need be; None for `export` beside the checkpoint, or
+            `export-2` and so on.
+        weights: Of a run that averages, the average or the "current" weights.
+        format: What to write.
+        size: Height and width of the images that a program is for; None for those that the data was resized to.
+        trust: Packages whose classes the checkpoint may name, for a program; see `BaseTask.load`.
+
+    Returns:
+        `model.safetensors`, and after it the programs.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        CheckpointError: If it cannot be used.
+        FileExistsError: If the folder has such a file.
+        ValueError: If the network has no such program.
+        ImportError: If ONNX's packages are missing.
+    """
+    if format == "safetensors" and size is not None:
+        raise ValueError("size: weights have none; it goes with the formats program and onnx. Leave it out.")
+    checkpoint = read_checkpoint(path)
+    stored_task(checkpoint, path)
+    choose_weights(checkpoint, weights, path)
+    folder = unused_path(Path(path).parent / "export") if output is None else Path(output)
+    file = folder / f"model{SAFETENSORS}"
+    programs: dict[Path, Program] = {}
+    written = [file, file.with_suffix(".json")]
+    if format != "safetensors":
+        found = BaseTask.load(path, weights=weights, trust=trust).programs(size)
+        programs = {folder / f"{name}{SUFFIXES[format]}": program for name, program in found.items()}
+        written += [*programs, folder / "programs.json"]
+    for one in written:
+        if one.exists():
+            raise FileExistsError(f"output: {one} is there already, and nothing is overwritten. Give another folder.")
+    descriptions = {}
+    with written_together(folder) as scratch:
+        for target, program in programs.items():
+            assert format != "safetensors"
+            difference = write_program(program, scratch / target.name, format)
+            descriptions[target.name] = program.described() | {"largest_difference": difference}
+        if descriptions:
+            write_json(scratch / "programs.json", descriptions)
+        write_safetensors(checkpoint, scratch / file.name)
+    return [file, *programs]

@@ -1,0 +1,211 @@
+"""Files: written atomically, never over another unless that is asked for; manifests; errors that name the file."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # not imported at every start
+
+# Ending of files that are being written; a killed process leaves them behind.
+_PART = ".part"
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Names a file in the errors of writing it, which the system raises without a name, as when a disk is full.
+
+    Raises:
+        OSError: What is raised inside, of the same kind, with `filename`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def unused_path(path: Path) -> Path:
+    """`path`, or `<stem>-2<suffix>`, `-3` and so on if it is taken."""
+    candidate, number = path, 2
+    while os.path.lexists(candidate):
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return candidate
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = False) -> Path:
+    """Writes a file whole or not at all.
+
+    Args:
+        path: Its name; missing folders are made.
+        write: Writes the contents into the open file.
+        replace: Whether a file of that name is replaced; else it stays, and the new one gets an `unused_path`.
+
+    Returns:
+        Where the file is.
+
+    Raises:
+        OSError: If the folder cannot be written to or is full; nothing is left behind, and `filename` is the path.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PART)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        path = _replaced(Path(temporary), path) if replace else _numbered(Path(temporary), path)
+        sync(path.parent)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _replaced(temporary: Path, path: Path) -> Path:
+    temporary.replace(path)
+    return path
+
+
+def _numbered(temporary: Path, path: Path) -> Path:
+    """Gives a file a name that no other has, also where another process looks for one at the same time."""
+    while True:
+        candidate = unused_path(path)
+        try:
+            os.link(temporary, candidate)
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            return _replaced(temporary, candidate)
+        temporary.unlink()
+        return candidate
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """A folder for new files that come to lie in `folder` when all of them are written, and none of them otherwise.
+
+    Raises:
+        FileExistsError: If `folder` has a file of such a name by then, which stays as it is.
+        OSError: If a file cannot be written; nothing is left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=_PART))
+    moved: list[Path] = []
+    try:
+        yield scratch
+        for path in sorted(scratch.iterdir()):
+            target = folder / path.name
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, "is there already, and nothing is overwritten", str(target))
+            moved.append(path.rename(target))
+        sync(folder)
+    except BaseException as error:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and str(error.filename).startswith(f"{scratch}/"):
+            there = str(folder / Path(str(error.filename)).relative_to(scratch))
+            raise OSError(error.errno, error.strerror, there) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds files
+            folder.rmdir()
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote into a folder have left behind."""
+    for path in folder.glob(f".*{_PART}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a new file in UTF-8, line ends as they are in `text`; as `write_file`, without `replace`.
+
+    Bytes of file names that are no text become question marks: they must not lose all the rest.
+    """
+    return write_file(path, lambda file: file.write(text.encode("utf-8", errors="replace")))
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
+    """Writes a new CSV file; as `write_text`."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    return write_text(path, text.getvalue())
+
+
+def write_figure(path: Path, figure: "Figure") -> Path:
+    """Writes a new file in the format of its ending; as `write_file`, without `replace`.
+
+    Raises:
+        ValueError: If the ending is no format of figures.
+        OSError: If it cannot be written; nothing is left behind.
+    """
+    kind = path.suffix[1:].lower()
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"output: {path} ends in no format of figures; give one of .{', .'.join(sorted(known))}.")
+    return write_file(path, lambda file: figure.savefig(file, format=kind))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes a new JSON file; as `write_text`."""
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What a manifest says; nothing (`{}`) if it is damaged, None if there is none.
+
+    A damaged one marks the folder as ours all the same: everything is then looked at again.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def replace_manifest(path: Path, content: Mapping[str, Any], scratch: Path | None = None) -> None:
+    """Writes a manifest whole or not at all.
+
+    Args:
+        path: The manifest.
+        content: What it says.
+        scratch: Folder on the same disk where it is written first; that of `path` if None.
+    """
+    temporary = path.with_name(f".{path.name}.part") if scratch is None else scratch / path.name
+    try:
+        with naming(path):
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

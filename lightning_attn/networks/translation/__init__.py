@@ -1,0 +1,1 @@
+"""The encoder-decoder Transformer, its loss and its beam search."""

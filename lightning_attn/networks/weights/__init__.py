@@ -1,0 +1,1 @@
+"""Weights of other projects: torchvision's and mmcv's."""

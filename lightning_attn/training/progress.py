@@ -1,0 +1,164 @@
+"""What a training says about itself: a progress bar or lines with the time left, and a summary at its end."""
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import RichProgressBar, Timer
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+
+from lightning_attn.training.callbacks import BestCheckpoint
+
+
+class _Clock:
+    """How long the rest of a training will take."""
+
+    def start(self, trainer: pl.Trainer) -> None:
+        self._since = time.perf_counter()
+        self._first_step = trainer.global_step
+
+    def left(self, trainer: pl.Trainer) -> str:
+        """The time to the last step at the mean speed so far, validations included."""
+        done = trainer.global_step - self._first_step
+        total = trainer.estimated_stepping_batches - self._first_step
+        if not done or total == float("inf"):
+            return "unknown"
+        return f"{(time.perf_counter() - self._since) * (total - done) / done / 60:.1f} min"
+
+
+class TrainingBar(RichProgressBar):
+    """Lightning's progress bar with the time that is left of the whole training, not of the epoch alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock = _Clock()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._clock.start(trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The logged values, the step and the time left."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        if trainer.training:
+            items["step"] = f"{trainer.global_step}/{trainer.estimated_stepping_batches}"
+            items["ETA"] = self._clock.left(trainer)
+        return items
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning writes "Epoch 0/-2" where the number of epochs follows from the number of steps.
+        return f"Epoch {current_epoch}"
+
+
+class ProgressLines(Callback):
+    """Prints a line now and then, where the output is a file or a pipe and a progress bar would be noise.
+
+    Args:
+        every_seconds: Least time between two lines.
+    """
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        self.every_seconds = every_seconds
+        self._clock = _Clock()
+        self._printed = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._clock.start(trainer)
+        self._printed = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prints step, metrics of the progress bar, and the time that is left."""
+        now = time.perf_counter()
+        if now - self._printed < self.every_seconds:
+            return
+        self._printed = now
+        step = f"{trainer.global_step}/{trainer.estimated_stepping_batches}"
+        self._print(f"epoch {trainer.current_epoch} step {step} ETA {self._clock.left(trainer)} {_metrics(trainer)}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the metrics of a validation."""
+        if not trainer.sanity_checking:
+            # An evaluation of its own does not count steps.
+            step = f" at step {trainer.global_step}" if trainer.state.fn == TrainerFn.FITTING else ""
+            self._print(f"validated{step} {_metrics(trainer)}")
+
+    @staticmethod
+    @rank_zero_only
+    def _print(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _metrics(trainer: pl.Trainer) -> str:
+    values = trainer.progress_bar_metrics
+    return " ".join(f"{name} {value:.5g}" for name, value in values.items() if isinstance(value, float | int))
+
+
+class TrainingSummary(Callback):
+    """Says at the end of a training why it ended, what the best score is, and what to do next.
+
+    Args:
+        directory: The run directory.
+        command: How the command is called, such as "python train.py".
+        trust: Packages of the user's own that the checkpoints name.
+    """
+
+    def __init__(self, directory: Path, command: str, trust: Sequence[str] = ()) -> None:
+        self.directory, self.command, self.trust = directory, command, trust
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Says it."""
+        lines = [f"Training ended at step {trainer.global_step}: {_why_it_ended(trainer)}."]
+        best = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)), None)
+        file = "last.ckpt"
+        if best is not None and best.best_model_score is not None and (self.directory / "best.ckpt").is_file():
+            file = "best.ckpt"
+            at = f" at step {best.best_step}" if best.best_step else ""
+            lines.append(f"Best {best.monitor} {float(best.best_model_score):.5g}{at}: {self.directory / file}")
+        else:
+            lines.append(f"There is no best.ckpt: {_why_no_best(trainer)}. The last network: {self.directory / file}")
+        trusted = "".join(f" --trust {package}" for package in self.trust)
+        names = [stage for stage in ("test", "predict") if _defines(pl_module, f"{stage}_step")]
+        lines += [
+            f"Next: {self.command} {stage} --ckpt_path {shlex.quote(str(self.directory / file))}{trusted}"
+            for stage in names
+        ]
+        rank_zero_info("\n".join(lines))
+
+
+def _defines(module: pl.LightningModule, name: str) -> bool:
+    return getattr(type(module), name) is not getattr(pl.LightningModule, name)
+
+
+def _why_it_ended(trainer: pl.Trainer) -> str:
+    for callback in trainer.early_stopping_callbacks:
+        if callback.stopped_epoch or (trainer.should_stop and callback.wait_count >= callback.patience):
+            return f"{callback.monitor} was not better in {callback.patience} validations (EarlyStopping)"
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return f"max_steps {trainer.max_steps} is reached"
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
+        return f"max_epochs {trainer.max_epochs} is reached"
+    if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return "max_time is over"
+    return "a callback stopped it" if trainer.should_stop else "there was nothing left to do"
+
+
+def _why_no_best(trainer: pl.Trainer) -> str:
+    if not sum(trainer.num_val_batches):
+        return "there is no validation (data without a validation split, or limit_val_batches 0)"
+    if not any(name.startswith("val/") for name in trainer.callback_metrics):
+        every = trainer.val_check_interval
+        return f"no validation took place in {trainer.global_step} steps (val_check_interval {every})"
+    return "no score was a number"

@@ -1,0 +1,208 @@
+"""The folder that holds everything a run leaves behind."""
+
+import fcntl
+import functools
+import glob
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from pytorch_lightning.utilities import rank_zero_only
+
+import lightning_attn
+from lightning_attn.io import remove_parts, write_json
+
+MARKER = "run.json"
+_VARIABLE = "LIGHTNING_ATTN_RUN_DIRECTORY"
+_LOCK = ".lock"
+_claimed: list[Path] = []
+_locks: list[TextIO] = []
+
+
+def claim(root: Path, task_name: str, name: str) -> Path:
+    """Makes a new run directory `root/task_name/name`, or `name-2` and so on if that is taken.
+
+    Only rank 0 makes one; processes that it starts find it by the environment, and other ranks, which write no files,
+    get the name that it would have.
+
+    Raises:
+        OSError: If the folder cannot be made.
+    """
+    wanted = root / task_name / name
+    if not is_rank_zero():
+        return Path(os.environ.get(_VARIABLE, str(wanted)))
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"run.root: {wanted.parent} cannot be a folder, since a part of its path is a file. Give a folder "
+            "(--run.root FOLDER)."
+        ) from error
+    path, number = wanted, 1
+    while True:
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+            path = wanted.with_name(f"{name}-{number}")
+        else:
+            break
+    os.environ[_VARIABLE] = str(path)
+    _claimed.append(path)
+    _lock(path)
+    write_json(path / MARKER, origin() | {"name": name, "number": number})
+    return path
+
+
+def newest(root: Path, task_name: str, name: str, file: str) -> Path | None:
+    """The file of that name which was written last in `root/task_name/name`, `name-2` and so on, if there is one."""
+    files = [folder / file for folder in _of_name(root, task_name, name) if (folder / file).is_file()]
+    return max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def newest_with(root: Path, task_name: str, name: str, pattern: str) -> Path | None:
+    """The run directory of that name, or with a number behind it, in which something was written last, if any."""
+    folders = _of_name(root, task_name, name)
+    found = [(path.stat().st_mtime_ns, folder) for folder in folders for path in folder.glob(pattern)]
+    return max(found)[1] if found else None
+
+
+def _of_name(root: Path, task_name: str, name: str) -> list[Path]:
+    """The run directories `name`, `name-2` and so on that are there."""
+    return [folder for folder in (root / task_name).glob(f"{glob.escape(name)}*") if is_named(folder, name)]
+
+
+def is_named(folder: Path, name: str) -> bool:
+    """Whether a run directory is of a name, perhaps with a number behind it because that was taken.
+
+    `run.json` says so: `seed-2` may be the second run of `seed` or the first of `seed-2`. A directory that was renamed
+    has the name that it has now.
+    """
+    try:
+        stored = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        given, number = stored["name"], stored["number"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return folder.name == name
+    is_renamed = folder.name != (given if number == 1 else f"{given}-{number}")
+    return name == (folder.name if is_renamed else given)
+
+
+def reopen(path: Path) -> Path:
+    """Makes the directory of a run that goes on this process's own.
+
+    Raises:
+        BlockingIOError: If another process trains in it.
+    """
+    if is_rank_zero():
+        require_own_entries(path)
+        _lock(path)
+        os.environ[_VARIABLE] = str(path)
+        remove_parts(path)
+    return path
+
+
+def require_own_entries(path: Path) -> None:
+    """Refuses a run directory in which something leads elsewhere, or would wait for another program.
+
+    Raises:
+        FileExistsError: Names what is in it.
+    """
+    root = path.resolve()
+    for one in sorted(path.iterdir()):
+        what = ""
+        if one.is_symlink() and not (one.exists() and one.resolve().is_relative_to(root)):
+            what = f"is a link that leads out of it (to {one.readlink()})"
+        elif not (one.is_file() or one.is_dir()):
+            what = "is no file and no folder"
+        if what:
+            raise FileExistsError(
+                f"{path}: {one.name} in it {what}, and results would be written there. Remove it, or give another "
+                "place: --run.root FOLDER."
+            )
+
+
+def require_writable(path: Path) -> Path:
+    """The directory, if results can be written into it.
+
+    Raises:
+        PermissionError: If not.
+        FileExistsError: If something in it leads elsewhere.
+    """
+    if not is_rank_zero():
+        return path
+    require_own_entries(path)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(
+            f"{path} cannot be written to, and is where results go: beside the checkpoint. Give another place: "
+            "--run.root FOLDER."
+        )
+    return path
+
+
+def _lock(path: Path) -> None:
+    """Keeps other processes out of a run directory until this one ends, however it ends."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody's link, nobody's pipe
+    file = os.fdopen(os.open(path / _LOCK, flags, 0o644), "r+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise BlockingIOError(
+            f"Another process is training in {path}. Wait for it or end it, or begin a new run, without --ckpt_path."
+        ) from error
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    _locks.append(file)
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes files; known from the environment before anything is started."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
+
+
+def discard_if_unused() -> None:
+    """Removes directories that this process claimed and that hold no result, such as after a mistake in the data."""
+    while _claimed:
+        path = _claimed.pop()
+        files = {file.name for file in path.iterdir()} if path.is_dir() else set()
+        if files and all(name.startswith((MARKER, _LOCK, "config_", "events.", "hparams.")) for name in files):
+            shutil.rmtree(path)
+    os.environ.pop(_VARIABLE, None)
+
+
+def owner(checkpoint: Path) -> Path | None:
+    """The run directory that a checkpoint lies in, or None if it has been moved out of one."""
+    return checkpoint.parent if (checkpoint.parent / MARKER).is_file() else None
+
+
+@functools.cache
+def origin() -> dict[str, Any]:
+    """Versions and the state of the source tree, so that a run can be traced back."""
+    return {
+        "lightning_attn": lightning_attn.__version__,
+        "torch": metadata.version("torch"),
+        "pytorch_lightning": metadata.version("pytorch-lightning"),
+        "python": platform.python_version(),
+        "git": _git("describe", "--always", "--dirty", "--abbrev=12"),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,128 @@
+"""Averages of the weights during a training: exponential, or the equal mean of some steps."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import WeightAveraging
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+
+class _Averaging(WeightAveraging):
+    """Lightning's averaging of weights and buffers, in a second copy of the module, with three things mended.
+
+    Lightning swaps the average in for validation, saves it as a checkpoint's `state_dict` (and what training goes on
+    with as `current_model_state`), and leaves it in the module after training. But until the first step that counts its
+    copy has the weights from before the training; here it follows the current ones. It makes the copy before the module
+    is moved to its device, and then fetches all weights to the CPU at every step; here the copy moves too. And it
+    averages integers and, with rounding errors, what is frozen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(multi_avg_fn=self._move)
+
+    def share(self, number: int) -> float:
+        """Share of the current weights in the new average, when `number` (at least 1) were averaged before."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _move(self, averages: list[Tensor], currents: list[Tensor], number: Tensor | int) -> None:
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, currents, self.share(int(number)))  # exact where both are equal
+        else:
+            torch._foreach_copy_(averages, currents)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Moves the average to where the module is by now."""
+        self._average.to(pl_module.device)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Swaps the average in."""
+        if self._average_model is not None:
+            self._follow(pl_module)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Makes the average the checkpoint's `state_dict`."""
+        if self._average_model is not None:
+            self._follow(pl_module)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves the average in the module."""
+        self._follow(pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    @property
+    def _average(self) -> AveragedModel:
+        assert self._average_model is not None, "made by `setup` when training begins"
+        return self._average_model
+
+    def _follow(self, pl_module: pl.LightningModule) -> None:
+        if self._average.n_averaged == 0:
+            self._average.update_parameters(pl_module)  # the first time, a plain copy
+            self._average.n_averaged.zero_()
+
+
+class ExponentialAveraging(_Averaging):
+    """The exponential moving average of the weights, which forgets its beginning: EMA.
+
+    After each optimizer step, average = d * average + (1 - d) * weights. The decay d of update n is
+    min(decay, (1 + n) / (10 + n)), so that in a short training too the average is one of recent weights: 0.999 is
+    reached at step 9,000, and after 100 steps half of the average comes from the last 8. Lightning's own
+    `EMAWeightAveraging` has d = `decay` from the second step on.
+
+    Statistics of BatchNorm are averaged like weights; integers, such as the number of batches they are from, are the
+    current ones. What is frozen stays as it is, to the last bit. Validation, tests and checkpoints use the average;
+    training goes on with its own weights.
+
+    Args:
+        decay: Largest decay; 0.999 averages over about the last 1,000 steps.
+        warmup: Whether the decay grows as above; else it is `decay` throughout.
+
+    Raises:
+        ValueError: If the decay is not between 0 and 1.
+    """
+
+    def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, got {decay}; usual are 0.99 to 0.9999.")
+        super().__init__()
+        self.decay, self.warmup = decay, warmup
+
+    def share(self, number: int) -> float:
+        """1 - d for the update that follows `number` others."""
+        return 1 - (min(self.decay, (1 + number) / (10 + number)) if self.warmup else self.decay)
+
+
+class UniformWeightAveraging(_Averaging):
+    """The equal mean of the weights at some steps, as "averaging the last checkpoints" without keeping them.
+
+    Validation, tests and checkpoints use the mean from the first of these steps on, and the current weights before;
+    training goes on with its own weights. Vaswani et al. 2017 average the last five checkpoints.
+
+    Args:
+        start_step: The first optimizer step whose weights count.
+        every_n_steps: Steps from one that counts to the next.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+
+    def __init__(self, start_step: int, every_n_steps: int = 1000) -> None:
+        if start_step < 1 or every_n_steps < 1:
+            raise ValueError(f"start_step and every_n_steps must be at least 1, got {start_step} and {every_n_steps}.")
+        super().__init__()
+        self.start_step, self.every_n_steps = start_step, every_n_steps
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether the weights after the optimizer step `step_idx` (from 0) count."""
+        since = -1 if step_idx is None else step_idx + 1 - self.start_step
+        return since >= 0 and since % self.every_n_steps == 0
+
+    def share(self, number: int) -> float:
+        """The same for all."""
+        return 1 / (number + 1)
