@@ -38,6 +38,7 @@ from datamodules.segmentation.datamodule import SegmentationDataModule
 from datamodules.translation.token_cache import available_cores
 from datamodules.translation.vocabulary import UNK_ID
 from datamodules.translation.wmt14 import WMT14DataModule
+from lightning_attn.errors import InputError
 from lightning_attn.io import write_figure
 
 __all__ = ["SplitReport", "check_data", "draw_reports"]
@@ -93,7 +94,7 @@ def check_data(
         return [_of_segmentation(module, split, processes, progress) for split in _splits(module)]
     if isinstance(module, WMT14DataModule):
         return list(_of_translation(module))
-    raise ValueError(
+    raise InputError(
         f"{type(module).__name__} cannot be checked: it is no DataModule of detection, segmentation or translation."
     )
 

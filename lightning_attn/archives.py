@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attn.errors import InputError
+
 __all__ = ["ArchiveError", "read_archive"]
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: lengths of its name and of what else stands before its data
@@ -27,7 +29,7 @@ _LARGEST_TUPLE = 100_000  # values in it, and in those that it holds
 _PLAIN = (bool, int, float, str, bytes, torch.Size, torch.dtype)
 
 
-class ArchiveError(ValueError):
+class ArchiveError(InputError):
     """A file that is no sound archive of tensors and plain values; the message goes on after the file's name."""
 
 

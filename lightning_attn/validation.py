@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_attn.errors import InputError
+
 
 def require_int(name: str, value: object, least: int = 1) -> None:
     """Refuses what is not an integer of at least `least`.
@@ -11,7 +13,7 @@ def require_int(name: str, value: object, least: int = 1) -> None:
         ValueError: With the argument's name and the value; so do all functions here.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        raise InputError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
 def require_odd(name: str, value: object, otherwise: str = "") -> None:
@@ -19,7 +21,7 @@ def require_odd(name: str, value: object, otherwise: str = "") -> None:
     require_int(name, value)
     assert isinstance(value, int), "checked above"
     if value % 2 == 0:
-        raise ValueError(
+        raise InputError(
             f"{name} must be odd, so that it has a middle, got {value}: use {value - 1} or {value + 1}{otherwise}."
         )
 
@@ -28,7 +30,7 @@ def require_window(window: object) -> None:
     """Refuses what is neither a positive odd integer nor two of them, for y and for x."""
     sizes = window if isinstance(window, tuple | list) else (window,)
     if len(sizes) not in (1, 2) or (len(sizes) == 1 and isinstance(window, tuple | list)):
-        raise ValueError(f"window must be one odd number, or two (n_y, n_x), got {window!r}; null for all keys.")
+        raise InputError(f"window must be one odd number, or two (n_y, n_x), got {window!r}; null for all keys.")
     for size in sizes:
         require_odd("window", size, ", or null for all keys")
 
@@ -36,7 +38,7 @@ def require_window(window: object) -> None:
 def require_bool(name: str, value: object) -> None:
     """Refuses what is not True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}.")
+        raise InputError(f"{name} must be True or False, got {value!r}.")
 
 
 def require_ndim(ndim: int) -> None:
@@ -48,7 +50,7 @@ def require_ndim(ndim: int) -> None:
 def require_dropout(dropout: float) -> None:
     """Refuses what is not a probability below one."""
     if not is_number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout!r}; 0.0 switches it off.")
+        raise InputError(f"dropout must be at least 0 and below 1, got {dropout!r}; 0.0 switches it off.")
 
 
 def is_number(value: object) -> bool:

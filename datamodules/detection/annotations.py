@@ -15,6 +15,7 @@ from datamodules.images.files import ExifPolicy, ImageError, ImageHeader, image_
 from datamodules.images.folders import PackedText, first_repeated, listed, predicted_images, printable, spread
 from datamodules.images.transforms import resized_sizes
 from datamodules.sampling.image_batches import BadImagePolicy
+from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = [
     "Categories",
@@ -49,14 +50,14 @@ class Categories:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.ids):
-            raise ValueError(f"categories: {len(self.names)} names for {len(self.ids)} ids; give one each.")
+            raise InputError(f"categories: {len(self.names)} names for {len(self.ids)} ids; give one each.")
         twice = first_repeated(self.ids)
         if twice is not None:
-            raise ValueError(f"categories: two have the id {twice!r}; give each its own.")
+            raise InputError(f"categories: two have the id {twice!r}; give each its own.")
         twice = first_repeated(self.names)
         if twice is not None:
             ids = [number for name, number in zip(self.names, self.ids, strict=True) if name == twice]
-            raise ValueError(
+            raise InputError(
                 f"categories: the ids {listed(ids, 5)} all have the name {twice!r}; give each its own, or make them "
                 "one category."
             )
@@ -71,7 +72,7 @@ class Categories:
             ValueError: If there is no such category.
         """
         if category_id not in self.ids:
-            raise ValueError(f"category id {category_id} is unknown; there are {listed(self.ids, 90)}.")
+            raise InputError(f"category id {category_id} is unknown; there are {listed(self.ids, 90)}.")
         return self.ids.index(category_id) + 1
 
     def category_id(self, label: int) -> int:
@@ -81,7 +82,7 @@ class Categories:
             ValueError: If there is no such label.
         """
         if not 1 <= label <= len(self):
-            raise ValueError(f"label {label} is not in 1..{len(self)}.")
+            raise InputError(f"label {label} is not in 1..{len(self)}.")
         return self.ids[label - 1]
 
 
@@ -390,7 +391,7 @@ def check_categories(annotations: DetectionAnnotations, categories: Categories) 
     different = sorted(set(here.items()) ^ set(there.items()))
     if different:
         number, name = different[0]
-        raise ValueError(
+        raise InputError(
             f"{annotations.path} has other categories than the split that was read before it: {len(here)} and "
             f"{len(there)}; id {number} ({name!r}) is not the same in both. Give all splits the same list categories."
         )
@@ -431,7 +432,7 @@ def check_images(
             hint = " Their names have backslashes, which are Windows' separators of folders: write / instead."
         elif odd := next((name for name in sorted(present) if printable(name) != name), None):
             hint = f" Names of files there are not UTF-8, such as {printable(odd)!r}: rename these."
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{len(missing):,} of the {len(names):,} images of {annotations.path} are missing in {folder}: {first}. "
             f"Copy or download them, or take them out of the annotations.{hint}"
         )
@@ -465,4 +466,4 @@ def of_image(
     except ImageError as error:
         raise ImageError(f"{which}{error}") from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{which}{error} Put it back.") from error
+        raise MissingFileError(f"{which}{error} Put it back.") from error

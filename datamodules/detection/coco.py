@@ -11,6 +11,7 @@ from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import contents
 from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.translation.token_cache import user_cache_folder
+from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["COCODataModule", "MiniatureDetectionDataModule"]
 
@@ -99,7 +100,7 @@ class COCODataModule(DetectionDataModule):
         for split, (annotations, images) in given.items():
             if bool(annotations) != bool(images):
                 named, missing = ("annotations", "images") if annotations else ("images", "annotations")
-                raise ValueError(
+                raise InputError(
                     f"{split}_{missing}: it is empty, but {split}_{named} is given; a split needs both "
                     f"(--data.{split}_{missing} PATH)."
                 )
@@ -167,13 +168,13 @@ class COCODataModule(DetectionDataModule):
 
     def _raise_missing(self, split: str, path: Path) -> None:
         if not self.root.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"root: the folder {self.root} does not exist. Give the folder that holds annotations/ and the images "
                 "(--data.root FOLDER), or fetch COCO 2017 into it (--data.download true)."
             )
         roboflow = sorted(one.parent.name for one in self.root.glob(f"*/{_ROBOFLOW_FILE}"))
         if roboflow:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{split}_split: {self.root} is a Roboflow export with the splits {', '.join(roboflow)}, and has no "
                 f"{self.split_names[split]!r}. Name one of them (--data.{split}_split NAME)"
                 + (', or "" for none.' if split == "val" else ".")
@@ -181,7 +182,7 @@ class COCODataModule(DetectionDataModule):
         there = f"{self.root} holds {contents(self.root)}"
         if path.parent.is_dir() and path.parent != self.root:
             there = f"{path.parent} holds {contents(path.parent)}"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{split}_split: {path} is not there; {there}. Give the folder that holds annotations/ and the images "
             f"(--data.root FOLDER) and the name of a split in it (--data.{split}_split NAME), or the files themselves "
             f"(--data.{split}_annotations FILE --data.{split}_images FOLDER), or fetch COCO 2017 (--data.download "

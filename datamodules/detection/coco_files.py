@@ -11,6 +11,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations
 from datamodules.images.folders import first_repeated, listed
+from lightning_attn.errors import InputError
 
 __all__ = ["read_coco"]
 
@@ -43,7 +44,7 @@ def read_coco(path: Path, *, drop_root: bool = False) -> DetectionAnnotations:
     sizes = np.stack([_integers(images, key, "images", path) for key in ("height", "width")], axis=1)
     for index in np.flatnonzero((sizes < 1).any(axis=1)):
         height, width = sizes[index]
-        raise ValueError(
+        raise InputError(
             f"{path}: image id {image_ids[index]} has width {width} and height {height}; both must be at least 1. "
             "Correct them."
         )
@@ -88,26 +89,26 @@ def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
         with path.open(encoding="utf-8-sig") as file:  # some tools begin with a byte-order mark
             content = json.load(file, object_hook=without_outline)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is no whole JSON file: {error.msg} at character {error.pos:,} of {len(error.doc):,}. It may be "
             "cut off; copy or download it again."
         ) from error
     except RecursionError as error:
-        raise ValueError(f"{path} is no annotation file: lists or objects in it are nested without end.") from error
+        raise InputError(f"{path} is no annotation file: lists or objects in it are nested without end.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not UTF-8 (byte {error.start:,}); an older Windows program may have written it as Latin-1. "
             f"Convert it, for instance by: iconv -f latin1 -t utf-8 {path.name} > utf8.json"
         ) from error
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         found = f"an object with {listed(list(content), 8)}" if isinstance(content, dict) else "another kind of value"
-        raise ValueError(
+        raise InputError(
             f"{path} holds {found}; an annotation file is an object with the lists {', '.join(keys)}. Give annotations "
             "in COCO's instances format."
         )
     if not content["images"]:
-        raise ValueError(f"{path} has no image in its list images. Give a split that holds some.")
+        raise InputError(f"{path} has no image in its list images. Give a split that holds some.")
     return content
 
 
@@ -117,7 +118,7 @@ def _values(entries: list[dict[str, Any]], key: str, what: str, path: Path) -> l
     except (KeyError, TypeError) as error:
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict) or key not in entry:
-                raise ValueError(
+                raise InputError(
                     f"{path}: {what}[{number}] has no {key!r}: {str(entry)[:100]}. Give it one, or take it out."
                 ) from error
         raise
@@ -138,7 +139,7 @@ def _integers(entries: list[dict[str, Any]], key: str, what: str, path: Path) ->
             hint = "Correct it."
             if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
                 hint = "It is text: converters from VIA or CSV files often write so; take the quotation marks away."
-            raise ValueError(f"{path}: {what}[{number}] has {key} {value!r}; it must be a whole number. {hint}")
+            raise InputError(f"{path}: {what}[{number}] has {key} {value!r}; it must be a whole number. {hint}")
         whole[number] = value
     return whole
 
@@ -158,7 +159,7 @@ def _bboxes(
         return bboxes
     for value, annotation_id, image_id in zip(values, annotation_ids, image_ids, strict=True):
         if not isinstance(value, list) or len(value) != 4 or not all(_is_finite(number) for number in value):
-            raise ValueError(
+            raise InputError(
                 f"{path}: annotation id {annotation_id} of image id {image_id} has bbox {value!r}; it must be four "
                 "finite numbers: x, y, width, height. Correct it, or take the annotation out."
             )
@@ -173,7 +174,7 @@ def _areas(
     values = [entry.get("area", product) for entry, product in zip(annotations, products, strict=True)]
     for value, annotation_id in zip(values, annotation_ids, strict=True):
         if not _is_finite(value):
-            raise ValueError(
+            raise InputError(
                 f"{path}: annotation id {annotation_id} has area {value!r}; it must be a finite number. Correct it, or "
                 "take it out, which means the area of the box."
             )
@@ -185,7 +186,7 @@ def _crowds(annotations: list[dict[str, Any]], annotation_ids: Integers, path: P
     values = [entry.get("iscrowd", 0) for entry in annotations]
     for value, annotation_id in zip(values, annotation_ids, strict=True):
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise ValueError(
+            raise InputError(
                 f"{path}: annotation id {annotation_id} has iscrowd {value!r}; it must be 0 or 1. Correct it, or take "
                 "it out, which means 0."
             )
@@ -211,17 +212,17 @@ def _categories(entries: list[dict[str, Any]], path: Path) -> Categories:
     ids = _integers(entries, "id", "categories", path).tolist()
     names = [str(name) for name in _values(entries, "name", "categories", path)]
     if not ids:
-        raise ValueError(f"{path} has no category in its list categories. Name there what its boxes show.")
+        raise InputError(f"{path} has no category in its list categories. Name there what its boxes show.")
     order = sorted(range(len(ids)), key=ids.__getitem__)
     try:
         return Categories(tuple(names[index] for index in order), tuple(ids[index] for index in order))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def _refuse_repeated(ids: Integers, what: str, path: Path) -> None:
     if len(np.unique(ids)) != len(ids):
-        raise ValueError(
+        raise InputError(
             f"{path}: {what} {first_repeated(ids.tolist())} comes twice. Give each its own, or remove one."
         )
 
@@ -233,7 +234,7 @@ def _lookup(wanted: Integers, known: Integers, annotation_ids: Integers, what: s
     unknown = np.flatnonzero(known[order[place]] != wanted)
     if len(unknown):
         first = unknown[0]
-        raise ValueError(
+        raise InputError(
             f"{path}: annotation id {annotation_ids[first]} has {what} id {wanted[first]}, which is not in the file's "
             f"list of these ({len(unknown):,} such annotations). Add the {what} there, or take the annotations out."
         )
@@ -243,7 +244,7 @@ def _lookup(wanted: Integers, known: Integers, annotation_ids: Integers, what: s
 def _check_name(name: Any, image_id: int, path: Path) -> None:
     parts = str(name).replace("\\", "/").split("/")
     if not isinstance(name, str) or not parts[-1] or parts[0] == "" or ".." in parts or ":" in parts[0]:
-        raise ValueError(
+        raise InputError(
             f"{path}: image id {image_id} has file_name {name!r}; it must be a path below the folder of the split, "
             "without '..'. Correct it."
         )

@@ -27,6 +27,7 @@ from datamodules.images.datamodule import ImageDataModule, check_least
 from datamodules.images.files import ExifPolicy, ImageHeader, channels_first, read_image
 from datamodules.images.folders import PackedText, listed, printable, unique_stems
 from datamodules.sampling.image_batches import BadImage, BadImagePolicy, ImageBatch, ImageDataset, SampleRequest
+from lightning_attn.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         check_least("min_size", min_size, 0)
         check_least("max_size", max_size, 0)
         if not 0 <= repeat_threshold <= 1:
-            raise ValueError(f"repeat_threshold: {repeat_threshold} is not between 0 and 1.")
+            raise InputError(f"repeat_threshold: {repeat_threshold} is not between 0 and 1.")
         self.min_size = min_size
         self.max_size = max_size
         self.augmentation = augmentation
@@ -371,7 +372,7 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         if not (fates == Fate.TARGET).any():
             found = f"{len(fates):,} annotations that cannot be learnt ({', '.join(left_out)})" if len(fates) else ""
             advice = "Correct it, or give another training split (--data.train_split NAME)."
-            raise ValueError(
+            raise InputError(
                 f"{annotations.path} has {found or 'no annotation'}: there is nothing to learn from. "
                 f"{annotations.suspicion()} {advice}".replace("  ", " ")
             )

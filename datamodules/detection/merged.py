@@ -15,6 +15,7 @@ from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
 from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
 from datamodules.sampling.image_batches import BadImagePolicy
+from lightning_attn.errors import InputError
 
 __all__ = ["MergedDetectionDataModule", "merged_annotations"]
 
@@ -189,7 +190,7 @@ def _check_rename(rename: Mapping[str, str], categories: Sequence[Categories]) -
     known = {name for one in categories for name in one.names}
     unknown = [name for name in rename if name not in known]
     if unknown:
-        raise ValueError(f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(known), 90)}.")
+        raise InputError(f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(known), 90)}.")
 
 
 def _united(categories: Sequence[Categories], rename: Mapping[str, str]) -> Categories:

@@ -18,6 +18,7 @@ from datamodules.images.transforms import (
     resized_size,
     seed_transforms,
 )
+from lightning_attn.errors import InputError
 
 Boxes = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -55,9 +56,9 @@ class Augmentation(ImageAugmentation):
         for name in ("vertical_flip", "transpose", "crop_visibility"):
             check_range(name, getattr(self, name), 1.0)
         if self.crop_size < 0:
-            raise ValueError(f"augmentation.crop_size: {self.crop_size} is below 0; give pixels, or 0 for no crops.")
+            raise InputError(f"augmentation.crop_size: {self.crop_size} is below 0; give pixels, or 0 for no crops.")
         if any(size < 1 for size in self.min_sizes):
-            raise ValueError(f"augmentation.min_sizes: {list(self.min_sizes)} has a length below 1; give pixels.")
+            raise InputError(f"augmentation.min_sizes: {list(self.min_sizes)} has a length below 1; give pixels.")
 
 
 def resize_boxes(boxes: npt.NDArray[Any], size: tuple[int, int], new_size: tuple[int, int]) -> Boxes:

@@ -15,6 +15,7 @@ from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
 from datamodules.images.folders import contents, first_repeated, listed, read_lines
 from datamodules.sampling.image_batches import BadImagePolicy
+from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["VOC_CLASSES", "VOCDetectionDataModule", "read_voc"]
 
@@ -108,7 +109,7 @@ class VOCDetectionDataModule(DetectionDataModule):
             repeat_threshold=repeat_threshold,
         )
         if corners_from not in (0, 1):
-            raise ValueError(f"corners_from: {corners_from} is neither 0 nor 1 (--data.corners_from 1).")
+            raise InputError(f"corners_from: {corners_from} is neither 0 nor 1 (--data.corners_from 1).")
         self.classes = tuple(classes)
         self.corners_from = corners_from
 
@@ -124,7 +125,7 @@ class VOCDetectionDataModule(DetectionDataModule):
             if not there:
                 above = next((parent for parent in needed.parents if parent.is_dir()), None)
                 holds = "" if above is None else f"; {above} holds {contents(above)}"
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{split}_split: {needed} is not there{holds}. Give the folder that holds {_ANNOTATIONS}/, "
                     f"{_IMAGES}/ and {_SETS.as_posix()}/ (--data.root FOLDER), and the name of a list in the last "
                     f"(--data.{split}_split NAME)."
@@ -169,13 +170,13 @@ def read_voc(
     # A list of one class has a second column: 1, -1 or 0. Names may have blanks.
     stems = [re.sub(r"\s+(-1|0|1)$", "", line) for line in read_lines(listing)]
     if not stems:
-        raise ValueError(f"{listing} lists no image. Give a split that has some.")
+        raise InputError(f"{listing} lists no image. Give a split that has some.")
     twice = first_repeated(stems)
     if twice is not None:
-        raise ValueError(f"{listing} lists {twice!r} twice. Remove one.")
+        raise InputError(f"{listing} lists {twice!r} twice. Remove one.")
     missing = [stem for stem in stems if not (root / _ANNOTATIONS / f"{stem}.xml").is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{len(missing):,} of the {len(stems):,} images of {listing} have no annotation in {root / _ANNOTATIONS}: "
             f"{listed([f'{stem}.xml' for stem in missing], 5)}. Copy these there, or take them out of the list; an "
             "image without objects has a file without any."
@@ -197,7 +198,7 @@ def read_voc(
     for place, number in enumerate(sorted(sizes)):
         for one in read[number][2]:
             if one.name not in names:
-                raise ValueError(
+                raise InputError(
                     f"{root / _ANNOTATIONS / stems[number]}.xml has an object {one.name!r}, which is none of the "
                     f"classes {listed(names, 30)}. Add it (--data.classes), or correct the file."
                 )
@@ -220,7 +221,7 @@ def _occurring(folder: Path) -> tuple[str, ...]:
     """The classes that any annotation has, so that all splits have the same."""
     names = {one.name for path in sorted(folder.glob("*.xml")) for one in _read_xml(path, 1)[2]}
     if not names:
-        raise ValueError(f"{folder} has no object in its files *.xml. Name the classes (--data.classes).")
+        raise InputError(f"{folder} has no object in its files *.xml. Name the classes (--data.classes).")
     return tuple(sorted(names, key=VOC_CLASSES.index if names <= set(VOC_CLASSES) else None))
 
 
@@ -229,18 +230,18 @@ def _read_xml(path: Path, corners_from: int) -> tuple[tuple[int, int] | None, st
     try:
         tree = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
-        raise ValueError(f"{path} is no whole XML file: {error}. Copy or download it again.") from error
+        raise InputError(f"{path} is no whole XML file: {error}. Copy or download it again.") from error
     except (ValueError, LookupError) as error:  # of an encoding that the parser does not know
-        raise ValueError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
+        raise InputError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
     if tree.tag != "annotation":
-        raise ValueError(f"{path} holds <{tree.tag}>, not the <annotation> of Pascal VOC. Give such files.")
+        raise InputError(f"{path} holds <{tree.tag}>, not the <annotation> of Pascal VOC. Give such files.")
     height, width = (_number(tree, f"size/{side}", path, optional=True) for side in ("height", "width"))
     size = (int(height), int(width)) if height and width else None
     objects = []
     for place, entry in enumerate(tree.iter("object")):
         name = (entry.findtext("name") or "").strip()
         if not name:
-            raise ValueError(f"{path}: object {place + 1} has no name. Give it one.")
+            raise InputError(f"{path}: object {place + 1} has no name. Give it one.")
         where = f"{path}: object {place + 1} ({name})"
         x1, y1, x2, y2 = (_corner(entry, key, where) for key in ("xmin", "ymin", "xmax", "ymax"))
         # The pixels x1 to x2, counted from 1, are those from x1 - 1 to x2 in coordinates of borders.
@@ -264,5 +265,5 @@ def _number(entry: ElementTree.Element, key: str, where: Path | str, *, optional
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{where} has {key} {text!r}; it must be a finite number. Correct it.")
+        raise InputError(f"{where} has {key} {text!r}; it must be a finite number. Correct it.")
     return value

@@ -13,6 +13,7 @@ from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
 from datamodules.images.folders import contents, images_below, listed, read_lines, read_text
 from datamodules.sampling.image_batches import BadImagePolicy
+from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["YOLODetectionDataModule", "read_yolo", "read_yolo_description"]
 
@@ -109,7 +110,7 @@ def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]
         others = sorted([*root.glob("*.yaml"), *root.glob("*.yml")]) if root.is_dir() else []
         if len(others) != 1:
             holds = f"; {root} holds {contents(root)}" if root.is_dir() else ""
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"root: {path} is not there{holds}. Give the folder that holds data.yaml (--data.root FOLDER)."
             )
         path = others[0]
@@ -118,22 +119,22 @@ def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]
         content = yaml.safe_load(text)
         as_written = yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}. Correct it.") from error
+        raise InputError(f"{path} is no YAML file: {error}. Correct it.") from error
     names = as_written.get("names") if isinstance(as_written, dict) else None
     if isinstance(names, dict) and sorted(names) == sorted(map(str, range(len(names)))):
         names = [names[str(number)] for number in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise ValueError(
+        raise InputError(
             f"{path}: names is {names!r}; it must be a list of the names of the classes, or a mapping from 0, 1, 2, "
             "... to them. Correct it."
         )
     count = content.get("nc", len(names))
     if count != len(names):
-        raise ValueError(f"{path}: nc is {count!r}, but there are {len(names)} names. Correct one of them.")
+        raise InputError(f"{path}: nc is {count!r}, but there are {len(names)} names. Correct one of them.")
     try:
         return content, Categories(tuple(map(str, names)), tuple(range(len(names)))), path
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def read_yolo(
@@ -169,7 +170,7 @@ def read_yolo(
             owners.append(place)
             rows.append(row)
     if not any(_label_path(path).is_file() for path in images):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"none of the {len(images):,} images of {split!r} in {description} has a file of labels, such as "
             f"{_label_path(images[0])}. Put the labels there: in the place of the folder images, the folder labels."
         )
@@ -196,7 +197,7 @@ def _keypoint_values(content: dict[str, Any], description: Path) -> int | None:
     if shape is None:
         return None
     if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(one, int) and one > 0 for one in shape)):
-        raise ValueError(f"{description}: kpt_shape is {shape!r}; it must be two numbers such as [17, 3]. Correct it.")
+        raise InputError(f"{description}: kpt_shape is {shape!r}; it must be two numbers such as [17, 3]. Correct it.")
     return int(shape[0] * shape[1])
 
 
@@ -207,14 +208,14 @@ def _images(root: Path, content: dict[str, Any], split: str, description: Path) 
         others = ("names", "path", "download")
         known = [name for name, value in content.items() if isinstance(value, str | list) and name not in others]
         known = [name for name in known if name in ("train", "val", "valid", "test")] or known
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{description} names no split {split!r}, but {listed(known, 8) or 'none at all'}. Give one of them "
             "(--data.train_split, --data.val_split or --data.test_split NAME)."
         )
     named = content[key] if isinstance(content[key], list) else [content[key]]
     found = [path for one in named for path in _images_of(_resolved(root, content, str(one), description), description)]
     if not found:
-        raise FileNotFoundError(f"{description}: {key}: {named} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        raise MissingFileError(f"{description}: {key}: {named} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
     return sorted(set(found))
 
 
@@ -238,7 +239,7 @@ def _resolved(root: Path, content: dict[str, Any], named: str, description: Path
         if candidate.exists():
             return candidate
     tried = listed(list(dict.fromkeys(map(str, candidates[:3]))), 3)
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{description} names {named!r}, and none of {tried} is there; {root} holds {contents(root)}. Correct the path."
     )
 
@@ -250,7 +251,7 @@ def _images_of(place: Path, description: Path) -> Iterable[Path]:
     paths = [place.parent / line for line in read_lines(place)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{place} (of {description}) lists {len(missing):,} images that are not there: {listed(missing, 3)}. Put "
             "them there, or take them out of the list."
         )
@@ -283,23 +284,23 @@ def _read_labels(path: Path, num_classes: int, keypoints: int | None) -> list[tu
         if keypoints is not None and len(values) == 5 + keypoints:
             values = values[:5]
         elif keypoints is not None and len(values) != 5:
-            raise ValueError(
+            raise InputError(
                 f"{where} has {len(values)} numbers, but kpt_shape in data.yaml means 5 and {keypoints}. Correct one "
                 "of them."
             )
         if not np.isfinite(values).all() or not (len(values) == 5 or (len(values) >= 7 and len(values) % 2)):
-            raise ValueError(
+            raise InputError(
                 f"{where} is neither a class with x, y, width and height nor a class with the corners of an outline. "
                 "Correct it."
             )
         label, *numbers = values
         if label != int(label) or not 0 <= label < num_classes:
-            raise ValueError(
+            raise InputError(
                 f"{where} has the class {label:g}, but data.yaml names the classes 0 to {num_classes - 1}. Correct one "
                 "of them."
             )
         if max(numbers) > 2:
-            raise ValueError(
+            raise InputError(
                 f"{where} has numbers far above 1, but YOLO's are shares of the image's width and height. Divide them "
                 "by these."
             )

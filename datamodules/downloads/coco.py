@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.downloads.transfer import RemoteFile, extract_members, fetch
+from lightning_attn.errors import ExistingFileError, InputError, UnusableFileError
 from lightning_attn.io import read_manifest, replace_manifest
 
 __all__ = ["COCO_PARTS", "OFFICIAL_URL", "CocoPart", "download_coco"]
@@ -108,7 +109,7 @@ def download_coco(
     offered = sorted({split for part in parts for split in part.splits})
     for split in splits:
         if split not in offered:
-            raise ValueError(
+            raise InputError(
                 f"download: there is no split {split!r} to fetch, only {' and '.join(offered)}. Name one of these, or "
                 "turn the download off (--data.download false)."
             )
@@ -118,7 +119,7 @@ def download_coco(
     if done is None:
         present = [name for name in ("annotations", *offered) if (root / name).exists()]
         if present:
-            raise FileExistsError(
+            raise ExistingFileError(
                 f"{root} already holds {', '.join(present)}, which this program did not download. They are left as "
                 "they are: use another folder for the download, or turn it off (--data.download false)."
             )
@@ -142,9 +143,9 @@ def _unpack(part: CocoPart, archive: Path, root: Path, show_progress: bool) -> N
             # The expression alone decides which names are written, so none can lead out of the folder.
             sizes = {info.filename: info.file_size for info in packed.infolist() if _matches(part, info.filename)}
     except zipfile.BadZipFile as error:
-        raise OSError(f"{archive} is damaged ({error}); remove it and run again.") from error
+        raise UnusableFileError(f"{archive} is damaged ({error}); remove it and run again.") from error
     if len(sizes) != part.count:
-        raise ValueError(
+        raise InputError(
             f"{archive} has the wrong number of files {part.members}; expected {part.count:,}, got {len(sizes):,}. "
             f"Nothing of it was unpacked; remove {archive} and run again."
         )

@@ -25,6 +25,8 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from lightning_attn.errors import InputError, MissingFileError, UnusableFileError
+
 __all__ = ["DownloadError", "RemoteFile", "extract_members", "fetch"]
 
 _BLOCK = 1 << 18
@@ -32,7 +34,7 @@ _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-class DownloadError(OSError):
+class DownloadError(UnusableFileError):
     """A file could not be fetched, or what came is not what was expected."""
 
 
@@ -64,14 +66,14 @@ class RemoteFile:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"url={self.url!r}: only http:// and https:// addresses are fetched.")
+            raise InputError(f"url={self.url!r}: only http:// and https:// addresses are fetched.")
         if self.name in ("", ".", "..") or re.search(r"[/\\\0]", self.name):
-            raise ValueError(f"name={self.name!r}: give a plain file name, without directories.")
+            raise InputError(f"name={self.name!r}: give a plain file name, without directories.")
         if self.size is not None and self.size < 0:
-            raise ValueError(f"size={self.size}: give the number of bytes, or None if it is not known.")
+            raise InputError(f"size={self.size}: give the number of bytes, or None if it is not known.")
         for field, value, digits in (("sha256", self.sha256, 64), ("md5", self.md5, 32)):
             if value is not None and not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
-                raise ValueError(f"{field}={value!r}: give {digits} lower-case hexadecimal digits, or None.")
+                raise InputError(f"{field}={value!r}: give {digits} lower-case hexadecimal digits, or None.")
 
     @property
     def checksum(self) -> tuple[str, str] | None:
@@ -331,14 +333,16 @@ def extract_members(archive: Path, members: Mapping[str, Path], *, show_progress
                 if not wanted:
                     break
         if wanted:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{archive} does not hold {', '.join(sorted(wanted.values()))}. It is not the archive that was "
                 "expected; remove it and fetch it again."
             )
         for temporary, target in finished.items():
             temporary.replace(target)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise OSError(f"{archive} is damaged or cut short ({error}); remove it and fetch it again.") from error
+        raise UnusableFileError(
+            f"{archive} is damaged or cut short ({error}); remove it and fetch it again."
+        ) from error
     except OSError as error:
         if error.errno in _FULL:
             raise OSError(
@@ -366,7 +370,7 @@ def _regular_files(archive: Path, wanted: set[str], report: Callable[[int], None
                     continue
                 kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where the archive was not made on a Unix system
                 if info.is_dir() or kind not in (0, stat.S_IFREG):
-                    raise ValueError(f"{archive}: {info.filename} is not a regular file; it is not unpacked.")
+                    raise InputError(f"{archive}: {info.filename} is not a regular file; it is not unpacked.")
                 with packed.open(info) as content:
                     yield name, content
                 report(done)
@@ -379,7 +383,7 @@ def _regular_files(archive: Path, wanted: set[str], report: Callable[[int], None
                 continue
             source = stream.extractfile(member) if member.isreg() else None
             if source is None:
-                raise ValueError(f"{archive}: {member.name} is not a regular file; it is not unpacked.")
+                raise InputError(f"{archive}: {member.name} is not a regular file; it is not unpacked.")
             yield name, source
 
 

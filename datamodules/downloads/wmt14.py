@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.downloads.transfer import RemoteFile, extract_members, fetch
+from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.io import read_manifest, replace_manifest
 
 __all__ = ["OFFICIAL_URL", "WMT14_PARTS", "CorpusPart", "download_wmt14", "read_sgm"]
@@ -130,7 +131,7 @@ def download_wmt14(
     done = read_manifest(manifest)
     if done is None:
         if present:
-            raise FileExistsError(
+            raise ExistingFileError(
                 f"{root} already holds {', '.join(present)}, which this program did not download. They are left "
                 "as they are: use another folder for the download, or turn it off (download: false)."
             )
@@ -160,11 +161,11 @@ def read_sgm(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start:,}); fetch its archive again.") from error
+        raise InputError(f"{path} is not UTF-8 (byte {error.start:,}); fetch its archive again.") from error
     segments = re.findall(r"<seg\b[^>]*>(.*?)</seg\s*>", text, re.DOTALL | re.IGNORECASE)
     opened = len(re.findall(r"<seg\b", text, re.IGNORECASE))
     if opened != len(segments):
-        raise ValueError(f"{path} opens {opened:,} segments and closes {len(segments):,}; fetch its archive again.")
+        raise InputError(f"{path} opens {opened:,} segments and closes {len(segments):,}; fetch its archive again.")
     return [" ".join(_ENTITY.sub(lambda match: html.unescape(match[0]), segment).split()) for segment in segments]
 
 
@@ -189,7 +190,7 @@ def _convert(part: CorpusPart, archive: Path, files: Mapping[str, Path], show_pr
         counts = {language: _count_lines(path) for language, path in converted.items()}
         if any(count != part.lines for count in counts.values()):
             found = ", ".join(f"{part.members[language]}: {count:,}" for language, count in counts.items())
-            raise ValueError(
+            raise InputError(
                 f"{archive} has the wrong number of lines for {part.name}; expected {part.lines:,} on both sides, got "
                 f"{found}. Nothing of it was written; remove {archive} and run again."
             )

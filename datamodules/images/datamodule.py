@@ -17,6 +17,7 @@ from datamodules.sampling.image_batches import (
     evaluation_loader,
     training_loader,
 )
+from lightning_attn.errors import InputError
 
 STAGE_SPLITS: Mapping[str, tuple[str, ...]] = {
     "fit": ("train", "val"),
@@ -34,7 +35,7 @@ def check_least(name: str, value: int, least: int) -> None:
         ValueError: If it is less than `least`.
     """
     if value < least:
-        raise ValueError(f"{name}: {value} is too small; give {least} or more (--data.{name} {least}).")
+        raise InputError(f"{name}: {value} is too small; give {least} or more (--data.{name} {least}).")
 
 
 class ImageDataModule(pl.LightningDataModule, abc.ABC):
@@ -79,7 +80,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         check_least("eval_batch_size", eval_batch_size, 0)
         for split, name in split_names.items():
             if (not name and split == "train") or "/" in name or "\\" in name or name in (".", ".."):
-                raise ValueError(
+                raise InputError(
                     f"{split}_split: {name!r} is not the name of a split; give that of a folder of images, such as "
                     f"those in root (--data.{split}_split NAME)."
                 )
@@ -95,7 +96,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
             ("on_bad_image", on_bad_image, get_args(BadImagePolicy)),
         ):
             if value not in known:
-                raise ValueError(f"{name}: {value!r} is unknown; give {' or '.join(known)} (--data.{name} {known[0]}).")
+                raise InputError(f"{name}: {value!r} is unknown; give {' or '.join(known)} (--data.{name} {known[0]}).")
         self.exif: ExifPolicy = exif
         self.on_bad_image: BadImagePolicy = on_bad_image
 
@@ -124,7 +125,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         for split in splits:
             role = "test" if split == "predict" and not self.predict_folder else split
             if not self.split_names.get(role, "-"):
-                raise ValueError(
+                raise InputError(
                     f"{role}_split: there is none, and {stage} needs it. Name one (--data.{role}_split NAME)."
                 )
         if stage == "fit" and "val" not in splits:

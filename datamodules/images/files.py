@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lightning_attn.errors import InputError, MissingFileError
+
 __all__ = [
     "IMAGE_SUFFIXES",
     "ExifPolicy",
@@ -63,7 +65,7 @@ _UPRIGHT = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-class ImageError(ValueError):
+class ImageError(InputError):
     """An image file cannot be used; the message names it and a way out."""
 
 
@@ -270,7 +272,7 @@ def _one_kind_of_error(path: Path | str) -> Iterator[None]:
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is not there.") from error
+        raise MissingFileError(f"{path} is not there.") from error
     except IsADirectoryError as error:
         raise ImageError(f"{path} is a folder, not an image.") from error
     except Image.DecompressionBombError as error:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.images.files import IMAGE_SUFFIXES
+from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = [
     "PackedText",
@@ -86,13 +87,13 @@ def predicted_images(folder: Path) -> list[str]:
         FileNotFoundError: If there is no such folder, or it holds no image.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"predict_folder: {folder} is not a folder. Give a folder of images (--data.predict_folder FOLDER), or "
             '"" for the test split.'
         )
     names = images_below(folder)
     if not names:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"predict_folder: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {contents(folder)}."
         )
     return names
@@ -107,7 +108,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not UTF-8 (byte {error.start:,}); Windows programs may have written it as UTF-16 or Latin-1. "
             "Save it as UTF-8."
         ) from error

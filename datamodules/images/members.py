@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.images.datamodule import ImageDataModule
+from lightning_attn.errors import InputError
 
 __all__ = ["check_members", "member_splits", "member_weights", "members_with", "prepare_members"]
 
@@ -25,11 +26,11 @@ def check_members(members: Sequence[ImageDataModule], weights: Sequence[float], 
         ValueError: If there is no member, or weights and members differ in number, or a weight is out of range.
     """
     if not members:
-        raise ValueError(f"members: there is none; give at least one DataModule of {kind}.")
+        raise InputError(f"members: there is none; give at least one DataModule of {kind}.")
     if weights and len(weights) != len(members):
-        raise ValueError(f"weights: there are {len(weights)} for {len(members)} members; give one for each.")
+        raise InputError(f"weights: there are {len(weights)} for {len(members)} members; give one for each.")
     if any(not 0 <= weight < 1000 for weight in weights) or (weights and not any(weights)):
-        raise ValueError(f"weights: {list(weights)} must be from 0 to below 1000, not all 0.")
+        raise InputError(f"weights: {list(weights)} must be from 0 to below 1000, not all 0.")
 
 
 def member_splits(members: Sequence[ImageDataModule]) -> dict[str, str]:

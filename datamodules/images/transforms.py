@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.images.files import ImageArray
+from lightning_attn.errors import InputError
 
 # The mean of ImageNet, which the network sees as nearly 0.
 FILLING = (124, 116, 104)
@@ -62,7 +63,7 @@ def check_range(name: str, value: float, most: float) -> None:
         ValueError: If it is not; the message names it.
     """
     if not 0 <= value <= most:
-        raise ValueError(f"augmentation.{name}: {value} is not between 0 and {most:g}.")
+        raise InputError(f"augmentation.{name}: {value} is not between 0 and {most:g}.")
 
 
 def albumentations() -> Any:

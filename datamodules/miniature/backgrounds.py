@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from lightning_attn.errors import InputError, MissingFileError
+
 __all__ = ["SCENES", "SURFACES", "background", "crop", "photograph"]
 
 Pixels = npt.NDArray[np.uint8]
@@ -51,10 +53,10 @@ def photograph(name: str) -> Pixels:
         FileNotFoundError: The installed scikit-image does not hold the file.
     """
     if name not in SCENES and name not in SURFACES:
-        raise ValueError(f"name={name!r}: the photographs are {', '.join((*SCENES, *SURFACES))}.")
+        raise InputError(f"name={name!r}: the photographs are {', '.join((*SCENES, *SURFACES))}.")
     source = files("skimage.data") / f"{name}.png"
     if not source.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{source}: the installed scikit-image lacks this photograph, which its releases contain. Reinstall it "
             "with `pip install --force-reinstall scikit-image`."
         )
@@ -82,7 +84,7 @@ def crop(rng: np.random.Generator, name: str, height: int, width: int, *, held_o
         FileNotFoundError: As `photograph`.
     """
     if min(height, width) < 1:
-        raise ValueError(f"height={height}, width={width}: give at least one pixel each.")
+        raise InputError(f"height={height}, width={width}: give at least one pixel each.")
     pixels = photograph(name)
     border = pixels.shape[1] * 2 // 3
     region = pixels[:, border:] if held_out else pixels[:, :border]

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.io import naming, read_manifest, replace_manifest
 
 __all__ = ["write_set"]
@@ -46,7 +47,7 @@ def write_set(
         FileExistsError: `root` holds files of somebody else; they are left alone.
     """
     if set(counts) != set(parts) or min(counts.values()) < 1:
-        raise ValueError(f"counts={dict(counts)}: give at least 1 for each of {', '.join(parts)}.")
+        raise InputError(f"counts={dict(counts)}: give at least 1 for each of {', '.join(parts)}.")
     settings = {
         "drawing": drawing_version,
         "counts": {part: counts[part] for part in parts},
@@ -58,7 +59,7 @@ def write_set(
     if manifest is not None and manifest.get("settings") == settings and _is_whole(root, manifest):
         return
     if manifest is None and present:
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{root} already holds {', '.join(present)}, and no {manifest_name} that marks them as the miniature set. "
             "They are left as they are: give the miniature set a folder of its own, or remove them."
         )

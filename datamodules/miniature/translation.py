@@ -30,6 +30,7 @@ from babel.numbers import format_currency
 from babel.units import format_unit
 from num2words import num2words
 
+from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.io import naming, read_manifest, replace_manifest
 
 __all__ = ["MINIATURE_PAIRS", "miniature_pairs", "write_miniature_corpus"]
@@ -806,9 +807,9 @@ def write_miniature_corpus(root: Path, pairs: Mapping[str, int] = MINIATURE_PAIR
         FileExistsError: `root` holds a corpus that this function did not write; it is left alone.
     """
     if set(pairs) != set(MINIATURE_PAIRS) or min(pairs.values()) < 1:
-        raise ValueError(f"pairs={dict(pairs)}: give a count of at least 1 for each of {', '.join(MINIATURE_PAIRS)}.")
+        raise InputError(f"pairs={dict(pairs)}: give a count of at least 1 for each of {', '.join(MINIATURE_PAIRS)}.")
     if seed < 0:
-        raise ValueError(f"seed={seed}: give 0 or more.")
+        raise InputError(f"seed={seed}: give 0 or more.")
     root = Path(root)
     settings = {
         "grammar": GRAMMAR_VERSION,
@@ -824,7 +825,7 @@ def write_miniature_corpus(root: Path, pairs: Mapping[str, int] = MINIATURE_PAIR
     if manifest is not None and manifest.get("settings") == settings and manifest.get("sha256") == _hashes(root, names):
         return
     if manifest is None and present:
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{root} already holds {', '.join(present)}, and no {MANIFEST_NAME} that marks them as the miniature "
             "corpus. They are left as they are: give the miniature corpus a folder of its own, or remove those files."
         )

@@ -24,6 +24,7 @@ from datamodules.sampling.planned_batches import (
     reshuffles,
     resumable,
 )
+from lightning_attn.errors import InputError
 
 BadImagePolicy = Literal["stop", "skip"]
 """What is done about a file that is damaged or no image while a stage runs.
@@ -228,17 +229,17 @@ class GroupedBatchSampler(PlannedBatchSampler[SampleRequest]):
         repeats: npt.NDArray[np.float64] | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} is too small; give 1 or more.")
+            raise InputError(f"batch_size: {batch_size} is too small; give 1 or more.")
         super().__init__(shuffle=shuffle, seed=seed, reshuffle=reshuffle, rank=rank, world_size=world_size)
         if shuffle and not len(groups):
-            raise ValueError("there is nothing to train on: the data set is empty.")
+            raise InputError("there is nothing to train on: the data set is empty.")
         self.groups = groups
         self.batch_size = batch_size
         self.repeats = repeats if shuffle else None
         if self.repeats is not None and not (
             np.isfinite(self.repeats).all() and self.repeats.min() >= 0 < self.repeats.sum()
         ):
-            raise ValueError("repeats: they must be finite numbers from 0, not all 0.")
+            raise InputError("repeats: they must be finite numbers from 0, not all 0.")
         self.num_draws = len(groups) if self.repeats is None else max(1, round(float(self.repeats.sum())))
         sizes = _sizes(self.num_draws, batch_size)
         while shuffle and len(sizes) % world_size:

@@ -19,6 +19,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
+from lightning_attn.errors import InputError
+
 Item = TypeVar("Item")
 
 # Lightning cannot tell that these samplers leave nothing out of a prediction and says so each time.
@@ -48,7 +50,7 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
 
     def __init__(self, *, shuffle: bool, seed: int, reshuffle: bool, rank: int, world_size: int) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank: {rank} is not in 0..{world_size - 1}.")
+            raise InputError(f"rank: {rank} is not in 0..{world_size - 1}.")
         self.shuffle = shuffle
         self.seed = seed
         self.reshuffle = reshuffle
@@ -111,12 +113,12 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
             ValueError: If the place is in the middle of an epoch and the plan is no longer the same, or is no place.
         """
         if not self._is_place(state):
-            raise ValueError(f"the checkpoint's place in the data is damaged: {str(state)[:200]}. Use another one.")
+            raise InputError(f"the checkpoint's place in the data is damaged: {str(state)[:200]}. Use another one.")
         if state["consumed"]:
             here = {"world_size": self.world_size} | self.settings
             changed = [f"{name} {state[name]} became {now}" for name, now in here.items() if state[name] != now]
             if changed:
-                raise ValueError(
+                raise InputError(
                     f"the checkpoint stopped after batch {state['consumed']} of epoch {state['epoch']}, but since then "
                     f"{', '.join(changed)}, so the rest of that epoch cannot be told. Resume with the same data, "
                     "settings and number of ranks, resume from a checkpoint of an epoch's end, or start anew from the "
@@ -175,7 +177,7 @@ def rank_and_world_size(module: pl.LightningDataModule) -> tuple[int, int]:
     if trainer is None:
         return 0, 1
     if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-        raise ValueError(
+        raise InputError(
             f"use_distributed_sampler: with {trainer.world_size} ranks the Trainer would replace the batches of "
             f"{type(module).__name__}, which are dealt out to the ranks already. Set use_distributed_sampler to false "
             "(--trainer.use_distributed_sampler false)."

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.sampling.planned_batches import PlannedBatchSampler
+from lightning_attn.errors import InputError
 
 Lengths = npt.NDArray[np.int32]
 
@@ -57,12 +58,12 @@ class TokenBatchSampler(PlannedBatchSampler[int]):
         world_size: int = 1,
     ) -> None:
         if len(source_lengths) != len(target_lengths):
-            raise ValueError(f"source_lengths has {len(source_lengths)} values, target_lengths {len(target_lengths)}.")
+            raise InputError(f"source_lengths has {len(source_lengths)} values, target_lengths {len(target_lengths)}.")
         super().__init__(shuffle=shuffle, seed=seed, reshuffle=reshuffle, rank=rank, world_size=world_size)
         longest = np.maximum(source_lengths, target_lengths)
         if len(longest) and int(longest.max()) > max_tokens:
             index = int(longest.argmax())
-            raise ValueError(
+            raise InputError(
                 f"max_tokens: pair {index} alone has {int(longest[index])} tokens with its end of sentence, more than "
                 f"the {max_tokens} of a batch. Raise max_tokens or leave the pair out."
             )
@@ -140,5 +141,5 @@ def _halve_largest(bounds: npt.NDArray[np.int64], world_size: int) -> npt.NDArra
     sizes = np.diff(bounds)
     index = int(sizes.argmax()) if len(sizes) else 0
     if not len(sizes) or sizes[index] < 2:
-        raise ValueError(f"{int(bounds[-1])} sentences cannot be dealt out to {world_size} ranks; use fewer ranks.")
+        raise InputError(f"{int(bounds[-1])} sentences cannot be dealt out to {world_size} ranks; use fewer ranks.")
     return np.insert(bounds, index + 1, bounds[index] + sizes[index] // 2)

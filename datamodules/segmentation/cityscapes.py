@@ -19,6 +19,7 @@ from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, LabelMap, Segm
 from datamodules.segmentation.datamodule import SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation
 from datamodules.translation.token_cache import user_cache_folder
+from lightning_attn.errors import MissingFileError
 
 __all__ = ["CityscapesDataModule", "CityscapesLabels", "MiniatureSegmentationDataModule", "read_label_ids"]
 
@@ -125,7 +126,7 @@ def _paths(root: Path, split: str, option: str, kind: str, *, with_labels: bool)
             _raise_missing(root, folder, split, option, kind)
     names = _names(image_folder, image_ending)
     if not names:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{option}: {image_folder} holds no image (*/*{image_ending}), but {contents(image_folder)}. "
             f"{_way_out(split, option, kind)}"
         )
@@ -137,7 +138,7 @@ def _paths(root: Path, split: str, option: str, kind: str, *, with_labels: bool)
         ):
             missing = [f"{name}{ending}" for name in sorted(set(there) - set(others))]
             if missing:
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{len(missing):,} of the {len(there):,} {what}. Missing in {other_folder}: {listed(missing, 5)}. "
                     "Copy these there, or take the others out."
                 )
@@ -153,7 +154,7 @@ def _raise_missing(root: Path, folder: Path, split: str, option: str, kind: str)
         what = f"{option}: {folder} is not there; {above} holds {contents(above)}."
     else:
         what = f"root: the folder {root} does not exist."
-    raise FileNotFoundError(f"{what} {_way_out(split, option, kind)}")
+    raise MissingFileError(f"{what} {_way_out(split, option, kind)}")
 
 
 def _way_out(split: str, option: str, kind: str) -> str:

@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from lightning_attn.errors import InputError
+
 __all__ = [
     "CITYSCAPES_CLASSES",
     "HIGHEST_ID",
@@ -109,18 +111,18 @@ class SegmentationClasses:
 
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.ids) == len(self.colours) > 0:
-            raise ValueError(
+            raise InputError(
                 f"classes: {len(self.names)} names, {len(self.ids)} ids and {len(self.colours)} colours; give one of "
                 "each for every class, and at least one class."
             )
         if not all(0 <= number < 1 << 16 for number in self.ids):
-            raise ValueError(f"classes: the ids {list(self.ids)} must be from 0 to 65535.")
+            raise InputError(f"classes: the ids {list(self.ids)} must be from 0 to 65535.")
         if len(self.names) > IGNORED:
-            raise ValueError(f"classes: there are {len(self.names)}, and at most {IGNORED} are supported.")
+            raise InputError(f"classes: there are {len(self.names)}, and at most {IGNORED} are supported.")
         for what, values in (("name", self.names), ("id", self.ids)):
             twice = [value for place, value in enumerate(values) if value in values[:place]]
             if twice:
-                raise ValueError(f"classes: two have the {what} {twice[0]!r}; give each its own.")
+                raise InputError(f"classes: two have the {what} {twice[0]!r}; give each its own.")
 
     @classmethod
     def chosen(cls, names: Sequence[str] = ()) -> "SegmentationClasses":
@@ -135,9 +137,9 @@ class SegmentationClasses:
         known = [one.name for one in CITYSCAPES_CLASSES]
         for place, name in enumerate(names):
             if name not in known:
-                raise ValueError(f"classes: {name!r} is unknown; there are {', '.join(known)}.")
+                raise InputError(f"classes: {name!r} is unknown; there are {', '.join(known)}.")
             if name in names[:place]:
-                raise ValueError(f"classes: {name!r} comes twice; give each class once.")
+                raise InputError(f"classes: {name!r} comes twice; give each class once.")
         found = [one for one in CITYSCAPES_CLASSES if not names or one.name in names]
         return cls(tuple(one.name for one in found), tuple(one.id for one in found), tuple(one.colour for one in found))
 

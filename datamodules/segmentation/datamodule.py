@@ -29,6 +29,7 @@ from datamodules.images.folders import PackedText, listed, predicted_images, pri
 from datamodules.sampling.image_batches import BadImagePolicy, ImageBatch, ImageDataset, SampleRequest
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
 from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
+from lightning_attn.errors import InputError
 
 __all__ = [
     "LabelCensus",
@@ -451,7 +452,7 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         )
         sides = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         if min(sides) < (0 if isinstance(crop_size, int) else 1):
-            raise ValueError(
+            raise InputError(
                 f"crop_size: {crop_size} is too small; give height and width in pixels, or 0 for those of the images "
                 "(--data.crop_size 769)."
             )
@@ -557,7 +558,7 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         where = f"{split}_split: {census.files} files with labels were read in {files.folder}"
         hint = self.encoding_hint(census)
         if census.unknown and any(reader.refuses_unknown for reader in files.readers):
-            raise ValueError(f"{where}, which hold values of no class: {census.described_unknown()}. {hint}")
+            raise InputError(f"{where}, which hold values of no class: {census.described_unknown()}. {hint}")
         name = self.split_names[split]
         if not census.labels[:-1].any():
             empty = (
@@ -567,11 +568,11 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
             if split == "test":  # data sets are given out with empty labels for their tests
                 rank_zero_info(f"{name}: note: {empty}")
                 return
-            raise ValueError(empty)
+            raise InputError(empty)
         if self.likely_mistake(census):  # perhaps only of those that were chosen
             every = LabelCensus.of(files, len(self.classes), range(len(files)), self.on_bad_image)
             if mistake := self.likely_mistake(every):
-                raise ValueError(f"{split}_split: in all {every.files} files with labels in {files.folder}: {mistake}")
+                raise InputError(f"{split}_split: in all {every.files} files with labels in {files.folder}: {mistake}")
         rank_zero_info(f"{name}: pixels of {census.files} files: {census.described(self.classes.names)}")
         absent = [one for one, count in zip(self.classes.names, census.labels.tolist(), strict=False) if not count]
         if absent:

@@ -17,6 +17,7 @@ from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours, value_counts
 from datamodules.segmentation.datamodule import LabelCensus, SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation
+from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["MaskLabels", "MaskValues", "SegmentationFolderDataModule"]
 
@@ -116,7 +117,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             given["test"] = given["val"]
         names = {split: split if folder else "" for split, (folder, _, _) in given.items()}
         if not names["train"]:
-            raise ValueError("train_images: it is empty; give the folder of the training images below root.")
+            raise InputError("train_images: it is empty; give the folder of the training images below root.")
         if given["test"] == given["val"] and names["val"]:
             names["test"] = "val"
         own = _classes(classes, ids, colours)
@@ -135,11 +136,11 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             on_bad_image=on_bad_image,
         )
         if mask_values not in get_args(MaskValues):
-            raise ValueError(f"mask_values: {mask_values!r} is unknown; give {', '.join(get_args(MaskValues))}.")
+            raise InputError(f"mask_values: {mask_values!r} is unknown; give {', '.join(get_args(MaskValues))}.")
         if mask_values == "colours" and not colours:
-            raise ValueError("mask_values: 'colours' needs the colours of the classes (--data.colours).")
+            raise InputError("mask_values: 'colours' needs the colours of the classes (--data.colours).")
         if others not in ("error", "ignore", *own.names):
-            raise ValueError(
+            raise InputError(
                 f"others: {others!r} is neither 'error' nor 'ignore' nor a class; the classes are "
                 f"{listed(own.names, 30)}."
             )
@@ -166,7 +167,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
                 among = self._masks_among(names)
                 names = [name for name in names if name not in among]
             if not names:
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{split}_images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {contents(folder)}."
                 )
             pairs = [(f"{images}/{name}", None) for name in names]
@@ -208,7 +209,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         if not folder.is_dir():
             above = next((parent for parent in folder.parents if parent.is_dir()), None)
             holds = "" if above is None else f"; {above} holds {contents(above)}"
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{option}: {folder} is not a folder{holds}. Give one below root (--data.{option} FOLDER, --data.root "
                 "FOLDER)."
             )
@@ -218,10 +219,10 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         """Image, and mask if it is named, of each line of a list."""
         path = self.root / listing
         if not path.is_file():
-            raise FileNotFoundError(f"{split}_list: {path} is not there. Give a text file (--data.{split}_list FILE).")
+            raise MissingFileError(f"{split}_list: {path} is not there. Give a text file (--data.{split}_list FILE).")
         lines = read_lines(path)
         if not lines:
-            raise ValueError(f"{split}_list: {path} lists no image.")
+            raise InputError(f"{split}_list: {path} lists no image.")
         by_stem: dict[str, str] = {}
         pairs: list[tuple[str, str | None]] = []
         for line in lines:
@@ -233,14 +234,14 @@ class SegmentationFolderDataModule(SegmentationDataModule):
                 by_stem = {_stem(name): name for name in images_below(self._folder(f"{split}_images", images))}
             name = line if line in by_stem.values() else by_stem.get(line) or by_stem.get(_stem(line))
             if name is None:
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{split}_list: {path} lists {line!r}, which is no image of {self.root / images}, and not the "
                     "paths of an image and its mask below root."
                 )
             pairs.append((f"{images}/{name}", None))
         twice = first_repeated([image for image, _ in pairs])
         if twice is not None:
-            raise ValueError(f"{split}_list: {path} lists the image {twice} twice. Remove one.")
+            raise InputError(f"{split}_list: {path} lists the image {twice} twice. Remove one.")
         return pairs
 
     def _masks_among(self, names: Sequence[str]) -> set[str]:
@@ -260,7 +261,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         for stem, same in by_stem.items():
             masks = [name for name in same if name.lower().endswith(".png")]
             if len(same) > 1 and (len(masks) != 1 or len(same) != 2):
-                raise ValueError(
+                raise InputError(
                     f"train_masks: images and masks are in one folder, and which of {listed(same, 5)} is the mask of "
                     f"{stem} cannot be told. Put masks into a folder of their own, or give their names an ending of "
                     "its own (--data.mask_suffix _mask)."
@@ -280,7 +281,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         by_stem: dict[str, str] = {}
         for name in names:
             if _stem(name) in by_stem:
-                raise ValueError(
+                raise InputError(
                     f"{split}_masks: {folder} holds two masks of one name, {by_stem[_stem(name)]} and {name}. Remove "
                     "one."
                 )
@@ -294,7 +295,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             else:
                 found[image] = f"{masks}/{mask}"
         if missing:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{split}_masks: {len(missing):,} of the {len(wanted):,} images have no mask in {folder}, which holds "
                 f"{contents(folder)}. Missing: {listed(missing, 5)}. Copy these there, say what the names of masks end "
                 f"in (--data.mask_suffix _mask), or list the images that have one (--data.{split}_list FILE)."
@@ -472,19 +473,19 @@ def _parts(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 def _classes(names: Sequence[str], ids: Sequence[int], colours: Sequence[Sequence[int]]) -> SegmentationClasses:
     if not names:
-        raise ValueError("classes: there is none; give the names of the classes (--data.classes '[road, sky]').")
+        raise InputError("classes: there is none; give the names of the classes (--data.classes '[road, sky]').")
     for what, values in (("ids", ids), ("colours", colours)):
         if values and len(values) != len(names):
-            raise ValueError(f"{what}: there are {len(values)} for {len(names)} classes; give one for each.")
+            raise InputError(f"{what}: there are {len(values)} for {len(names)} classes; give one for each.")
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool):
-            raise ValueError(f"ids: {number!r} is no whole number; give the numbers of the classes in the masks.")
+            raise InputError(f"ids: {number!r} is no whole number; give the numbers of the classes in the masks.")
     for colour in colours:
         if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
-            raise ValueError(f"colours: {list(colour)} must be red, green and blue from 0 to 255.")
+            raise InputError(f"colours: {list(colour)} must be red, green and blue from 0 to 255.")
     twice = [colour for place, colour in enumerate(colours) if colour in colours[:place]]
     if twice:
-        raise ValueError(f"colours: two classes have {list(twice[0])}; give each its own.")
+        raise InputError(f"colours: two classes have {list(twice[0])}; give each its own.")
     shown = distinct_colours([tuple(map(int, colour)) for colour in colours] or [None] * len(names))  # type: ignore[misc]
     return SegmentationClasses(tuple(names), tuple(ids) or tuple(range(len(names))), shown)
 

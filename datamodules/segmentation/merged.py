@@ -16,6 +16,7 @@ from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours
 from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation
+from lightning_attn.errors import InputError
 
 __all__ = ["MergedSegmentationDataModule", "RenamedLabels"]
 
@@ -163,7 +164,7 @@ def _united(classes: Sequence[SegmentationClasses], rename: dict[str, str]) -> S
     colours = {name: colour for one in reversed(classes) for name, colour in zip(one.names, one.colours, strict=True)}
     unknown = [name for name in rename if name not in colours]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(colours), 90)}."
         )
     names = tuple(

@@ -25,6 +25,7 @@ from datamodules.images.transforms import (
     seed_transforms,
 )
 from datamodules.segmentation.classes import IGNORED, LabelMap
+from lightning_attn.errors import InputError
 
 # So many parts are drawn for one without a dominating class; the last one is taken as it is.
 _MOST_DRAWS = 10
@@ -50,12 +51,12 @@ class SegmentationAugmentation(ImageAugmentation):
         super().__post_init__()
         smallest, largest = self.scales
         if not 0.01 <= smallest <= largest <= 100:
-            raise ValueError(
+            raise InputError(
                 f"augmentation.scales: {list(self.scales)} are not the smallest and the largest factor, both between "
                 "0.01 and 100."
             )
         if not 0 < self.category_max_ratio <= 1:
-            raise ValueError(
+            raise InputError(
                 f"augmentation.category_max_ratio: {self.category_max_ratio} is not a share above 0 and up to 1."
             )
 

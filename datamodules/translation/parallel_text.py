@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from lightning_attn.errors import InputError, MissingFileError
+
 _BLOCK = 1 << 22
 _GZIP, _TABLE = ".gz", ".tsv"
 
@@ -68,17 +70,17 @@ class Cleaning:
 
     def __post_init__(self) -> None:
         if self.min_length < 0:
-            raise ValueError(f"cleaning.min_length: {self.min_length} is negative; give 0 or more words.")
+            raise InputError(f"cleaning.min_length: {self.min_length} is negative; give 0 or more words.")
         if self.max_length < max(self.min_length, 1):
-            raise ValueError(
+            raise InputError(
                 f"cleaning.max_length: {self.max_length} is less than min_length {self.min_length} or 1 and would "
                 "leave no pair; raise it."
             )
         if self.max_ratio < 1:
-            raise ValueError(f"cleaning.max_ratio: {self.max_ratio} would leave no pair; give 1.0 or more.")
+            raise InputError(f"cleaning.max_ratio: {self.max_ratio} would leave no pair; give 1.0 or more.")
         for name in ("max_characters", "max_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"cleaning.{name}: {getattr(self, name)} would leave no pair; give 1 or more.")
+                raise InputError(f"cleaning.{name}: {getattr(self, name)} would leave no pair; give 1 or more.")
 
     def reason(self, source: str, target: str) -> str:
         """Why a pair is left out before it is cut into tokens: the name of a field, or "" when it is kept."""
@@ -145,7 +147,7 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
     """
     layout = f"{{train,valid,test}}.{{{source_language},{target_language}}}"
     if not root.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"root: the folder {root} does not exist. Give the folder that holds {layout} (--data.root FOLDER), or let "
             "WMT14 be fetched into it with --data.download true."
         )
@@ -154,7 +156,7 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
     either = sorted(sides[0].keys() | sides[1].keys() | tables.keys())
     if not either:
         fetched = "; --data.download true fetches WMT14" if {source_language, target_language} == {"en", "de"} else ""
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{root}: {pattern}.{source_language} and {pattern}.{target_language} are missing. The layout is {layout} "
             "in that folder, one sentence a line, or tables such as train.tsv (see docs/translation.md); files of "
             "other languages or names are chosen by --data.source_language, --data.target_language, "
@@ -165,13 +167,13 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
     for name in either:
         if name in tables:
             if name in sides[0] or name in sides[1]:
-                raise ValueError(f"{tables[name]}: {name} is there as a table and as text too. Move one away.")
+                raise InputError(f"{tables[name]}: {name} is there as a table and as text too. Move one away.")
             pairs.append(FilePair(tables[name], tables[name]))
             continue
         for language, mine, other in ((source_language, 0, 1), (target_language, 1, 0)):
             if name not in sides[mine]:
                 option = "source_language" if mine == 0 else "target_language"
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{root / (name + '.' + language)} is missing, but {sides[other][name]} is there. Add the file, "
                     f"or give the ending of the one that is meant (--data.{option}, which is {language!r}); "
                     f"{_endings(root, name)}the layout is {layout}."
@@ -203,7 +205,7 @@ def find_source(root: Path, name: str, language: str) -> FilePair:
         if found:
             path = found[min(found)]
             return FilePair(path, path) if ending == _TABLE else FilePair(path, Path())
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{root / f'{name}.{language}'} is not there. Give the folder that has it (--data.root FOLDER), the name of "
         "the file without its language (--data.test_files NAME), or any text file (--data.predict_file FILE)."
     )
@@ -218,7 +220,7 @@ def _named(root: Path, pattern: str, ending: str) -> dict[str, Path]:
             if path.is_file():
                 name = path.name.removesuffix(full)
                 if name in found:
-                    raise ValueError(f"{found[name]} and {path} are the same file, once compressed. Move one away.")
+                    raise InputError(f"{found[name]} and {path} are the same file, once compressed. Move one away.")
                 found[name] = path
     return found
 
@@ -235,7 +237,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         try:
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is no whole gzip file ({error}). Copy or download it again.") from error
+            raise InputError(f"{path} is no whole gzip file ({error}). Copy or download it again.") from error
 
 
 def summarise(path: Path) -> FileSummary:
@@ -253,7 +255,7 @@ def summarise(path: Path) -> FileSummary:
             lines += block.count(b"\n")
             last = block
     if not last:
-        raise ValueError(f"{path}: the file is empty. Give a file with one sentence a line.")
+        raise InputError(f"{path}: the file is empty. Give a file with one sentence a line.")
     return FileSummary(digest.hexdigest(), lines + (not last.endswith(b"\n")))
 
 
@@ -264,7 +266,7 @@ def check_counts(pair: FilePair, source_lines: int, target_lines: int) -> None:
         ValueError: saying both counts.
     """
     if source_lines != target_lines:
-        raise ValueError(
+        raise InputError(
             f"{pair.source} has {source_lines} lines, but {pair.target} has {target_lines}. Line n of one must be the "
             "translation of line n of the other; a download that broke off, or a tool that splits lines at other "
             "characters than \\n, is the usual cause. Make them the same length."
@@ -286,7 +288,7 @@ def decode_line(line: bytes, path: Path, number: int) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path}, line {number}: not UTF-8 (byte 0x{content[error.start]:02x} at position {error.start + 1} of the "
             f"line). Convert the file, for instance with: iconv -f ISO-8859-1 -t UTF-8 {path.name}"
         ) from error
@@ -314,7 +316,7 @@ def _columns(path: Path, lines: Iterable[bytes], first: int) -> Iterator[tuple[b
     for number, line in enumerate(lines, start=first):
         columns = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
         if len(columns) < 2:
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: there is no tabulator, which parts the source from the target. Correct the "
                 "line, or give two files of text."
             )
@@ -330,7 +332,7 @@ def read_source(pair: FilePair) -> list[str]:
     """
     lines = list(read_lines(pair.source))
     if not lines:
-        raise ValueError(f"{pair.source}: the file is empty. Give a file with one sentence a line.")
+        raise InputError(f"{pair.source}: the file is empty. Give a file with one sentence a line.")
     return [line.partition("\t")[0] for line in lines] if pair.is_table else lines
 
 
@@ -407,7 +409,7 @@ def read_evaluation(pair: FilePair) -> tuple[list[str], list[str]]:
         texts = list(read_lines(pair.source)), list(read_lines(pair.target))
     for path, lines in zip((pair.source, pair.target), texts, strict=True):
         if not lines:
-            raise ValueError(f"{path}: the file is empty. Give a file with one sentence a line.")
+            raise InputError(f"{path}: the file is empty. Give a file with one sentence a line.")
     source, target = texts
     check_counts(pair, len(source), len(target))
     for path, lines in ((pair.source, source), (pair.target, target)):
@@ -415,7 +417,7 @@ def read_evaluation(pair: FilePair) -> tuple[list[str], list[str]]:
             if is_blank(line):
                 where = "both columns" if pair.is_table else f"both {pair.source.name} and {pair.target.name}"
                 what = "column" if pair.is_table else "line"
-                raise ValueError(
+                raise InputError(
                     f"{path}, line {number}: the {what} is empty. Evaluation text is not cleaned, so take "
                     f"line {number} out of {where}, or fill it in."
                 )

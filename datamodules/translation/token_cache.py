@@ -48,6 +48,7 @@ from datamodules.translation.parallel_text import (
     summarise,
 )
 from datamodules.translation.vocabulary import Vocabulary, VocabularyOptions, train_vocabulary
+from lightning_attn.errors import InputError, MissingFileError
 
 _FORMAT = 2
 _UNWRITABLE = (
@@ -111,7 +112,7 @@ class TokenArray:
                 maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         array = cls(np.frombuffer(maps[0], dtype=dtype), np.frombuffer(maps[1], dtype=np.int64))
         if array.offsets[-1] != len(array.ids):
-            raise ValueError(f"{ids} holds {len(array.ids)} ids instead of {array.offsets[-1]}")
+            raise InputError(f"{ids} holds {len(array.ids)} ids instead of {array.offsets[-1]}")
         array._files, array._maps = (ids, offsets, dtype), maps
         return array
 
@@ -168,7 +169,7 @@ class TokenCache:
             ValueError: if it is damaged.
         """
         if not folder.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{folder}: no token cache for these files and settings. Call prepare_data() first, as the Trainer "
                 "does before setup()."
             )
@@ -180,7 +181,7 @@ class TokenCache:
                 for side in ("source", "target")
             )
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{folder}: this token cache is damaged ({error}). Delete the folder to rebuild it."
             ) from error
         return cls(folder, vocabulary, source, target, manifest)
@@ -436,7 +437,7 @@ def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processe
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise InputError(
             f"preparation_processes: one of {processes} processes that cut text into tokens died. Short memory is the "
             "usual cause: use fewer with --data.preparation_processes N."
         ) from error

@@ -11,6 +11,8 @@ from typing import Literal, Self, get_args
 
 import sentencepiece
 
+from lightning_attn.errors import InputError, MissingFileError
+
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 
 Pieces = Literal["bpe", "unigram", "char"]
@@ -43,9 +45,9 @@ class VocabularyOptions:
 
     def __post_init__(self) -> None:
         if self.pieces not in get_args(Pieces):
-            raise ValueError(f"vocabulary_options.pieces: {self.pieces!r} is none of {', '.join(get_args(Pieces))}.")
+            raise InputError(f"vocabulary_options.pieces: {self.pieces!r} is none of {', '.join(get_args(Pieces))}.")
         if not 0 < self.character_coverage <= 1:
-            raise ValueError(
+            raise InputError(
                 f"vocabulary_options.character_coverage: {self.character_coverage} must be above 0 and at most 1."
             )
 
@@ -78,7 +80,7 @@ class Vocabulary:
         try:
             self._processor.LoadFromSerializedProto(self._model)
         except RuntimeError as error:
-            raise ValueError(
+            raise InputError(
                 f"model: these {len(self._model)} bytes are not a sentencepiece model ({error}). Give the content of a "
                 "file made by datamodules.translation.vocabulary.train_vocabulary."
             ) from error
@@ -89,7 +91,7 @@ class Vocabulary:
             self._processor.eos_id(),
         )
         if found != (PAD_ID, UNK_ID, BOS_ID, EOS_ID):
-            raise ValueError(
+            raise InputError(
                 f"model: its ids of pad, unk, bos, eos are {found}, but {(PAD_ID, UNK_ID, BOS_ID, EOS_ID)} are needed. "
                 "Train it with --pad_id=0 --unk_id=1 --bos_id=2 --eos_id=3."
             )
@@ -104,7 +106,7 @@ class Vocabulary:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"vocabulary: {path} is not there. Give a sentencepiece model (*.model) or a checkpoint (*.ckpt)."
             )
         try:
@@ -113,17 +115,17 @@ class Vocabulary:
             import torch
 
             if not zipfile.is_zipfile(path):
-                raise ValueError("it is neither")
+                raise InputError("it is neither")
             # Mapped, not read: a compressed archive is not unpacked.
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[_STORED]
             if stored.dtype != torch.uint8 or stored.ndim != 1 or not stored.is_contiguous():
-                raise ValueError("its vocabulary is no bytes")
+                raise InputError("its vocabulary is no bytes")
             return cls(stored.numpy().tobytes())
         except OSError:
             raise
         except Exception as error:  # of whatever kind of file it is
             kind = "it is no checkpoint of plain values" if isinstance(error, pickle.UnpicklingError) else error
-            raise ValueError(
+            raise InputError(
                 f"vocabulary: {path} holds none ({kind}). Give a sentencepiece model (*.model) whose special ids are "
                 "pad 0, unk 1, bos 2, eos 3, or a checkpoint of a translation (*.ckpt)."
             ) from error
@@ -236,16 +238,16 @@ def train_vocabulary(
             raise failures[0] from None
         message = str(error)
         if match := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
-            raise ValueError(
+            raise InputError(
                 f"vocabulary_size: {size} is more than this text allows; the largest possible is {match[1]}. "
                 f"Lower it with {flag} {match[1]} or less, or give more training text."
             ) from error
         if match := re.search(r"Vocabulary size is smaller than required_chars\. \d+ vs (\d+)", message):
-            raise ValueError(
+            raise InputError(
                 f"vocabulary_size: {size} is less than the {match[1]} ids that the single characters of this text "
                 f"need. Raise it with {flag} {match[1]} or more."
             ) from error
         if "sentences_.empty()" in message or "all_chars_count" in message:
-            raise ValueError("sentences: there is no text to learn a vocabulary from; every line was empty.") from error
+            raise InputError("sentences: there is no text to learn a vocabulary from; every line was empty.") from error
         raise
     return Vocabulary(buffer.getvalue())

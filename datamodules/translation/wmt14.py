@@ -42,6 +42,7 @@ from datamodules.translation.token_cache import (
     user_cache_folder,
 )
 from datamodules.translation.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary, VocabularyOptions
+from lightning_attn.errors import InputError, MissingFileError
 
 logger = logging.getLogger(__name__)
 
@@ -320,14 +321,14 @@ class WMT14DataModule(pl.LightningDataModule):
             ("preparation_processes", preparation_processes, 0),
         ):
             if value < least:
-                raise ValueError(f"{name}: {value} is too small; give {least} or more (--data.{name} {least}).")
+                raise InputError(f"{name}: {value} is too small; give {least} or more (--data.{name} {least}).")
         if source_language == target_language:
-            raise ValueError(
+            raise InputError(
                 f"target_language: {target_language!r} is the source language too; give two different endings, such as "
                 "--data.source_language en --data.target_language de."
             )
         if on_long_line not in get_args(LongLinePolicy):
-            raise ValueError(
+            raise InputError(
                 f"on_long_line: {on_long_line!r} is none of {', '.join(get_args(LongLinePolicy))} "
                 "(--data.on_long_line crop)."
             )
@@ -416,7 +417,7 @@ class WMT14DataModule(pl.LightningDataModule):
         # All that may be wrong with the small files is said before the long work starts.
         needed = self._splits_of(stage) if stage is not None else tuple(filter(self._is_there, ("valid", "test")))
         if "predict" in needed and self.reads_standard_input and trainer is not None and trainer.world_size > 1:
-            raise ValueError(
+            raise InputError(
                 f"predict_file: '-' is the standard input, which {trainer.world_size} processes cannot share; use one "
                 "(--trainer.devices 1), or give a file."
             )
@@ -506,7 +507,7 @@ class WMT14DataModule(pl.LightningDataModule):
         splits = _SPLITS[stage]
         for option, split in (("valid_files", "valid"), ("test_files", "test")):
             if split in splits and not getattr(self, option) and stage != "fit":
-                raise ValueError(f"{option}: there is none, and {stage} needs it (--data.{option} NAME).")
+                raise InputError(f"{option}: there is none, and {stage} needs it (--data.{option} NAME).")
         if stage == "fit" and not self.valid_files:
             if not self._told:
                 rank_zero_info("There is no validation text: best.ckpt is not written, and last.ckpt is the result.")
@@ -564,13 +565,13 @@ class WMT14DataModule(pl.LightningDataModule):
         path = Path(self.predict_file)
         if not path.is_file():
             what = "a folder" if path.is_dir() else "not there"
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"predict_file: {path} is {what}. Give a text file with one sentence a line "
                 '(--data.predict_file FILE), or "" for the source side of the test set.'
             )
         lines = list(read_lines(path))
         if not lines:
-            raise ValueError(f"predict_file: {path} is empty. Give a text file with one sentence a line.")
+            raise InputError(f"predict_file: {path} is empty. Give a text file with one sentence a line.")
         return lines, None
 
     def predicted_text(self) -> str:
@@ -592,13 +593,13 @@ class WMT14DataModule(pl.LightningDataModule):
         if not self.predict_prefixes:
             return []
         if self.reads_standard_input:
-            raise ValueError("predict_prefixes: the standard input has none; give the text as a file (predict_file).")
+            raise InputError("predict_prefixes: the standard input has none; give the text as a file (predict_file).")
         path = Path(self.predict_prefixes)
         if not path.is_file():
-            raise FileNotFoundError(f"predict_prefixes: {path} is not there (--data.predict_prefixes FILE).")
+            raise MissingFileError(f"predict_prefixes: {path} is not there (--data.predict_prefixes FILE).")
         lines = ["" if is_blank(line) else line for line in read_lines(path)]
         if len(lines) != count:
-            raise ValueError(
+            raise InputError(
                 f"predict_prefixes: {path} has {len(lines):,} lines, but the text {count:,}. Give a line for each, "
                 "blank ones where nothing is asked."
             )
@@ -677,7 +678,7 @@ def _check_lengths(what: str, lengths: tuple[Lengths, Lengths], bound: int, way_
     longest = np.maximum(*lengths)
     if len(longest) and longest.max() > bound:
         index = int(longest.argmax())
-        raise ValueError(
+        raise InputError(
             f"{what} {index + first} has {longest[index]:,} tokens with its end of sentence, more than a batch may "
             f"hold ({bound:,}): {way_out}."
         )

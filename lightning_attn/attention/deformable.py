@@ -21,6 +21,7 @@ from lightning_attn.attention.decoding import DeformableConvCache
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
 from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.errors import InputError
 from lightning_attn.validation import (
     check_input,
     check_mask,
@@ -122,7 +123,7 @@ class DeformableConv(nn.Module):
         geometry = _geometry(ndim, kernel_size, stride, dilation, padding, causal)
         _check_algorithm(algorithm, ndim)
         if algorithm == "reference" and (groups, offset_groups) != (1, 1):
-            raise ValueError(
+            raise InputError(
                 f"algorithm='reference' has one group; use another with groups={groups}, offset_groups={offset_groups}."
             )
         self.in_channels, self.out_channels, self.ndim = in_channels, out_channels, ndim
@@ -470,14 +471,14 @@ def _check_groups(in_channels: int, out_channels: int, groups: int, offset_group
     ):
         require_int(name, number)
         if channels % number:
-            raise ValueError(f"{name}={number} must divide the {channels} channels: use one of {divisors(channels)}.")
+            raise InputError(f"{name}={number} must divide the {channels} channels: use one of {divisors(channels)}.")
 
 
 def _check_algorithm(algorithm: str, ndim: int) -> None:
     if algorithm not in get_args(Algorithm):
-        raise ValueError(f"algorithm must be one of {list(get_args(Algorithm))}, got {algorithm!r}.")
+        raise InputError(f"algorithm must be one of {list(get_args(Algorithm))}, got {algorithm!r}.")
     if algorithm == "torchvision" and ndim == 1:
-        raise ValueError("algorithm='torchvision' knows maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
+        raise InputError("algorithm='torchvision' knows maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
 
 
 def _rename_from_mmcv(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

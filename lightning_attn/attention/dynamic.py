@@ -14,6 +14,7 @@ from lightning_attn.attention.decoding import DynamicConvCache
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import is_plain, project, project_map
 from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.errors import InputError
 from lightning_attn.validation import (
     check_input,
     check_mask,
@@ -98,7 +99,7 @@ class DynamicConv(nn.Module):
             require_bool(name, flag)
         require_bool("renorm_padding", renorm_padding)
         if renorm_padding and not weight_softmax:
-            raise ValueError("renorm_padding=True needs weight_softmax=True: what is not normalised cannot be anew.")
+            raise InputError("renorm_padding=True needs weight_softmax=True: what is not normalised cannot be anew.")
         self.dim, self.kernel_size, self.groups, self.ndim = dim, kernel_size, groups, ndim
         self.causal, self.dropout, self.algorithm = causal, dropout, algorithm
         self.weight_softmax, self.renorm_padding = weight_softmax, renorm_padding

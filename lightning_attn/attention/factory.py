@@ -15,6 +15,7 @@ from lightning_attn.attention.deformable import DeformableConv
 from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.attention.spec import AttentionSpec
 from lightning_attn.attention.transformer import TransformerAttention
+from lightning_attn.errors import InputError
 from lightning_attn.validation import require_ndim
 
 Role = Literal["self", "causal", "cross", "head"]
@@ -229,7 +230,7 @@ def build_attention(
     """
     _check_slot(spec, ndim, role)
     if (ndim, role) != (2, "self") and (in_channels, stride, dilation, bias, norm) != (None, 1, 1, False, None):
-        raise ValueError(
+        raise InputError(
             "in_channels, stride, dilation, bias and norm belong to the 3x3 convolution of ndim=2, role='self'; "
             f"leave them out for ndim={ndim}, role={role!r}."
         )
@@ -258,31 +259,31 @@ def build_attention(
 
 def _check_slot(spec: AttentionSpec, ndim: int, role: str) -> None:
     if role not in ("self", "causal", "cross", "head"):
-        raise ValueError(f"role must be 'self', 'causal', 'cross' or 'head', got {role!r}.")
+        raise InputError(f"role must be 'self', 'causal', 'cross' or 'head', got {role!r}.")
     require_ndim(ndim)
     if role == "head" and ndim == 1:
-        raise ValueError("role 'head' is for maps (ndim=2); in a sequence use 'self', 'causal' or 'cross'.")
+        raise InputError("role 'head' is for maps (ndim=2); in a sequence use 'self', 'causal' or 'cross'.")
     if role in ("causal", "cross") and ndim == 2:
-        raise ValueError(
+        raise InputError(
             f"role {role!r} is for sequences (ndim=1): the paper decodes text, and attends to another set of keys only "
             "there. For maps use role 'self' or 'head', or TransformerAttention itself, which takes causal and key."
         )
     if role != "cross":
         return
     if spec.mechanism == "none":
-        raise ValueError(
+        raise InputError(
             "mechanism 'none' in encoder-decoder attention would cut the decoder off from its source; "
             "the paper has no such setting. Use mechanism: transformer."
         )
     if spec.is_custom:
-        raise ValueError(
+        raise InputError(
             f"mechanism {spec.mechanism!r} cannot stand in encoder-decoder attention, whose keys are another "
             "sentence's. Use mechanism: transformer there."
         )
     if spec.mechanism == "dynamic":
-        raise ValueError(_only_among_neighbours(f"mechanism {spec.mechanism!r}", "mechanism: transformer"))
+        raise InputError(_only_among_neighbours(f"mechanism {spec.mechanism!r}", "mechanism: transformer"))
     if spec.convolution != "regular":
-        raise ValueError(_only_among_neighbours(f"convolution {spec.convolution!r}", "convolution: regular"))
+        raise InputError(_only_among_neighbours(f"convolution {spec.convolution!r}", "convolution: regular"))
 
 
 def _only_among_neighbours(what: str, way_out: str) -> str:
@@ -323,21 +324,21 @@ def _custom(spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool) ->
     try:
         made = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"mechanism {spec.mechanism!r} cannot be imported ({error}). Give the path of a class in an installed "
             "package, or in a file of the folder that you start from."
         ) from error
     if not (isinstance(made, type) and issubclass(made, nn.Module)):
-        raise ValueError(f"mechanism {spec.mechanism!r} is no torch.nn.Module class.")
+        raise InputError(f"mechanism {spec.mechanism!r} is no torch.nn.Module class.")
     try:
         attention: nn.Module = made(dim, ndim=ndim, num_heads=spec.num_heads, causal=causal, **spec.options)
     except TypeError as error:
-        raise ValueError(
+        raise InputError(
             f"mechanism {spec.mechanism!r} cannot be made: {error}. It is called with dim, ndim, num_heads, causal, "
             f"and what options has ({', '.join(spec.options) or 'nothing'})."
         ) from error
     if causal and not hasattr(attention, "new_cache"):
-        raise ValueError(
+        raise InputError(
             f"mechanism {spec.mechanism!r} must define new_cache() to stand in a decoder, which asks for one token "
             "at a time; lightning_attn.attention.PrefixCache is one that fits any module."
         )
@@ -345,7 +346,7 @@ def _custom(spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool) ->
     try:
         inspect.signature(attention.forward).bind(None, **keywords)
     except TypeError as error:
-        raise ValueError(
+        raise InputError(
             f"mechanism {spec.mechanism!r} cannot be called: {error}. Its forward takes x, and the keywords "
             f"{' and '.join(keywords)}."
         ) from error
@@ -357,4 +358,4 @@ def _check_output(mechanism: str, module: nn.Module, inputs: tuple[Any, ...], ou
     """A forward hook that refuses outputs of another shape than the input's."""
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if inputs and found != tuple(inputs[0].shape):
-        raise ValueError(f"mechanism {mechanism!r} made {found} of {tuple(inputs[0].shape)}; the shape must be kept.")
+        raise InputError(f"mechanism {mechanism!r} made {found} of {tuple(inputs[0].shape)}; the shape must be kept.")

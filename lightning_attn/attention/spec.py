@@ -5,6 +5,7 @@ import math
 import re
 from typing import Any, Literal, get_args
 
+from lightning_attn.errors import InputError
 from lightning_attn.validation import is_number, require_dropout, require_int, require_odd, require_window
 
 MECHANISMS = ("transformer", "dynamic", "none")
@@ -69,38 +70,38 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         if self.mechanism not in MECHANISMS and not self.is_custom:
-            raise ValueError(
+            raise InputError(
                 f"mechanism must be one of {list(MECHANISMS)}, or the import path of a class such as "
                 f"'my_module.MyAttention', got {self.mechanism!r}."
             )
         if self.options and not self.is_custom:
-            raise ValueError(
+            raise InputError(
                 f"options={self.options} are for a mechanism of your own; mechanism={self.mechanism!r} has the other "
                 "fields."
             )
         parse_terms(self.terms)
         require_int("num_heads", self.num_heads)
         if self.convolution not in get_args(Convolution):
-            raise ValueError(f"convolution must be one of {list(get_args(Convolution))}, got {self.convolution!r}.")
+            raise InputError(f"convolution must be one of {list(get_args(Convolution))}, got {self.convolution!r}.")
         if self.window is not None:
             require_window(self.window)
             if not isinstance(self.window, int):  # YAML and JSON have lists
                 object.__setattr__(self, "window", tuple(self.window))
             if self.mechanism == "dynamic":
-                raise ValueError(
+                raise InputError(
                     f"window={self.window} is for mechanism: transformer. "
                     "The range of a dynamic convolution is its kernel_size: set that, and window: null."
                 )
         require_int("kv_stride", self.kv_stride)
         if not (is_number(self.scale) and math.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale must be a positive finite number, got {self.scale!r}; the paper's value is 1.0.")
+            raise InputError(f"scale must be a positive finite number, got {self.scale!r}; the paper's value is 1.0.")
         require_dropout(self.dropout)
         require_int("groups", self.groups)
         require_odd("kernel_size", self.kernel_size)
         if self.algorithm not in get_args(AlgorithmName):
-            raise ValueError(f"algorithm must be one of {list(get_args(AlgorithmName))}, got {self.algorithm!r}.")
+            raise InputError(f"algorithm must be one of {list(get_args(AlgorithmName))}, got {self.algorithm!r}.")
         if self.mechanism == "dynamic" and self.algorithm != "auto":
-            raise ValueError(
+            raise InputError(
                 f"algorithm={self.algorithm!r} is for mechanism: transformer. A dynamic convolution of a spec is "
                 "always computed the fastest way: set algorithm: auto."
             )
@@ -123,16 +124,16 @@ def parse_terms(terms: str) -> tuple[bool, bool, bool, bool]:
         ValueError: If `terms` is not four of the characters 0 and 1, is a number, or switches everything off.
     """
     if not isinstance(terms, str):
-        raise ValueError(
+        raise InputError(
             f"terms must be a string of four bits such as '0110', got the {type(terms).__name__} {terms!r}. "
             "Quote it: YAML reads an unquoted 0010 as the number 8 and 1111 as an integer."
         )
     if len(terms) != len(TERM_NAMES) or set(terms) - set("01"):
-        raise ValueError(
+        raise InputError(
             f"terms must be four bits, one each for {', '.join(TERM_NAMES)}, such as '0110'; got {terms!r}."
         )
     if terms == "0000":
-        raise ValueError(
+        raise InputError(
             "terms '0000' leaves no energy to attend with. "
             'For no attention at all ("w/o" in the paper) set mechanism: none.'
         )

@@ -16,6 +16,7 @@ from lightning_attn.attention.positions import computation_dtype, relative_encod
 from lightning_attn.attention.projections import has_only_weight, is_plain, project, project_map, without_autocast
 from lightning_attn.attention.spec import TERM_NAMES, AlgorithmName, AttentionSpec, parse_terms
 from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.errors import InputError
 from lightning_attn.validation import (
     check_input,
     check_mask,
@@ -95,9 +96,9 @@ class TransformerAttention(nn.Module):
         require_ndim(ndim)
         require_bool("causal", causal)
         if isinstance(spec.window, tuple) and ndim == 1:
-            raise ValueError(f"window={window!r} is for maps; for sentences (ndim=1) give one odd number.")
+            raise InputError(f"window={window!r} is for maps; for sentences (ndim=1) give one odd number.")
         if dim % num_heads:
-            raise ValueError(
+            raise InputError(
                 f"dim={dim} cannot be divided among num_heads={num_heads}: use a number of heads in {divisors(dim)}, "
                 f"or a width that is a multiple of {num_heads}."
             )
@@ -107,7 +108,7 @@ class TransformerAttention(nn.Module):
 
         e1, e2, e3, e4 = parse_terms(terms)
         if (e2 or e4) and dim % (2 * ndim):
-            raise ValueError(
+            raise InputError(
                 f"dim={dim} cannot hold sine and cosine of {ndim} axis/axes: E2 and E4 need a multiple of {2 * ndim}."
             )
 

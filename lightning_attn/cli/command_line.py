@@ -21,6 +21,7 @@ from lightning_attn.cli.launching import observe_ranks, settle_collectives, watc
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
+from lightning_attn.errors import MissingFileError
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training import run_directory
 from lightning_attn.training.callbacks import (
@@ -195,7 +196,7 @@ class CommandLine(LightningCLI):
         root, task, name = Path(run.root).absolute(), self.model.task_name, self._run_name(run)
         found = run_directory.newest(root, task, name, file)
         if found is None and (checkpoint != "auto" or self.subcommand != "fit"):
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"ckpt_path: {checkpoint!r} means the newest {file} in {root / task / name}, {name}-2 and so on, and "
                 "there is none. Give the run's name (--run.name NAME, --run.root FOLDER) or the path of a checkpoint; "
                 "'auto' begins a new run where there is nothing to go on from."

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_attn.errors import InputError, MissingFileError
 from lightning_attn.io import write_figure, write_table
 from lightning_attn.training.contents import require_plain
 from lightning_attn.training.run_directory import require_own_entries
@@ -51,14 +52,14 @@ class RunRecord:
             ValueError: If a file in it cannot be read.
         """
         if not path.is_dir():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"compare: {path} is no run directory. Give some, such as checkpoints/<task>/<name>."
             )
         require_own_entries(path)
         # The newest of config_fit.yaml, config_fit-2.yaml and so on is that of the training as it went on last.
         configurations = sorted(path.glob("config_fit*.yaml"), key=lambda one: one.stat().st_mtime_ns)
         if not configurations:
-            raise FileNotFoundError(f"compare: {path} holds no config_fit.yaml: nothing was trained in it.")
+            raise MissingFileError(f"compare: {path} holds no config_fit.yaml: nothing was trained in it.")
         with _named(configurations[-1]):
             configuration = _flat(_mapping(yaml.safe_load(configurations[-1].read_text(encoding="utf-8"))))
         tests = sorted(path.glob("test_metrics*.json"), key=lambda one: one.stat().st_mtime_ns)
@@ -176,7 +177,7 @@ def compare_runs(paths: Sequence[str | Path]) -> Comparison:
         ValueError: If there are fewer than two.
     """
     if len(paths) < 2:
-        raise ValueError(f"compare: {len(paths)} run has nothing to be compared with; give two or more.")
+        raise InputError(f"compare: {len(paths)} run has nothing to be compared with; give two or more.")
     runs = tuple(RunRecord.read(Path(path)) for path in paths)
     names = [run.path.name for run in runs]
     if len(set(names)) < len(names):
@@ -190,7 +191,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError, OverflowError, csv.Error) as error:
-        raise ValueError(f"compare: {path} cannot be read ({' '.join(str(error).split())}).") from error
+        raise InputError(f"compare: {path} cannot be read ({' '.join(str(error).split())}).") from error
 
 
 def _mapping(content: Any) -> dict[str, Any]:
@@ -207,7 +208,7 @@ def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if name is None:
-                        raise ValueError("a line has more values than there are names")
+                        raise InputError("a line has more values than there are names")
                     if value and name not in ("step", "epoch") and not name.startswith("lr-"):
                         curves.setdefault(name, []).append((int(float(row["step"])), float(value)))
     return curves

@@ -5,11 +5,13 @@ from typing import Any, NoReturn
 from jsonargparse import set_parsing_settings
 from pytorch_lightning.cli import LightningArgumentParser
 
+from lightning_attn.errors import InputError
+
 # A field that takes any value, such as `options` of an attention, takes data: no object is made of a class_path in it.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
 
 
-class ConfigurationError(ValueError):
+class ConfigurationError(InputError):
     """Options that cannot be parsed; the message is fit to be shown."""
 
 

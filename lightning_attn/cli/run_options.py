@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Literal
 
+from lightning_attn.errors import InputError
 from lightning_attn.training.checkpoints import Weights
 
 _LONGEST_NAME = 200  # bytes; a number may come behind it
@@ -43,11 +44,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.name in (".", "..") or re.search(r"[/\\\0\ud800-\udfff]", self.name):
-            raise ValueError(f"run.name must be the name of a folder, not a path, got {self.name!a}.")
+            raise InputError(f"run.name must be the name of a folder, not a path, got {self.name!a}.")
         size = len(self.name.encode())
         if size > _LONGEST_NAME:
-            raise ValueError(f"run.name has {size} bytes, and {_LONGEST_NAME} are possible: give a shorter one.")
+            raise InputError(f"run.name has {size} bytes, and {_LONGEST_NAME} are possible: give a shorter one.")
         if self.save_top_k < 1:
-            raise ValueError(f"run.save_top_k must be at least 1, got {self.save_top_k}.")
+            raise InputError(f"run.save_top_k must be at least 1, got {self.save_top_k}.")
         if self.checkpoint_every_n_steps < 0:
-            raise ValueError(f"run.checkpoint_every_n_steps must be at least 0, got {self.checkpoint_every_n_steps}.")
+            raise InputError(f"run.checkpoint_every_n_steps must be at least 0, got {self.checkpoint_every_n_steps}.")

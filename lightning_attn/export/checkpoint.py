@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.export.graph import SUFFIXES, Program, write_program
 from lightning_attn.io import unused_path, write_json, written_together
 from lightning_attn.tasks.base import BaseTask
@@ -58,7 +59,7 @@ def export_checkpoint(
         ImportError: If ONNX's packages are missing.
     """
     if format == "safetensors" and size is not None:
-        raise ValueError("size: weights have none; it goes with the formats program and onnx. Leave it out.")
+        raise InputError("size: weights have none; it goes with the formats program and onnx. Leave it out.")
     checkpoint = read_checkpoint(path)
     stored_task(checkpoint, path)
     choose_weights(checkpoint, weights, path)
@@ -72,7 +73,7 @@ def export_checkpoint(
         written += [*programs, folder / "programs.json"]
     for one in written:
         if one.exists():
-            raise FileExistsError(f"output: {one} is there already, and nothing is overwritten. Give another folder.")
+            raise ExistingFileError(f"output: {one} is there already, and nothing is overwritten. Give another folder.")
     descriptions = {}
     with written_together(folder) as scratch:
         for target, program in programs.items():

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_attn.errors import InputError, MissingPackageError
 from lightning_attn.io import write_file
 
 ProgramFormat = Literal["program", "onnx"]
@@ -81,7 +82,7 @@ def write_program(program: Program, path: Path, kind: ProgramFormat) -> float:
         difference = _difference(_outputs(run(*examples)), wanted, program.ordered)
     if difference is None or not difference <= _LARGEST_DIFFERENCE:
         found = "outputs of other sizes" if difference is None else f"outputs that differ by {difference:.3g}"
-        raise ValueError(f"{path.name}: the exported program has {found} than the network's. It was not written.")
+        raise InputError(f"{path.name}: the exported program has {found} than the network's. It was not written.")
     write_file(path, lambda file: file.write(contents))
     return difference
 
@@ -94,7 +95,7 @@ def _export(program: Program, name: str) -> torch.export.ExportedProgram:
         return torch.export.export(program.module, tuple(program.inputs.values()), dynamic_shapes=free, strict=False)
     except Exception as error:
         # Whatever torch raises here says that it cannot follow the network.
-        raise ValueError(
+        raise InputError(
             f"{name}: torch.export has no program for this network: {_first_line(error)} The weights alone can be "
             "exported (--format safetensors)."
         ) from error
@@ -108,7 +109,7 @@ def _as_onnx(
         import onnxruntime  # an optional dependency
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"ONNX needs packages that are not installed ({error}). pip install 'lightning-attn[onnx]'"
         ) from error
     try:
@@ -125,7 +126,7 @@ def _as_onnx(
         options.log_severity_level = 3  # errors; it also has remarks on what the exporter left behind
         session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"{name}: ONNX has no program for this network: {_first_line(error)} torch.export may have one "
             "(--format program)."
         ) from error

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
+from lightning_attn.errors import InputError
 from lightning_attn.metrics.gather import add_record, gather_by_id
 
 # COCO's twelve numbers in the order of its evaluator's `stats`.
@@ -187,7 +188,7 @@ class CocoDetectionMetrics:
         """
         gathered = gather_by_id(self._detections)
         if not gathered:
-            raise ValueError(
+            raise InputError(
                 f"there is no image of the split {self.split!r} to score: it is empty, or "
                 f"trainer.limit_{self.split}_batches is 0."
             )

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_attn.errors import InputError
 from lightning_attn.metrics.gather import add_record, gather_by_id
 
 Confusion = npt.NDArray[np.int64]
@@ -92,7 +93,7 @@ class SegmentationMetrics:
         """
         gathered = gather_by_id(self._confusions, same=_true_pixels)
         if not gathered:
-            raise ValueError(
+            raise InputError(
                 "there is no segmented image to score: the split is empty, or trainer.limit_val_batches (in a test, "
                 "trainer.limit_test_batches) is 0."
             )

@@ -9,6 +9,7 @@ from typing import TypedDict
 from sacrebleu import BLEU, CHRF
 from torch import Tensor
 
+from lightning_attn.errors import InputError
 from lightning_attn.metrics.gather import add_record, gather_by_id
 
 
@@ -41,9 +42,9 @@ class TranslationScoring:
 
     def __post_init__(self) -> None:
         if self.tokenize not in BLEU.TOKENIZERS:
-            raise ValueError(f"scoring.tokenize: {self.tokenize!r} is none of {', '.join(BLEU.TOKENIZERS)}.")
+            raise InputError(f"scoring.tokenize: {self.tokenize!r} is none of {', '.join(BLEU.TOKENIZERS)}.")
         if self.word_order < 0:
-            raise ValueError(f"scoring.word_order: {self.word_order} is negative; 0 is chrF, 2 is chrF++.")
+            raise InputError(f"scoring.word_order: {self.word_order} is negative; 0 is chrF, 2 is chrF++.")
 
     def bleu(self) -> BLEU:
         """The scorer.
@@ -54,7 +55,7 @@ class TranslationScoring:
         try:
             return BLEU(tokenize=self.tokenize, lowercase=self.lowercase)
         except (RuntimeError, ImportError, OSError) as error:
-            raise ValueError(
+            raise InputError(
                 f"scoring.tokenize: {self.tokenize!r} cannot be used: {error}. Those of flores fetch a model from the "
                 "network once; 13a, intl, zh and char need nothing."
             ) from error
@@ -118,7 +119,7 @@ class CorpusTranslationMetrics:
         """
         pairs = gather_by_id(self._pairs, same=itemgetter(1))
         if not pairs:
-            raise ValueError(_nothing("sentence", self.split))
+            raise InputError(_nothing("sentence", self.split))
         hypotheses = [hypothesis for hypothesis, _ in pairs.values()]
         references = [reference for _, reference in pairs.values()]
         bleu, chrf = self._bleu, self._chrf
@@ -189,7 +190,7 @@ class WeightedMean:
         terms = gather_by_id(self._terms, same=itemgetter(1)).values()
         count = sum(count for _, count in terms)
         if count == 0:
-            raise ValueError(_nothing("element", self.split))
+            raise InputError(_nothing("element", self.split))
         return math.fsum(total for total, _ in terms) / count
 
     def reset(self) -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_attn.attention.factory import build_attention
 from lightning_attn.attention.flops import paper_count
 from lightning_attn.attention.spec import AttentionSpec
+from lightning_attn.errors import InputError
 
 _aten, _torchvision = torch.ops.aten, torch.ops.torchvision
 
@@ -94,7 +95,7 @@ def _run_backward(module: Callable[..., Any], output: Any) -> None:
     # A view, since the hooks that tell the module do not see a backward pass that begins at its very output.
     outputs = [x.view_as(x) for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
     if not outputs:
-        raise ValueError(
+        raise InputError(
             "backward=True, but no output requires a gradient: "
             "give the parameters or an argument requires_grad=True, or leave backward out."
         )

@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.export.graph import Program
 from lightning_attn.metrics import WeightedMean
 from lightning_attn.tasks.sample_means import SampleMeans
@@ -127,7 +128,7 @@ class BaseTask(pl.LightningModule):
                 "fit": "and return the loss",
                 "predict": "and keep or write what it finds",
             }.get(stage, "and call self.log_samples(name, ids, values)")
-            raise NotImplementedError(
+            raise MissingMethodError(
                 f"{cls.__name__} must define {needed[stage]}(self, batch, batch_idx), {returned}, for {stage!r}."
             )
 
@@ -155,7 +156,7 @@ class BaseTask(pl.LightningModule):
         """Samples of one optimizer step, over all ranks and accumulated batches."""
         batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
         if not isinstance(batch_size, int):
-            raise ValueError(
+            raise InputError(
                 f"optimizer.base_batch_size={self.optimizer.base_batch_size} scales the learning rate with the batch, "
                 "but the data module has no batch_size (token batches have none). Set optimizer.base_batch_size to 0."
             )
@@ -252,7 +253,7 @@ class BaseTask(pl.LightningModule):
         choose_weights(checkpoint, weights, path)
         task.build_from_checkpoint(checkpoint)
         if not task.state_dict() and checkpoint["state_dict"]:
-            raise NotImplementedError(
+            raise MissingMethodError(
                 f"{stored_class.__name__} must define build_from_checkpoint(self, checkpoint) for load, and build "
                 "its network there, or build it in the constructor."
             )
@@ -301,7 +302,7 @@ class BaseTask(pl.LightningModule):
 
     def predict(self, inputs: Any) -> list[Any]:
         """What the network makes of some inputs, as plain values, one for each; for a task from `load`."""
-        raise NotImplementedError(f"{type(self).__name__} must define predict to be used without a Trainer.")
+        raise MissingMethodError(f"{type(self).__name__} must define predict to be used without a Trainer.")
 
     def interrupted_note(self) -> str:
         """What is said of an evaluation that is broken off: what is done, where it is, and how to go on."""
@@ -363,7 +364,7 @@ class BaseTask(pl.LightningModule):
         Args:
             size: Height and width of images in pixels, for tasks that look at images.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define programs to be exported as one.")
+        raise MissingMethodError(f"{type(self).__name__} must define programs to be exported as one.")
 
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from what the checkpoint holds, unless the constructor does; before weights are loaded."""
@@ -471,11 +472,11 @@ def plain_value(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain_value(f"{name}[{key!r}]", item) for key, item in value.items()}
     if hasattr(value, "class_path"):
-        raise TypeError(
+        raise InputError(
             f"Argument {name!r} of a task is a description of an object ({value.class_path}), and no object is made of "
             "one there. Use plain values."
         )
-    raise TypeError(
+    raise InputError(
         f"Argument {name!r} of a task is a {type(value).__name__}, which a checkpoint cannot hold safely. "
         "Use plain values or a dataclass of plain values."
     )

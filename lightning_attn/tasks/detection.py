@@ -16,6 +16,7 @@ from datamodules.images.files import ExifPolicy, ImageArray, ImageError, channel
 from datamodules.images.folders import unique_stems
 from datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.errors import InputError
 from lightning_attn.export.graph import Program
 from lightning_attn.io import unused_path, write_json
 from lightning_attn.metrics.detection import (
@@ -84,7 +85,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
     ) -> None:
         super().__init__(attention, backbone, optimizer, schedule, num_pictures)
         if not 0 <= picture_score <= 1:
-            raise ValueError(f"picture_score must be between 0 and 1, got {picture_score}.")
+            raise InputError(f"picture_score must be between 0 and 1, got {picture_score}.")
         self.detector = detector
         self.picture_score = picture_score
         self.inference = inference

@@ -20,6 +20,7 @@ from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
 from datamodules.images.folders import listed
 from datamodules.sampling.image_batches import BadImage, ImageBatch
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.io import unused_path, write_json, write_table
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.images.backbone import ResNetSpec
@@ -87,7 +88,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     ) -> None:
         super().__init__(optimizer, schedule)
         if num_pictures < 0:
-            raise ValueError(f"num_pictures must be at least 0, got {num_pictures}.")
+            raise InputError(f"num_pictures must be at least 0, got {num_pictures}.")
         self.attention, self.backbone = attention, backbone
         self.num_pictures = num_pictures
         self.classes: ClassesType | None = None
@@ -98,7 +99,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> NetworkType:
         """The network for a number of classes; `backbone` is the task's own, or the same without pretrained weights."""
-        raise NotImplementedError(f"{type(self).__name__} must define build_network.")
+        raise MissingMethodError(f"{type(self).__name__} must define build_network.")
 
     def check_sizes(self, num_classes: int = 1) -> None:
         """Builds the network without numbers, for a subclass to call as soon as it knows its parts.
@@ -126,7 +127,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         classes = getattr(datamodule, self.classes_key)
         if classes is None:
             if not self.checkpoint_path:
-                raise ValueError(
+                raise InputError(
                     f"The data has no annotations, which name {self.classes_key}. Give a checkpoint, which has them "
                     "(--ckpt_path FILE)."
                 )
@@ -138,7 +139,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             return
         for part in self._arguments:
             if getattr(getattr(self, part, None), "norm", None) == "sync":
-                raise ValueError(
+                raise InputError(
                     f"{part}.norm='sync' shares statistics between GPUs, and this run has none. "
                     f"Use batch or group (--model.{part}.norm batch)."
                 )
@@ -269,19 +270,19 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     def start_scoring(self, split: str) -> None:
         """Makes the metrics of a pass over "val" or "test"."""
-        raise NotImplementedError(f"{type(self).__name__} must define start_scoring.")
+        raise MissingMethodError(f"{type(self).__name__} must define start_scoring.")
 
     def score(self, batch: Any) -> None:
         """Runs the network on a batch, and hands what it found to the metrics and to `keep_picture`."""
-        raise NotImplementedError(f"{type(self).__name__} must define score.")
+        raise MissingMethodError(f"{type(self).__name__} must define score.")
 
     def log_scores(self, stage: str) -> dict[str, Any]:
         """Logs the scores of the pass under `stage/`, the same on every rank; returns them as JSON can hold them."""
-        raise NotImplementedError(f"{type(self).__name__} must define log_scores.")
+        raise MissingMethodError(f"{type(self).__name__} must define log_scores.")
 
     def write_scores(self, results: dict[str, Any]) -> None:
         """Writes and prints what `log_scores` returned of a test; on rank 0."""
-        raise NotImplementedError(f"{type(self).__name__} must define write_scores.")
+        raise MissingMethodError(f"{type(self).__name__} must define write_scores.")
 
     def on_validation_epoch_start(self) -> None:
         """Forgets the images of an earlier pass."""
@@ -360,7 +361,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             size = int(self.preprocessing["min_size"]), int(self.preprocessing["max_size"])
         if size is None or min(size) < 1:
             given = "none was given" if size is None else f"got {size[0]} {size[1]}"
-            raise ValueError(
+            raise InputError(
                 f"size: a program is for images of one size, and {given}. Give height and width in pixels "
                 "(--size 512 1024)."
             )
@@ -385,7 +386,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         if isinstance(inputs, str | Path | Image.Image):
             raise TypeError("predict takes several images: give a list, [image] for one.")
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}.")
         found: list[Any] = []
         with evaluating(self):
             for begin in range(0, len(inputs), batch_size):
@@ -400,7 +401,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     def predict_images(self, images: list[ImageArray]) -> list[Any]:
         """What is in images `[H, W, 3]` as they were taken; `predict` calls it, in evaluation mode."""
-        raise NotImplementedError(f"{type(self).__name__} must define predict_images.")
+        raise MissingMethodError(f"{type(self).__name__} must define predict_images.")
 
     # Pictures
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from datamodules.translation.vocabulary import Vocabulary
 from datamodules.translation.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.errors import InputError
 from lightning_attn.export.graph import Program
 from lightning_attn.io import unused_path, write_file, write_json, write_text
 from lightning_attn.metrics.gather import gather_by_id
@@ -84,9 +85,9 @@ class TranslationTask(TokenMeanTask):
     ) -> None:
         super().__init__(optimizer, schedule)
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
+            raise InputError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
         if validation_beam_size < 0 or num_examples < 0:
-            raise ValueError("validation_beam_size and num_examples must be at least 0.")
+            raise InputError("validation_beam_size and num_examples must be at least 0.")
         self.network_arguments: dict[str, Any] = {
             "self_attention": self_attention,
             "cross_attention": cross_attention,
@@ -185,7 +186,7 @@ class TranslationTask(TokenMeanTask):
             ValueError: If `size` is given, which is of images.
         """
         if size is not None:
-            raise ValueError("size: it is of images; a translation's programs are for all lengths. Leave it out.")
+            raise InputError("size: it is of images; a translation's programs are for all lengths. Leave it out.")
         network = self.built_network
         generator = torch.Generator().manual_seed(0)
         source, target = (
@@ -345,7 +346,7 @@ class TranslationTask(TokenMeanTask):
         resume = skip_done and bool(begun)
         if skip_done and there and not begun:
             differing = " and ".join(differing_origin(there[-1], origin))
-            raise ValueError(
+            raise InputError(
                 f"skip_done: {there[-1]} holds a prediction that was broken off, of another {differing}. Give the same "
                 "text, checkpoint and decoding to go on with it, or take --data.skip_done away to translate all."
             )
@@ -435,12 +436,12 @@ class TranslationTask(TokenMeanTask):
         if isinstance(inputs, str):
             raise TypeError("predict takes several sentences: give a list, [text] for one.")
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}.")
         strange = [one for one in [*inputs, *prefixes] if not isinstance(one, str)]
         if strange:
             raise TypeError(f"predict takes sentences as text, got {type(strange[0]).__name__} ({strange[0]!r}).")
         if prefixes and len(prefixes) != len(inputs):
-            raise ValueError(f"prefixes must be one for each of the {len(inputs)} sentences, got {len(prefixes)}.")
+            raise InputError(f"prefixes must be one for each of the {len(inputs)} sentences, got {len(prefixes)}.")
         if not inputs:
             return []
         dataset = TranslationDataset.from_text(self.vocabulary, list(inputs))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.io import unused_path, written_together
 from lightning_attn.training.callbacks import RUN_KEY
 from lightning_attn.training.checkpoints import (
@@ -44,10 +45,10 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
         FileNotFoundError: If a checkpoint is not there.
     """
     if len(paths) < 2:
-        raise ValueError(f"average: {len(paths)} checkpoint is no number to average over; give two or more.")
+        raise InputError(f"average: {len(paths)} checkpoint is no number to average over; give two or more.")
     path = unused_path(Path(paths[0]).parent / "average.ckpt") if output is None else Path(output)
     if path.exists():
-        raise FileExistsError(f"output: {path} is there already, and nothing is overwritten. Give another name.")
+        raise ExistingFileError(f"output: {path} is there already, and nothing is overwritten. Give another name.")
     sums: dict[str, Tensor] = {}
     first: dict[str, Any] = {}
     for number, one in enumerate(paths):

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_attn.archives import ArchiveError, read_archive
+from lightning_attn.errors import InputError, MissingFileError
 from lightning_attn.io import write_file, write_json
 from lightning_attn.networks.weights.torchvision import COUNTER, names_added_by_attention
 from lightning_attn.training.callback_states import placed_in, relative_to
@@ -37,7 +38,7 @@ SAFETENSORS = ".safetensors"
 _WEIGHTS = "state_dict/"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be used; the message says why and what to do."""
 
 
@@ -52,13 +53,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         inside = ", ".join(sorted(one.name for one in path.glob("*.ckpt"))) or "no checkpoint"
-        raise FileNotFoundError(f"{path} is a folder, and holds {inside}. Give a file.")
+        raise MissingFileError(f"{path} is a folder, and holds {inside}. Give a file.")
     if not path.is_file():
         others = sorted(one.name for one in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         folder = "the current folder" if path.parent == Path() else str(path.parent)
         there = f"{folder} holds {', '.join(others)}" if others else f"{folder} holds none"
         why = "; best.ckpt is there after a validation" if path.name == "best.ckpt" and others else ""
-        raise FileNotFoundError(f"There is no checkpoint at {path}; {there}{why}.")
+        raise MissingFileError(f"There is no checkpoint at {path}; {there}{why}.")
     checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_archive(path)
     try:
         require_contents(checkpoint)
@@ -120,7 +121,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     """What `write_safetensors` wrote."""
     described = path.with_suffix(".json")
     if not described.is_file():
-        raise FileNotFoundError(f"{described} is not there, which says what the weights in {path} belong to.")
+        raise MissingFileError(f"{described} is not there, which says what the weights in {path} belong to.")
     try:
         tensors = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
@@ -184,7 +185,7 @@ def choose_weights(checkpoint: dict[str, Any], weights: Weights, path: str | Pat
         ValueError: If `weights` is neither.
     """
     if weights not in get_args(Weights):
-        raise ValueError(f"weights must be 'averaged' or 'current', got {weights!r}.")
+        raise InputError(f"weights must be 'averaged' or 'current', got {weights!r}.")
     if weights == "averaged":
         return
     if "current_model_state" not in checkpoint:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_attn.errors import InputError
+
 __all__ = ["ContentsError", "require_contents", "require_optimizer_state", "require_plain", "require_same_structure"]
 
 _MOST_VALUES = 100_000
@@ -23,7 +25,7 @@ _LIKE_PARAMETER = (
 )
 
 
-class ContentsError(ValueError):
+class ContentsError(InputError):
     """Something of a checkpoint is not what belongs there; the message goes on after the file's name."""
 
 

@@ -12,6 +12,7 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
+from lightning_attn.errors import InputError
 from lightning_attn.io import naming, sync, write_file
 
 
@@ -96,9 +97,9 @@ class _Writer(ExperimentWriter):
             lines = csv.DictReader(whole.splitlines())
             kept = [row for row in itertools.islice(lines, number) if int(row["step"]) < first_step]
             if any(None in row or None in row.values() for row in kept):
-                raise ValueError("a line has not as many values as there are names")
+                raise InputError("a line has not as many values as there are names")
         except (ValueError, KeyError, TypeError, csv.Error) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path} is damaged ({type(error).__name__}: {error}), and the training would go on in it. Move it "
                 "away: a new one is begun."
             ) from error

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import ParamsT
 
 from lightning_attn.attention import offset_parameters
+from lightning_attn.errors import InputError
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "inverse_sqrt", "cosine", "multistep", "poly"]
@@ -50,16 +51,16 @@ class OptimizerSpec:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(OptimizerName):
-            raise ValueError(f"optimizer name must be one of {list(get_args(OptimizerName))}, got {self.name!r}.")
+            raise InputError(f"optimizer name must be one of {list(get_args(OptimizerName))}, got {self.name!r}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be a positive finite number, got {self.learning_rate!r}.")
+            raise InputError(f"learning_rate must be a positive finite number, got {self.learning_rate!r}.")
         if not (math.isfinite(self.offset_lr_factor) and self.offset_lr_factor > 0):
-            raise ValueError(
+            raise InputError(
                 f"offset_lr_factor must be a positive finite number, got {self.offset_lr_factor!r}; "
                 "the paper's value is 0.1, and 1.0 trains offsets like all other parameters."
             )
         if self.base_batch_size < 0:
-            raise ValueError(
+            raise InputError(
                 f"base_batch_size must be at least 0, got {self.base_batch_size}: the global batch that learning_rate "
                 "is meant for, or 0 for no scaling."
             )
@@ -76,7 +77,7 @@ class OptimizerSpec:
             ValueError: If it is below 1.
         """
         if global_batch_size < 1:
-            raise ValueError(f"global_batch_size must be at least 1, got {global_batch_size}.")
+            raise InputError(f"global_batch_size must be at least 1, got {global_batch_size}.")
         if not self.base_batch_size:
             return self
         rate = self.learning_rate * global_batch_size / self.base_batch_size
@@ -166,23 +167,23 @@ class ScheduleSpec:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(ScheduleName):
-            raise ValueError(f"schedule name must be one of {list(get_args(ScheduleName))}, got {self.name!r}.")
+            raise InputError(f"schedule name must be one of {list(get_args(ScheduleName))}, got {self.name!r}.")
         if self.warmup_steps < 0 or (self.name == "inverse_sqrt" and self.warmup_steps == 0):
-            raise ValueError(
+            raise InputError(
                 f"warmup_steps must be at least 0, and at least 1 for inverse_sqrt, got {self.warmup_steps}."
             )
         if not 0 <= self.warmup_start <= 1:
-            raise ValueError(f"warmup_start must be a factor between 0 and 1, got {self.warmup_start!r}.")
+            raise InputError(f"warmup_start must be a factor between 0 and 1, got {self.warmup_start!r}.")
         bounds = (0.0, *self.milestones, 1.0)
         if not all(before < after for before, after in itertools.pairwise(bounds)):
-            raise ValueError(
+            raise InputError(
                 f"milestones must rise and lie between 0 and 1, got {list(self.milestones)!r}: they are shares of the "
                 "run, not steps or epochs; epoch 8 of 12 is 0.6667."
             )
         if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma must be a factor above 0 and at most 1, got {self.gamma!r}.")
+            raise InputError(f"gamma must be a factor above 0 and at most 1, got {self.gamma!r}.")
         if not (math.isfinite(self.power) and self.power > 0):
-            raise ValueError(f"power must be a positive finite number, got {self.power!r}.")
+            raise InputError(f"power must be a positive finite number, got {self.power!r}.")
 
     def factor(self, step: int, total_steps: float) -> float:
         """Factor on the peak learning rate for the optimizer step `step` (from 0) of `total_steps` (may be inf)."""
@@ -206,7 +207,7 @@ class ScheduleSpec:
             ValueError: For a course that depends on the number of steps of the run, if that is not known.
         """
         if self.name in ("cosine", "multistep", "poly") and not math.isfinite(total_steps):
-            raise ValueError(
+            raise InputError(
                 f"schedule {self.name!r} needs the number of steps of the run: set trainer.max_steps or "
                 "trainer.max_epochs."
             )

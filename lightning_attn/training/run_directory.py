@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from pytorch_lightning.utilities import rank_zero_only
 
 import lightning_attn
+from lightning_attn.errors import ExistingFileError, UnusableFileError
 from lightning_attn.io import remove_parts, write_json
 
 MARKER = "run.json"
@@ -120,7 +121,7 @@ def require_own_entries(path: Path) -> None:
         elif not (one.is_file() or one.is_dir()):
             what = "is no file and no folder"
         if what:
-            raise FileExistsError(
+            raise ExistingFileError(
                 f"{path}: {one.name} in it {what}, and results would be written there. Remove it, or give another "
                 "place: --run.root FOLDER."
             )
@@ -137,7 +138,7 @@ def require_writable(path: Path) -> Path:
         return path
     require_own_entries(path)
     if not os.access(path, os.W_OK):
-        raise PermissionError(
+        raise UnusableFileError(
             f"{path} cannot be written to, and is where results go: beside the checkpoint. Give another place: "
             "--run.root FOLDER."
         )

@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_attn.errors import InputError
+
 __all__ = ["Trust", "TrustError", "argument_types", "path_of", "public_classes", "texts_in"]
 
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -46,7 +48,7 @@ _UNKNOWN = object()  # the type of an argument without an annotation
 _MECHANISM = "mechanism"  # of an AttentionSpec: a word, or the import path of a class
 
 
-class TrustError(ValueError):
+class TrustError(InputError):
     """A checkpoint names a class that nobody has allowed; the message goes on after the file's name.
 
     Attributes:
@@ -75,7 +77,7 @@ class Trust:
     def __post_init__(self) -> None:
         for package in self.packages:
             if not isinstance(package, str) or not _CLASS_PATH.fullmatch(package):
-                raise ValueError(f"trust: {package!r} is no name of a package, such as 'mypackage' or 'my_module'.")
+                raise InputError(f"trust: {package!r} is no name of a package, such as 'mypackage' or 'my_module'.")
 
     def allows(self, path: str, *, short: bool = True) -> bool:
         """Whether a class of this path may be imported; nothing is imported to say so.

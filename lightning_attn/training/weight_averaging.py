@@ -8,6 +8,8 @@ from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_attn.errors import InputError
+
 
 class _Averaging(WeightAveraging):
     """Lightning's averaging of weights and buffers, in a second copy of the module, with three things mended.
@@ -89,7 +91,7 @@ class ExponentialAveraging(_Averaging):
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay must be at least 0 and below 1, got {decay}; usual are 0.99 to 0.9999.")
+            raise InputError(f"decay must be at least 0 and below 1, got {decay}; usual are 0.99 to 0.9999.")
         super().__init__()
         self.decay, self.warmup = decay, warmup
 
@@ -114,7 +116,7 @@ class UniformWeightAveraging(_Averaging):
 
     def __init__(self, start_step: int, every_n_steps: int = 1000) -> None:
         if start_step < 1 or every_n_steps < 1:
-            raise ValueError(f"start_step and every_n_steps must be at least 1, got {start_step} and {every_n_steps}.")
+            raise InputError(f"start_step and every_n_steps must be at least 1, got {start_step} and {every_n_steps}.")
         super().__init__()
         self.start_step, self.every_n_steps = start_step, every_n_steps
 

@@ -27,6 +27,7 @@ from datamodules.segmentation.classes import IGNORED, SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch, SegmentationDataModule
 from datamodules.translation.vocabulary import PAD_ID, Vocabulary
 from datamodules.translation.wmt14 import TranslationBatch, WMT14DataModule
+from lightning_attn.errors import InputError
 from lightning_attn.io import write_figure
 from lightning_attn.visualization.detection import draw_detections
 from lightning_attn.visualization.segmentation import colour_labels
@@ -68,9 +69,9 @@ def browse_figure(module: pl.LightningDataModule, split: str, num: int) -> Figur
         ValueError: If there is no such split, `num` is below 1, or the DataModule has no sheet.
     """
     if split not in SPLITS:
-        raise ValueError(f"split: {split!r} is unknown; give {', '.join(SPLITS)} (--split NAME).")
+        raise InputError(f"split: {split!r} is unknown; give {', '.join(SPLITS)} (--split NAME).")
     if num < 1:
-        raise ValueError(f"num: {num} is too small; give 1 or more (--num 1).")
+        raise InputError(f"num: {num} is too small; give 1 or more (--num 1).")
     if isinstance(module, Browsable):
         return module.browse_figure(split, num)
     if isinstance(module, DetectionDataModule):
@@ -84,7 +85,7 @@ def browse_figure(module: pl.LightningDataModule, split: str, num: int) -> Figur
     if isinstance(module, WMT14DataModule):
         loader = split_loader(module, split)
         return draw_token_sheet(loader, num, module.vocabulary, f"{split} sentences of {module.root}")
-    raise ValueError(
+    raise InputError(
         f"{type(module).__name__} has no contact sheet; give it a method browse_figure(split, num) that returns a "
         "figure."
     )

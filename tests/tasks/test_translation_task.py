@@ -125,7 +125,7 @@ def test_wrong_class_is_refused(checkpoint):
 
 def test_arguments_must_be_plain(tmp_path):
     assert plain_value("x", {"a": (1, AttentionSpec()), "b": tmp_path})["b"] == str(tmp_path)
-    with pytest.raises(TypeError, match="'flavour' of a task is a Linear, which a checkpoint cannot hold safely"):
+    with pytest.raises(ValueError, match="'flavour' of a task is a Linear, which a checkpoint cannot hold safely"):
         Subclass(flavour=torch.nn.Linear(1, 1))
 
 

@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_attn.attention import AttentionSpec, build_attention
+from lightning_attn.errors import InputError
 from lightning_attn.networks.weights.torchvision import (
     load_weights,
     names_added_by_attention,
@@ -76,28 +77,28 @@ class ResNetSpec:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(Architecture):
-            raise ValueError(f"name must be one of {list(get_args(Architecture))}, got {self.name!r}.")
+            raise InputError(f"name must be one of {list(get_args(Architecture))}, got {self.name!r}.")
         require_int("width", self.width, 8)
         if self.norm not in get_args(Norm):
-            raise ValueError(f"norm must be one of {list(get_args(Norm))}, got {self.norm!r}.")
+            raise InputError(f"norm must be one of {list(get_args(Norm))}, got {self.norm!r}.")
         if not isinstance(self.weights, str) or not self.weights:
-            raise ValueError(
+            raise InputError(
                 f"weights must be 'none', a name of torchvision's weights or a path, got {self.weights!r}."
             )
         if self.weights in weight_names(self.name):
             if self.width != _PUBLISHED_WIDTH:
-                raise ValueError(
+                raise InputError(
                     f"weights={self.weights!r} were trained at width {_PUBLISHED_WIDTH}, got width={self.width}. "
                     f"Set width: {_PUBLISHED_WIDTH} or weights: none."
                 )
             if self.norm == "group":
-                raise ValueError(
+                raise InputError(
                     f"weights={self.weights!r} were trained with batch normalisation, got norm='group'. "
                     "Set norm: frozen, batch or sync, or weights: none."
                 )
         require_int("trainable_layers", self.trainable_layers, 0)
         if self.trainable_layers > len(STAGES) + 1:
-            raise ValueError(f"trainable_layers must be at most {len(STAGES) + 1}, got {self.trainable_layers}.")
+            raise InputError(f"trainable_layers must be at most {len(STAGES) + 1}, got {self.trainable_layers}.")
         self.places("attended_blocks")
         self.places("deformable_blocks")
 
@@ -115,7 +116,7 @@ class ResNetSpec:
         if blocks is None:
             return self.places("attended_blocks")
         if isinstance(blocks, str):
-            raise ValueError(f"{field} must be a list such as [conv4, conv5], got the string {blocks!r}.")
+            raise InputError(f"{field} must be a list such as [conv4, conv5], got the string {blocks!r}.")
         places = set()
         for name in blocks:
             stage, _, block = str(name).partition("_")
@@ -130,7 +131,7 @@ class ResNetSpec:
                     f"{stage} ({stage}_1 to {stage}_{count})" if count > 1 else f"{stage} ({stage}_1)"
                     for stage, count in zip(STAGES, _LAYOUTS[self.name][1], strict=True)
                 )
-                raise ValueError(f"{field} has {name!r}, which {self.name} has not. Its stages and blocks: {stages}.")
+                raise InputError(f"{field} has {name!r}, which {self.name} has not. Its stages and blocks: {stages}.")
             places |= {(STAGES.index(stage), index) for index in chosen}
         return places
 
@@ -350,9 +351,9 @@ def build_resnet(spec: ResNetSpec, attention: AttentionSpec, output_stride: Lite
         OSError: If weights cannot be read; `FileNotFoundError` if there are none of that name.
     """
     if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride!r}.")
+        raise InputError(f"output_stride must be 8, 16 or 32, got {output_stride!r}.")
     if output_stride != 32 and _LAYOUTS[spec.name][0] is AttendedBasicBlock:
-        raise ValueError(
+        raise InputError(
             f"output_stride={output_stride} needs dilation, which the blocks of {spec.name} do not have. "
             "Choose an architecture of bottlenecks, such as bottleneck26 or resnet50."
         )
@@ -443,10 +444,10 @@ def check_images(images: Sequence[Tensor]) -> None:
         ValueError: With the index and what is there instead.
     """
     if not images:
-        raise ValueError("images is empty; give at least one.")
+        raise InputError("images is empty; give at least one.")
     for index, image in enumerate(images):
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-            raise ValueError(
+            raise InputError(
                 f"images[{index}] must be RGB as uint8 [3, H, W], neither H nor W zero; "
                 f"got {image.dtype} {tuple(image.shape)}."
             )

@@ -23,6 +23,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.ops.poolers import LevelMapper
 
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.errors import InputError
 from lightning_attn.networks.images.backbone import NormalizedBatch, ResNetSpec, build_resnet, norm_factory
 from lightning_attn.validation import is_number, require_int
 
@@ -113,15 +114,15 @@ class DetectorSpec:
 
     def __post_init__(self) -> None:
         if self.head not in get_args(Head):
-            raise ValueError(f"head must be one of {list(get_args(Head))}, got {self.head!r}.")
+            raise InputError(f"head must be one of {list(get_args(Head))}, got {self.head!r}.")
         if self.norm not in get_args(HeadNorm):
-            raise ValueError(f"norm must be one of {list(get_args(HeadNorm))}, got {self.norm!r}.")
+            raise InputError(f"norm must be one of {list(get_args(HeadNorm))}, got {self.norm!r}.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int:
                 require_int(field.name, value, 0 if field.name == "roi_convolutions" else 1)
             elif field.type is float and not (is_number(value) and 0 <= value <= 1):
-                raise ValueError(f"{field.name} must be a number from 0 to 1, got {value!r}.")
+                raise InputError(f"{field.name} must be a number from 0 to 1, got {value!r}.")
         for name in ("anchor_sizes", "aspect_ratios"):
             values = getattr(self, name)
             if not (
@@ -129,17 +130,17 @@ class DetectorSpec:
                 and values
                 and all(is_number(value) and math.isfinite(value) and value > 0 for value in values)
             ):
-                raise ValueError(f"{name} must be a list of positive numbers, got {values!r}.")
+                raise InputError(f"{name} must be a list of positive numbers, got {values!r}.")
         if len(self.anchor_sizes) != _LEVELS:
-            raise ValueError(
+            raise InputError(
                 f"anchor_sizes must have one size for each of the {_LEVELS} levels of the pyramid, got "
                 f"{len(self.anchor_sizes)}: {list(self.anchor_sizes)}."
             )
         if self.box_voting and self.head != "faster_rcnn":
-            raise ValueError(f"box_voting={self.box_voting} is for faster_rcnn; set it to 0 for head={self.head!r}.")
+            raise InputError(f"box_voting={self.box_voting} is for faster_rcnn; set it to 0 for head={self.head!r}.")
         for low, high in (("rpn_background_iou", "rpn_foreground_iou"), ("background_iou", "foreground_iou")):
             if getattr(self, low) > getattr(self, high):
-                raise ValueError(
+                raise InputError(
                     f"{low}={getattr(self, low)} must not be above {high}={getattr(self, high)}, or an anchor would be "
                     "both."
                 )
@@ -209,13 +210,13 @@ class Detector(nn.Module):
         """
         if self.training:
             if targets is None:
-                raise ValueError("targets is needed in training mode; call eval() for detections.")
+                raise InputError("targets is needed in training mode; call eval() for detections.")
             self._check_targets(images, targets)
             shifted = [{"boxes": target["boxes"], "labels": target["labels"] - self.label_shift} for target in targets]
             losses: dict[str, Tensor] = self.network(list(images), shifted)
             return losses
         if targets is not None:
-            raise ValueError("targets was given in evaluation mode, which has no losses; call train() for losses.")
+            raise InputError("targets was given in evaluation mode, which has no losses; call train() for losses.")
         detections: list[Detection] = self.network(list(images))
         for detection in detections:
             detection["labels"] = detection["labels"] + self.label_shift
@@ -223,15 +224,15 @@ class Detector(nn.Module):
 
     def _check_targets(self, images: Sequence[Tensor], targets: Sequence[Target]) -> None:
         if len(targets) != len(images):
-            raise ValueError(f"targets has {len(targets)} entries for {len(images)} images; give one for each image.")
+            raise InputError(f"targets has {len(targets)} entries for {len(images)} images; give one for each image.")
         for index, target in enumerate(targets):
             boxes, labels = target["boxes"], target["labels"]
             if boxes.dtype != torch.float32 or boxes.dim() != 2 or boxes.shape[1] != 4:
-                raise ValueError(
+                raise InputError(
                     f"targets[{index}]['boxes'] must be float32 [n, 4], got {boxes.dtype} {tuple(boxes.shape)}."
                 )
             if labels.dtype != torch.int64 or labels.shape != boxes.shape[:1]:
-                raise ValueError(
+                raise InputError(
                     f"targets[{index}]['labels'] must be int64 [{len(boxes)}], one for each box, "
                     f"got {labels.dtype} {tuple(labels.shape)}."
                 )
@@ -247,11 +248,11 @@ class Detector(nn.Module):
             position -= len(targets[owner]["boxes"])
             owner += 1
         if not known[index]:
-            raise ValueError(
+            raise InputError(
                 f"targets[{owner}]['labels'][{position}] is {int(labels[index])}, but the detector has the labels 1 to "
                 f"{self.num_classes}. Map categories to 1..K, and build the detector with as many classes as the data."
             )
-        raise ValueError(
+        raise InputError(
             f"targets[{owner}]['boxes'][{position}] is {boxes[index].tolist()}; corners must be finite, with x1 < x2 "
             "and y1 < y2. Drop boxes without an area."
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from lightning_attn.errors import InputError
 from lightning_attn.networks.images.segmentation_inference import tile_spans
 from lightning_attn.validation import is_number, require_int
 
@@ -63,26 +64,26 @@ class DetectionInferenceSpec:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
-            raise ValueError(f"inference.mode must be one of {list(get_args(Mode))}, got {self.mode!r}.")
+            raise InputError(f"inference.mode must be one of {list(get_args(Mode))}, got {self.mode!r}.")
         require_int("inference.tile", self.tile)
         require_int("inference.detections", self.detections, least=0)
         if not (is_number(self.overlap) and 0 <= self.overlap < 1) or math.ceil(self.tile * self.overlap) >= self.tile:
-            raise ValueError(
+            raise InputError(
                 f"inference.overlap must be at least 0 and so far below 1 that a step is left from one tile of "
                 f"{self.tile} pixels to the next, got {self.overlap!r}."
             )
         if not isinstance(self.flip, bool):
-            raise ValueError(f"inference.flip must be true or false, got {self.flip!r}.")
+            raise InputError(f"inference.flip must be true or false, got {self.flip!r}.")
         for name in ("merge_iou", "voting_iou"):
             value = getattr(self, name)
             if not (is_number(value) and 0 < value <= 1):
-                raise ValueError(f"inference.{name} must be above 0 and at most 1, got {value!r}.")
+                raise InputError(f"inference.{name} must be above 0 and at most 1, got {value!r}.")
         if not (
             isinstance(self.scales, Sequence)
             and self.scales
             and all(is_number(scale) and math.isfinite(scale) and scale > 0 for scale in self.scales)
         ):
-            raise ValueError(
+            raise InputError(
                 f"inference.scales must be a list of positive numbers such as [0.75, 1.0, 1.25], got {self.scales!r}."
             )
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_attn.attention import AttentionSpec, build_attention
+from lightning_attn.errors import InputError
 from lightning_attn.networks.images.backbone import (
     NormalizedBatch,
     ResNetSpec,
@@ -68,22 +69,22 @@ class SegmenterSpec:
         if not (
             is_number(self.auxiliary_weight) and math.isfinite(self.auxiliary_weight) and self.auxiliary_weight >= 0
         ):
-            raise ValueError(
+            raise InputError(
                 f"auxiliary_weight must be a finite number of at least 0, got {self.auxiliary_weight!r}; "
                 "0 is for no auxiliary head."
             )
         if self.norm not in get_args(HeadNorm):
-            raise ValueError(f"norm must be one of {list(get_args(HeadNorm))}, got {self.norm!r}.")
+            raise InputError(f"norm must be one of {list(get_args(HeadNorm))}, got {self.norm!r}.")
         if self.output_stride not in get_args(OutputStride):
-            raise ValueError(f"output_stride must be 8, 16 or 32, got {self.output_stride!r}.")
+            raise InputError(f"output_stride must be 8, 16 or 32, got {self.output_stride!r}.")
         if not (is_number(self.ohem_threshold) and 0 <= self.ohem_threshold < 1):
-            raise ValueError(
+            raise InputError(
                 f"ohem_threshold must be a probability of at least 0 and below 1, got {self.ohem_threshold!r}; "
                 "0 is for the loss over all pixels."
             )
         require_int("ohem_min_kept", self.ohem_min_kept)
         if not all(is_number(weight) and math.isfinite(weight) and weight > 0 for weight in self.class_weights):
-            raise ValueError(
+            raise InputError(
                 f"class_weights must be finite numbers above 0, got {list(self.class_weights)}; a class that "
                 "is not to be learnt is left out of the data's."
             )
@@ -128,11 +129,11 @@ class Segmenter(nn.Module):
         super().__init__()
         require_int("num_classes", num_classes)
         if num_classes > IGNORED:
-            raise ValueError(
+            raise InputError(
                 f"num_classes must be at most {IGNORED}, got {num_classes}: labels are bytes, and {IGNORED} is ignored."
             )
         if len(segmenter.class_weights) not in (0, num_classes):
-            raise ValueError(
+            raise InputError(
                 f"class_weights has {len(segmenter.class_weights)} entries for {num_classes} classes; give one for "
                 "each, in the order of the data's classes, or none."
             )
@@ -172,10 +173,10 @@ class Segmenter(nn.Module):
         check_images(images)
         if self.training:
             if labels is None:
-                raise ValueError("labels is needed in training mode; call eval() for logits.")
+                raise InputError("labels is needed in training mode; call eval() for logits.")
             return self._losses(images, labels)
         if labels is not None:
-            raise ValueError("labels was given in evaluation mode, which has no losses; call train() for losses.")
+            raise InputError("labels was given in evaluation mode, which has no losses; call train() for losses.")
         # Attention sees the padding that a smaller image has beside a larger one: images of one size go together.
         groups: dict[torch.Size, list[int]] = {}
         for index, image in enumerate(images):
@@ -212,10 +213,10 @@ class Segmenter(nn.Module):
 
     def _check_sizes(self, images: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
         if len(labels) != len(images):
-            raise ValueError(f"labels has {len(labels)} entries for {len(images)} images; give one for each image.")
+            raise InputError(f"labels has {len(labels)} entries for {len(images)} images; give one for each image.")
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             if label.dtype != torch.uint8 or label.shape != image.shape[1:]:
-                raise ValueError(
+                raise InputError(
                     f"labels[{index}] must be uint8 {list(image.shape[1:])}, one label for each pixel of its image, "
                     f"got {label.dtype} {list(label.shape)}. Cut and resize labels together with their image."
                 )
@@ -225,7 +226,7 @@ class Segmenter(nn.Module):
         if int((target + 1).amax()) <= self.num_classes:
             return
         index, row, column = ((target >= self.num_classes) & (target != IGNORED)).nonzero()[0].tolist()
-        raise ValueError(
+        raise InputError(
             f"labels[{index}][{row}, {column}] is {int(target[index, row, column])}, but the network has the labels 0 "
             f"to {self.num_classes - 1}, and {IGNORED} for pixels that do not count. Map the data's ids to labels, and "
             "build the network with as many classes as the data."
@@ -276,7 +277,7 @@ class SegmentationHead(nn.Module):
         try:
             self.attention = build_attention(attention, channels, 2, role="head")
         except ValueError as error:
-            raise ValueError(f"head_channels={channels} does not fit the attention: {error}") from error
+            raise InputError(f"head_channels={channels} does not fit the attention: {error}") from error
         self.refine = _convolution(channels, spec)
         self.fuse = _convolution(in_channels + channels, spec)
         self.dropout = nn.Dropout2d(spec.dropout)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from lightning_attn.errors import InputError
 from lightning_attn.validation import is_number, require_int
 
 Mode = Literal["whole", "sliding"]
@@ -41,23 +42,23 @@ class InferenceSpec:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {list(get_args(Mode))}, got {self.mode!r}.")
+            raise InputError(f"mode must be one of {list(get_args(Mode))}, got {self.mode!r}.")
         require_int("tile", self.tile)
         if not (is_number(self.overlap) and 0 <= self.overlap < 1):
-            raise ValueError(f"overlap must be at least 0 and below 1, got {self.overlap!r}; CCNet's is 1/3.")
+            raise InputError(f"overlap must be at least 0 and below 1, got {self.overlap!r}; CCNet's is 1/3.")
         if _step(self.tile, self.overlap) < 1:
-            raise ValueError(
+            raise InputError(
                 f"overlap={self.overlap} leaves no step from one tile of {self.tile} pixels to the next. "
                 "Set a smaller overlap or a larger tile."
             )
         if not isinstance(self.flip, bool):
-            raise ValueError(f"flip must be true or false, got {self.flip!r}.")
+            raise InputError(f"flip must be true or false, got {self.flip!r}.")
         if not (
             isinstance(self.scales, Sequence)
             and self.scales
             and all(is_number(scale) and math.isfinite(scale) and scale > 0 for scale in self.scales)
         ):
-            raise ValueError(
+            raise InputError(
                 f"scales must be a list of positive numbers such as [0.75, 1.0, 1.25], got {self.scales!r}."
             )
 

@@ -16,6 +16,8 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from lightning_attn.errors import InputError
+
 Stopping = Literal["exact", "beam_size"]
 
 # Neighbouring tokens of the vocabulary whose maximum is looked for first; the fastest size of those from 32 to 256.
@@ -89,21 +91,21 @@ class BeamSearchOptions:
         for name, smallest in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+                raise InputError(f"{name} must be an integer of at least {smallest}, got {value!r}")
         for name in ("length_penalty", "max_length_ratio"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+                raise InputError(f"{name} must be a finite number of at least 0, got {value!r}")
         if self.max_length_ratio == 0 and self.max_length_offset == 0:
-            raise ValueError(
+            raise InputError(
                 "max_length_ratio and max_length_offset are both 0, which allows no token: raise one of them"
             )
         if self.nbest > self.beam_size:
-            raise ValueError(
+            raise InputError(
                 f"nbest={self.nbest} is more than beam_size={self.beam_size}: raise beam_size or lower nbest"
             )
         if self.stopping not in get_args(Stopping):
-            raise ValueError(f"stopping must be one of {', '.join(get_args(Stopping))}, got {self.stopping!r}")
+            raise InputError(f"stopping must be one of {', '.join(get_args(Stopping))}, got {self.stopping!r}")
 
     def max_lengths(self, source_lengths: Tensor) -> Tensor:
         """The most tokens of each translation: ratio * source length + offset, at least `min_length` and 1.
@@ -186,14 +188,14 @@ class _Finished:
 
 def _checked_limits(max_lengths: Tensor, batch_size: int, min_length: int) -> list[int]:
     if max_lengths.shape != (batch_size,) or max_lengths.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"max_lengths must hold one integer for each of the {batch_size} sentences, "
             f"got shape {list(max_lengths.shape)} and dtype {max_lengths.dtype}"
         )
     limits: list[int] = max_lengths.tolist()
     for sentence, limit in enumerate(limits):
         if limit < max(1, min_length):
-            raise ValueError(
+            raise InputError(
                 f"max_lengths[{sentence}] is {limit}, less than max(1, min_length) = {max(1, min_length)}: "
                 "raise it or lower min_length"
             )
@@ -321,7 +323,7 @@ def beam_search(
     """
     limits = _checked_limits(max_lengths, batch_size, options.min_length)
     if prefixes and len(prefixes) != batch_size:
-        raise ValueError(f"prefixes must be one for each of the {batch_size} sentences, got {len(prefixes)}")
+        raise InputError(f"prefixes must be one for each of the {batch_size} sentences, got {len(prefixes)}")
     if batch_size == 0:
         return []
     forced = [list(prefix) for prefix in prefixes] or [[] for _ in limits]
@@ -344,13 +346,13 @@ def beam_search(
         size, width = scores.shape
         logits = state.step(last)
         if logits.ndim != 2 or logits.shape[0] != size * width:
-            raise ValueError(
+            raise InputError(
                 f"state.step must return scores [{size * width}, vocabulary] for as many tokens, "
                 f"got shape {list(logits.shape)}"
             )
         vocabulary = logits.shape[1]
         if length == 0 and not all(0 <= token < vocabulary for token in (bos_id, eos_id, pad_id)):
-            raise ValueError(
+            raise InputError(
                 f"bos_id={bos_id}, eos_id={eos_id} and pad_id={pad_id} must be less than the vocabulary of "
                 f"{vocabulary} tokens that state.step scores, and not negative"
             )
@@ -380,7 +382,7 @@ def beam_search(
         broken, any_ends = torch.stack([scores[:, 0].isnan().any(), ends.any()]).tolist()
         if broken:
             row = int(scores[:, 0].isnan().nonzero()[0])
-            raise ValueError(
+            raise InputError(
                 f"the decoder's scores for token {length + 1} of sentence {int(sentences[row])} are not numbers: "
                 "a logit is NaN or +inf, or all are -inf. Check the weights; if the precision is fp16, try bf16 or fp32"
             )
@@ -422,7 +424,7 @@ def beam_search(
     results = finished.hypotheses()
     for sentence, hypotheses in enumerate(results):
         if not hypotheses:
-            raise ValueError(
+            raise InputError(
                 f"sentence {sentence} cannot be ended: the decoder gives end-of-sentence (eos_id={eos_id}) probability "
                 f"zero after every prefix of {options.min_length} to {int(max_lengths[sentence])} tokens in the beam"
             )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_attn.attention import AttentionCache, AttentionSpec, DecodingCache, SelfAttention, build_attention
 from lightning_attn.attention.cpu.linear import Linear, PackedLinear, linear
 from lightning_attn.attention.projections import is_hooked, is_plain
+from lightning_attn.errors import InputError
 from lightning_attn.networks.translation.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.translation.dropout import Dropout
 
@@ -168,9 +169,9 @@ class Transformer(nn.Module):
         layers = {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
         for name, value in (sizes | layers).items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+                raise InputError(f"{name} must be at least 1, got {value}.")
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}.")
+            raise InputError(f"dropout must be at least 0 and below 1, got {dropout}.")
         self.pad_id, self.dim = pad_id, dim
         self.source_embedding = nn.Embedding(vocabulary_size, dim, padding_idx=pad_id)
         if not tie_embeddings:

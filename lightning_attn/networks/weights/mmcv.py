@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lightning_attn.attention import GatedResidual, TransformerAttention
 from lightning_attn.attention.spec import TERM_SETS, parse_terms
+from lightning_attn.errors import InputError
 from lightning_attn.validation import divisors
 
 LOCAL_RANGE = "local_constraint_map"
@@ -120,7 +121,7 @@ def from_mmcv(
     else:
         missing = [name for name, value in (("num_heads", num_heads), ("kv_stride", kv_stride)) if value is None]
         if num_heads is None or kv_stride is None:
-            raise ValueError(
+            raise InputError(
                 f"{' and '.join(missing)}: a state does not say it, so give it. In mmdetection's configurations of "
                 "this attention num_heads is 8 and kv_stride 2; mmcv's own defaults are 9 and 2."
             )
@@ -148,14 +149,14 @@ def to_mmcv(module: GatedResidual) -> dict[str, Tensor]:
     """
     attention = module.attention
     if not isinstance(attention, TransformerAttention):
-        raise ValueError(f"module.attention is a {type(attention).__name__}: mmcv's module is a TransformerAttention.")
+        raise InputError(f"module.attention is a {type(attention).__name__}: mmcv's module is a TransformerAttention.")
     for name, value, needed in (
         ("ndim", attention.ndim, 2),
         ("window", attention.window, None),
         ("causal", attention.causal, False),
     ):
         if value != needed:
-            raise ValueError(f"module.attention has {name}={value}, which mmcv's module cannot do: it needs {needed}.")
+            raise InputError(f"module.attention has {name}={value}, which mmcv's module cannot do: it needs {needed}.")
     ours = {name: value.detach().clone() for name, value in attention.state_dict().items()}
     for name in ("key_proj.weight", "position_proj.weight"):
         if name in ours:  # each energy has exactly one of the two
@@ -200,23 +201,23 @@ def _flip_sines(weight: Tensor) -> Tensor:
 def _module_state(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The part of the state below the prefix, named as in the module."""
     if isinstance(state.get("state_dict"), Mapping):
-        raise ValueError('state is a whole checkpoint, not a state: pass checkpoint["state_dict"].')
+        raise InputError('state is a whole checkpoint, not a state: pass checkpoint["state_dict"].')
     if prefix and not prefix.endswith("."):
         prefix += "."
     found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     elsewhere = [other for other in attention_prefixes(state) if other != prefix]
     if elsewhere and f"{prefix}value_conv.weight" not in state:
-        raise ValueError(f"prefix={prefix!r}: no GeneralizedAttention stands there. Those of this state: {elsewhere}.")
+        raise InputError(f"prefix={prefix!r}: no GeneralizedAttention stands there. Those of this state: {elsewhere}.")
     others = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"state holds something else than tensors at {sorted(others)}.")
+        raise InputError(f"state holds something else than tensors at {sorted(others)}.")
     return found
 
 
 def _resolve_terms(state: Mapping[str, Any], terms: str | None) -> str:
     """The term set that the names belong to."""
     if LOCAL_RANGE in state:
-        raise ValueError(
+        raise InputError(
             f"state holds {LOCAL_RANGE}: the module had a local range (spatial_range), which in mmcv reaches one key "
             "too far to one side and only works for maps up to a fixed size, so no window of ours computes the same. "
             "from_mmcv(..., window=n_k) with an odd n_k uses the weights with a symmetric window."
@@ -226,12 +227,12 @@ def _resolve_terms(state: Mapping[str, Any], terms: str | None) -> str:
     if terms is None and len(fitting) == 1:
         return fitting[0]
     if terms is None and fitting:
-        raise ValueError(f"terms: the names of the state fit {fitting} alike; say which one the module was made with.")
+        raise InputError(f"terms: the names of the state fit {fitting} alike; say which one the module was made with.")
     expected = terms or min(TERM_SETS, key=lambda candidate: len(_names(candidate) ^ names))
     missing, unexpected = sorted(_names(expected) - names), sorted(names - _names(expected))
     if missing or unexpected:
         asked = f"terms={terms!r}" if terms else f"any terms (nearest: {expected!r})"
-        raise ValueError(
+        raise InputError(
             f"state does not fit {asked}: missing names {missing}, unexpected names {unexpected}."
             + (f" The names fit {fitting}." if fitting else "")
         )
@@ -243,7 +244,7 @@ def _check_shapes(state: Mapping[str, Tensor], num_heads: int) -> int:
     dim = state["proj_conv.bias"].numel()
     inner = state["value_conv.weight"].shape[0]
     if inner != dim:
-        raise ValueError(
+        raise InputError(
             f"value_conv.weight has {inner} rows for {dim} channels: mmcv rounds channels / num_heads down and leaves "
             f"channels out, where ours needs num_heads to divide {dim}. Such a module cannot be converted."
         )
@@ -256,12 +257,12 @@ def _check_shapes(state: Mapping[str, Tensor], num_heads: int) -> int:
         if tuple(value.shape) != shapes[name]
     ]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"state has shapes that do not fit {dim} channels: {'; '.join(wrong)}. (A position_embedding_dim other "
             "than the channels has other wavelengths and cannot be converted.)"
         )
     if num_heads < 1 or dim % num_heads:
-        raise ValueError(
+        raise InputError(
             f"num_heads={num_heads} does not divide the {dim} channels of the state: one of {divisors(dim)}."
         )
     return dim
@@ -271,10 +272,10 @@ def _submodule(network: nn.Module, prefix: str) -> nn.Module:
     try:
         module = network.get_submodule(prefix.rstrip("."))
     except AttributeError as error:
-        raise ValueError(f"prefix={prefix!r}: {error}.") from error
+        raise InputError(f"prefix={prefix!r}: {error}.") from error
     if not hasattr(module, "attention_type"):
         found = [name for name, child in network.named_modules() if hasattr(child, "attention_type")]
-        raise ValueError(
+        raise InputError(
             f"source{f' at {prefix!r}' if prefix else ''} is a {type(module).__name__}, not a GeneralizedAttention; "
             f"prefixes of those in it: {found}."
         )
@@ -290,8 +291,8 @@ def _settings(module: Any, num_heads: int | None, kv_stride: int | None, terms: 
         ("terms", terms, own_terms),
     ):
         if given not in (None, own):
-            raise ValueError(f"{name}={given!r}, but the module has {own!r}: leave the argument out.")
+            raise InputError(f"{name}={given!r}, but the module has {own!r}: leave the argument out.")
     for name, needed in (("q_stride", 1), ("position_magnitude", 1)):
         if getattr(module, name) != needed:
-            raise ValueError(f"the module has {name}={getattr(module, name)}; ours knows {needed} only.")
+            raise InputError(f"the module has {name}={getattr(module, name)}; ours knows {needed} only.")
     return module.num_heads, module.kv_stride, own_terms

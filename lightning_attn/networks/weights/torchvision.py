@@ -11,6 +11,7 @@ from torchvision.models import get_model_weights, list_models
 
 from lightning_attn.archives import ArchiveError, read_archive
 from lightning_attn.attention import DeformableConv, GatedResidual
+from lightning_attn.errors import InputError, MissingFileError, UnusableFileError
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
         published = (
             f"one of torchvision's for {architecture} ({', '.join(names)})" if names else "a name of torchvision's"
         )
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"weights={weights!r} is neither {published} nor a file"
             f"{' but a folder' if path.is_dir() else ''}. Give the path of a file from "
             "torch.save(module.state_dict(), path), or 'none' to start at random."
@@ -88,7 +89,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         if names
     ]
     if problems:
-        raise ValueError(
+        raise InputError(
             f"The weights of {source} do not fit the network. {'; '.join(problems)}. "
             "Choose the architecture, width and norm that they were trained with, or weights: none."
         )
@@ -127,10 +128,10 @@ def _download(name: str, architecture: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         cached = folder / Path(entry.url).name
         if cached.is_file():
-            raise OSError(
+            raise UnusableFileError(
                 f"weights={name!r}: {cached} is damaged ({_first_line(error)}). Delete it, and it is downloaded again."
             ) from error
-        raise OSError(
+        raise UnusableFileError(
             f"weights={name!r}: {entry.url} could not be fetched ({_first_line(error)}). {way_out}"
         ) from error
     return state
@@ -141,14 +142,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         state = read_archive(path, legacy=True)
     except ArchiveError as error:
-        raise ValueError(f"weights={str(path)!r} {str(error).rstrip('.')}. {way_out}") from error
+        raise InputError(f"weights={str(path)!r} {str(error).rstrip('.')}. {way_out}") from error
     if not isinstance(state, Mapping):
-        raise ValueError(f"weights={str(path)!r} holds a {type(state).__name__}, not tensors by name. {way_out}")
+        raise InputError(f"weights={str(path)!r} holds a {type(state).__name__}, not tensors by name. {way_out}")
     if not state:
-        raise ValueError(f"weights={str(path)!r} is an empty mapping. {way_out}")
+        raise InputError(f"weights={str(path)!r} is an empty mapping. {way_out}")
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(
+        raise InputError(
             f"weights={str(path)!r} must hold tensors by name, but these are none: {', '.join(others[:5])}. {way_out}"
         )
     return dict(state)

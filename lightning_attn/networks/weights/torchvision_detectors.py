@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.models import get_model, get_model_weights
 
+from lightning_attn.errors import InputError
 from lightning_attn.networks.images.detection import Head
 from lightning_attn.networks.weights.torchvision import COUNTER, read_weights, weight_names
 
@@ -47,7 +48,7 @@ def read_torchvision_detector(weights: str, head: Head, names: Sequence[str], id
     predictor = f"{_PREDICTORS[head][0]}.weight"
     anchors = 9 if head == "retinanet" else 1
     if predictor not in state or len(state[predictor]) % anchors:
-        raise ValueError(
+        raise InputError(
             f"initial_weights: {weights} is no state of torchvision's {architecture}: it has no {predictor} for its "
             f"{anchors} anchors."
         )
@@ -58,7 +59,7 @@ def read_torchvision_detector(weights: str, head: Head, names: Sequence[str], id
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"initial_weights: {weights} is no state of torchvision's {architecture}: {error}") from error
+        raise InputError(f"initial_weights: {weights} is no state of torchvision's {architecture}: {error}") from error
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(COUNTER)}
     background = 1 if head == "faster_rcnn" else 0
     if outputs == len(ids) + background:
