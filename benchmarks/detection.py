@@ -831,9 +831,10 @@ class Peer:
                 boxes = detection["boxes"] * factors
                 found.append({"boxes": boxes, "labels": labels, "scores": detection["scores"]})
             metrics.update(batch.ids, found)
+        metrics.compute()
         numbers = {
             name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in metrics.compute().items()
+            for name, value in metrics.scores().items()
         }
         self.scores.append({"step": self.steps, "minutes": self.seconds / 60, **numbers})
         report(f"step {self.steps}, {self.seconds / 60:.1f} min: AP {_number(numbers['ap'])}")

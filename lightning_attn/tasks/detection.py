@@ -193,7 +193,8 @@ class DetectionTask(ImageTask[Categories, Detector]):
     def log_scores(self, stage: str) -> dict[str, Any]:
         """Logs COCO's twelve numbers."""
         assert self._metrics is not None
-        scores = self._metrics.compute()
+        self._metrics.compute()
+        scores = self._metrics.scores()
         numbers = {f"{stage}/{name}": torch.tensor(scores[name]) for name in COCO_NUMBERS}  # type: ignore[literal-required]
         shown = (f"{stage}/ap", f"{stage}/ap50")
         self.log_dict({name: numbers[name] for name in shown}, prog_bar=True, batch_size=1)

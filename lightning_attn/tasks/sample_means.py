@@ -49,7 +49,7 @@ class SampleMeans(Callback):
             dist.all_gather_object(of_ranks, names)
             names = set().union(*of_ranks)
         means = {
-            f"{stage}/{name}": task.sample_means.setdefault(name, WeightedMean(stage)).compute()
+            f"{stage}/{name}": task.sample_means.setdefault(name, WeightedMean(stage)).compute().item()
             for name in sorted(names)
         }
         if means:

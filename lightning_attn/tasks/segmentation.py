@@ -128,7 +128,8 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     def log_scores(self, stage: str) -> dict[str, Any]:
         """Logs the scores; returns them as plain values, with None for a class that does not occur."""
         assert self._metrics is not None
-        scores = self._metrics.compute()
+        self._metrics.compute()
+        scores = self._metrics.scores()
         per_class = scores["iou_per_class"]
         shown = {f"{stage}/miou": scores["miou"], f"{stage}/pixel_accuracy": scores["pixel_accuracy"]}
         self.log_dict(shown, prog_bar=True, batch_size=1)

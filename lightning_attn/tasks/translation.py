@@ -21,7 +21,8 @@ from lightning_attn.errors import InputError
 from lightning_attn.export.graph import Program
 from lightning_attn.io import unused_path, write_file, write_json, write_text
 from lightning_attn.metrics.gather import gather_by_id
-from lightning_attn.metrics.translation import CorpusTranslationMetrics, TranslationScoring, WeightedMean, one_line
+from lightning_attn.metrics.translation import CorpusTranslationMetrics, TranslationScoring, one_line
+from lightning_attn.metrics.weighted_mean import WeightedMean
 from lightning_attn.networks.translation.beam_search import BeamSearchOptions, Hypothesis, beam_search
 from lightning_attn.networks.translation.transformer import DecoderProgram, EncoderProgram, NormPosition, Transformer
 from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
@@ -297,9 +298,10 @@ class TranslationTask(TokenMeanTask):
         self._log_scores("val")
 
     def _log_scores(self, stage: str) -> dict[str, Any]:
-        results: dict[str, Any] = {f"{stage}/loss": self._loss.compute()}
+        results: dict[str, Any] = {f"{stage}/loss": self._loss.compute().item()}
         if stage == "test" or self.validation_beam_size:
-            scores = self._scores.compute()
+            self._scores.compute()
+            scores = self._scores.scores()
             results |= {f"{stage}/bleu": scores["bleu"], f"{stage}/chrf": scores["chrf"]}
             results |= {"bleu_signature": scores["bleu_signature"], "chrf_signature": scores["chrf_signature"]}
         numbers = {name: value for name, value in results.items() if isinstance(value, float)}
