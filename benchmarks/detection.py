@@ -43,6 +43,7 @@ from typing import Any, NamedTuple, Self
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from lightning_attn.networks.images.detection import Detector, DetectorSpec
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -87,7 +88,6 @@ from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.io import unused_path, write_json, write_text
 from lightning_attn.metrics.detection import CocoDetectionMetrics
 from lightning_attn.networks.images.backbone import NormalizedBatch, ResNetSpec, build_resnet
-from lightning_attn.networks.images.detection import Detector, DetectorSpec
 from lightning_attn.tasks import BaseTask, DetectionTask, OptimizerSpec, ScheduleSpec
 
 BARE, TRAINER = "bare loop", "Trainer"
@@ -831,9 +831,10 @@ class Peer:
                 boxes = detection["boxes"] * factors
                 found.append({"boxes": boxes, "labels": labels, "scores": detection["scores"]})
             metrics.update(batch.ids, found)
+        metrics.compute()
         numbers = {
             name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in metrics.compute().items()
+            for name, value in metrics.scores().items()
         }
         self.scores.append({"step": self.steps, "minutes": self.seconds / 60, **numbers})
         report(f"step {self.steps}, {self.seconds / 60:.1f} min: AP {_number(numbers['ap'])}")

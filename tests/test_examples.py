@@ -225,7 +225,10 @@ class LateNetwork(DigitsTask):
     ("stage", "message"),
     [
         ("fit", "Incomplete must define training_step(self, batch, batch_idx), and return the loss, for 'fit'"),
-        ("validate", "Incomplete must define validation_step(self, batch, batch_idx), and return a dictionary with a value"),
+        (
+            "validate",
+            "Incomplete must define validation_step(self, batch, batch_idx), and return a dictionary with a value",
+        ),
         ("test", "Incomplete must define test_step(self, batch, batch_idx), and return a dictionary with a value"),
         ("predict", "Incomplete must define predict_step(self, batch, batch_idx), and keep or write what it finds"),
     ],

@@ -1,10 +1,11 @@
 """Scores of detected objects by COCO's rules, the same to the last digit on any number of ranks."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from operator import index
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, ClassVar, NamedTuple, Self, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,10 @@ import torch
 import torch.distributed as dist
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_attn.errors import InputError
-from lightning_attn.metrics.gather import add_record, gather_by_id
+from lightning_attn.metrics.base import ScoresMetric, nothing_to_score
+from lightning_attn.metrics.gather import several_ranks
 
 # COCO's twelve numbers in the order of its evaluator's `stats`.
 COCO_NUMBERS = (
@@ -121,12 +123,13 @@ def coco_records(detections: Mapping[int, ImageDetections]) -> list[CocoRecord]:
     return records
 
 
-class CocoDetectionMetrics:
+class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
     """COCO's average precision and recall of boxes, by faster-coco-eval.
 
     It is no mean over batches or ranks. So this keeps detections by image id, brings those of all ranks together, drops
     repeats, and scores once, on rank 0 (100 detections in each of 5,000 images: about 1 GB and 10 s). If only a part of
-    the split was seen, as under `limit_val_batches`, only that part is scored.
+    the split was seen, as under `limit_val_batches`, only that part is scored. `compute` returns COCO's twelve numbers,
+    `scores()` also the rest of `DetectionScores`, and `gathered()` the detections that were scored.
 
     Args:
         ground_truth: `images`, `annotations` (`image_id`, `category_id`, `bbox`, `area`, `iscrowd`) and `categories` as
@@ -137,7 +140,11 @@ class CocoDetectionMetrics:
         ValueError: If two categories have one name, so that their AP cannot be told apart.
     """
 
+    higher_is_better = True
+    score_names: ClassVar[tuple[str, ...]] = COCO_NUMBERS
+
     def __init__(self, ground_truth: Mapping[str, Any], split: str = "val") -> None:
+        super().__init__(nothing_to_score("image", split))
         self.split = split
         self._ground_truth = ground_truth
         self._image_ids = {image["id"] for image in ground_truth["images"]}
@@ -148,9 +155,14 @@ class CocoDetectionMetrics:
                 f"categories of the split {split!r}: more than one has the name {twice[0]!r}; rename one of them in "
                 "the annotation file."
             )
-        self._detections: dict[int, ImageDetections] = {}
-        self._gathered: dict[int, ImageDetections] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self._ground_truth)] = self._ground_truth  # shared: it may be large, and nothing writes into it
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    @override
     def update(self, ids: Sequence[int] | Tensor, detections: Sequence[Mapping[str, Tensor]]) -> None:
         """Add images. An id that was added before is ignored.
 
@@ -164,7 +176,6 @@ class CocoDetectionMetrics:
         """
         if len(ids) != len(detections):
             raise ValueError(f"ids and detections must be of equal length, got {len(ids)} and {len(detections)}.")
-        self._gathered = None
         for image_id, found in zip(map(index, ids), detections, strict=True):
             if image_id not in self._image_ids:
                 raise ValueError(
@@ -178,29 +189,7 @@ class CocoDetectionMetrics:
                     f"detections of image {image_id}: {min(unknown)} is no category id of the split {self.split!r} "
                     f"({_shortened(self._names)}). Turn the network's outputs into category ids first."
                 )
-            add_record(self._detections, image_id, record)
-
-    def compute(self) -> DetectionScores:
-        """Score all images that were seen. A collective: every rank has to call it, and every rank gets the same.
-
-        Raises:
-            ValueError: On every rank, if no rank has seen an image.
-        """
-        gathered = gather_by_id(self._detections)
-        if not gathered:
-            raise InputError(
-                f"there is no image of the split {self.split!r} to score: it is empty, or "
-                f"trainer.limit_{self.split}_batches is 0."
-            )
-        self._gathered = gathered
-        outcome: list[Any] = [None]
-        many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not many or dist.get_rank() == 0:
-            outcome = [_score(self._ground_truth, gathered, self._names)]
-            outcome[0]["num_images_in_split"] = len(self._image_ids)
-        if many:
-            dist.broadcast_object_list(outcome, src=0)
-        return cast(DetectionScores, outcome[0])
+            self._add(image_id, record)
 
     def records(self) -> list[CocoRecord]:
         """What `compute` scored, of all ranks, as a results file holds it. No collective: one rank may call it.
@@ -210,19 +199,24 @@ class CocoDetectionMetrics:
         """
         return coco_records(self.gathered())
 
-    def gathered(self) -> dict[int, ImageDetections]:
-        """What `compute` scored, of all ranks, by image id; as `records` says."""
-        if self._gathered is None:
-            raise RuntimeError("call compute() on every rank first: it brings the detections of all ranks together")
-        return self._gathered
+    @override
+    def _score(self, records: Mapping[int, ImageDetections]) -> DetectionScores | None:
+        if not records:
+            return None
+        scores = _evaluate(self._ground_truth, records, self._names)
+        return cast(DetectionScores, scores | {"num_images_in_split": len(self._image_ids)})
 
-    def reset(self) -> None:
-        """Forget all images."""
-        self._detections = {}
-        self._gathered = None
+    @override
+    def _score_gathered(self, records: Mapping[int, ImageDetections]) -> DetectionScores | None:
+        """Scores on rank 0 alone, since it takes much memory."""
+        if not several_ranks():
+            return self._score(records)
+        outcome = [self._score(records) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(outcome, src=0)
+        return outcome[0]
 
 
-def _score(
+def _evaluate(
     ground_truth: Mapping[str, Any], detections: Mapping[int, ImageDetections], names: Mapping[int, str]
 ) -> dict[str, Any]:
     """COCO's evaluation of the images in `detections`."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 K = TypeVar("K", int, str)
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 def add_record(records: dict[K, T], sample: K, record: T, same: Callable[[T], object] | None = None) -> None:
@@ -50,12 +51,27 @@ def gather_by_id(records: Mapping[K, T], same: Callable[[T], object] | None = No
     Raises:
         ValueError: on every rank, if `same` differs between two records of a sample.
     """
-    parts: list[Mapping[K, T]] = [records]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        parts *= dist.get_world_size()
-        dist.all_gather_object(parts, dict(records))
     union: dict[K, T] = {}
-    for part in parts:  # in the order of the ranks
+    for part in _of_all_ranks(dict(records)):
         for sample, record in part.items():
             add_record(union, sample, record, same)
     return dict(sorted(union.items()))
+
+
+def true_on_any_rank(value: bool) -> bool:
+    """Whether the value is true on at least one rank. A collective, as `gather_by_id`."""
+    return any(_of_all_ranks(value))
+
+
+def several_ranks() -> bool:
+    """Whether there is a process group of more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _of_all_ranks(value: V) -> list[V]:
+    """The value of each rank, in the order of the ranks."""
+    if not several_ranks():
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

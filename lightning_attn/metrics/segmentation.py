@@ -2,17 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_attn.errors import InputError
-from lightning_attn.metrics.gather import add_record, gather_by_id
+from lightning_attn.metrics.base import ScoresMetric
 
 Confusion = npt.NDArray[np.int64]
 
@@ -32,7 +32,7 @@ class SegmentationScores(TypedDict):
     num_images: int
 
 
-class SegmentationMetrics:
+class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
     """Mean intersection over union from one confusion matrix of the whole split, as cityscapesScripts computes it.
 
     A pixel whose truth is ignored does not count, whatever was predicted there. Of every class, all other pixels of all
@@ -43,7 +43,8 @@ class SegmentationMetrics:
     which always scores all 19, counts them as wrong.
 
     It is no mean over images or ranks. So this keeps one small matrix an image by sample id (2.9 kB for 19 classes),
-    brings those of all ranks together, drops repeats, and sums them.
+    brings those of all ranks together, drops repeats, and sums them. `compute` returns `miou` and `pixel_accuracy`,
+    `scores()` also the rest of `SegmentationScores`.
 
     Args:
         classes: names of the classes, in the order of the labels 0 to K - 1.
@@ -53,7 +54,14 @@ class SegmentationMetrics:
         ValueError: if there is no class, two have one name, or `ignored` is the label of one or no uint8.
     """
 
+    higher_is_better = True
+    score_names: ClassVar[tuple[str, ...]] = ("miou", "pixel_accuracy")
+
     def __init__(self, classes: Sequence[str], ignored: int = 255) -> None:
+        super().__init__(
+            "there is no segmented image to score: the split is empty, or trainer.limit_val_batches (in a test, "
+            "trainer.limit_test_batches) is 0."
+        )
         self.classes, self.ignored = tuple(classes), ignored
         twice = [name for name, count in Counter(self.classes).items() if count > 1]
         if twice or not self.classes:
@@ -63,8 +71,8 @@ class SegmentationMetrics:
                 f"ignored must be a label that none of the {len(self.classes)} classes has, from {len(self.classes)} "
                 f"to 255; got {ignored}."
             )
-        self._confusions: dict[int, Confusion] = {}
 
+    @override
     def update(self, ids: Sequence[int] | Tensor, predicted: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
         """Add images. An id that was added before is ignored. Waits for the device.
 
@@ -83,23 +91,19 @@ class SegmentationMetrics:
                 f"{len(labels)}."
             )
         for sample, found, truth in zip(map(index, ids), predicted, labels, strict=True):
-            add_record(self._confusions, sample, self._confusion(sample, found, truth), same=_true_pixels)
+            self._add(sample, self._confusion(sample, found, truth))
 
-    def compute(self) -> SegmentationScores:
-        """Score all images that were seen. A collective: every rank has to call it, and every rank gets the same.
+    @staticmethod
+    @override
+    def _truth(record: Confusion) -> object:
+        """How many pixels each class has in the truth."""
+        return record.sum(axis=1).tolist()
 
-        Raises:
-            ValueError: On every rank, if no rank has seen an image, or ranks disagree about the truth of an id.
-        """
-        gathered = gather_by_id(self._confusions, same=_true_pixels)
-        if not gathered:
-            raise InputError(
-                "there is no segmented image to score: the split is empty, or trainer.limit_val_batches (in a test, "
-                "trainer.limit_test_batches) is 0."
-            )
-        confusion = np.zeros_like(next(iter(gathered.values())))
-        for one in gathered.values():
-            confusion += one
+    @override
+    def _score(self, records: Mapping[int, Confusion]) -> SegmentationScores | None:
+        if not records:
+            return None
+        confusion = sum(records.values(), start=np.zeros((len(self.classes),) * 2, dtype=np.int64))
         right = confusion.diagonal().tolist()
         united = (confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal()).tolist()
         ious = [_ratio(*counts) for counts in zip(right, united, strict=True)]
@@ -109,12 +113,8 @@ class SegmentationMetrics:
             pixel_accuracy=_ratio(sum(right), int(confusion.sum())),
             iou_per_class=dict(zip(self.classes, ious, strict=True)),
             confusion=confusion,
-            num_images=len(gathered),
+            num_images=len(records),
         )
-
-    def reset(self) -> None:
-        """Forget all images."""
-        self._confusions = {}
 
     def _confusion(self, sample: int, predicted: Tensor, labels: Tensor) -> Confusion:
         """How many pixels of an image have which true (row) and predicted class (column), without ignored ones."""
@@ -147,12 +147,6 @@ class SegmentationMetrics:
                 f"{number - 1}) and not the ignored one ({self.ignored}). Turn the data set's ids into labels first."
             )
         return counts[:number].copy()
-
-
-def _true_pixels(confusion: Confusion) -> list[int]:
-    """How many pixels each class has in the truth: what two records of one image have to agree in."""
-    totals: list[int] = confusion.sum(axis=1).tolist()
-    return totals
 
 
 def _ratio(part: float, whole: int) -> float:

@@ -1,16 +1,19 @@
 """Scores of a translated corpus, the same to the last digit on any number of ranks."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import index, itemgetter
-from typing import TypedDict
+from operator import index
+from typing import ClassVar, TypedDict
 
 from sacrebleu import BLEU, CHRF
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_attn.errors import InputError
-from lightning_attn.metrics.gather import add_record, gather_by_id
+from lightning_attn.metrics.base import ScoresMetric, nothing_to_score
+
+Pair = tuple[str, str]
+"""A hypothesis and its reference."""
 
 
 class TranslationScores(TypedDict):
@@ -66,11 +69,15 @@ def one_line(text: str) -> str:
     return " ".join(text.splitlines())
 
 
-class CorpusTranslationMetrics:
+class CorpusTranslationMetrics(ScoresMetric[Pair, TranslationScores]):
     """Corpus BLEU and chrF of detokenised text by sacreBLEU.
 
     The score of a corpus is not the mean of scores of its batches, so this keeps the sentences by sample id, brings
-    those of all ranks together, drops repeats, and scores once, in the order of the ids.
+    those of all ranks together, drops repeats, and scores once, in the order of the ids. `compute` returns `bleu` and
+    `chrf`, `scores()` also their signatures, and `hypotheses()` what was scored.
+
+    Without other options BLEU has the tokenisation "13a", mixed case and exponential smoothing, and chrF is chrF2:
+    sacreBLEU's defaults.
 
     Args:
         split: name of the split, for messages.
@@ -80,12 +87,15 @@ class CorpusTranslationMetrics:
         ValueError: if what the tokenisation needs is not installed.
     """
 
+    higher_is_better = True
+    score_names: ClassVar[tuple[str, ...]] = ("bleu", "chrf")
+
     def __init__(self, split: str, scoring: TranslationScoring = TranslationScoring()) -> None:
+        super().__init__(nothing_to_score("sentence", split))
         self.split = split
         self._bleu, self._chrf = scoring.bleu(), CHRF(word_order=scoring.word_order)
-        self._pairs: dict[int, tuple[str, str]] = {}
-        self._hypotheses: list[str] | None = None
 
+    @override
     def update(self, ids: Sequence[int] | Tensor, hypotheses: Sequence[str], references: Sequence[str]) -> None:
         """Add translated sentences. An id that was added before is ignored.
 
@@ -103,34 +113,8 @@ class CorpusTranslationMetrics:
                 f"ids, hypotheses and references must be of equal length, got {len(ids)}, {len(hypotheses)} and "
                 f"{len(references)}"
             )
-        self._hypotheses = None
         for sample, hypothesis, reference in zip(ids, hypotheses, references, strict=True):
-            pair = (one_line(hypothesis), reference)
-            add_record(self._pairs, index(sample), pair, same=itemgetter(1))
-
-    def compute(self) -> TranslationScores:
-        """Score the corpus. A collective: every rank has to call it, and every rank gets the same.
-
-        Without other options BLEU has the tokenisation "13a", mixed case and exponential smoothing, and chrF is chrF2:
-        sacreBLEU's defaults.
-
-        Raises:
-            ValueError: on every rank, if no rank has a sentence, or ranks disagree about the reference of an id.
-        """
-        pairs = gather_by_id(self._pairs, same=itemgetter(1))
-        if not pairs:
-            raise InputError(_nothing("sentence", self.split))
-        hypotheses = [hypothesis for hypothesis, _ in pairs.values()]
-        references = [reference for _, reference in pairs.values()]
-        bleu, chrf = self._bleu, self._chrf
-        scores = TranslationScores(
-            bleu=bleu.corpus_score(hypotheses, [references]).score,
-            chrf=chrf.corpus_score(hypotheses, [references]).score,
-            bleu_signature=str(bleu.get_signature()),  # known only after scoring
-            chrf_signature=str(chrf.get_signature()),
-        )
-        self._hypotheses = hypotheses
-        return scores
+            self._add(index(sample), (one_line(hypothesis), reference))
 
     def hypotheses(self) -> list[str]:
         """The translations that `compute` scored, of all ranks, in corpus order. No collective: one rank may call it.
@@ -138,68 +122,23 @@ class CorpusTranslationMetrics:
         Raises:
             RuntimeError: if `compute` was not called since the last `update` or `reset`.
         """
-        if self._hypotheses is None:
-            raise RuntimeError("call compute() on every rank first: it brings the hypotheses of all ranks together")
-        return list(self._hypotheses)
+        return [hypothesis for hypothesis, _ in self.gathered().values()]
 
-    def reset(self) -> None:
-        """Forget all sentences."""
-        self._pairs = {}
-        self._hypotheses = None
+    @staticmethod
+    @override
+    def _truth(record: Pair) -> object:
+        return record[1]
 
-
-class WeightedMean:
-    """The exact mean of a quantity over a split, such as the loss per target token.
-
-    It is the exact sum of the samples' sums divided by the sum of their counts. So it depends neither on how samples
-    were batched, nor on how they were dealt to ranks, nor on repeats, as far as the samples' own sums do not.
-
-    Args:
-        split: name of the split, for messages.
-    """
-
-    def __init__(self, split: str) -> None:
-        self.split = split
-        self._terms: dict[int, tuple[float, int]] = {}
-
-    def update(self, ids: Sequence[int] | Tensor, sums: Tensor, counts: Tensor) -> None:
-        """Add samples. An id that was added before is ignored.
-
-        Args:
-            ids: place of each sample in the split, B integers.
-            sums: each sample's quantity summed over its elements, `[B]`, floating point. Waits for the device.
-            counts: number of elements of each sample, `[B]`, integer.
-
-        Raises:
-            ValueError: if shapes or types do not fit, or an id was added with another count.
-        """
-        if not sums.shape == counts.shape == (len(ids),) or counts.is_floating_point():
-            raise ValueError(
-                f"sums and counts must have one entry for each of the {len(ids)} ids, and counts must be integers; got "
-                f"shapes {list(sums.shape)} and {list(counts.shape)} and counts of {counts.dtype}"
-            )
-        for sample, total, count in zip(ids, sums.tolist(), counts.tolist(), strict=True):
-            add_record(self._terms, index(sample), (total, count), same=itemgetter(1))
-
-    def compute(self) -> float:
-        """The mean over all ranks. A collective: every rank has to call it, and every rank gets the same.
-
-        Raises:
-            ValueError: on every rank, if there is nothing to average, or ranks disagree about the count of an id.
-        """
-        terms = gather_by_id(self._terms, same=itemgetter(1)).values()
-        count = sum(count for _, count in terms)
-        if count == 0:
-            raise InputError(_nothing("element", self.split))
-        return math.fsum(total for total, _ in terms) / count
-
-    def reset(self) -> None:
-        """Forget all samples."""
-        self._terms = {}
-
-
-def _nothing(what: str, split: str) -> str:
-    return (
-        f"there is no {what} of the split {split!r} to score: its files are empty, everything was filtered out, or "
-        f"trainer.limit_{split}_batches is 0"
-    )
+    @override
+    def _score(self, records: Mapping[int, Pair]) -> TranslationScores | None:
+        if not records:
+            return None
+        hypotheses = [hypothesis for hypothesis, _ in records.values()]
+        references = [reference for _, reference in records.values()]
+        bleu, chrf = self._bleu, self._chrf
+        return TranslationScores(
+            bleu=bleu.corpus_score(hypotheses, [references]).score,
+            chrf=chrf.corpus_score(hypotheses, [references]).score,
+            bleu_signature=str(bleu.get_signature()),  # known only after scoring
+            chrf_signature=str(chrf.get_signature()),
+        )

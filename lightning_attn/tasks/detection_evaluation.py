@@ -49,7 +49,8 @@ class DetectionEvaluator(Evaluator):
 
     @override
     def compute(self) -> dict[str, Any]:
-        return dict(self._metrics.compute())
+        self._metrics.compute()
+        return dict(self._metrics.scores())
 
     @override
     def logged(self, scores: dict[str, Any]) -> dict[str, float]:

@@ -104,7 +104,7 @@ class SampleMeans(Evaluator):
             of_ranks: list[set[str]] = [set()] * dist.get_world_size()
             dist.all_gather_object(of_ranks, names)
             names = set().union(*of_ranks)
-        return {name: self._means.setdefault(name, WeightedMean(self.split)).compute() for name in sorted(names)}
+        return {name: self._means.setdefault(name, WeightedMean(self.split)).compute().item() for name in sorted(names)}
 
 
 class Evaluation(Callback):

@@ -40,7 +40,8 @@ class SegmentationEvaluator(Evaluator):
 
     @override
     def compute(self) -> dict[str, Any]:
-        scores = self._metrics.compute()
+        self._metrics.compute()
+        scores = self._metrics.scores()
         return {**scores, "confusion": scores["confusion"].tolist()}
 
     @override

@@ -13,7 +13,8 @@ from typing_extensions import override
 from datamodules.translation.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.io import unused_path, write_text
 from lightning_attn.metrics.gather import gather_by_id
-from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean
+from lightning_attn.metrics.translation import CorpusTranslationMetrics
+from lightning_attn.metrics.weighted_mean import WeightedMean
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.visualization import draw_translation_attention
 
@@ -65,9 +66,10 @@ class TranslationEvaluator(Evaluator):
 
     @override
     def compute(self) -> dict[str, Any]:
-        scores: dict[str, Any] = {"loss": self._loss.compute()}
+        scores: dict[str, Any] = {"loss": self._loss.compute().item()}
         if self._has_translations:
-            scores |= self._metrics.compute()
+            self._metrics.compute()
+            scores |= self._metrics.scores()
         self._examples = gather_by_id(self._examples)
         return scores
 

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from scoring import scores_of
 
 from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, coco_records, image_detections
 
@@ -99,7 +100,7 @@ def by_pycocotools(truth: dict, records: list, image_ids: list[int]) -> tuple[li
 def test_scores_are_those_of_pycocotools_on_the_written_file(tmp_path, seed):
     truth = ground_truth()
     metric = scored(truth, detections(truth, seed))
-    scores = metric.compute()
+    scores = scores_of(metric)
     (tmp_path / "detections.json").write_text(json.dumps(metric.records()))
     records = json.loads((tmp_path / "detections.json").read_text())
     numbers, per_category = by_pycocotools(truth, records, [image["id"] for image in truth["images"]])
@@ -118,10 +119,10 @@ def test_only_images_that_were_seen_are_scored():
     found = detections(truth)
     seen = [102, 103, 110, 104]
     metric = scored(truth, found, seen)
-    scores = metric.compute()
+    scores = scores_of(metric)
     numbers, _ = by_pycocotools(truth, metric.records(), sorted(seen))
     assert [scores[name] for name in COCO_NUMBERS] == pytest.approx(numbers, abs=1e-9)
-    assert scores["ap"] != pytest.approx(scored(truth, found).compute()["ap"])
+    assert scores["ap"] != pytest.approx(scores_of(scored(truth, found))["ap"])
     assert (scores["num_images"], scores["num_images_in_split"]) == (4, SIZE)
 
 
@@ -136,13 +137,13 @@ def test_perfect_detections_score_one_and_none_score_zero():
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.tensor([one["category_id"] for one in objects], dtype=torch.int64)
         perfect[image_id] = {"boxes": boxes, "labels": labels, "scores": torch.linspace(0, 1, len(objects))}
-    scores = scored(truth, perfect).compute()
+    scores = scores_of(scored(truth, perfect))
     for name in set(COCO_NUMBERS) - {"ar1"}:
         assert scores[name] == pytest.approx(1.0), name
     assert scores["ar1"] < 1, "one detection an image cannot find all"
 
     metric = scored(truth, {image_id: nothing() for image_id in perfect})
-    scores = metric.compute()
+    scores = scores_of(metric)
     assert [scores[name] for name in COCO_NUMBERS] == [0.0] * 12
     assert scores["ap_per_category"] == {"cat": 0.0, "dog": 0.0, "traffic light": 0.0}
     assert metric.records() == []
@@ -152,11 +153,11 @@ def test_where_there_is_nothing_to_find_the_number_is_nan():
     truth = ground_truth()
     for one in truth["annotations"]:
         one["area"] = 50.0**2
-    scores = scored(truth, detections(truth)).compute()
+    scores = scores_of(scored(truth, detections(truth)))
     assert {name for name in COCO_NUMBERS if math.isnan(scores[name])} == {
         *("ap_small", "ap_large", "ar_small", "ar_large")
     }
-    scores = scored(truth, detections(truth), [100, 105]).compute()  # images without objects
+    scores = scores_of(scored(truth, detections(truth), [100, 105]))  # images without objects
     assert all(math.isnan(scores[name]) for name in COCO_NUMBERS)
     assert scores["ap_per_category"] == {}
     assert scores["num_images"] == 2
@@ -200,7 +201,7 @@ def test_repeats_and_the_order_of_images_change_nothing():
     shuffled.update(torch.tensor([110, 110]), [nothing(), nothing()])
     order = sorted(found, key=lambda image_id: (7 * image_id) % SIZE)
     shuffled.update(order, [found[image_id] for image_id in order])
-    assert shuffled.compute() == plain.compute()
+    assert scores_of(shuffled) == scores_of(plain)
     assert shuffled.records() == plain.records()
 
 
@@ -209,18 +210,18 @@ def test_the_ground_truth_is_left_as_it_is_and_may_be_scored_again():
     truth["annotations"][0]["id"] = 0  # the evaluators' mark of "no match"
     before = copy.deepcopy(truth)
     metric = scored(truth, detections(truth))
-    first = metric.compute()
-    assert metric.compute() == first
+    first = scores_of(metric)
+    assert scores_of(metric) == first
     assert truth == before
     truth["annotations"][0]["id"] = 10**6
-    assert scored(truth, detections(truth)).compute() == first
+    assert scores_of(scored(truth, detections(truth))) == first
 
 
 def test_scoring_is_silent(capfd, caplog):
     caplog.set_level(logging.INFO)
     truth = ground_truth()
-    scored(truth, detections(truth)).compute()
-    scored(truth, {100: nothing()}).compute()
+    scores_of(scored(truth, detections(truth)))
+    scores_of(scored(truth, {100: nothing()}))
     assert "".join(capfd.readouterr()) + caplog.text == ""
 
 
@@ -284,7 +285,7 @@ def _compute(ids: list[int]) -> list[object]:
     metric = CocoDetectionMetrics(truth)
     for image_id in ids:
         metric.update([image_id], [found[image_id]])
-    return [metric.compute(), metric.records()]
+    return [scores_of(metric), metric.records()]
 
 
 def _compute_on_rank(rank: int) -> list[object]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scoring import scores_of
 
 from lightning_attn.metrics.detection import CocoDetectionMetrics, coco_records, image_detections
 from lightning_attn.metrics.detection_analysis import ImageErrors, analyse_detections
@@ -136,7 +137,7 @@ def test_ids_beyond_the_integers_of_doubles_score_as_any_others(image_base, cate
             box = torch.tensor([[x, 10, x + 20, 30]], dtype=torch.float64)
             label = categories[1 - place if swap and category_base else place]
             metrics.update([images[place]], [{"boxes": box, "labels": torch.tensor([label]), "scores": torch.ones(1)}])
-        scored = metrics.compute()
+        scored = scores_of(metrics)
         assert {record["image_id"] for record in metrics.records()} == set(images)
         return scored
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scoring import scores_of
 
 from lightning_attn.metrics.segmentation import SegmentationMetrics
 
@@ -59,7 +60,7 @@ def by_sets(predicted: dict, labels: dict, label: int) -> float:
 
 def test_scores_are_those_of_the_definition():
     predicted, labels = maps()
-    scores = scored(predicted, labels).compute()
+    scores = scores_of(scored(predicted, labels))
     expected = [by_sets(predicted, labels, label) for label in range(len(NAMES))]
     assert list(scores["iou_per_class"]) == list(NAMES)
     np.testing.assert_allclose(list(scores["iou_per_class"].values()), expected, rtol=1e-12)
@@ -109,7 +110,7 @@ def test_scores_are_those_of_cityscapes_scripts_on_written_files(tmp_path):
     # Of the 19 classes 17 occur, one is predicted without occurring, and one is neither.
     predicted, labels = maps(9, num_classes=19)
     results = by_cityscapes_scripts(tmp_path, predicted, labels)
-    scores = scored(predicted, labels, classes=[one.name for one in evaluated]).compute()
+    scores = scores_of(scored(predicted, labels, classes=[one.name for one in evaluated]))
     for one in evaluated:
         expected = results["classScores"][one.name]
         assert scores["iou_per_class"][one.name] == pytest.approx(expected, abs=1e-12, nan_ok=True), one.name
@@ -122,13 +123,13 @@ def test_scores_are_those_of_cityscapes_scripts_on_written_files(tmp_path):
 
 def test_repeats_and_the_order_of_images_change_nothing():
     predicted, labels = maps()
-    expected = plain(scored(predicted, labels).compute())
+    expected = plain(scores_of(scored(predicted, labels)))
     metric = scored(predicted, labels, [53, 51])
     metric.update(torch.tensor([53, 53]), [torch.zeros_like(predicted[53])] * 2, [labels[53]] * 2)
     order = sorted(labels, key=lambda sample: (3 * sample) % SIZE)
     metric.update(order, [predicted[sample] for sample in order], [labels[sample] for sample in order])
-    assert plain(metric.compute()) == expected
-    assert plain(metric.compute()) == expected, "it may be computed again"
+    assert plain(scores_of(metric)) == expected
+    assert plain(scores_of(metric)) == expected, "it may be computed again"
 
 
 def test_only_images_since_the_reset_are_scored():
@@ -139,12 +140,12 @@ def test_only_images_since_the_reset_are_scored():
     with pytest.raises(ValueError, match=r"no segmented image to score: .*trainer.limit_val_batches .* is 0"):
         metric.compute()
     metric.update([52], [predicted[52]], [labels[52]])
-    assert plain(metric.compute()) == plain(scored(predicted, labels, [52]).compute())
+    assert plain(scores_of(metric)) == plain(scores_of(scored(predicted, labels, [52])))
 
 
 def test_where_no_pixel_counts_scores_are_nan():
     ignored = torch.full((4, 6), IGNORED, dtype=torch.uint8)
-    scores = scored({1: torch.zeros_like(ignored)}, {1: ignored}).compute()
+    scores = scores_of(scored({1: torch.zeros_like(ignored)}, {1: ignored}))
     numbers = [scores["miou"], scores["pixel_accuracy"], *scores["iou_per_class"].values()]
     assert all(math.isnan(number) for number in numbers)
     assert scores["num_images"] == 1
@@ -154,7 +155,7 @@ def test_where_no_pixel_counts_scores_are_nan():
 def test_a_perfect_prediction_scores_one():
     _, labels = maps()
     predicted = {sample: truth.where(truth != IGNORED, 3) for sample, truth in labels.items()}
-    scores = scored(predicted, labels).compute()
+    scores = scores_of(scored(predicted, labels))
     assert (scores["miou"], scores["pixel_accuracy"]) == (1.0, 1.0)
     assert math.isnan(scores["iou_per_class"]["rider"]), "what is predicted on ignored pixels does not count"
 
@@ -165,7 +166,7 @@ def test_any_number_of_classes_that_uint8_can_hold(number):
     ends = torch.tensor([0, number - 1], dtype=torch.uint8)
     truth = torch.cat((ends.repeat_interleave(3), torch.tensor([IGNORED, IGNORED], dtype=torch.uint8))).view(2, 4)
     found = torch.cat((ends.repeat(3), ends)).view(2, 4)
-    confusion = scored({0: found}, {0: truth}, classes=[str(label) for label in range(number)]).compute()["confusion"]
+    confusion = scores_of(scored({0: found}, {0: truth}, classes=[str(label) for label in range(number)]))["confusion"]
     expected = np.zeros((number, number), dtype=np.int64)
     np.add.at(expected, (truth.flatten()[:6].numpy(), found.flatten()[:6].numpy()), 1)
     np.testing.assert_array_equal(confusion, expected)
@@ -176,7 +177,7 @@ def test_maps_of_any_layout_and_another_ignored_label():
     metric = SegmentationMetrics(NAMES, ignored=5)
     truth = labels[50].where(labels[50] != IGNORED, 5).T.contiguous().T
     metric.update([50], [predicted[50].T.contiguous().T], [truth])
-    assert plain(metric.compute()) == plain(scored(predicted, labels, [50]).compute())
+    assert plain(scores_of(metric)) == plain(scores_of(scored(predicted, labels, [50])))
     with pytest.raises(ValueError, match=r"labels has the label 255, .* not the ignored one \(5\)"):
         metric.update([51], [predicted[51]], [labels[51]])
 
@@ -249,7 +250,7 @@ DEALT = [([*IDS[::2], 51], [*IDS[1::2], 50, 54]), (IDS, []), ([], IDS)]
 
 def _compute_on_rank(rank: int) -> list[object]:
     predicted, labels = maps()
-    results: list[object] = [plain(scored(predicted, labels, ids[rank]).compute()) for ids in DEALT]
+    results: list[object] = [plain(scores_of(scored(predicted, labels, ids[rank]))) for ids in DEALT]
     clash = scored(predicted, labels, [])
     clash.update([7], one_map(), one_map(rank))  # counted from 0 on every rank
     for metric in (clash, SegmentationMetrics(NAMES)):
@@ -264,7 +265,7 @@ def _compute_on_rank(rank: int) -> list[object]:
 @pytest.mark.timeout(900)
 def test_two_ranks_give_the_scores_of_one_to_the_last_digit(on_two_ranks):
     predicted, labels = maps()
-    expected = plain(scored(predicted, labels).compute())
+    expected = plain(scores_of(scored(predicted, labels)))
     for *results, clash, nothing in on_two_ranks(_compute_on_rank):
         assert results == [expected] * 3
         assert clash.startswith("sample id 7 stands for two different samples")

@@ -1,9 +1,10 @@
-import math
 import random
 
 import pytest
 import sacrebleu
 import torch
+from scoring import scores_of
+from test_weighted_mean import loss_terms
 
 from lightning_attn.metrics import CorpusTranslationMetrics, WeightedMean
 
@@ -37,17 +38,12 @@ def corpus(size: int) -> tuple[list[str], list[str]]:
     return hypotheses, references
 
 
-def loss_terms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(size, generator=generator) * 1e3, torch.randint(1, 40, (size,), generator=generator)
-
-
 def test_scores_are_those_of_sacrebleu_on_the_corpus():
     hypotheses, references = corpus(25)
     metric = CorpusTranslationMetrics("test")
     for batch in ([20, 24, 3], list(range(4, 20)), [0, 2, 1, 21, 22, 23]):
         metric.update(batch, [hypotheses[i] for i in batch], [references[i] for i in batch])
-    scores = metric.compute()
+    scores = scores_of(metric)
     bleu, chrf = sacrebleu.corpus_bleu(hypotheses, [references]), sacrebleu.corpus_chrf(hypotheses, [references])
     assert scores["bleu"] == bleu.score
     assert 20 < scores["bleu"] < 80
@@ -64,7 +60,7 @@ def test_repeats_and_the_order_of_batches_change_nothing():
     order = [8, 3, 5, 1, 0, 2, 4, 7, 6]
     repeated.update(order, [hypotheses[i] for i in order], [references[i] for i in order])
     repeated.update(torch.tensor([3, 3]), ["something else"] * 2, [references[3]] * 2)
-    assert repeated.compute() == plain.compute()
+    assert scores_of(repeated) == scores_of(plain)
     assert repeated.hypotheses() == hypotheses
 
 
@@ -94,14 +90,14 @@ def test_reset_forgets():
     with pytest.raises(RuntimeError, match="call compute"):
         metric.hypotheses()
     metric.update([0], ["x b c d"], ["a different reference"])
-    assert metric.compute()["bleu"] < 50
+    assert scores_of(metric)["bleu"] < 50
 
 
 def test_nothing_to_score_is_refused_with_the_name_of_the_split():
     with pytest.raises(ValueError, match=r"no sentence of the split 'val' to score.*limit_val_batches is 0"):
         CorpusTranslationMetrics("val").compute()
-    with pytest.raises(ValueError, match=r"no element of the split 'test' to score"):
-        WeightedMean("test").compute()
+    with pytest.raises(ValueError, match=r"no sentence of the split 'valid' to score.*limit_val_batches is 0"):
+        CorpusTranslationMetrics("valid").compute()
 
 
 def test_columns_of_different_length_are_refused():
@@ -119,37 +115,6 @@ def test_an_id_of_two_sentences_is_refused():
         metric.update([4], ["a"], ["second"])
 
 
-def test_weighted_mean_is_exact():
-    mean = WeightedMean("val")
-    mean.update([2, 0], torch.tensor([1e16, 1.0], dtype=torch.float64), torch.tensor([2, 3]))
-    mean.update([1, 2], torch.tensor([-1e16, 5.0], dtype=torch.float64), torch.tensor([0, 2]))
-    assert mean.compute() == 1.0 / 5
-    mean.reset()
-    sums, counts = loss_terms(101)
-    mean.update(torch.arange(101), sums, counts)
-    assert mean.compute() == math.fsum(sums.tolist()) / int(counts.sum())
-
-
-@pytest.mark.parametrize(
-    ("sums", "counts", "message"),
-    [
-        (torch.ones(3), torch.ones(2).long(), r"each of the 2 ids.*shapes \[3\] and \[2\]"),
-        (torch.ones(2, 1), torch.ones(2, 1).long(), r"shapes \[2, 1\] and \[2, 1\]"),
-        (torch.ones(2), torch.ones(2), "counts of torch.float32"),
-    ],
-)
-def test_weighted_mean_refuses_what_does_not_fit(sums, counts, message):
-    with pytest.raises(ValueError, match=message):
-        WeightedMean("val").update([0, 1], sums, counts)
-
-
-def test_weighted_mean_refuses_an_id_of_two_samples():
-    mean = WeightedMean("val")
-    mean.update([1], torch.ones(1), torch.tensor([3]))
-    with pytest.raises(ValueError, match="sample id 1 stands for two different samples, 3 and 4"):
-        mean.update([1], torch.ones(1), torch.tensor([4]))
-
-
 SIZE = 11
 # What two ranks score: an odd number of samples, unequally dealt, some on both ranks; then all of them on one rank.
 DEALT = [([0, 2, 4, 6, 8, 10, 1], [1, 3, 5, 7, 9, 0, 4]), (list(range(SIZE)), [])]
@@ -162,7 +127,7 @@ def _score(ids: list[int]) -> list[object]:
     for i in ids:
         metric.update([i], [hypotheses[i]], [references[i]])
         mean.update([i], sums[i : i + 1], counts[i : i + 1])
-    return [metric.compute(), metric.hypotheses(), mean.compute()]
+    return [scores_of(metric), metric.hypotheses(), mean.compute().item()]
 
 
 def _score_on_rank(rank: int) -> list[object]:

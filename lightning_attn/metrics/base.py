@@ -1,0 +1,195 @@
+"""The base of all metrics: a `torchmetrics.Metric` that gathers a record of each sample by id, and scores it once."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.metric import CompositionalMetric
+from typing_extensions import override
+
+from lightning_attn.errors import InputError
+from lightning_attn.metrics.gather import add_record, gather_by_id, true_on_any_rank
+
+__all__ = ["GatheredMetric", "Score", "ScoresMetric", "nothing_to_score"]
+
+RecordT = TypeVar("RecordT")
+ScoresT = TypeVar("ScoresT")
+ResultT = TypeVar("ResultT")
+T = TypeVar("T")
+
+
+class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
+    """A metric of a whole split that depends neither on batches and repeats nor on the number of ranks.
+
+    `update` turns samples into records, `compute` gathers the records of all ranks by sample id, drops repeats, and
+    turns them into scores.
+
+    Records are an ordinary attribute rather than states of torchmetrics: states are tensors, and torchmetrics
+    concatenates those of all ranks without knowing which sample is which. What follows from that:
+
+    - `compute` gathers by itself, and is always a collective. So torchmetrics neither synchronizes
+      (`sync_on_compute`) nor caches: a rank that returns a cached result would leave the others waiting. Unless a rank
+      was updated since, a further call only asks whether one was.
+    - `forward` adds the samples, and returns the scores of them alone, of this rank: no collective.
+    - `MetricCollection` never takes two of these metrics for one (`compute_groups`).
+    - `state_dict` is empty, and `to` moves results only: records stay on the CPU. Pickling, `deepcopy` and `clone` keep
+      them; `merge_state` is refused.
+
+    Args:
+        nothing_to_score: The message of `compute` if no rank has anything to score.
+    """
+
+    is_differentiable = False
+    full_state_update = True  # `update` looks at the ids that were added before
+
+    def __init__(self, nothing_to_score: str) -> None:
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        self._nothing_to_score = nothing_to_score
+        self._records: dict[int, RecordT] = {}
+        self._gathered: dict[int, RecordT] | None = None
+        self._scores: ScoresT | None = None
+
+    @override
+    def compute(self) -> ResultT:
+        """Scores all samples that were seen. A collective: every rank has to call it, and every rank gets the same.
+
+        Raises:
+            InputError: On every rank, if no rank has anything to score.
+            ValueError: On every rank, if ranks disagree about the truth of an id.
+        """
+        if true_on_any_rank(self._scores is None):
+            gathered = gather_by_id(self._records, self._truth)
+            self._scores = self._score_gathered(gathered)
+            self._gathered = None if self._scores is None else gathered
+        if self._scores is None:
+            raise InputError(self._nothing_to_score)
+        return self._result(self._scores)
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> ResultT:
+        """Adds samples as `update` does; returns the scores of them alone, of this rank, NaN if there are none."""
+        records, self._records = self._records, {}
+        try:
+            self.update(*args, **kwargs)
+            batch = self._records
+        finally:
+            self._records = records
+        for sample, record in batch.items():
+            self._add(sample, record)
+        result = self._result(self._score(batch))
+        self._forward_cache: Any = result  # Lightning reads it when it logs the metric on a step
+        return result
+
+    @override
+    def reset(self) -> None:
+        """Forgets all samples and scores."""
+        super().reset()
+        self._records, self._gathered, self._scores = {}, None, None
+
+    def gathered(self) -> dict[int, RecordT]:
+        """The records that `compute` scored, of all ranks, sorted by sample id. No collective: one rank may call it.
+
+        Raises:
+            RuntimeError: If `compute` was not called since the last `update` or `reset`.
+        """
+        return _computed(self._gathered)
+
+    def _add(self, sample: int, record: RecordT) -> None:
+        """Adds a sample's record; one that was added before is ignored."""
+        self._gathered = self._scores = None
+        add_record(self._records, sample, record, self._truth)
+
+    @staticmethod
+    def _truth(record: RecordT) -> object:
+        """What all records of one sample have to agree in, such as its reference."""
+        return None
+
+    @abstractmethod
+    def _score(self, records: Mapping[int, RecordT]) -> ScoresT | None:
+        """The scores of these records, sorted by sample id or not; None if there is nothing to score."""
+
+    def _score_gathered(self, records: Mapping[int, RecordT]) -> ScoresT | None:
+        """The scores of the records of all ranks, equal on all ranks."""
+        return self._score(records)
+
+    @abstractmethod
+    def _result(self, scores: ScoresT | None) -> ResultT:
+        """What `compute` returns; NaN for None."""
+
+    def _tensor(self, value: float) -> Tensor:
+        """A result on the metric's device, in double precision so that nothing is rounded; MPS has single only."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.tensor(value, dtype=dtype, device=self.device)
+
+
+class ScoresMetric(GatheredMetric[RecordT, ScoresT, dict[str, Tensor]]):
+    """A metric of several scores: `compute` returns a flat dictionary of tensors that can be logged.
+
+    Lightning logs a metric itself (`self.log(name, metric)`, `self.log_dict(collection)`) only if it returns one
+    tensor: `metric["name"]` is a metric of one score that shares samples and computation with this one.
+
+    Attributes:
+        score_names: The keys of what `compute` returns.
+    """
+
+    score_names: ClassVar[tuple[str, ...]]
+
+    def scores(self) -> ScoresT:
+        """All that `compute` found, also what cannot be logged, as plain numbers. No collective.
+
+        Raises:
+            RuntimeError: If `compute` was not called since the last `update` or `reset`.
+        """
+        return _computed(self._scores)
+
+    @override
+    def __getitem__(self, name: str) -> "Score":  # type: ignore[override]  # torchmetrics says int, and means any key
+        if name not in self.score_names:
+            raise KeyError(f"{type(self).__name__} has no score {name!r}, only {', '.join(self.score_names)}")
+        return Score(self, name)
+
+    @override
+    def _result(self, scores: ScoresT | None) -> dict[str, Tensor]:
+        values: Any = dict.fromkeys(self.score_names, float("nan")) if scores is None else scores
+        return {name: self._tensor(values[name]) for name in self.score_names}
+
+
+class Score(CompositionalMetric):
+    """One score of a metric that has several, as a metric of its own; samples and computation are the other's.
+
+    Args:
+        metric: The metric.
+        name: One of its `score_names`.
+    """
+
+    def __init__(self, metric: ScoresMetric[Any, Any], name: str) -> None:
+        super().__init__(itemgetter(name), metric, None)
+        self.name = name
+
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]  # of an instance, not of the class
+        """As the metric says."""
+        return self.metric_a.higher_is_better  # type: ignore[union-attr]
+
+    @override
+    def __repr__(self) -> str:
+        return f"{self.metric_a!r}[{self.name!r}]"
+
+
+def nothing_to_score(what: str, split: str) -> str:
+    """The message of a metric that knows the name of its split."""
+    stage = "val" if split == "valid" else split
+    return (
+        f"there is no {what} of the split {split!r} to score: it is empty, everything was filtered out, or "
+        f"trainer.limit_{stage}_batches is 0."
+    )
+
+
+def _computed(value: T | None) -> T:
+    if value is None:
+        raise RuntimeError("call compute() on every rank first: it gathers and scores the samples of all ranks")
+    return value
