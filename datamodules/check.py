@@ -32,10 +32,10 @@ from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.images.files import ImageError, image_header, read_image
 from datamodules.images.folders import listed
 from datamodules.images.transforms import resized_sizes
+from datamodules.machine import available_cores
 from datamodules.sampling.planned_batches import ignore_stop_signals
 from datamodules.segmentation.classes import IGNORED
 from datamodules.segmentation.datamodule import SegmentationDataModule
-from datamodules.translation.token_cache import available_cores
 from datamodules.translation.vocabulary import UNK_ID
 from datamodules.translation.wmt14 import WMT14DataModule
 from lightning_attn.errors import InputError

@@ -6,6 +6,8 @@ from typing import Any
 import pytorch_lightning as pl
 from jsonargparse import SUPPRESS, ArgumentParser
 
+import datamodules
+
 __all__ = ["data_parser", "parse_data"]
 
 # Sections of a configuration that say nothing about the data.
@@ -19,6 +21,7 @@ def data_parser(program: str, description: str) -> ArgumentParser:
         program: How it is called.
         description: What it does.
     """
+    datamodules.import_all()
     parser = ArgumentParser(prog=program, description=description)
     parser.add_argument("-c", "--config", action="config", help="configuration file; its data section is used")
     parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True)

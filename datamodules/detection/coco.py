@@ -10,10 +10,9 @@ from datamodules.detection.transforms import Augmentation
 from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import contents
 from datamodules.sampling.image_batches import BadImagePolicy
-from datamodules.translation.token_cache import user_cache_folder
 from lightning_attn.errors import InputError, MissingFileError
 
-__all__ = ["COCODataModule", "MiniatureDetectionDataModule"]
+__all__ = ["COCODataModule"]
 
 _ROBOFLOW_FILE = "_annotations.coco.json"
 
@@ -190,44 +189,3 @@ class COCODataModule(DetectionDataModule):
             + ('. Training without validation: --data.val_split "".' if split == "val" else ".")
             + " Data in other formats have DataModules of their own: VOCDetectionDataModule, YOLODetectionDataModule."
         )
-
-
-class MiniatureDetectionDataModule(COCODataModule):
-    """A small detection set drawn on the spot, without a network.
-
-    It is written in the layout of COCO into `root`, by default a folder of the user's cache, and read like any other.
-    Images are not resized. See `COCODataModule` for the arguments.
-    """
-
-    def __init__(
-        self,
-        root: str = "",
-        batch_size: int = 8,
-        num_workers: int = 0,
-        min_size: int = 0,
-        max_size: int = 0,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-    ) -> None:
-        super().__init__(
-            root=root or str(user_cache_folder() / "miniature_detection"),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            test_split="test2017",
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-        )
-
-    def prepare_files(self, splits: Sequence[str]) -> None:
-        """Draws the set, all of it."""
-        from datamodules.miniature.detection import write_miniature_detection
-
-        write_miniature_detection(self.root)

@@ -5,7 +5,6 @@
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, LabelMap, SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationDataModule, SegmentationFiles
 from datamodules.segmentation.transforms import SegmentationAugmentation
-from datamodules.translation.token_cache import user_cache_folder
 from lightning_attn.errors import MissingFileError
 
-__all__ = ["CityscapesDataModule", "CityscapesLabels", "MiniatureSegmentationDataModule", "read_label_ids"]
+__all__ = ["CityscapesDataModule", "CityscapesLabels", "read_label_ids"]
 
 _IMAGES, _FINE, _COARSE = "leftImg8bit", "gtFine", "gtCoarse"
 _COARSE_SPLIT = "train_extra"
@@ -247,44 +245,3 @@ class CityscapesDataModule(SegmentationDataModule):
             rank_zero_info(f"{name}: {len(more_images):,} images of {_COARSE_SPLIT} with coarse labels are added")
         reader = CityscapesLabels(self.classes)
         return SegmentationFiles.of_paths(self.root, images, labels, (reader,))
-
-
-class MiniatureSegmentationDataModule(CityscapesDataModule):
-    """A small segmentation set drawn on the spot, without a network.
-
-    It is written in the layout of Cityscapes into `root`, by default a folder of the user's cache, and read like any
-    other. Its classes are those that it shows. See `CityscapesDataModule` for the arguments.
-    """
-
-    def __init__(
-        self,
-        root: str = "",
-        batch_size: int = 8,
-        num_workers: int = 0,
-        classes: tuple[str, ...] = (),
-        crop_size: int | tuple[int, int] = 0,
-        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-    ) -> None:
-        from datamodules.miniature.segmentation import MINIATURE_CLASSES
-
-        super().__init__(
-            root=root or str(user_cache_folder() / "miniature_segmentation"),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            test_split="test",
-            classes=classes or MINIATURE_CLASSES,
-            crop_size=crop_size,
-            augmentation=augmentation,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-        )
-
-    def prepare_files(self, splits: Sequence[str]) -> None:
-        """Draws the set, all of it."""
-        from datamodules.miniature.segmentation import write_miniature_segmentation
-
-        write_miniature_segmentation(self.root)

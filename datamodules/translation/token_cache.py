@@ -37,6 +37,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from datamodules.machine import available_cores, user_cache_folder
 from datamodules.translation.new_processes import without_main_module
 from datamodules.translation.parallel_text import (
     Cleaning,
@@ -445,11 +446,6 @@ def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processe
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def available_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_cache_folder(root: Path) -> Path:
     """``root/cache``, or a folder of the user's cache when the corpus folder is read-only.
 
@@ -460,22 +456,6 @@ def default_cache_folder(root: Path) -> Path:
     place = inside if inside.is_dir() else root
     writable = place.is_dir() and place.stat().st_mode & 0o222 and os.access(place, os.W_OK | os.X_OK)
     return inside if writable else user_cache_folder()
-
-
-def user_cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/lightning_attn``, by default ``~/.cache/lightning_attn``.
-
-    Raises:
-        NotADirectoryError: if there is neither a variable nor a home.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "lightning_attn"
-    except RuntimeError as error:
-        raise NotADirectoryError(
-            "cache_dir: this user has no home directory, where the cache would be. Set XDG_CACHE_HOME or HOME to a "
-            "folder, or give one (--data.cache_dir FOLDER for text, --data.root FOLDER for miniature data)."
-        ) from error
 
 
 def _summarise_once(path: Path, cache: Path) -> FileSummary:

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from datamodules.translation.batches import TranslationBatch, TranslationDataset
 from datamodules.translation.vocabulary import Vocabulary
-from datamodules.translation.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.export.graph import Program

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.detection import coco_sources
+from datamodules.downloads import coco as coco_sources
 from datamodules.downloads.coco import COCO_PARTS, OFFICIAL_URL, CocoPart, download_coco
 from datamodules.downloads.transfer import DownloadError
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules import backgrounds, miniature_detection
+from datamodules.miniature import backgrounds
+from datamodules.miniature import detection as miniature_detection
 from datamodules.miniature.backgrounds import SCENES, SURFACES, background, crop, photograph
 from datamodules.miniature.detection import (
     MINIATURE_CATEGORIES,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules import miniature_segmentation
+from datamodules.miniature import segmentation as miniature_segmentation
 from datamodules.miniature.segmentation import (
     MINIATURE_CLASSES,
     MINIATURE_PICTURES,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from num2words import num2words
 
-from datamodules import miniature_translation
+from datamodules.miniature import translation as miniature_translation
 from datamodules.miniature.translation import MINIATURE_PAIRS, miniature_pairs, write_miniature_corpus
 
 SMALL = {"train": 300, "valid": 20, "test": 30}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from parallel_corpus import write_corpus, write_lines
 
+from datamodules.machine import user_cache_folder
 from datamodules.translation import token_cache
 from datamodules.translation.parallel_text import Cleaning, FilePair, read_lines
 from datamodules.translation.token_cache import (
@@ -16,7 +17,6 @@ from datamodules.translation.token_cache import (
     TokenArray,
     TokenCache,
     default_cache_folder,
-    user_cache_folder,
 )
 
 

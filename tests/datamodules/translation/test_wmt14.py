@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 import datamodules
 from datamodules import Cleaning, MiniatureTranslationDataModule, TranslationBatch, WMT14DataModule
+from datamodules.translation.batches import TranslationDataset
 from datamodules.translation.parallel_text import read_lines
-from datamodules.translation.wmt14 import TranslationDataset
 
 
 @pytest.fixture(scope="module")
