@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.detection.transforms import MIN_BOX_SIDE, Boxes, Labels
+from datamodules.images.batches import BadImagePolicy
 from datamodules.images.files import ExifPolicy, ImageError, ImageHeader, image_header, image_size
 from datamodules.images.folders import PackedText, first_repeated, listed, predicted_images, printable, spread
 from datamodules.images.transforms import resized_sizes
-from datamodules.sampling.image_batches import BadImagePolicy
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = [

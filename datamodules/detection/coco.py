@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations
 from datamodules.detection.coco_files import read_coco
 from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.detection.transforms import Augmentation
-from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import contents
-from datamodules.sampling.image_batches import BadImagePolicy
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["COCODataModule"]
@@ -27,11 +25,6 @@ class COCODataModule(DetectionDataModule):
     - Roboflow's: `root/{split}/_annotations.coco.json`, and the images beside it. The category above all others that
       Roboflow adds is left out where nothing is annotated with it.
 
-    Training targets are the boxes of single things, cut at the borders of their image; crowds, and boxes without an
-    area inside the image or smaller than a pixel when it has been resized, are none. Evaluation reads every annotation.
-
-    Train with `Trainer(use_distributed_sampler=False)`: batches are planned here for all ranks.
-
     Args:
         root: Folder of the data.
         batch_size: Training images in a batch on one rank.
@@ -39,27 +32,14 @@ class COCODataModule(DetectionDataModule):
         train_split: Name of the training split.
         val_split: Name of the validation split; "" for none.
         test_split: Name of the test split; "" means the validation split, as the boxes of COCO's own are not public.
-        min_size: Length of the short side that images are resized to, in pixels; 0 leaves images as they are unless
-            they are longer than `max_size`.
-        max_size: Bound of the long side; 0 for none.
-        augmentation: What is changed at random in training images.
-        keep_empty: Whether training images without a box are used.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
         download: Fetches COCO 2017 into `root` first.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
         train_annotations: Annotation file of the training split, below `root` or anywhere; "" for those of the layouts.
         train_images: Folder of its images, likewise.
         val_annotations: Of the validation split.
         val_images: Of the validation split.
         test_annotations: Of the test split.
         test_images: Of the test split.
-        exif: What is done about the orientation in the EXIF data of photos: `apply` turns images upright, as annotation
-            tools show them, wherever the annotated size fits; `ignore` takes the pixels as they are stored.
-        on_bad_image: What is done about a file that cannot be used: `stop` with its name, or `skip` it and say so.
-            Prediction always skips it.
-        repeat_threshold: Training images with a category that is in less than this share of the images come several
-            times in an epoch; see `DetectionDataModule`; 0 for once each.
+        options: Those of `DetectionDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -73,23 +53,14 @@ class COCODataModule(DetectionDataModule):
         train_split: str = "train2017",
         val_split: str = "val2017",
         test_split: str = "",
-        min_size: int = 800,
-        max_size: int = 1333,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
         download: bool = False,
-        predict_folder: str = "",
         train_annotations: str = "",
         train_images: str = "",
         val_annotations: str = "",
         val_images: str = "",
         test_annotations: str = "",
         test_images: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
-        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
         given = {
             "train": (train_annotations, train_images),
@@ -108,16 +79,7 @@ class COCODataModule(DetectionDataModule):
             {"train": train_split, "val": val_split, "test": test_split or ("test" if test_annotations else "")},
             batch_size=batch_size,
             num_workers=num_workers,
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-            repeat_threshold=repeat_threshold,
+            **options,
         )
         self.download = download
         # A split that takes the place of another has its files too.

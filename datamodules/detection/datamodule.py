@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import LongTensor, Tensor
+from typing_extensions import override
 
 from datamodules.detection.annotations import (
     Categories,
@@ -23,10 +24,11 @@ from datamodules.detection.annotations import (
     of_image,
 )
 from datamodules.detection.transforms import Augmentation, EvaluationTransform, TrainingTransform
+from datamodules.images.batches import BadImage, BadImagePolicy, ImageBatch, ImageDataset
 from datamodules.images.datamodule import ImageDataModule, check_least
 from datamodules.images.files import ExifPolicy, ImageHeader, channels_first, read_image
 from datamodules.images.folders import PackedText, listed, printable, unique_stems
-from datamodules.sampling.image_batches import BadImage, BadImagePolicy, ImageBatch, ImageDataset, SampleRequest
+from datamodules.sampling.grouped_batches import SampleRequest
 from lightning_attn.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -94,45 +96,42 @@ class DetectionDataset(ImageDataset[DetectionBatch]):
         self.repeats = repeats
         self.outputs = PackedText(unique_stems([annotations.names[index] for index in range(len(annotations))]))
 
+    @override
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @override
     def groups(self) -> Integers:
         """1 for wide images and 0 for tall ones, `[images]`."""
         sizes = self.annotations.sizes[self.chosen]
         return np.asarray(sizes[:, 1] >= sizes[:, 0], dtype=np.int64)
 
-    def name(self, image: int) -> str:
-        """File name below the folder of the split."""
-        return printable(self.annotations.names[int(self.chosen[image])])
+    @override
+    def name(self, index: int) -> str:
+        return printable(self.annotations.names[int(self.chosen[index])])
 
-    def batch(self, draws: Sequence[SampleRequest]) -> DetectionBatch:
-        """One batch.
-
-        Raises:
-            ImageError: If an image cannot be used; the message names the file and the image id.
-            OSError: If a file cannot be read.
-        """
+    @override
+    def batch(self, requests: Sequence[SampleRequest]) -> DetectionBatch:
         annotations = self.annotations
-        used, samples, bad = self.read_each(draws, self._sample)
-        chosen = [int(self.chosen[draw.image]) for draw in used]
+        used, samples, bad = self.read_each(requests, self._sample)
+        chosen = [int(self.chosen[request.index]) for request in used]
         return DetectionBatch(
             torch.from_numpy(annotations.image_ids[chosen]),  # type: ignore[arg-type]
             [image for image, _ in samples],
             [target for _, target in samples] if self.with_targets else [],
             torch.from_numpy(annotations.sizes[chosen].reshape(-1, 2)),  # type: ignore[arg-type]
-            [self.name(draw.image) for draw in used],
+            [self.name(request.index) for request in used],
             outputs=[self.outputs[index] for index in chosen],
             paths=[str(self.folder / annotations.names[index]) for index in chosen],
             bad=bad,
         )
 
-    def _sample(self, draw: SampleRequest) -> tuple[Tensor, dict[str, Tensor]]:
+    def _sample(self, request: SampleRequest) -> tuple[Tensor, dict[str, Tensor]]:
         """An image `[3, H, W]` and its target."""
-        index = int(self.chosen[draw.image])
+        index = int(self.chosen[request.index])
         pixels = of_image(self.annotations, index, read_image, self.folder, self.exif)
         boxes, labels = self.annotations.targets(index)
-        pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, draw.epoch, index))
+        pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, request.epoch, index))
         return channels_first(pixels), {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
 
 
@@ -147,21 +146,15 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
     Args:
         root: Folder of the data.
         split_names: Names of the splits "train", "val" and "test"; see `ImageDataModule`.
-        batch_size: Training images in a batch on one rank.
-        num_workers: Processes that make batches; 0 makes them in the training process.
         min_size: Length of the short side that images are resized to, in pixels; 0 leaves images as they are unless
             they are longer than `max_size`.
         max_size: Bound of the long side; 0 for none.
         augmentation: What is changed at random in training images.
         keep_empty: Whether training images without a box are used.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos.
-        on_bad_image: What is done about a file that cannot be used.
         repeat_threshold: Training images with a category that is in less than this share of the images come several
             times in an epoch: sqrt(threshold / share) times, by the rarest of their categories (repeat-factor sampling,
             Gupta et al., LVIS, 2019, which has 0.001); 0 for once each.
+        options: Those of `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -172,30 +165,14 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         root: str,
         split_names: dict[str, str],
         *,
-        batch_size: int,
-        num_workers: int,
-        min_size: int,
-        max_size: int,
-        augmentation: Augmentation,
-        keep_empty: bool,
-        seed: int,
-        eval_batch_size: int,
-        predict_folder: str,
-        exif: ExifPolicy,
-        on_bad_image: BadImagePolicy,
-        repeat_threshold: float,
+        min_size: int = 800,
+        max_size: int = 1333,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+        keep_empty: bool = False,
+        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            root,
-            split_names,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-        )
+        super().__init__(root, split_names, **options)
         check_least("min_size", min_size, 0)
         check_least("max_size", max_size, 0)
         if not 0 <= repeat_threshold <= 1:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +11,8 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations
 from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.detection.transforms import Augmentation
-from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
 from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
-from datamodules.sampling.image_batches import BadImagePolicy
 from lightning_attn.errors import InputError
 
 __all__ = ["MergedDetectionDataModule", "merged_annotations"]
@@ -26,7 +24,7 @@ class MergedDetectionDataModule(DetectionDataModule):
     Images and annotations are numbered anew. Mind that a data set in which a class is not annotated teaches that its
     objects are background.
 
-    The other arguments are those of `COCODataModule`, and go before those of the members.
+    Its options take precedence over those of the members.
 
     Args:
         members: The data sets; each reads its own splits. A member without a validation or test split has no part in
@@ -36,16 +34,7 @@ class MergedDetectionDataModule(DetectionDataModule):
         rename: New names of classes by their old ones, such as `{automobile: car}`; those of one new name become one.
         batch_size: Training images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
-        min_size: See `COCODataModule`.
-        max_size: See `COCODataModule`.
-        augmentation: See `COCODataModule`.
-        keep_empty: See `COCODataModule`.
-        seed: See `COCODataModule`.
-        eval_batch_size: See `COCODataModule`.
-        predict_folder: See `COCODataModule`.
-        exif: See `COCODataModule`.
-        on_bad_image: See `COCODataModule`.
-        repeat_threshold: See `COCODataModule`.
+        options: Those of `DetectionDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, there is no member, or weights and members differ in number.
@@ -58,16 +47,7 @@ class MergedDetectionDataModule(DetectionDataModule):
         rename: dict[str, str] | None = None,
         batch_size: int = 2,
         num_workers: int = 0,
-        min_size: int = 800,
-        max_size: int = 1333,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
-        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
         check_members(members, weights, "detection")
         super().__init__(
@@ -75,16 +55,7 @@ class MergedDetectionDataModule(DetectionDataModule):
             member_splits(members),
             batch_size=batch_size,
             num_workers=num_workers,
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-            repeat_threshold=repeat_threshold,
+            **options,
         )
         self.members = members
         self.weights = tuple(weights)

@@ -6,15 +6,15 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
 from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.detection.transforms import Augmentation
+from datamodules.images.batches import BadImagePolicy
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
 from datamodules.images.folders import contents, first_repeated, listed, read_lines
-from datamodules.sampling.image_batches import BadImagePolicy
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["VOC_CLASSES", "VOCDetectionDataModule", "read_voc"]
@@ -43,8 +43,6 @@ class VOCDetectionDataModule(DetectionDataModule):
     xmin to xmax. Objects marked as difficult are no training targets, and neither wanted nor wrong in the scores, as
     crowds are in COCO's.
 
-    The other arguments are those of `COCODataModule`.
-
     Args:
         root: Folder of the data.
         batch_size: Training images in a batch on one rank.
@@ -56,16 +54,7 @@ class VOCDetectionDataModule(DetectionDataModule):
             VOC's own order if all are VOC's, else in that of the alphabet.
         corners_from: 1 where coordinates count from 1, as VOC's do; 0 for tools that begin at 0, and write xmax and
             ymax as the border of the box.
-        min_size: See `COCODataModule`.
-        max_size: See `COCODataModule`.
-        augmentation: See `COCODataModule`.
-        keep_empty: See `COCODataModule`.
-        seed: See `COCODataModule`.
-        eval_batch_size: See `COCODataModule`.
-        predict_folder: See `COCODataModule`.
-        exif: See `COCODataModule`.
-        on_bad_image: See `COCODataModule`.
-        repeat_threshold: See `COCODataModule`.
+        options: Those of `DetectionDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -81,32 +70,14 @@ class VOCDetectionDataModule(DetectionDataModule):
         test_split: str = "",
         classes: tuple[str, ...] = (),
         corners_from: int = 1,
-        min_size: int = 800,
-        max_size: int = 1333,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
-        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(
             root,
             {"train": train_split, "val": val_split, "test": test_split},
             batch_size=batch_size,
             num_workers=num_workers,
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-            repeat_threshold=repeat_threshold,
+            **options,
         )
         if corners_from not in (0, 1):
             raise InputError(f"corners_from: {corners_from} is neither 0 nor 1 (--data.corners_from 1).")

@@ -9,10 +9,9 @@ import yaml
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
 from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.detection.transforms import Augmentation
+from datamodules.images.batches import BadImagePolicy
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
 from datamodules.images.folders import contents, images_below, listed, read_lines, read_text
-from datamodules.sampling.image_batches import BadImagePolicy
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["YOLODetectionDataModule", "read_yolo", "read_yolo_description"]
@@ -29,8 +28,6 @@ class YOLODetectionDataModule(DetectionDataModule):
     each box, its centre and size as shares of the image's, or a class and the corners of an outline, whose bounding box
     is taken. An image without a file has no objects.
 
-    The other arguments are those of `COCODataModule`.
-
     Args:
         root: Folder of the data.
         batch_size: Training images in a batch on one rank.
@@ -38,16 +35,7 @@ class YOLODetectionDataModule(DetectionDataModule):
         train_split: Name of the training split in `data.yaml`.
         val_split: Name of the validation split in `data.yaml` (`val` finds `valid` too); "" for none.
         test_split: Name of the test split; "" means the validation split.
-        min_size: See `COCODataModule`.
-        max_size: See `COCODataModule`.
-        augmentation: See `COCODataModule`.
-        keep_empty: See `COCODataModule`.
-        seed: See `COCODataModule`.
-        eval_batch_size: See `COCODataModule`.
-        predict_folder: See `COCODataModule`.
-        exif: See `COCODataModule`.
-        on_bad_image: See `COCODataModule`.
-        repeat_threshold: See `COCODataModule`.
+        options: Those of `DetectionDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -61,32 +49,14 @@ class YOLODetectionDataModule(DetectionDataModule):
         train_split: str = "train",
         val_split: str = "val",
         test_split: str = "",
-        min_size: int = 800,
-        max_size: int = 1333,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
-        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(
             root,
             {"train": train_split, "val": val_split, "test": test_split},
             batch_size=batch_size,
             num_workers=num_workers,
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-            repeat_threshold=repeat_threshold,
+            **options,
         )
 
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:

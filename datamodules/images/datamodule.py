@@ -9,14 +9,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from datamodules.images.batches import BadImage, BadImagePolicy, ImageDataset
 from datamodules.images.files import ExifPolicy
-from datamodules.sampling.image_batches import (
-    BadImage,
-    BadImagePolicy,
-    ImageDataset,
-    evaluation_loader,
-    training_loader,
-)
+from datamodules.sampling.grouped_batches import evaluation_loader, training_loader
 from lightning_attn.errors import InputError
 
 STAGE_SPLITS: Mapping[str, tuple[str, ...]] = {
@@ -52,9 +47,10 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
         eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
         predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos; see `ExifPolicy`.
-        on_bad_image: What is done about a file that cannot be used; see `BadImagePolicy`. Prediction always passes over
-            it, and lists it in the end.
+        exif: What is done about the orientation in the EXIF data of photos: `apply` turns images upright, as annotation
+            tools show them, wherever that fits the annotated size; `ignore` takes the pixels as they are stored.
+        on_bad_image: What is done about a file that cannot be used: `stop` with its name, or `skip` it and say so.
+            Prediction always skips it, and lists it at the end.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -65,11 +61,11 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         root: str,
         split_names: Mapping[str, str],
         *,
-        batch_size: int,
-        num_workers: int,
-        seed: int,
-        eval_batch_size: int,
-        predict_folder: str,
+        batch_size: int = 2,
+        num_workers: int = 0,
+        seed: int = 0,
+        eval_batch_size: int = 0,
+        predict_folder: str = "",
         exif: ExifPolicy = "apply",
         on_bad_image: BadImagePolicy = "stop",
     ) -> None:

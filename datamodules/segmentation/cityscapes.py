@@ -7,16 +7,15 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_info
 
-from datamodules.images.files import ExifPolicy, ImageError, label_size, read_labels
+from datamodules.images.files import ImageError, label_size, read_labels
 from datamodules.images.folders import contents, listed
-from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, LabelMap, SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationDataModule, SegmentationFiles
-from datamodules.segmentation.transforms import SegmentationAugmentation
 from lightning_attn.errors import MissingFileError
 
 __all__ = ["CityscapesDataModule", "CityscapesLabels", "read_label_ids"]
@@ -185,17 +184,7 @@ class CityscapesDataModule(SegmentationDataModule):
             public. Prediction needs its images alone.
         classes: Names of the classes that are told apart, of Cityscapes' 19; none for all.
         coarse: Adds to the training images those of train_extra with their coarse labels, in gtCoarse/.
-        crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
-            smaller, the rest is filled and ignored. 0 means the height and width of each image.
-        augmentation: What is changed at random in training images.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`. Images of one size
-            come together.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos: `apply` turns images upright wherever that
-            fits the size of their labels; `ignore` takes the pixels as they are stored.
-        on_bad_image: What is done about a file that cannot be used: `stop` with its name, or `skip` it and say so.
-            Prediction always skips it.
+        options: Those of `SegmentationDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, no split is named, or a class is unknown.
@@ -211,13 +200,7 @@ class CityscapesDataModule(SegmentationDataModule):
         test_split: str = "",
         classes: tuple[str, ...] = (),
         coarse: bool = False,
-        crop_size: int | tuple[int, int] = 769,
-        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_batch_size: int = 1,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
+        **options: Any,
     ) -> None:
         super().__init__(
             root,
@@ -225,13 +208,7 @@ class CityscapesDataModule(SegmentationDataModule):
             SegmentationClasses.chosen(classes),
             batch_size=batch_size,
             num_workers=num_workers,
-            crop_size=crop_size,
-            augmentation=augmentation,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
+            **options,
         )
         self.coarse = coarse
 

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
+from datamodules.images.batches import BadImagePolicy, ImageBatch, ImageDataset
 from datamodules.images.datamodule import ImageDataModule
 from datamodules.images.files import (
     ExifPolicy,
@@ -26,7 +28,7 @@ from datamodules.images.files import (
     read_image,
 )
 from datamodules.images.folders import PackedText, listed, predicted_images, printable, spread, unique_stems
-from datamodules.sampling.image_batches import BadImagePolicy, ImageBatch, ImageDataset, SampleRequest
+from datamodules.sampling.grouped_batches import SampleRequest
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
 from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
 from lightning_attn.errors import InputError
@@ -343,56 +345,53 @@ class SegmentationDataset(ImageDataset[SegmentationBatch]):
         self.replaces_bad_images = replaces_bad_images
         self.repeats = repeats
 
+    @override
     def __len__(self) -> int:
         return len(self.files)
 
+    @override
     def groups(self) -> npt.NDArray[np.int64]:
         """A number for each size of images, or 0 for all, `[images]`."""
         if not self.by_size:
             return np.zeros(len(self), dtype=np.int64)
         return np.unique(self.files.sizes(self.exif), axis=0, return_inverse=True)[1].reshape(-1)
 
-    def name(self, image: int) -> str:
-        """Path of the image below the folder of the data."""
-        return printable(self.files.images[image])
+    @override
+    def name(self, index: int) -> str:
+        return printable(self.files.images[index])
 
-    def batch(self, draws: Sequence[SampleRequest]) -> SegmentationBatch:
-        """One batch.
-
-        Raises:
-            ImageError: If an image or its labels cannot be used; the message names the file.
-            OSError: If a file cannot be read.
-        """
-        used, samples, bad = self.read_each(draws, self._sample)
-        names = [self.files.names[draw.image] for draw in used]
+    @override
+    def batch(self, requests: Sequence[SampleRequest]) -> SegmentationBatch:
+        used, samples, bad = self.read_each(requests, self._sample)
+        names = [self.files.names[request.index] for request in used]
         return SegmentationBatch(
-            torch.tensor([draw.image for draw in used], dtype=torch.int64),  # type: ignore[arg-type]
+            torch.tensor([request.index for request in used], dtype=torch.int64),  # type: ignore[arg-type]
             [image for image, _ in samples],
             [labels for _, labels in samples if labels is not None],
             names,
             outputs=names,
-            paths=[str(self.files.image(draw.image)) for draw in used],
+            paths=[str(self.files.image(request.index)) for request in used],
             bad=bad,
         )
 
-    def _sample(self, draw: SampleRequest) -> tuple[Tensor, Tensor | None]:
+    def _sample(self, request: SampleRequest) -> tuple[Tensor, Tensor | None]:
         """An image `[3, H, W]` and, if there are any, its labels `[H, W]`."""
         if not self.files.has_labels:
-            return channels_first(read_image(self.files.image(draw.image), exif=self.exif)), None
-        pixels, labels = self._labelled(draw)
+            return channels_first(read_image(self.files.image(request.index), exif=self.exif)), None
+        pixels, labels = self._labelled(request)
         return channels_first(pixels), torch.from_numpy(labels)
 
-    def _labelled(self, draw: SampleRequest) -> tuple[ImageArray, LabelMap]:
+    def _labelled(self, request: SampleRequest) -> tuple[ImageArray, LabelMap]:
         """An image `[H, W, 3]` and its labels `[H, W]`."""
-        labels = self.files.read_labels(draw.image)
+        labels = self.files.read_labels(request.index)
         size = labels.shape[0], labels.shape[1]
 
         def read(window: Window | None) -> ImageArray:
-            return self.files.of_labels(draw.image, lambda path: read_image(path, size, window, self.exif))
+            return self.files.of_labels(request.index, lambda path: read_image(path, size, window, self.exif))
 
         if self.transform is None:
             return read(None), labels
-        return self.transform(read, labels, (self.seed, draw.epoch, draw.image))
+        return self.transform(read, labels, (self.seed, request.epoch, request.index))
 
 
 class SegmentationDataModule(ImageDataModule, abc.ABC):
@@ -407,17 +406,12 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         root: Folder of the data.
         split_names: Names of the splits "train", "val" and "test"; see `ImageDataModule`.
         classes: The classes that the network learns.
-        batch_size: Training images in a batch on one rank.
-        num_workers: Processes that make batches; 0 makes them in the training process.
         crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
             smaller, the rest is filled and ignored. 0 means the height and width of each image.
         augmentation: What is changed at random in training images.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`. Images of one size
-            come together.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos.
-        on_bad_image: What is done about a file that cannot be used.
+        eval_batch_size: Images in a batch of validation, test and prediction, which are of one size; 0 means
+            `batch_size`.
+        options: Those of `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -429,27 +423,12 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         split_names: dict[str, str],
         classes: SegmentationClasses,
         *,
-        batch_size: int,
-        num_workers: int,
-        crop_size: int | tuple[int, int],
-        augmentation: SegmentationAugmentation,
-        seed: int,
-        eval_batch_size: int,
-        predict_folder: str,
-        exif: ExifPolicy,
-        on_bad_image: BadImagePolicy,
+        crop_size: int | tuple[int, int] = 769,
+        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
+        eval_batch_size: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            root,
-            split_names,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-        )
+        super().__init__(root, split_names, eval_batch_size=eval_batch_size, **options)
         sides = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         if min(sides) < (0 if isinstance(crop_size, int) else 1):
             raise InputError(

@@ -11,12 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy, ImageError, decoding
+from datamodules.images.files import IMAGE_SUFFIXES, ImageError, decoding
 from datamodules.images.folders import contents, first_repeated, images_below, listed, read_lines
-from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours, value_counts
 from datamodules.segmentation.datamodule import LabelCensus, SegmentationDataModule, SegmentationFiles
-from datamodules.segmentation.transforms import SegmentationAugmentation
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["MaskLabels", "MaskValues", "SegmentationFolderDataModule"]
@@ -67,12 +65,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         test_list: Of the test split; with it, `test_images` may be "" and means `train_images`.
         crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
             smaller, the rest is filled and ignored. 0 means the height and width of each image.
-        augmentation: What is changed at random in training images.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos; see `CityscapesDataModule`.
-        on_bad_image: What is done about a file that cannot be used; see `CityscapesDataModule`.
+        options: Those of `SegmentationDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or classes, ids and colours do not fit each other.
@@ -101,12 +94,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         test_masks: str = "",
         test_list: str = "",
         crop_size: int | tuple[int, int] = 0,
-        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_batch_size: int = 1,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
+        **options: Any,
     ) -> None:
         given = {
             "train": (train_images, train_masks, train_list),
@@ -128,12 +116,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             crop_size=crop_size,
-            augmentation=augmentation,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
+            **options,
         )
         if mask_values not in get_args(MaskValues):
             raise InputError(f"mask_values: {mask_values!r} is unknown; give {', '.join(get_args(MaskValues))}.")

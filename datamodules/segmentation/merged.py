@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
 from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
-from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours
 from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
-from datamodules.segmentation.transforms import SegmentationAugmentation
 from lightning_attn.errors import InputError
 
 __all__ = ["MergedSegmentationDataModule", "RenamedLabels"]
@@ -24,7 +21,7 @@ __all__ = ["MergedSegmentationDataModule", "RenamedLabels"]
 class MergedSegmentationDataModule(SegmentationDataModule):
     """Several data sets as one: their images together, and every class of any of them by its name.
 
-    The other arguments are those of `CityscapesDataModule`, and go before those of the members.
+    Its options take precedence over those of the members.
 
     Args:
         members: The data sets; each lists its own splits. A member without a validation or test split has no part in
@@ -35,13 +32,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
             The new name "" ignores the pixels of a class.
         batch_size: Training images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
-        crop_size: See `CityscapesDataModule`.
-        augmentation: See `CityscapesDataModule`.
-        seed: See `CityscapesDataModule`.
-        eval_batch_size: See `CityscapesDataModule`.
-        predict_folder: See `CityscapesDataModule`.
-        exif: See `CityscapesDataModule`.
-        on_bad_image: See `CityscapesDataModule`.
+        options: Those of `SegmentationDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, there is no member, or weights and members differ in number.
@@ -54,13 +45,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
         rename: dict[str, str] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
-        crop_size: int | tuple[int, int] = 769,
-        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_batch_size: int = 1,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
+        **options: Any,
     ) -> None:
         check_members(members, weights, "segmentation")
         new_names = dict(rename or {})
@@ -70,13 +55,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
             _united([member.classes for member in members], new_names),
             batch_size=batch_size,
             num_workers=num_workers,
-            crop_size=crop_size,
-            augmentation=augmentation,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
+            **options,
         )
         self.members = members
         self.weights = tuple(weights)

@@ -9,13 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from datamodules.sampling.planned_batches import (
-    ResumableLoader,
-    loader_options,
-    rank_and_world_size,
-    reshuffles,
-    resumable,
-)
+from datamodules.sampling.planned_batches import planned_loader, rank_and_world_size, reshuffles
 from datamodules.sampling.token_batches import TokenBatchSampler
 from datamodules.translation.batches import (
     LONGER_EVALUATION,
@@ -278,10 +272,7 @@ class WMT14DataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        options = loader_options(self, self.num_workers)
-        if self.trainer is None:
-            return DataLoader(dataset, batch_sampler=sampler, **options)
-        return resumable(ResumableLoader, self.trainer, dataset, sampler, **options)
+        return planned_loader(self, dataset, sampler, self.num_workers)
 
     def val_dataloader(self) -> "DataLoader[TranslationBatch] | list[TranslationBatch]":
         """Batches of the validation set, longest first; none without one."""
@@ -419,7 +410,7 @@ class WMT14DataModule(pl.LightningDataModule):
         sampler = TokenBatchSampler(
             source, source, self.eval_max_tokens, shuffle=False, rank=rank, world_size=world_size
         )
-        return DataLoader(dataset, batch_sampler=sampler, **loader_options(self, self.num_workers))
+        return planned_loader(self, dataset, sampler, self.num_workers)
 
 
 def _report(manifest: dict[str, Any]) -> None:

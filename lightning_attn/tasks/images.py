@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from datamodules.images.batches import BadImage, ImageBatch
 from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
 from datamodules.images.folders import listed
-from datamodules.sampling.image_batches import BadImage, ImageBatch
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.io import unused_path, write_json, write_table

@@ -25,7 +25,7 @@ import datamodules
 from datamodules import Augmentation, Categories, COCODataModule, DetectionBatch, MiniatureDetectionDataModule
 from datamodules.detection import coco_files
 from datamodules.images.files import ImageError
-from datamodules.sampling.image_batches import SampleRequest
+from datamodules.sampling.grouped_batches import SampleRequest
 
 LABELS = {1: 1, 13: 2, 90: 3}
 NO_CHANGE = Augmentation(horizontal_flip=0.0)

@@ -218,9 +218,9 @@ def test_weights_of_members_are_how_often_their_images_come(coco, tmp_path):
     loader = merged.train_dataloader()
     counts = np.zeros(22)
     for epoch in range(20):
-        for draws in loader.batch_sampler.plan(epoch, range(len(loader.batch_sampler))):
-            for draw in draws:
-                counts[draw.image] += 1
+        for batch in loader.batch_sampler.plan(epoch, range(len(loader.batch_sampler))):
+            for request in batch:
+                counts[request.index] += 1
     assert len(loader) == round(11 * 2 + 11 * 0.5)
     np.testing.assert_allclose(counts[:11] / 20, 2.0, atol=0.15)
     np.testing.assert_allclose(counts[11:].mean() / 20, 0.5, atol=0.05)

@@ -32,7 +32,7 @@ from datamodules import (
     SegmentationClasses,
 )
 from datamodules.images.files import ImageError
-from datamodules.sampling.image_batches import SampleRequest
+from datamodules.sampling.grouped_batches import SampleRequest
 from datamodules.segmentation.cityscapes import read_label_ids
 from datamodules.segmentation.classes import CITYSCAPES_CLASSES, HIGHEST_ID, IGNORED
 from datamodules.segmentation.datamodule import SegmentationFiles
