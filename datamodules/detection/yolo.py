@@ -135,15 +135,18 @@ def read_yolo(
     owners: list[int] = []
     rows: list[tuple[int, float, float, float, float]] = []
     keypoints = _keypoint_values(content, description)
-    for place, number in enumerate(readable):
-        for row in _read_labels(_label_path(images[number]), len(categories), keypoints):
-            owners.append(place)
-            rows.append(row)
-    if not any(_label_path(path).is_file() for path in images):
+    labels = [_label_path(path) for path in images]
+    labelled = [path.is_file() for path in labels]
+    if not any(labelled):
         raise MissingFileError(
             f"none of the {len(images):,} images of {split!r} in {description} has a file of labels, such as "
-            f"{_label_path(images[0])}. Put the labels there: in the place of the folder images, the folder labels."
+            f"{labels[0]}. Put the labels there: in the place of the folder images, the folder labels."
         )
+    for place, number in enumerate(readable):
+        if labelled[number]:
+            found = _read_labels(labels[number], len(categories), keypoints)
+            owners += [place] * len(found)
+            rows += found
     values = np.array(rows, dtype=np.float64).reshape(-1, 5)
     owner = np.array(owners, dtype=np.int64)
     scale = np.tile(sizes[owner][:, ::-1], 2)
@@ -239,9 +242,7 @@ def _label_path(image: Path) -> Path:
 
 
 def _read_labels(path: Path, num_classes: int, keypoints: int | None) -> list[tuple[int, float, float, float, float]]:
-    """Class, centre and size of each object; none if there is no file."""
-    if not path.is_file():
-        return []
+    """Class, centre and size of each object."""
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():

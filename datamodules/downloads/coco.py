@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datamodules.downloads.transfer import RemoteFile, extract_members, fetch
 from lightning_attn.errors import ExistingFileError, InputError, UnusableFileError
-from lightning_attn.io import read_manifest, replace_manifest
+from lightning_attn.io import read_manifest, write_json
 
 __all__ = ["COCO_PARTS", "OFFICIAL_URL", "CocoPart", "download_coco"]
 
@@ -125,7 +125,7 @@ def download_coco(
             )
         root.mkdir(parents=True, exist_ok=True)
         done = {}
-        replace_manifest(manifest, done)
+        write_json(manifest, done, replace=True)
     for part in needed:
         if done.get(part.path) == part.count == _present(root, part):
             continue
@@ -133,7 +133,7 @@ def download_coco(
         archive = fetch(part.archive(base_url), root / ARCHIVE_FOLDER, verify=True, show_progress=show_progress)
         _unpack(part, archive, root, show_progress)
         done[part.path] = part.count
-        replace_manifest(manifest, done)
+        write_json(manifest, done, replace=True)
 
 
 def _unpack(part: CocoPart, archive: Path, root: Path, show_progress: bool) -> None:

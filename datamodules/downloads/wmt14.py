@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datamodules.downloads.transfer import RemoteFile, extract_members, fetch
 from lightning_attn.errors import ExistingFileError, InputError
-from lightning_attn.io import read_manifest, replace_manifest
+from lightning_attn.io import read_manifest, write_json
 
 __all__ = ["OFFICIAL_URL", "WMT14_PARTS", "CorpusPart", "download_wmt14", "read_sgm"]
 
@@ -137,7 +137,7 @@ def download_wmt14(
             )
         root.mkdir(parents=True, exist_ok=True)
         done = {}
-        replace_manifest(manifest, done)
+        write_json(manifest, done, replace=True)
     for part in parts:
         files = {language: root / f"{part.name}.{language}" for language in part.members}
         sizes = {path.name: path.stat().st_size for path in files.values() if path.exists()}
@@ -146,7 +146,7 @@ def download_wmt14(
         # `verify`, because an archive that was put there by hand has not been checked yet.
         archive = fetch(part.archive(base_url), root / ARCHIVE_FOLDER, verify=True, show_progress=show_progress)
         done |= _convert(part, archive, files, show_progress)
-        replace_manifest(manifest, done)
+        write_json(manifest, done, replace=True)
 
 
 def read_sgm(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ releases of NumPy, Pillow and scikit-image, the bytes of a PNG also on the zlib 
 Scores on this set say that a model works, and nothing about its quality on real pictures.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ from PIL import Image, ImageDraw
 
 from datamodules.miniature.backgrounds import background
 from datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
-from datamodules.miniature.files import write_set
+from datamodules.miniature.files import check_counts, write_generated
 
 __all__ = ["MINIATURE_CATEGORIES", "MINIATURE_PICTURES", "write_miniature_detection"]
 
@@ -521,18 +522,20 @@ def write_miniature_detection(root: Path, counts: Mapping[str, int] | None = Non
         FileExistsError: `root` holds annotations or pictures that this function did not write; they are left alone.
         FileNotFoundError: The installed scikit-image lacks a photograph.
     """
-    write_set(
+    counts = MINIATURE_PICTURES if counts is None else counts
+    check_counts("counts", counts, MINIATURE_PICTURES)
+    write_generated(
         Path(root),
-        MINIATURE_PICTURES if counts is None else counts,
-        _write_parts,
-        parts=tuple(MINIATURE_PICTURES),
-        official=[
+        functools.partial(_write_parts, counts=counts),
+        settings={"drawing": DRAWING_VERSION, "counts": dict(counts)},
+        libraries=("numpy", "pillow", "scikit-image"),
+        owned=[
             *(f"{part}2017" for part in MINIATURE_PICTURES),
             *(f"annotations/instances_{part}2017.json" for part in MINIATURE_PICTURES),
         ],
-        pictures=[f"{part}2017/{'[0-9]' * 12}.png" for part in MINIATURE_PICTURES],
+        stale=[f"{part}2017/{'[0-9]' * 12}.png" for part in MINIATURE_PICTURES],
         manifest_name=MANIFEST_NAME,
-        drawing_version=DRAWING_VERSION,
+        what="miniature set",
     )
 
 

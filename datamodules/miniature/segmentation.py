@@ -26,6 +26,7 @@ Pillow and scikit-image, the bytes of a PNG also on the zlib that Pillow was bui
 Scores on this set say that a model works, and nothing about its quality on real pictures.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from datamodules.miniature.backgrounds import crop
 from datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
-from datamodules.miniature.files import write_set
+from datamodules.miniature.files import check_counts, write_generated
 
 __all__ = ["MINIATURE_CLASSES", "MINIATURE_PICTURES", "write_miniature_segmentation"]
 
@@ -950,21 +951,23 @@ def write_miniature_segmentation(root: Path, counts: Mapping[str, int] | None = 
         FileExistsError: `root` holds pictures or labels that this function did not write; they are left alone.
         FileNotFoundError: The installed scikit-image lacks a photograph.
     """
+    counts = MINIATURE_PICTURES if counts is None else counts
+    check_counts("counts", counts, MINIATURE_PICTURES)
     digits = "[0-9]" * 6
-    write_set(
+    write_generated(
         Path(root),
-        MINIATURE_PICTURES if counts is None else counts,
-        _write_parts,
-        parts=tuple(MINIATURE_PICTURES),
-        official=[f"{kind}/{part}" for kind in ("leftImg8bit", "gtFine") for part in MINIATURE_PICTURES],
-        pictures=[
+        functools.partial(_write_parts, counts=counts),
+        settings={"drawing": DRAWING_VERSION, "counts": dict(counts)},
+        libraries=("numpy", "pillow", "scikit-image"),
+        owned=[f"{kind}/{part}" for kind in ("leftImg8bit", "gtFine") for part in MINIATURE_PICTURES],
+        stale=[
             f"{kind}/{part}/{city}/{city}_{digits}_{digits}_{ending}.png"
             for kind, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"))
             for part, cities in _CITIES.items()
             for city in cities
         ],
         manifest_name=MANIFEST_NAME,
-        drawing_version=DRAWING_VERSION,
+        what="miniature set",
     )
 
 

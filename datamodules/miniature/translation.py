@@ -12,14 +12,10 @@ Scores on this corpus say that a model works, and nothing about its quality on r
 """
 
 import datetime
-import hashlib
+import functools
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -30,8 +26,8 @@ from babel.numbers import format_currency
 from babel.units import format_unit
 from num2words import num2words
 
-from lightning_attn.errors import ExistingFileError, InputError
-from lightning_attn.io import naming, read_manifest, replace_manifest
+from datamodules.miniature.files import check_counts, write_generated
+from lightning_attn.errors import InputError
 
 __all__ = ["MINIATURE_PAIRS", "miniature_pairs", "write_miniature_corpus"]
 
@@ -333,51 +329,51 @@ def _plain(text: str) -> str:
     return text.replace("\u202f", " ").replace("\u00a0", " ")
 
 
-@cache
+@functools.cache
 def _number(value: int) -> _Phrase:
     return _Phrase(num2words(value, lang="en"), num2words(value, lang="de"))
 
 
-@cache
+@functools.cache
 def _ordinal(value: int) -> _Phrase:
     """An ordinal as an adjective: `num2words` gives "dritte", whose stem is "dritt"."""
     english, german = (num2words(value, lang=language, to="ordinal") for language in ("en", "de"))
     return _Phrase(english, german.removesuffix("e"))
 
 
-@cache
+@functools.cache
 def _clock(hour: int, minute: int) -> _Phrase:
     time = datetime.time(hour, minute)
     english, german = (_plain(format_time(time, "short", locale=locale)) for locale in ("en", "de"))
     return _Phrase(f"at {english}", f"um {german} Uhr")
 
 
-@cache
+@functools.cache
 def _weekday(day: int) -> _Phrase:
     date = datetime.date(2024, 1, 1) + datetime.timedelta(days=day)  # a Monday
     return _Phrase(format_date(date, "EEEE", locale="en"), format_date(date, "EEEE", locale="de"))
 
 
-@cache
+@functools.cache
 def _date(date: datetime.date) -> _Phrase:
     english, german = (_plain(format_date(date, "long", locale=locale)) for locale in ("en", "de"))
     return _Phrase(f"on {english}", f"am {german}")
 
 
-@cache
+@functools.cache
 def _day_of_month(month: int, day: int) -> _Phrase:
     date = datetime.date(2024, month, day)
     english, german = format_date(date, "MMMM d", locale="en"), format_date(date, "d. MMMM", locale="de")
     return _Phrase(f"on {english}", f"am {german}")
 
 
-@cache
+@functools.cache
 def _money(cents: int, currency: str) -> _Phrase:
     english, german = (format_currency(cents / 100, currency, locale=lang, format_type="name") for lang in ("en", "de"))
     return _Phrase(_plain(english), _plain(german))
 
 
-@cache
+@functools.cache
 def _measure(tenths: int, unit: str) -> _Phrase:
     value = tenths / 10 if tenths % 10 else tenths // 10
     english, german = (format_unit(value, unit, length="long", locale=locale) for locale in ("en", "de"))
@@ -806,50 +802,24 @@ def write_miniature_corpus(root: Path, pairs: Mapping[str, int] = MINIATURE_PAIR
         ValueError: `pairs` lacks a part, names an unknown one or asks for less than one pair; or `seed` is negative.
         FileExistsError: `root` holds a corpus that this function did not write; it is left alone.
     """
-    if set(pairs) != set(MINIATURE_PAIRS) or min(pairs.values()) < 1:
-        raise InputError(f"pairs={dict(pairs)}: give a count of at least 1 for each of {', '.join(MINIATURE_PAIRS)}.")
+    check_counts("pairs", pairs, MINIATURE_PAIRS)
     if seed < 0:
         raise InputError(f"seed={seed}: give 0 or more.")
-    root = Path(root)
-    settings = {
-        "grammar": GRAMMAR_VERSION,
-        "seed": seed,
-        "pairs": {part: pairs[part] for part in MINIATURE_PAIRS},
-        "babel": version("babel"),
-        "num2words": version("num2words"),
-    }
-    names = [f"{part}.{language}" for part in MINIATURE_PAIRS for language in ("en", "de")]
-    # In this order: another process that writes the same corpus puts its manifest there before its files.
-    present = [name for name in names if (root / name).exists()]
-    manifest = read_manifest(root / MANIFEST_NAME)
-    if manifest is not None and manifest.get("settings") == settings and manifest.get("sha256") == _hashes(root, names):
-        return
-    if manifest is None and present:
-        raise ExistingFileError(
-            f"{root} already holds {', '.join(present)}, and no {MANIFEST_NAME} that marks them as the miniature "
-            "corpus. They are left as they are: give the miniature corpus a folder of its own, or remove those files."
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".miniature-", dir=root))
-    try:
-        source = miniature_pairs(seed)
-        # Test first: it stays the same when only the size of train changes.
-        for part in ("test", "valid", "train"):
-            drawn = list(islice(source, pairs[part]))
-            for language, sentences in zip(("en", "de"), zip(*drawn, strict=True), strict=True):
-                with naming(root):
-                    (scratch / f"{part}.{language}").write_bytes("".join(f"{line}\n" for line in sentences).encode())
-        hashes = _hashes(scratch, names)
-        replace_manifest(root / MANIFEST_NAME, {"settings": settings}, scratch)
-        for name in names:
-            (scratch / name).replace(root / name)
-        replace_manifest(root / MANIFEST_NAME, {"settings": settings, "sha256": hashes}, scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    write_generated(
+        Path(root),
+        functools.partial(_write_parts, pairs=pairs, seed=seed),
+        settings={"grammar": GRAMMAR_VERSION, "seed": seed, "pairs": dict(pairs)},
+        libraries=("babel", "num2words"),
+        owned=[f"{part}.{language}" for part in MINIATURE_PAIRS for language in ("en", "de")],
+        manifest_name=MANIFEST_NAME,
+        what="miniature corpus",
+    )
 
 
-def _hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of each of the files that exist."""
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names if (folder / name).is_file()
-    }
+def _write_parts(folder: Path, pairs: Mapping[str, int], seed: int) -> None:
+    source = miniature_pairs(seed)
+    # Test first: it stays the same when only the size of train changes.
+    for part in ("test", "valid", "train"):
+        drawn = list(islice(source, pairs[part]))
+        for language, sentences in zip(("en", "de"), zip(*drawn, strict=True), strict=True):
+            (folder / f"{part}.{language}").write_bytes("".join(f"{line}\n" for line in sentences).encode())

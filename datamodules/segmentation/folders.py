@@ -141,21 +141,21 @@ class SegmentationFolderDataModule(SegmentationDataModule):
     def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
         """See `SegmentationDataModule.list_files`."""
         images, masks, listing = self._given[split]
+        mask_names = None
         if listing:
             pairs = self._listed(split, images, listing)
         else:
             folder = self._folder(f"{split}_images", images)
             names = images_below(folder)
-            if (self.root / masks).is_dir() and folder.samefile(self.root / masks):
-                among = self._masks_among(names)
-                names = [name for name in names if name not in among]
+            if self._is_shared(images, masks):
+                names, mask_names = self._divided(names)
             if not names:
                 raise MissingFileError(
                     f"{split}_images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {contents(folder)}."
                 )
             pairs = [(f"{images}/{name}", None) for name in names]
         if with_labels:
-            found = self._masks(split, images, masks, [image for image, mask in pairs if mask is None])
+            found = self._masks(split, images, masks, [image for image, mask in pairs if mask is None], mask_names)
             pairs = [(image, found.get(image) if mask is None else mask) for image, mask in pairs]
         return SegmentationFiles.of_paths(
             self.root,
@@ -186,6 +186,11 @@ class SegmentationFolderDataModule(SegmentationDataModule):
                 "what they mean (--data.ids '[0, 255]')."
             )
         return ""
+
+    def _is_shared(self, images: str, masks: str) -> bool:
+        """Whether images and masks are in one folder."""
+        image_folder, mask_folder = self.root / images, self.root / masks
+        return image_folder.is_dir() and mask_folder.is_dir() and image_folder.samefile(mask_folder)
 
     def _folder(self, option: str, name: str) -> Path:
         folder = self.root / name
@@ -227,12 +232,16 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             raise InputError(f"{split}_list: {path} lists the image {twice} twice. Remove one.")
         return pairs
 
-    def _masks_among(self, names: Sequence[str]) -> set[str]:
-        """The masks in a folder that holds images too: those with `mask_suffix`, or PNG files beside others.
+    def _divided(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The images and the masks of one folder: masks have the `mask_suffix`, or are PNG files beside others.
 
         Raises:
-            ValueError: If they cannot be told from the images.
+            ValueError: If it is not clear which are the masks.
         """
+        among = self._masks_among(names)
+        return [name for name in names if name not in among], [name for name in names if name in among]
+
+    def _masks_among(self, names: Sequence[str]) -> set[str]:
         by_stem: dict[str, list[str]] = {}
         for name in names:
             by_stem.setdefault(_stem(name), []).append(name)
@@ -246,21 +255,22 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             if len(same) > 1 and (len(masks) != 1 or len(same) != 2):
                 raise InputError(
                     f"train_masks: images and masks are in one folder, and which of {listed(same, 5)} is the mask of "
-                    f"{stem} cannot be told. Put masks into a folder of their own, or give their names an ending of "
+                    f"{stem} is not clear. Put masks into a folder of their own, or give their names an ending of "
                     "its own (--data.mask_suffix _mask)."
                 )
             found.update(masks if len(same) > 1 else ())
         return found
 
-    def _masks(self, split: str, images: str, masks: str, wanted: Sequence[str]) -> dict[str, str]:
-        """The mask of each image."""
+    def _masks(
+        self, split: str, images: str, masks: str, wanted: Sequence[str], names: Sequence[str] | None
+    ) -> dict[str, str]:
+        """The mask of each image; `names` are those of all masks in the folder, if they are known."""
         if not wanted:
             return {}
         folder = self._folder(f"{split}_masks", masks)
-        names = images_below(folder)
-        if (self.root / images).is_dir() and folder.samefile(self.root / images):
-            among = self._masks_among(names)
-            names = [name for name in names if name in among]
+        if names is None:
+            names = images_below(folder)
+            names = self._divided(names)[1] if self._is_shared(images, masks) else names
         by_stem: dict[str, str] = {}
         for name in names:
             if _stem(name) in by_stem:

@@ -18,8 +18,10 @@ OPTIONAL = ("albumentations", "babel", "cv2", "num2words", "sentencepiece", "ski
     [
         ("import datamodules", OPTIONAL),
         (IMAGES, ("albumentations", "babel", "num2words", "sentencepiece", "skimage")),
-        ("from datamodules import WMT14DataModule", ("albumentations", "babel", "cv2", "num2words", "skimage")),
-        ("from datamodules.sampling.sample_batches import sample_loader", OPTIONAL),
+        (
+            "from datamodules import WMT14DataModule\nfrom datamodules.sampling.sample_batches import sample_loader",
+            ("albumentations", "babel", "cv2", "num2words", "skimage"),
+        ),
     ],
 )
 def test_data_are_imported_without_the_packages_of_others(statement, packages):

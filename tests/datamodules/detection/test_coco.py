@@ -598,7 +598,9 @@ def test_miniature_set_is_made_on_the_spot(tmp_path, monkeypatch):
         made.append(root)
         write_coco(root, {**COUNTS, "test2017": 3})
 
-    monkeypatch.setattr("datamodules.miniature.detection.write_miniature_detection", write_miniature_detection)
+    monkeypatch.setattr(
+        "datamodules.miniature.detection_datamodule.write_miniature_detection", write_miniature_detection
+    )
     module = MiniatureDetectionDataModule()
     module.prepare_data()
     assert made == [tmp_path / "lightning_attn" / "miniature_detection"]

@@ -3,7 +3,6 @@ import logging
 import pickle
 import re
 import shutil
-import sys
 import types
 
 import numpy as np
@@ -32,6 +31,8 @@ from datamodules import (
     SegmentationClasses,
 )
 from datamodules.images.files import ImageError
+from datamodules.miniature import segmentation_datamodule
+from datamodules.miniature.segmentation import MINIATURE_CLASSES
 from datamodules.sampling.grouped_batches import SampleRequest
 from datamodules.segmentation.cityscapes import read_label_ids
 from datamodules.segmentation.classes import CITYSCAPES_CLASSES, HIGHEST_ID, IGNORED
@@ -528,12 +529,9 @@ def test_miniature_set_is_made_on_the_spot(tmp_path, monkeypatch):
         made.append(root)
         write_cityscapes(root, {**COUNTS, "test": 3})
 
-    stand_in = types.ModuleType("datamodules.miniature.segmentation")
-    stand_in.MINIATURE_CLASSES = ("road", "sky", "car")
-    stand_in.write_miniature_segmentation = write_miniature_segmentation
-    monkeypatch.setitem(sys.modules, "datamodules.miniature.segmentation", stand_in)
+    monkeypatch.setattr(segmentation_datamodule, "write_miniature_segmentation", write_miniature_segmentation)
     module = MiniatureSegmentationDataModule()
-    assert module.classes.names == ("road", "sky", "car")
+    assert module.classes.names == MINIATURE_CLASSES
     module.prepare_data()
     assert made == [tmp_path / "lightning_attn" / "miniature_segmentation"]
     module.setup("fit")

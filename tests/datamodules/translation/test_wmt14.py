@@ -208,7 +208,7 @@ def test_miniature_corpus_is_made_on_the_spot(tmp_path, monkeypatch):
         write_corpus(root, train=50)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("datamodules.miniature.translation.write_miniature_corpus", write_miniature_corpus)
+    monkeypatch.setattr("datamodules.miniature.translation_datamodule.write_miniature_corpus", write_miniature_corpus)
     module = MiniatureTranslationDataModule(vocabulary_size=60)
     module.prepare_data()
     module.setup("fit")
