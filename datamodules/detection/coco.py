@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from datamodules.detection.annotations import Categories, DetectionAnnotations
 from datamodules.detection.coco_files import read_coco
 from datamodules.detection.datamodule import DetectionDataModule
@@ -18,12 +20,12 @@ _ROBOFLOW_FILE = "_annotations.coco.json"
 class COCODataModule(DetectionDataModule):
     """COCO, or any other detection data with annotations in COCO's format.
 
-    The files of a split are found in the first of these ways that fits:
+    The files of a split are those of the first of these that exist:
 
     - by the options: `train_annotations` and `train_images`, and so for the other splits;
     - COCO's own layout: `root/annotations/instances_{split}.json` and the images in `root/{split}/`;
-    - Roboflow's: `root/{split}/_annotations.coco.json`, and the images beside it. The category above all others that
-      Roboflow adds is left out where nothing is annotated with it.
+    - Roboflow's: `root/{split}/_annotations.coco.json`, and the images beside it. The root category that Roboflow adds
+      is left out where nothing is annotated with it.
 
     Args:
         root: Folder of the data.
@@ -82,41 +84,34 @@ class COCODataModule(DetectionDataModule):
             **options,
         )
         self.download = download
-        # A split that takes the place of another has its files too.
+        # The validation split serves as test split.
         if not test_split and not test_annotations:
             given["test"] = given["val"]
         self._given = given
 
+    @override
     def prepare_files(self, splits: Sequence[str]) -> None:
-        """Fetches COCO 2017, if asked to.
-
-        Args:
-            splits: Names of the splits that are needed.
-
-        Raises:
-            OSError: If it cannot be fetched or written.
-            ValueError: If COCO 2017 has no such split.
-        """
         if self.download:
             from datamodules.downloads.coco import download_coco
 
             download_coco(self.root, splits)
 
+    @override
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
-        """See `DetectionDataModule.read_split`."""
         path, folder = self._files(split)
-        for needed, there in ((path, path.is_file()), (folder, folder.is_dir())):
-            if not there:
+        for needed, exists in ((path, path.is_file()), (folder, folder.is_dir())):
+            if not exists:
                 self._raise_missing(split, needed)
         return read_coco(path, drop_root=path.name == _ROBOFLOW_FILE), folder
 
+    @override
     def read_categories(self) -> Categories | None:
-        """See `DetectionDataModule.read_categories`; they are those of the validation split."""
+        """Those of the validation split."""
         path, _ = self._files("val" if self.split_names["val"] else "train")
         return read_coco(path, drop_root=path.name == _ROBOFLOW_FILE).categories if path.is_file() else None
 
     def _files(self, split: str) -> tuple[Path, Path]:
-        """Annotation file and folder of images of a split, which need not be there."""
+        """Annotation file and folder of images of a split, which may not exist."""
         annotations, images = self._given[split]
         if annotations:
             return self.root / annotations, self.root / images
@@ -140,11 +135,11 @@ class COCODataModule(DetectionDataModule):
                 f"{self.split_names[split]!r}. Name one of them (--data.{split}_split NAME)"
                 + (', or "" for none.' if split == "val" else ".")
             )
-        there = f"{self.root} holds {contents(self.root)}"
+        found = f"{self.root} holds {contents(self.root)}"
         if path.parent.is_dir() and path.parent != self.root:
-            there = f"{path.parent} holds {contents(path.parent)}"
+            found = f"{path.parent} holds {contents(path.parent)}"
         raise MissingFileError(
-            f"{split}_split: {path} is not there; {there}. Give the folder that holds annotations/ and the images "
+            f"{split}_split: {path} does not exist; {found}. Give the folder that holds annotations/ and the images "
             f"(--data.root FOLDER) and the name of a split in it (--data.{split}_split NAME), or the files themselves "
             f"(--data.{split}_annotations FILE --data.{split}_images FOLDER), or fetch COCO 2017 (--data.download "
             "true)"

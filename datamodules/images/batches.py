@@ -17,10 +17,10 @@ from datamodules.sampling.grouped_batches import BatchedDataset, SampleRequest
 __all__ = ["BadImage", "BadImagePolicy", "ImageBatch", "ImageDataset"]
 
 BadImagePolicy = Literal["stop", "skip"]
-"""What is done about a file that is damaged or no image while a stage runs.
+"""How a file that is damaged or not an image is treated while a stage runs.
 
-`stop` ends the run with an error that names it. `skip` passes over it and says so: training takes the next image in its
-place, and evaluation leaves it out of the scores.
+`stop` ends the run with an error that names it. `skip` logs it: training takes the next image instead, and evaluation
+leaves it out of the scores.
 """
 
 
@@ -28,8 +28,8 @@ class BadImage(NamedTuple):
     """A file that could not be used.
 
     Args:
-        name: Its name below the folder of the split.
-        reason: Why.
+        name: Its name relative to the folder of the split.
+        reason: The error.
     """
 
     name: str
@@ -38,16 +38,16 @@ class BadImage(NamedTuple):
 
 @dataclass
 class ImageBatch:
-    """Images, each of its own size. It may hold none. A subclass adds what is to be learnt from them.
+    """Images, each of its own size; possibly none. A subclass adds the targets.
 
     Not frozen only because Lightning refuses frozen dataclasses when it converts the precision of inputs.
 
     Args:
-        ids: One for each image, `[B]`.
-        images: RGB images as the network gets them, uint8 `[3, H, W]` each.
-        outputs: For each image a name for what is written about it, each once in a split and fit for a file.
+        ids: Id of each image, `[B]`.
+        images: RGB images, transformed for the network, uint8 `[3, H, W]` each.
+        outputs: For each image the stem of its output files, unique in a split.
         paths: The files.
-        bad: Images that would be here, but could not be used.
+        bad: Images of this batch that could not be used.
     """
 
     ids: LongTensor
@@ -86,7 +86,7 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 BatchType = TypeVar("BatchType", bound=ImageBatch)
 T = TypeVar("T")
 
-_MOST_REPLACEMENTS = 100  # bad images in a row after which there is something wrong with all of them
+_MOST_REPLACEMENTS = 100  # bad images in a row, after which all of them are considered bad
 
 
 class ImageDataset(BatchedDataset[BatchType], abc.ABC):
@@ -94,7 +94,7 @@ class ImageDataset(BatchedDataset[BatchType], abc.ABC):
 
     Attributes:
         on_bad_image: See `BadImagePolicy`; a subclass reads by `read_each` to follow it.
-        replaces_bad_images: Whether the next image is taken for a bad one, as in training.
+        replaces_bad_images: Whether a bad image is replaced by the next one, as in training.
     """
 
     on_bad_image: BadImagePolicy = "stop"

@@ -1,4 +1,4 @@
-"""Several data sets of segmentation as one, with the classes of all."""
+"""Several segmentation data sets as one, with the classes of all."""
 
 import os
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from datamodules.images.folders import listed
 from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
@@ -19,15 +20,15 @@ __all__ = ["MergedSegmentationDataModule", "RenamedLabels"]
 
 
 class MergedSegmentationDataModule(SegmentationDataModule):
-    """Several data sets as one: their images together, and every class of any of them by its name.
+    """Several data sets as one: all their images, and the union of their classes by name.
 
     Its options take precedence over those of the members.
 
     Args:
-        members: The data sets; each lists its own splits. A member without a validation or test split has no part in
-            these.
-        weights: How often the training images of each member come in an epoch, in the mean: 1 for once, 0.5 for half of
-            them; none for once each.
+        members: The data sets; each lists its own splits. A member without a validation or test split is left
+            out of these.
+        weights: How often the training images of each member come in an epoch, on average: 1 for once, 0.5 for half of
+            them; empty for once each.
         rename: New names of classes by their old ones, such as `{automobile: car}`; those of one new name become one.
             The new name "" ignores the pixels of a class.
         batch_size: Training images in a batch on one rank.
@@ -62,16 +63,12 @@ class MergedSegmentationDataModule(SegmentationDataModule):
         self.rename = new_names
         self._member_sizes: list[int] = []
 
+    @override
     def prepare_files(self, splits: Sequence[str]) -> None:
-        """Lets each member fetch or make its files.
-
-        Args:
-            splits: Of "train", "val" and "test", those that are needed.
-        """
         prepare_members(self.members, splits)
 
+    @override
     def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
-        """See `SegmentationDataModule.list_files`."""
         members = members_with(self.members, split)
         parts = [member.list_files(split, with_labels=with_labels) for member in members]
         if split == "train":
@@ -87,7 +84,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
                 new = self.rename.get(name, name)
                 labels[label] = self.classes.names.index(new) if new else IGNORED
             readers += [RenamedLabels(reader, labels) for reader in part.readers]
-        return SegmentationFiles.of_paths(
+        return SegmentationFiles.from_paths(
             folder,
             [_below(folder, part.image(index)) for part in parts for index in range(len(part))],
             [_below(folder, part.label(index)) for part in parts for index in range(len(part))] if with_labels else [],
@@ -95,51 +92,51 @@ class MergedSegmentationDataModule(SegmentationDataModule):
             np.concatenate(reader_of),
         )
 
+    @override
     def image_weights(self) -> npt.NDArray[np.float64] | None:
-        """See `SegmentationDataModule.image_weights`."""
         return member_weights(self.weights, self._member_sizes)
 
 
 @dataclass(frozen=True, eq=False)
-class RenamedLabels:
-    """Reads the labels of a data set as those of another; see `LabelReader`.
+class RenamedLabels(LabelReader):
+    """Reads the labels of a member as those of the merged data set.
 
     Args:
-        reader: Reads its own.
-        new_labels: The new label of each of these, `[256]`.
+        reader: The reader of the member.
+        new_labels: The merged label of each of its labels, `[256]`.
     """
 
     reader: LabelReader
     new_labels: LabelMap
 
     @property
+    @override
     def refuses_unknown(self) -> bool:
-        """See `LabelReader.refuses_unknown`."""
         return self.reader.refuses_unknown
 
+    @override
     def size(self, path: Path) -> tuple[int, int]:
-        """See `LabelReader.size`."""
         return self.reader.size(path)
 
+    @override
     def values(self, path: Path) -> npt.NDArray[Any]:
-        """See `LabelReader.values`."""
         return self.reader.values(path)
 
+    @override
     def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
-        """See `LabelReader.labels`."""
         return self.new_labels[self.reader.labels(values, path)]
 
+    @override
     def is_known(self, value: int) -> bool:
-        """See `LabelReader.is_known`."""
         return self.reader.is_known(value)
 
+    @override
     def described(self, value: int) -> str:
-        """See `LabelReader.described`."""
         return self.reader.described(value)
 
 
 def _united(classes: Sequence[SegmentationClasses], rename: dict[str, str]) -> SegmentationClasses:
-    """Every name once, in the order in which they come, with the colour that it has first and ids from 0."""
+    """Every name once, in order of first occurrence, with its first colour and ids from 0."""
     colours = {name: colour for one in reversed(classes) for name, colour in zip(one.names, one.colours, strict=True)}
     unknown = [name for name in rename if name not in colours]
     if unknown:

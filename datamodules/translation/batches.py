@@ -30,15 +30,15 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LongLinePolicy = Literal["crop", "skip", "stop"]
-"""What is done about a line to translate that is longer than a batch may be.
+"""How a line to translate that is longer than a batch is treated.
 
-`crop` translates its beginning, `skip` gives it an empty translation, both with a word in the log; `stop` ends with an
-error.
+`crop` translates its beginning, `skip` gives it an empty translation, both with a warning in the log; `stop` ends with
+an error.
 """
 
 LONGER_EVALUATION = "raise --data.eval_max_tokens"
 
-# Reading at random maps about 64 KB of the cache for each sentence, some 20 MB for a batch.
+# Random reads map about 64 KB of the cache for each sentence, some 20 MB for a batch.
 _FETCHES_BEFORE_RELEASE = 8
 
 
@@ -55,7 +55,7 @@ class TranslationBatch:
         target: target tokens, each row starts with bos, ends with eos and is padded, `[B, T]`; `[B, 0]` in prediction.
         source_text: the source lines in evaluation and prediction; empty in training.
         target_text: the reference lines in evaluation; empty in training and prediction.
-        prefixes: what each translation is to begin with, in prediction; usually empty.
+        prefixes: forced beginnings of the translations, in prediction; usually empty.
     """
 
     ids: LongTensor
@@ -88,9 +88,9 @@ class TranslationDataset(Dataset[TranslationBatch]):
     Args:
         source: source sentences.
         target: target sentences, or none.
-        source_text: their lines, if they are to travel with the batches.
+        source_text: their lines, if batches are to hold them.
         target_text: the lines of the targets.
-        prefixes: what each translation is to begin with.
+        prefixes: forced beginnings of the translations.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TranslationDataset(Dataset[TranslationBatch]):
     def from_text(
         cls, vocabulary: Vocabulary, source: list[str], target: list[str] | None = None
     ) -> "TranslationDataset":
-        """Cuts lines into tokens and keeps the lines; a blank one, of whatever white space, has no tokens."""
+        """Tokenises lines and keeps the lines; a blank one, of any white space, has no tokens."""
         return cls(
             TokenArray.from_lists(vocabulary.encode_batch(["" if is_blank(line) else line for line in source])),
             None if target is None else TokenArray.from_lists(vocabulary.encode_batch(target)),
@@ -121,12 +121,12 @@ class TranslationDataset(Dataset[TranslationBatch]):
         )
 
     def shortened(self, what: str, max_tokens: int, policy: LongLinePolicy, first: int = 1) -> "TranslationDataset":
-        """The same, without source lines that are too long.
+        """A copy in which source lines that are too long are cropped or emptied.
 
         Args:
-            what: What is read, for messages.
-            max_tokens: Most tokens of a line, its end-of-sentence included.
-            policy: What is done about longer ones.
+            what: Name of the text, for messages.
+            max_tokens: Most tokens of a line, end of sentence included.
+            policy: How longer ones are treated.
             first: Number of the first line.
 
         Raises:
@@ -139,14 +139,14 @@ class TranslationDataset(Dataset[TranslationBatch]):
         if policy == "stop":
             check_lengths(f"{what}, line", self.lengths(), max_tokens, LONGER_EVALUATION, first)
         for index in longer.tolist():
-            done = "only its beginning is translated" if policy == "crop" else "it has no translation"
+            result = "only its beginning is translated" if policy == "crop" else "it has no translation"
             logger.warning(
-                f"{what}, line {index + first} has {lengths[index]:,} tokens, more than {max_tokens:,}: {done} "
-                f"(--data.on_long_line; {LONGER_EVALUATION} to take it whole)."
+                f"{what}, line {index + first} has {lengths[index]:,} tokens, more than {max_tokens:,}: {result} "
+                f"(--data.on_long_line; {LONGER_EVALUATION} to translate all of it)."
             )
-        kept = max_tokens - 1 if policy == "crop" else 0
+        most = max_tokens - 1 if policy == "crop" else 0
         too_long = set(longer.tolist())
-        rows = [self.source[index][: kept if index in too_long else None].tolist() for index in range(len(self))]
+        rows = [self.source[index][: most if index in too_long else None].tolist() for index in range(len(self))]
         tokens = TokenArray.from_lists(rows)
         return TranslationDataset(tokens, self.target, self.source_text, self.target_text, self.prefixes)
 
@@ -189,15 +189,15 @@ class TranslationDataset(Dataset[TranslationBatch]):
 
 
 class StandardInput:
-    """The lines of the standard input, each a batch of its own as soon as it is there.
+    """The lines of the standard input, each a batch of its own as soon as it is read.
 
     Args:
-        vocabulary: cuts them into tokens.
+        vocabulary: tokenises them.
         max_tokens: most tokens of a line.
-        on_long_line: what is done about longer ones.
+        on_long_line: how longer ones are treated.
 
     Raises:
-        ValueError: while it is read, if a line is longer and that is to stop it.
+        ValueError: during iteration, if a line is longer and `on_long_line` is "stop".
     """
 
     def __init__(self, vocabulary: Vocabulary, max_tokens: int, on_long_line: LongLinePolicy = "crop") -> None:
@@ -206,8 +206,8 @@ class StandardInput:
         self.on_long_line: LongLinePolicy = on_long_line
 
     def __len__(self) -> int:
-        # Of a loader whose length it does not know, Lightning fetches a batch in advance: nothing would be translated
-        # until the next line is typed. It stops where the lines do.
+        # Lightning fetches a batch in advance from a loader without a length: nothing would be translated until the
+        # next line is typed. The loop stops where the lines end.
         return sys.maxsize
 
     def __iter__(self) -> Iterator[TranslationBatch]:

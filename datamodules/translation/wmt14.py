@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from datamodules.sampling.planned_batches import planned_loader, rank_and_world_size, reshuffles
 from datamodules.sampling.token_batches import TokenBatchSampler
@@ -41,11 +42,11 @@ _SPLITS = {"fit": ("valid",), "validate": ("valid",), "test": ("test",), "predic
 class WMT14DataModule(pl.LightningDataModule):
     """WMT14 English-German, or any other parallel corpus in the same layout.
 
-    ``root`` holds ``{train,valid,test}.{en,de}``, one sentence a line, or tables ``{train,valid,test}.tsv`` of source,
-    tabulator, target; each may be compressed (``.gz``). Training text is cleaned, cut into the pieces of a joint
-    vocabulary, and kept as token ids in a cache that is found again by a key of the files and settings. Validation and
-    test text is read as it is. A stage looks at its own files only; outside of training, the command takes the
-    vocabulary from the checkpoint and looks at no training text.
+    ``root`` holds ``{train,valid,test}.{en,de}``, one sentence per line, or tables ``{train,valid,test}.tsv`` of
+    source, tab, target; each may be compressed (``.gz``). Training text is cleaned, tokenised with a joint vocabulary,
+    and cached as token ids under a hash of the files and settings. Validation and test text is not cleaned. A stage
+    reads its own files only; outside of training, the command takes the vocabulary from the checkpoint and reads no
+    training text.
 
     Train with ``Trainer(use_distributed_sampler=False)``: batches are planned here for all ranks.
 
@@ -58,28 +59,28 @@ class WMT14DataModule(pl.LightningDataModule):
         train_files: name of the training files without the language, or a glob for several parts ("train*").
         valid_files: name of the validation files without the language; "" trains without validation.
         test_files: name of the test files without the language. Prediction needs the source alone.
-        vocabulary: a sentencepiece model (``.model``) or a checkpoint of a translation whose vocabulary is taken
-            instead of learning one, such as for a training that begins with its weights; "" learns one.
-        vocabulary_size: ids of the joint vocabulary, learnt from the training text.
-        vocabulary_options: how it is learnt beside its size.
+        vocabulary: a sentencepiece model (``.model``) or a checkpoint of a translation whose vocabulary is used, such
+            as for a training that starts from its weights; "" trains one.
+        vocabulary_size: ids of the joint vocabulary, trained on the training text.
+        vocabulary_options: how it is trained, beside its size.
         cleaning: which training pairs are left out.
-        seed: decides, with the epoch, what is in a batch and the order of batches.
+        seed: seed, with the epoch, of the order of samples and batches.
         eval_max_tokens: the same bound for validation, test and prediction; 0 means `max_tokens`.
         cache_dir: folder of the token cache; "" means ``root/cache``, or a folder of the user's cache
             (``$XDG_CACHE_HOME`` or ``~/.cache``, then ``lightning_attn``) when ``root`` is read-only.
-        download: fetches the official WMT14 files into ``root`` first.
-        preparation_processes: processes that cut the training text into tokens; 0 means one per core.
-        predict_file: text to translate in prediction, one sentence a line; "" means the source side of the test set,
-            and "-" the standard input, each line as soon as it is there.
-        on_long_line: what is done about lines to translate of more than `eval_max_tokens` tokens; see `LongLinePolicy`.
-        predict_prefixes: text file with what each translation of prediction is to begin with, one line for each; blank
-            lines leave it open. "" for none.
-        skip_done: prediction takes what an earlier one that was broken off has left in the run directory, and
+        download: downloads the official WMT14 files into ``root`` first.
+        preparation_processes: processes that tokenise the training text; 0 means one per core.
+        predict_file: text to translate in prediction, one sentence per line; "" means the source side of the test set,
+            and "-" the standard input, each line as soon as it is read.
+        on_long_line: how lines to translate of more than `eval_max_tokens` tokens are treated; see `LongLinePolicy`.
+        predict_prefixes: text file with the forced beginning of each translation in prediction, one per line; blank
+            lines force nothing. "" for none.
+        skip_done: prediction reuses the translations that an interrupted prediction has left in the run directory, and
             translates the rest.
 
     Attributes:
-        given_vocabulary: what validation, test and prediction use instead of the vocabulary of the training text, which
-            is not looked at then; the command sets it to the checkpoint's.
+        given_vocabulary: vocabulary of validation, test and prediction, which then read no training text; the command
+            sets it to the checkpoint's.
 
     Raises:
         ValueError: if a number is out of range or both languages are the same.
@@ -154,19 +155,19 @@ class WMT14DataModule(pl.LightningDataModule):
         self.given_vocabulary: Vocabulary | None = None
         self._vocabulary: Vocabulary | None = None
         self._cache: TokenCache | None = None
-        self._told = False  # that there is no validation
+        self._has_logged_no_validation = False
         self._splits: dict[str, TranslationDataset] = {}
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The joint vocabulary; there after ``setup``.
+        """The joint vocabulary.
 
         Raises:
             RuntimeError: before ``setup``.
         """
         if self._vocabulary is None:
             raise RuntimeError(
-                "the vocabulary is there after prepare_data() and setup(); the Trainer calls both, or do so yourself."
+                "the vocabulary is known after prepare_data() and setup(); the Trainer calls both, or do so yourself."
             )
         return self._vocabulary
 
@@ -180,12 +181,12 @@ class WMT14DataModule(pl.LightningDataModule):
             RuntimeError: If `setup` has not read that split.
         """
         if split not in self._splits:
-            raise RuntimeError(f"the sentences of {split!r} are there after prepare_data() and setup() of its stage.")
+            raise RuntimeError(f"the sentences of {split!r} are known after prepare_data() and setup() of its stage.")
         return self._splits[split]
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many training pairs cleaning left out, by reason; there after ``setup``."""
+        """How many training pairs cleaning left out, by reason; known after ``setup``."""
         return {} if self._cache is None else dict(self._cache.manifest["left_out"])
 
     @property
@@ -194,14 +195,15 @@ class WMT14DataModule(pl.LightningDataModule):
         return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder(self.root)
 
     def prepare_files(self) -> None:
-        """Puts the corpus files into ``root`` where they have to be fetched or made; runs on one process a node."""
+        """Downloads or generates the corpus in ``root``, if asked to; runs in one process per node."""
         if self.download:
             from datamodules.downloads.wmt14 import download_wmt14
 
             download_wmt14(self.root)
 
+    @override
     def prepare_data(self) -> None:
-        """Fetches the corpus if asked to, checks it, and makes the vocabulary and the token cache.
+        """Downloads the corpus if asked to, checks it, and builds the vocabulary and the token cache.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -212,8 +214,8 @@ class WMT14DataModule(pl.LightningDataModule):
         trainer = self.trainer
         stage = trainer.state.fn.value if trainer is not None and trainer.state.fn is not None else None
         preparation = self._preparation(stage)
-        # All that may be wrong with the small files is said before the long work starts.
-        needed = self._splits_of(stage) if stage is not None else tuple(filter(self._is_there, ("valid", "test")))
+        # Errors in the small files are raised before the long work starts.
+        needed = self._splits_of(stage) if stage is not None else tuple(filter(self._exists, ("valid", "test")))
         if "predict" in needed and self.reads_standard_input and trainer is not None and trainer.world_size > 1:
             raise InputError(
                 f"predict_file: '-' is the standard input, which {trainer.world_size} processes cannot share; use one "
@@ -229,8 +231,9 @@ class WMT14DataModule(pl.LightningDataModule):
             folder = preparation.build(self.cache_folder, self.preparation_processes, show_progress)
         _report(TokenCache.open(folder).manifest)
 
+    @override
     def setup(self, stage: str) -> None:
-        """Opens what a stage needs; only reads.
+        """Opens the files that a stage needs; writes nothing.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
@@ -251,12 +254,12 @@ class WMT14DataModule(pl.LightningDataModule):
             if split not in self._splits:
                 dataset = TranslationDataset.from_text(self.vocabulary, *self._read(split))
                 if split == "predict":
-                    dataset = dataset.shortened(self._called("predict"), self.eval_max_tokens, self.on_long_line)
+                    dataset = dataset.shortened(self._name_of("predict"), self.eval_max_tokens, self.on_long_line)
                     dataset.prefixes = self._read_prefixes(len(dataset))
                 self._splits[split] = dataset
 
+    @override
     def train_dataloader(self) -> DataLoader[TranslationBatch]:
-        """Batches of the training pairs that cleaning kept."""
         dataset = self._splits["train"]
         lengths = dataset.lengths()
         check_lengths(
@@ -274,27 +277,28 @@ class WMT14DataModule(pl.LightningDataModule):
         )
         return planned_loader(self, dataset, sampler, self.num_workers)
 
+    @override
     def val_dataloader(self) -> "DataLoader[TranslationBatch] | list[TranslationBatch]":
-        """Batches of the validation set, longest first; none without one."""
         return self._evaluation_loader("valid") if self.valid_files else []
 
+    @override
     def test_dataloader(self) -> DataLoader[TranslationBatch]:
-        """Batches of the test set, longest first."""
         return self._evaluation_loader("test")
 
+    @override
     def predict_dataloader(self) -> "DataLoader[TranslationBatch] | StandardInput":
-        """Batches of the text to translate, longest first, without references; lines one by one if they are typed."""
+        """Batches of the text to translate, longest first, without references; single lines of the standard input."""
         if self.reads_standard_input:
             return StandardInput(self.vocabulary, self.eval_max_tokens, self.on_long_line)
         return self._evaluation_loader("predict")
 
     @property
     def reads_standard_input(self) -> bool:
-        """Whether prediction reads lines from there."""
+        """Whether prediction reads lines from the standard input."""
         return self.predict_file == "-"
 
     def _splits_of(self, stage: str) -> tuple[str, ...]:
-        """The splits that a stage reads; says so where a training has no validation.
+        """The splits that a stage reads; logs that a training has no validation.
 
         Raises:
             ValueError: If the stage needs a split that is not named.
@@ -302,22 +306,22 @@ class WMT14DataModule(pl.LightningDataModule):
         splits = _SPLITS[stage]
         for option, split in (("valid_files", "valid"), ("test_files", "test")):
             if split in splits and not getattr(self, option) and stage != "fit":
-                raise InputError(f"{option}: there is none, and {stage} needs it (--data.{option} NAME).")
+                raise InputError(f"{option}: it is empty, and {stage} needs it (--data.{option} NAME).")
         if stage == "fit" and not self.valid_files:
-            if not self._told:
+            if not self._has_logged_no_validation:
                 rank_zero_info("There is no validation text: best.ckpt is not written, and last.ckpt is the result.")
-            self._told = True
+            self._has_logged_no_validation = True
             return ()
         return splits
 
     def _evaluation_vocabulary(self) -> Vocabulary | None:
-        """What is used where no training text is looked at."""
+        """The vocabulary of stages that read no training text; None if there is none."""
         if self.given_vocabulary is None and self.vocabulary_file:
             self.given_vocabulary = Vocabulary.from_file(self.vocabulary_file)
         return self.given_vocabulary
 
     def _preparation(self, stage: str | None) -> Preparation | None:
-        """What is made of the training text; None where a stage does without."""
+        """The preparation of the training text; None if a stage needs none."""
         if stage not in (None, "fit") and self._evaluation_vocabulary() is not None:
             return None
         pairs = find_pairs(self.root, self.train_files, self.source_language, self.target_language)
@@ -332,18 +336,18 @@ class WMT14DataModule(pl.LightningDataModule):
         )
 
     def _cache_entry(self, preparation: Preparation) -> Path:
-        """Where the entry is or would be; one that lies in a read-only corpus folder is used as well."""
+        """Folder of the cache entry; one in a read-only corpus folder is used as well."""
         key = preparation.key(self.cache_folder)
         inside = self.root / "cache" / key
         return inside if not self.cache_dir and inside.is_dir() else self.cache_folder / key
 
-    def _is_there(self, split: str) -> bool:
-        """Whether any file of a split is there."""
-        name = self._called(split)
+    def _exists(self, split: str) -> bool:
+        """Whether any file of a split exists."""
+        name = self._name_of(split)
         return bool(name) and any(self.root.glob(f"{glob.escape(name)}.*"))
 
-    def _called(self, split: str) -> str:
-        """What a split is called in messages."""
+    def _name_of(self, split: str) -> str:
+        """Name of a split in messages."""
         if split == "predict" and self.predict_file:
             return self.predict_file
         return {"valid": self.valid_files, "train": self.train_files}.get(split, self.test_files)
@@ -353,15 +357,15 @@ class WMT14DataModule(pl.LightningDataModule):
         if split == "predict" and self.reads_standard_input:
             return [], None
         if split != "predict":
-            pairs = find_pairs(self.root, self._called(split), self.source_language, self.target_language)
+            pairs = find_pairs(self.root, self._name_of(split), self.source_language, self.target_language)
             return read_evaluation(pairs[0])
         if not self.predict_file:
             return read_source(find_source(self.root, self.test_files, self.source_language)), None
         path = Path(self.predict_file)
         if not path.is_file():
-            what = "a folder" if path.is_dir() else "not there"
+            problem = "is a folder" if path.is_dir() else "does not exist"
             raise MissingFileError(
-                f"predict_file: {path} is {what}. Give a text file with one sentence a line "
+                f"predict_file: {path} {problem}. Give a text file with one sentence a line "
                 '(--data.predict_file FILE), or "" for the source side of the test set.'
             )
         lines = list(read_lines(path))
@@ -370,7 +374,7 @@ class WMT14DataModule(pl.LightningDataModule):
         return lines, None
 
     def predicted_text(self) -> str:
-        """A checksum of all that prediction is to translate, with what the translations begin with."""
+        """A checksum of the text that prediction translates, with the forced beginnings."""
         dataset, digest = self._splits["predict"], hashlib.sha256()
         for lines in (dataset.source_text, dataset.prefixes):
             digest.update(f"{len(lines)}\n".encode())
@@ -379,33 +383,35 @@ class WMT14DataModule(pl.LightningDataModule):
         return digest.hexdigest()
 
     def _read_prefixes(self, count: int) -> list[str]:
-        """What the translations begin with.
+        """The forced beginnings of the translations.
 
         Raises:
-            FileNotFoundError: If the file is not there.
+            FileNotFoundError: If the file does not exist.
             ValueError: If it has another number of lines than the text.
         """
         if not self.predict_prefixes:
             return []
         if self.reads_standard_input:
-            raise InputError("predict_prefixes: the standard input has none; give the text as a file (predict_file).")
+            raise InputError(
+                "predict_prefixes: it cannot be used with the standard input; give the text as a file (predict_file)."
+            )
         path = Path(self.predict_prefixes)
         if not path.is_file():
-            raise MissingFileError(f"predict_prefixes: {path} is not there (--data.predict_prefixes FILE).")
+            raise MissingFileError(f"predict_prefixes: {path} does not exist (--data.predict_prefixes FILE).")
         lines = ["" if is_blank(line) else line for line in read_lines(path)]
         if len(lines) != count:
             raise InputError(
                 f"predict_prefixes: {path} has {len(lines):,} lines, but the text {count:,}. Give a line for each, "
-                "blank ones where nothing is asked."
+                "a blank one to force nothing."
             )
         return lines
 
     def _evaluation_loader(self, split: str) -> DataLoader[TranslationBatch]:
         dataset = self._splits[split]
         lengths = dataset.lengths()
-        check_lengths(f"{self._called(split)}, line", lengths, self.eval_max_tokens, LONGER_EVALUATION)
+        check_lengths(f"{self._name_of(split)}, line", lengths, self.eval_max_tokens, LONGER_EVALUATION)
         rank, world_size = rank_and_world_size(self)
-        # By the source alone, so that a test and a prediction of the same text see the same batches.
+        # By the source alone, so that a test and a prediction of the same text have the same batches.
         source = lengths[0]
         sampler = TokenBatchSampler(
             source, source, self.eval_max_tokens, shuffle=False, rank=rank, world_size=world_size
@@ -416,5 +422,5 @@ class WMT14DataModule(pl.LightningDataModule):
 def _report(manifest: dict[str, Any]) -> None:
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in manifest["left_out"].items()) or "none"
     rank_zero_info(
-        f"Training text: {manifest['pairs_kept']:,} of {manifest['pairs_read']:,} pairs kept; left out: {left_out}."
+        f"Training text: {manifest['pairs_kept']:,} of {manifest['pairs_read']:,} pairs are used; left out: {left_out}."
     )

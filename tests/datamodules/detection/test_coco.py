@@ -173,9 +173,9 @@ def test_ground_truth_is_the_file(root):
         del one["segmentation"]
         expected[one["id"] + 1] = {**one, "id": one["id"] + 1}  # 0 means "no match" to the scorer
     assert {one["id"]: one for one in truth["annotations"]} == expected
-    with pytest.raises(RuntimeError, match="'test' are there after setup"):
+    with pytest.raises(RuntimeError, match="'test' are known after setup"):
         ready(root, test_split="train2018").ground_truth("test")
-    with pytest.raises(RuntimeError, match="'valid' are there after setup"):
+    with pytest.raises(RuntimeError, match="'valid' are known after setup"):
         module.ground_truth("valid")
 
 
@@ -727,14 +727,12 @@ def test_the_trainer_has_nothing_to_warn_about(shared_root, recwarn):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-here = Path(sys.argv[1])
-sys.path[:0] = [str(folder) for folder in (here, here.parents[1], here.parents[2])]
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from test_coco import Recorder, fit, module_of, trainer_of
 
 torch.set_num_threads(1)
-root, folder = Path(sys.argv[2]), Path(sys.argv[3])
+root, folder = Path(sys.argv[1]), Path(sys.argv[2])
 two = {"devices": 2, "strategy": "ddp"}
 checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=2, save_top_k=-1)
 whole, trainer = fit(root, Recorder(), max_epochs=2, callbacks=[checkpoint], **two)

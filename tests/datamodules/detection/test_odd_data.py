@@ -114,7 +114,7 @@ def test_photos_annotated_as_they_are_stored(tmp_path, orientation):
 
 def test_turned_photos_are_counted(tmp_path, messages):
     ready(one_photo(tmp_path, 6, (40, 60), annotated=(40, 60)))
-    assert "1 of the 1 images that were looked into have an EXIF orientation and are turned upright" in messages()
+    assert "1 of the 1 images that were checked have an EXIF orientation and are turned upright" in messages()
 
 
 def test_a_size_that_only_the_other_policy_fits(tmp_path):
@@ -330,7 +330,7 @@ def test_boxes_without_width_are_no_targets(root):
 
     module = ready(changed(root, change))
     list(module.train_dataloader())
-    index = int(module.annotations("train").owners()[0])
+    index = int(module.annotations("train").image_indices()[0])
     assert len(module.annotations("train").targets(index)[0]) < len(module.annotations("train").bboxes)
 
 

@@ -354,7 +354,7 @@ def test_an_image_changes_from_epoch_to_epoch_and_not_with_its_batch(shared_root
 def test_files_hold_no_object_per_image():
     """Reference counts would be written to by each worker, which copies the page that the object is in."""
     paths = [f"leftImg8bit/train/city/city_000000_{number:06d}_leftImg8bit.png" for number in range(1000)]
-    files = SegmentationFiles.of_paths(types.SimpleNamespace(), paths, paths)
+    files = SegmentationFiles.from_paths(types.SimpleNamespace(), paths, paths)
     assert len(pickle.dumps([files.images, files.labels, files.names])) < 1000 * 250
     assert not any(isinstance(value, list | tuple | dict) for value in vars(files.images).values())
     assert files.names[999] == "city_000000_000999"

@@ -508,13 +508,12 @@ def test_a_stages_files_are_checked_before_the_long_work(root):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from test_wmt14 import Recorder, fit, module_of, trainer_of
 
 torch.set_num_threads(1)
-root, folder, bound = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+root, folder, bound = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 two = {"devices": 2, "strategy": "ddp"}
 result = {}
 for workers, accumulate in ((0, 1), (0, 2), (2, 1), (2, 2)):
