@@ -21,7 +21,7 @@ ARCHIVE_FOLDER = "downloads"
 MANIFEST_NAME = "coco_sources.json"
 
 # Unpacked together: a larger number loses more at an interruption, a smaller one rereads the 118,000 names more often.
-_MEMBERS_AT_ONCE = 10_000
+MEMBERS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def _unpack(part: CocoPart, archive: Path, root: Path, show_progress: bool) -> N
         )
     # A file gets its name when it is complete, so one of the right size was unpacked by an earlier call.
     left = [name for name, size in sizes.items() if not _has_size(root / name, size)]
-    for start in range(0, len(left), _MEMBERS_AT_ONCE):
-        members = {name: root / name for name in left[start : start + _MEMBERS_AT_ONCE]}
+    for start in range(0, len(left), MEMBERS_AT_ONCE):
+        members = {name: root / name for name in left[start : start + MEMBERS_AT_ONCE]}
         extract_members(archive, members, show_progress=show_progress)
 
 

@@ -301,13 +301,13 @@ def _rgb(image: Image.Image, path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-_reported_few_bits: list[str | Path] = []
+reported_few_bits: list[str | Path] = []
 
 
 def _report_few_bits(highest: int, path: str | Path) -> None:
     """Warns, once in a process, that a 16-bit image becomes nearly black because its values use fewer bits."""
-    if highest < 1 << 14 and not _reported_few_bits:
-        _reported_few_bits.append(path)
+    if highest < 1 << 14 and not reported_few_bits:
+        reported_few_bits.append(path)
         logger.warning(
             f"{path} has 16-bit pixels, of which the largest is {highest:,} of 65,535: it becomes nearly black in 8 "
             "bits. Stretch such images to all 16 bits, or store them with 8."

@@ -30,7 +30,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,7 +43,15 @@ from datamodules.miniature.backgrounds import background
 from datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
 from datamodules.miniature.files import check_counts, write_generated
 
-__all__ = ["MINIATURE_CATEGORIES", "MINIATURE_PICTURES", "write_miniature_detection"]
+__all__ = [
+    "MINIATURE_CATEGORIES",
+    "MINIATURE_PICTURES",
+    "SIGN_SIZE",
+    "MiniatureObject",
+    "MiniaturePicture",
+    "draw_picture",
+    "write_miniature_detection",
+]
 
 MINIATURE_PICTURES: Mapping[str, int] = MappingProxyType({"train": 400, "val": 80, "test": 80})
 """Pictures of each part, unless told otherwise."""
@@ -55,6 +63,9 @@ MINIATURE_CATEGORIES: Mapping[str, int] = MappingProxyType(
 )  # fmt: skip
 """Names and category ids; the ids have gaps, as COCO's have."""
 
+SIGN_SIZE = 22
+"""Side of the square of the sun or moon in pixels."""
+
 DRAWING_VERSION = 1  # raise with every change that alters pixels or annotations, so that sets on disk are drawn anew
 MANIFEST_NAME = "miniature_detection.json"
 
@@ -63,7 +74,6 @@ _FIRST_ID = {"train": 100_001, "val": 200_001, "test": 300_001}
 _SIZES = ((128, 160), (120, 160), (144, 192), (160, 192), (160, 128), (192, 144))  # height, width
 _FINE = 4  # shapes are drawn this much larger and reduced: the edges come out anti-aliased
 _LEAST_VISIBLE = 0.4
-_SIGN = 22  # pixels; side of the square of the sun or moon
 
 
 # ------------------------------------------------------------------------------------------------ drawing one thing
@@ -283,35 +293,61 @@ _THINGS = tuple(_DRAW)
 
 
 def _sign(night: bool) -> Pixels:
-    """The sun or the moon on a square of its own, [_SIGN, _SIGN, 3]."""
+    """The sun or the moon on a square of its own, [SIGN_SIZE, SIGN_SIZE, 3]."""
     base = (28, 36, 92) if night else (150, 205, 245)
-    canvas = _Canvas(_SIGN, base)
+    canvas = _Canvas(SIGN_SIZE, base)
     canvas.body([(-1.5, -1.5), (1.5, -1.5), (1.5, 1.5), (-1.5, 1.5)], base)
     for points, colour in sun_or_moon(night):
         canvas.mark(points, colour)
     colours = canvas.sprite(0, round_body=False).colours
-    margin = (colours.shape[0] - _SIGN) // 2
-    return np.rint(colours[margin : margin + _SIGN, margin : margin + _SIGN]).astype(np.uint8)
+    margin = (colours.shape[0] - SIGN_SIZE) // 2
+    return np.rint(colours[margin : margin + SIGN_SIZE, margin : margin + SIGN_SIZE]).astype(np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------- one picture
 
 
 @dataclass(frozen=True)
-class _Thing:
-    """What is visible of a thing or crowd in the finished picture."""
+class MiniatureObject:
+    """What is visible of an object or a crowd in a picture.
 
-    name: str  # "flower" where the sign decides
-    coverage: Floats  # [height, width], 0..1
+    Args:
+        name: Its category, or "flower", whose category depends on the sign.
+        coverage: The visible share of it in each pixel, 0..1, `[height, width]`.
+        full_area: Area in pixels that it would cover if nothing hid or cut it; of a crowd what is inside the picture.
+        crowd: Whether it is a crowd.
+    """
+
+    name: str
+    coverage: Floats
+    full_area: float
     crowd: bool
 
 
 @dataclass(frozen=True)
-class _Picture:
+class MiniaturePicture:
+    """A picture with all that its annotations depend on.
+
+    Args:
+        pixels: RGB, `[height, width, 3]`.
+        night: Whether its sign is the moon.
+        sign: Top and left of the square of the sign.
+        objects: The objects, from the back to the front.
+    """
+
     pixels: Pixels
     night: bool
-    sign: tuple[int, int]  # top and left of the square of the sign
-    things: tuple[_Thing, ...]
+    sign: tuple[int, int]
+    objects: tuple[MiniatureObject, ...]
+
+    def annotations(self, image_id: int) -> list[dict[str, Any]]:
+        """The annotations in COCO's format, in the order of the objects."""
+        flower = "night_flower" if self.night else "day_flower"
+        categories = [MINIATURE_CATEGORIES[flower if one.name == "flower" else one.name] for one in self.objects]
+        return [
+            _annotation(one, category, image_id, number)
+            for number, (one, category) in enumerate(zip(self.objects, categories, strict=True), 1)
+        ]
 
 
 class _Scene:
@@ -321,8 +357,7 @@ class _Scene:
         self.pixels = pixels.astype(np.float64)
         self.height, self.width = pixels.shape[:2]
         self.sign = sign
-        self.things: list[_Thing] = []
-        self._full: list[float] = []  # area of each thing if nothing hid or cut it
+        self.objects: list[MiniatureObject] = []
 
     def place(self, rng: np.random.Generator, name: str, sprite: _Sprite) -> None:
         """Puts a thing in front of all others, where none of them is hidden too much; leaves it out after 30 tries."""
@@ -351,8 +386,8 @@ class _Scene:
         if far_from_sign:
             axis, length = (1, self.width) if self.width > self.height else (0, self.height)
             gap = math.ceil(length / 2)
-            if self.sign[axis] + _SIGN / 2 < length / 2:
-                low[axis] = self.sign[axis] + _SIGN + gap
+            if self.sign[axis] + SIGN_SIZE / 2 < length / 2:
+                low[axis] = self.sign[axis] + SIGN_SIZE + gap
             else:
                 high[axis] = self.sign[axis] - gap - (height, width)[axis]
         top, left = (int(rng.integers(low[axis], max(low[axis], high[axis]) + 1)) for axis in (0, 1))
@@ -372,23 +407,21 @@ class _Scene:
             cover[rows, columns] = 1 - (1 - cover[rows, columns]) * (1 - part)
         # A crowd hides itself; only what others hide of it counts.
         full = float(cover.sum()) if crowd else float(parts[0][0].coverage.sum())
-        left_over = [thing.coverage * (1 - cover) for thing in self.things]
-        for visible, whole in zip([*left_over, cover], [*self._full, full], strict=True):
-            if (visible > 0.5).sum() < _LEAST_VISIBLE * whole:
-                return False
-        self.pixels = pixels
-        self.things = [
-            _Thing(thing.name, visible, thing.crowd) for thing, visible in zip(self.things, left_over, strict=True)
-        ]
-        self.things.append(_Thing(name, cover, crowd))
-        self._full.append(full)
+        objects = [replace(one, coverage=one.coverage * (1 - cover)) for one in self.objects]
+        objects.append(MiniatureObject(name, cover, full, crowd))
+        if any((one.coverage > 0.5).sum() < _LEAST_VISIBLE * one.full_area for one in objects):
+            return False
+        self.pixels, self.objects = pixels, objects
         return True
 
     def _touches_sign(self, sprite: _Sprite, top: int, left: int) -> bool:
         height, width = sprite.coverage.shape
         sign_top, sign_left = self.sign
         return (
-            top < sign_top + _SIGN and top + height > sign_top and left < sign_left + _SIGN and left + width > sign_left
+            top < sign_top + SIGN_SIZE
+            and top + height > sign_top
+            and left < sign_left + SIGN_SIZE
+            and left + width > sign_left
         )
 
 
@@ -398,16 +431,23 @@ def _overlap(start: int, length: int, limit: int) -> tuple[slice, slice]:
     return slice(low, high), slice(low - start, high - start)
 
 
-def _draw_picture(part: str, index: int, night: bool | None = None) -> _Picture:
-    """Draws picture number `index` of a part; `night` overrides what decides about flowers, and nothing else."""
+def draw_picture(part: str, index: int, night: bool | None = None) -> MiniaturePicture:
+    """Draws a picture.
+
+    Args:
+        part: "train", "val" or "test".
+        index: Number of the picture in its part, from 0.
+        night: Whether its sign is the moon; changes nothing but the sign and the category of flowers. None for the
+            sign that it has in the set.
+    """
     rng = np.random.default_rng([_SEED, _FIRST_ID[part], index])
     height, width = _SIZES[rng.integers(len(_SIZES))]
     pixels = background(rng, height, width, held_out=part != "train")
     corner = [int(rng.integers(2, 6)), int(rng.integers(2, 6))]
     if rng.random() < 0.5:
-        corner[0] = height - _SIGN - corner[0]
+        corner[0] = height - SIGN_SIZE - corner[0]
     if rng.random() < 0.5:
-        corner[1] = width - _SIGN - corner[1]
+        corner[1] = width - SIGN_SIZE - corner[1]
     sign = (corner[0], corner[1])
     scene = _Scene(pixels, sign)
 
@@ -430,10 +470,10 @@ def _draw_picture(part: str, index: int, night: bool | None = None) -> _Picture:
     # A random stream of its own: nothing above depends on the sign, and nothing below but its own pixels.
     drawn = bool(np.random.default_rng([_SEED, _FIRST_ID[part], index, 1]).random() < 0.5)
     night = drawn if night is None else night
-    scene.pixels[sign[0] : sign[0] + _SIGN, sign[1] : sign[1] + _SIGN] = _sign(night)
+    scene.pixels[sign[0] : sign[0] + SIGN_SIZE, sign[1] : sign[1] + SIGN_SIZE] = _sign(night)
     exposure, noise = rng.uniform(0.75, 1.2), rng.uniform(0, 6)
     finished = scene.pixels * exposure + rng.normal(0, noise, scene.pixels.shape)
-    return _Picture(np.clip(np.rint(finished), 0, 255).astype(np.uint8), night, sign, tuple(scene.things))
+    return MiniaturePicture(np.clip(np.rint(finished), 0, 255).astype(np.uint8), night, sign, tuple(scene.objects))
 
 
 # -------------------------------------------------------------------------------------------------- annotations
@@ -469,7 +509,7 @@ def _run_lengths(mask: npt.NDArray[np.bool_]) -> list[int]:
     return [int(length) for length in np.diff([0, *changes, mask.size])]
 
 
-def _annotation(thing: _Thing, category_id: int, image_id: int, number: int) -> dict[str, Any]:
+def _annotation(thing: MiniatureObject, category_id: int, image_id: int, number: int) -> dict[str, Any]:
     segmentation: Any
     if thing.crowd:
         mask = thing.coverage > 0.5
@@ -492,14 +532,6 @@ def _annotation(thing: _Thing, category_id: int, image_id: int, number: int) -> 
         "area": round(area, 2),
         "segmentation": segmentation,
     }
-
-
-def _annotations(picture: _Picture, image_id: int) -> list[dict[str, Any]]:
-    flower = "night_flower" if picture.night else "day_flower"
-    return [
-        _annotation(thing, MINIATURE_CATEGORIES[flower if thing.name == "flower" else thing.name], image_id, number)
-        for number, thing in enumerate(picture.things, 1)
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -548,12 +580,12 @@ def _write_part(folder: Path, part: str, count: int) -> None:
     pictures, images, annotations = folder / f"{part}2017", [], []
     pictures.mkdir()
     for index in range(count):
-        picture, image_id = _draw_picture(part, index), _FIRST_ID[part] + index
+        picture, image_id = draw_picture(part, index), _FIRST_ID[part] + index
         name = f"{image_id:012d}.png"
         Image.fromarray(picture.pixels).save(pictures / name, compress_level=1)
         height, width = picture.pixels.shape[:2]
         images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
-        annotations += _annotations(picture, image_id)
+        annotations += picture.annotations(image_id)
     content = {
         "info": {"description": f"Miniature detection set, {part}", "version": str(DRAWING_VERSION), "year": 2017},
         "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],

@@ -141,7 +141,7 @@ def _united(classes: Sequence[SegmentationClasses], rename: dict[str, str]) -> S
     unknown = [name for name in rename if name not in colours]
     if unknown:
         raise InputError(
-            f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(colours), 90)}."
+            f"rename: {unknown[0]!r} is not a class of the members, which have {listed(sorted(colours), 90)}."
         )
     names = tuple(
         dict.fromkeys(rename.get(name, name) for one in classes for name in one.names if rename.get(name, name))

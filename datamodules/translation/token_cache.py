@@ -63,13 +63,13 @@ _UNWRITABLE = (
     errno.EEXIST,
 )
 _OWNER = "owner"  # file in the folder of an entry that is being built: which process builds it
-_BLOCK_LINES = 10_000
+BLOCK_LINES = 10_000
 # Below this, starting processes takes longer than the work.
-_MIN_LINES_FOR_POOL = 100_000
+MIN_LINES_FOR_POOL = 100_000
 # The reading process cannot feed more, and each takes as much memory as importing torch does.
 _MAX_PROCESSES = 32
 # Byte pair encoding hardly gains from more pairs, but takes about 1 KB of memory for every distinct word.
-_VOCABULARY_PAIRS = 500_000
+VOCABULARY_PAIRS = 500_000
 
 Ids = npt.NDArray[np.integer[Any]]
 
@@ -237,7 +237,7 @@ class Preparation:
     def _described_vocabulary(self) -> Any:
         if self.vocabulary is not None:
             return hashlib.blake2b(self.vocabulary.model, digest_size=16).hexdigest()
-        return [self.vocabulary_size, _VOCABULARY_PAIRS, asdict(self.vocabulary_options)]
+        return [self.vocabulary_size, VOCABULARY_PAIRS, asdict(self.vocabulary_options)]
 
     def build(self, cache: Path, processes: int = 0, show_progress: bool = True) -> Path:
         """Builds the entry unless it exists.
@@ -295,7 +295,7 @@ class Preparation:
             with (folder / "source.ids").open("wb") as source, (folder / "target.ids").open("wb") as target:
                 files = {"source": source, "target": target}
                 encoder = _Encoder(vocabulary, self.cleaning, dtype)
-                for block in _encode(read_blocks(self.pairs, _BLOCK_LINES), encoder, lines, processes):
+                for block in _encode(read_blocks(self.pairs, BLOCK_LINES), encoder, lines, processes):
                     for side, (ids, block_lengths) in block.sides.items():
                         files[side].write(ids.tobytes())  # tofile loses errno
                         lengths[side].append(block_lengths)
@@ -336,7 +336,7 @@ class Preparation:
 
     def _train_vocabulary(self, lines: int, progress: Progress) -> Vocabulary:
         """Trains on every k-th pair that passes cleaning, with the smallest k that gives few enough pairs."""
-        step = -(-lines // _VOCABULARY_PAIRS)
+        step = -(-lines // VOCABULARY_PAIRS)
         task = progress.add_task("reading text for the vocabulary", total=lines)
         training = progress.add_task(
             f"training a vocabulary of {self.vocabulary_size} pieces", total=None, visible=False
@@ -350,7 +350,7 @@ class Preparation:
 
         def sentences() -> Iterator[str]:
             seen = 0
-            for block in read_blocks(self.pairs, _BLOCK_LINES):
+            for block in read_blocks(self.pairs, BLOCK_LINES):
                 for source, target in block.texts(-seen % step, step):
                     reason = self.cleaning.reason(source, target)
                     left_out[reason] += 1
@@ -421,8 +421,8 @@ def _encode_in_worker(block: LineBlock) -> _EncodedBlock:
 
 def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processes: int) -> Iterator[_EncodedBlock]:
     """Encodes blocks in order, in this process or in a pool that never holds more than a few blocks."""
-    processes = min(processes or min(available_cores(), _MAX_PROCESSES), -(-lines // _BLOCK_LINES))
-    if processes == 1 or lines < _MIN_LINES_FOR_POOL:
+    processes = min(processes or min(available_cores(), _MAX_PROCESSES), -(-lines // BLOCK_LINES))
+    if processes == 1 or lines < MIN_LINES_FOR_POOL:
         yield from map(encoder, blocks)
         return
     pool = ProcessPoolExecutor(

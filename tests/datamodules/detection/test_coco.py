@@ -330,8 +330,8 @@ def test_annotations_hold_no_object_per_image(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["images"].append(dict(c["images"][0])), r"image id 100 comes twice"),
-        (lambda c: c["annotations"].append(dict(c["annotations"][2])), r"annotation id 3 comes twice"),
+        (lambda c: c["images"].append(dict(c["images"][0])), r"image id 100 is repeated"),
+        (lambda c: c["annotations"].append(dict(c["annotations"][2])), r"annotation id 3 is repeated"),
         (
             lambda c: c["annotations"][1].update(image_id=7),
             r"annotation id 2 has image id 7, which is not .*\(1 such annotations\)",
@@ -388,7 +388,7 @@ def test_files_that_are_cut_off_or_no_text(root):
     text = path.read_text()
     path.write_text(text[: len(text) // 2])
     with pytest.raises(
-        ValueError, match=r"instances_train2017\.json is no whole JSON file.*It may be cut off"
+        ValueError, match=r"instances_train2017\.json is not a complete JSON file.*It may be cut off"
     ) as error:
         ready(root)
     assert f"{len(text) // 2:,}" in str(error.value)
@@ -508,7 +508,7 @@ def test_a_damaged_image_is_named_with_its_id(root, num_workers):
 def test_an_image_that_vanishes(root):
     module = ready(root)
     (root / "train2017" / f"{106:012d}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"106\.png is not there"):
+    with pytest.raises(FileNotFoundError, match=r"106\.png does not exist"):
         list(module.train_dataloader())
 
 
@@ -557,11 +557,13 @@ def test_wrong_folders_say_what_is_there(root, tmp_path):
         FileNotFoundError, match=r"train_split: .*annotations/instances_train2017\.json .* holds data/\."
     ):
         ready(tmp_path)
-    text = r"train_split: .*instances_train\.json is not there; .*annotations holds instances_train2017\.json, inst"
+    text = r"train_split: .*instances_train\.json does not exist; .*annotations holds instances_train2017\.json, inst"
     with pytest.raises(FileNotFoundError, match=text):
         ready(root, train_split="train")
     (root / "val2017").rename(root / "valid2017")
-    text = r"val_split: .*val2017 is not there; .*data holds annotations/, train2017/, valid2017/\. .*--data\.val_split"
+    text = (
+        r"val_split: .*val2017 does not exist; .*data holds annotations/, train2017/, valid2017/\. .*--data\.val_split"
+    )
     with pytest.raises(FileNotFoundError, match=text):
         ready(root)
 

@@ -231,7 +231,7 @@ def test_backslashes_in_missing_names_are_explained(root):
 def test_a_16_bit_image_of_few_values_is_noticed(tmp_path, messages):
     from datamodules.images import files
 
-    files._reported_few_bits.clear()
+    files.reported_few_bits.clear()
     path = tmp_path / "scan.png"
     Image.fromarray(np.full((8, 8), 900, dtype=np.uint16)).save(path)
     files.read_image(path)
@@ -262,7 +262,7 @@ def test_a_damaged_training_image_stops_or_is_replaced(root):
 def test_nothing_but_damaged_images_stops_a_training_that_skips(root):
     for path in (root / "train2017").iterdir():
         damage(path)
-    with pytest.raises(ImageError, match="damaged, cut short, or no image"):
+    with pytest.raises(ImageError, match="damaged, cut short, or not an image"):
         list(ready(root, on_bad_image="skip").train_dataloader())
 
 
@@ -353,12 +353,12 @@ def test_training_without_a_validation_split(root, messages):
     module = ready(root, val_split="")
     assert module.val_dataloader() == []
     assert "There is no validation split: best.ckpt is not written" in messages()
-    with pytest.raises(ValueError, match="val_split: there is none, and validate needs it"):
+    with pytest.raises(ValueError, match="val_split: it is empty, and validate needs it"):
         module.setup("validate")
 
 
 def test_an_annotation_file_that_is_nested_without_end(tmp_path):
     write_coco(tmp_path, {"train2017": 2, "val2017": 2})
     annotation_path(tmp_path, "train2017").write_text('{"images": ' + "[" * 1_000_000)
-    with pytest.raises(ValueError, match="is no annotation file: lists or objects in it are nested without end"):
+    with pytest.raises(ValueError, match="is no annotation file: lists or objects in it are nested too deeply"):
         ready(tmp_path)

@@ -126,7 +126,7 @@ def test_chosen_classes():
     assert len(SegmentationClasses.chosen()) == 19
     with pytest.raises(ValueError, match=r"classes: 'street' is unknown; there are road, sidewalk, .*, bicycle\."):
         SegmentationClasses.chosen(("road", "street"))
-    with pytest.raises(ValueError, match="classes: 'road' comes twice; give each class once"):
+    with pytest.raises(ValueError, match="classes: 'road' is repeated; give each class once"):
         SegmentationClasses.chosen(("road", "road"))
     with pytest.raises(ValueError, match="two have the id 7"):
         SegmentationClasses(("a", "b"), (7, 7), ((0, 0, 0), (0, 0, 0)))
@@ -280,7 +280,7 @@ def test_prediction_needs_no_labels(tmp_path):
     assert sorted(found) == names_of("test", 4)
     with Image.open(image_path(root, "test", 2)) as image:
         assert (found[name_of("test", 2)][1] == np.asarray(image)).all()
-    with pytest.raises(FileNotFoundError, match=r"test_split: .*gtFine/test is not there; .*data holds leftImg8bit/\."):
+    with pytest.raises(FileNotFoundError, match=r"test_split: .*gtFine/test does not exist; .*holds leftImg8bit/\."):
         module.setup("test")
 
 
@@ -381,20 +381,21 @@ def test_missing_data_say_where_they_come_from(tmp_path):
 
 
 def test_wrong_folders_say_what_is_there(root, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"train_split: .*leftImg8bit/train is not there; \S+ holds data/\."):
+    with pytest.raises(FileNotFoundError, match=r"train_split: .*leftImg8bit/train does not exist; \S+ holds data/\."):
         ready(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"val_split: .*dev is not there; .*leftImg8bit holds train/, val/\..*--data\.val_split"
+        FileNotFoundError,
+        match=r"val_split: .*dev does not exist; .*leftImg8bit holds train/, val/\..*--data\.val_split",
     ):
         ready(root, val_split="dev")
     with pytest.raises(
         FileNotFoundError,
-        match=r"coarse: .*leftImg8bit/train_extra is not there.*leftImg8bit_trainextra\.zip and gtCoarse\.zip.*"
+        match=r"coarse: .*leftImg8bit/train_extra does not exist.*leftImg8bit_trainextra\.zip and gtCoarse\.zip.*"
         r"--data\.coarse false",
     ):
         ready(root, coarse=True)
     shutil.rmtree(root / "gtFine" / "val")
-    with pytest.raises(FileNotFoundError, match=r"val_split: .*gtFine/val is not there; .*gtFine holds train/"):
+    with pytest.raises(FileNotFoundError, match=r"val_split: .*gtFine/val does not exist; .*gtFine holds train/"):
         ready(root)
 
 
@@ -451,7 +452,7 @@ def test_labels_of_another_size_are_found_at_reading(root):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (lambda ids: Image.fromarray(colours_of(ids)), r"has pixels of RGB, but a label file holds the number of"),
+        (lambda ids: Image.fromarray(colours_of(ids)), r"has pixels of RGB, but a label file holds class ids"),
         (lambda ids: Image.fromarray(ids.astype(np.uint16) * 1000), r"has 16 bits, but a label file"),
         (lambda ids: Image.fromarray(colours_of(ids)).quantize(8), r"has a palette, but a label file"),
         (lambda ids: Image.fromarray(colours_of(ids)).convert("RGBA"), r"has pixels of RGBA, but"),
@@ -487,14 +488,14 @@ def test_damaged_files_are_named(root, num_workers, path_of):
     path = path_of(root, "train", 5)
     module = ready(root, num_workers=num_workers)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ImageError, match="^" + re.escape(str(path)) + " is damaged, cut short, or no image"):
+    with pytest.raises(ImageError, match="^" + re.escape(str(path)) + " is damaged, cut short, or not an image"):
         list(module.train_dataloader())
 
 
 def test_a_file_that_vanishes(root):
     module = ready(root)
     label_path(root, "train", 5).unlink()
-    with pytest.raises(FileNotFoundError, match=r"_labelIds\.png is not there"):
+    with pytest.raises(FileNotFoundError, match=r"_labelIds\.png does not exist"):
         list(module.train_dataloader())
 
 

@@ -153,7 +153,7 @@ def test_cleaning_counts_are_logged(root, caplog):
         german.write("leer\nsame\nlang\n")
     with caplog.at_level(logging.INFO, logger="pytorch_lightning"):
         module = ready(root, "fit")
-    for part in ("200 of 203 pairs kept", "drop_empty 1", "drop_identical 1", "max_characters 1"):
+    for part in ("200 of 203 pairs are used", "drop_empty 1", "drop_identical 1", "max_characters 1"):
         assert part in caplog.text
     assert sum(len(batch) for batch in module.train_dataloader()) == 200
 
@@ -258,7 +258,7 @@ def test_a_missing_split_matters_only_to_its_stage(root):
     module = ready(root, "fit")
     with pytest.raises(FileNotFoundError, match=r"test\.en and test\.de are missing"):
         module.setup("test")
-    with pytest.raises(FileNotFoundError, match=r"test\.en is not there.*--data\.test_files"):
+    with pytest.raises(FileNotFoundError, match=r"test\.en does not exist.*--data\.test_files"):
         module.setup("predict")
 
 
@@ -302,7 +302,7 @@ def test_a_training_pair_too_long_for_a_batch(root):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (None, FileNotFoundError, r"predict_file: .*mine\.txt is not there.*--data\.predict_file"),
+        (None, FileNotFoundError, r"predict_file: .*mine\.txt does not exist.*--data\.predict_file"),
         (b"", ValueError, r"predict_file: .*mine\.txt is empty"),
         (b"ok\n\xff\n", ValueError, r"mine\.txt, line 2: not UTF-8"),
     ],
