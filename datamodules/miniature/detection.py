@@ -1,29 +1,29 @@
-"""A miniature detection set in the layout of COCO, drawn on the spot and without a network.
+"""A miniature detection set in the layout of COCO, generated without downloads.
 
-It is for trying things out: the quick start, the tests and a first look at a new attention need a detection task that a
-small network learns in minutes on a laptop. Each picture shows up to six things over a part of a natural photograph
+It is for quick experiments: the quick start, the tests and a first look at a new attention need a detection task that a
+small network learns in minutes on a laptop. Each picture shows up to six objects over a part of a natural photograph
 (`datamodules.miniature.backgrounds`): balls, stars, mugs, kites, fish and arrows of any colour, size, rotation and
 shading. They hide each other and are cut by the border of the picture. Every sixteenth picture is empty. Every twelfth
-shows a swarm of small things, annotated as one crowd.
+shows a swarm of small objects, annotated as one crowd.
 
-**What only far-away context tells.** Two more categories, `day_flower` and `night_flower`, are drawn by the same code
-with the same random draws. Which one a flower is, a sign in a corner of the picture decides: all flowers of a picture
+**Long-range context.** Two more categories, `day_flower` and `night_flower`, are drawn by the same code
+with the same random draws. A sign in a corner of the picture decides which one a flower is: all flowers of a picture
 with a sun are day flowers, all flowers of one with a moon are night flowers. Every picture has exactly one sign, with
 or without flowers, sun or moon with equal chance. Along the longer side of the picture, at least half of that side lies
-between the sign and any flower. The sign is the last thing to be chosen, by random draws of its own, and replaces the
-pixels of one square that nothing else reaches into. Everything outside that square is the same pixel for pixel under
-either sign, so no surroundings of a flower that leave the square out say anything about its category: whoever sees no
-further is right half of the time. Signs are not annotated.
+between the sign and any flower. The sign is chosen last, by a random stream of its own, and replaces the pixels of one
+square that nothing else reaches into. All pixels outside that square are identical under either sign, so the
+surroundings of a flower without the square have no information on its category: a detector that sees no further is
+right half of the time. Signs are not annotated.
 
-**Boxes.** Polygon, area and box describe what is visible, as in COCO: the part inside the picture that nothing in
-front covers, where a pixel counts if more than half of it is covered by the thing. Holes count as part of it. A
-placement that would leave less than 40 % of any thing visible is drawn again, so no hidden thing goes unannotated.
+**Boxes.** Polygon, area and box describe the visible part, as in COCO: the part inside the picture that nothing in
+front covers, where a pixel counts if the object covers more than half of it. Holes count as part of it. A placement
+that would leave less than 40 % of any object visible is drawn again, so no object is hidden and unannotated.
 
-**Same on every machine.** Each picture has a random stream of its own, made from its part and its number; it does not
-depend on how many others there are. Pictures are stored as PNG, without loss. Pixels and annotations depend on the
+**Identical on every machine.** Each picture has a random stream of its own, seeded by its part and number; it does not
+depend on the number of pictures. Pictures are stored as PNG, which is lossless. Pixels and annotations depend on the
 releases of NumPy, Pillow and scikit-image, the bytes of a PNG also on the zlib that Pillow was built with.
 
-Scores on this set say that a model works, and nothing about its quality on real pictures.
+Scores on this set show that a model works, not how good it is on real pictures.
 """
 
 import functools
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 MINIATURE_PICTURES: Mapping[str, int] = MappingProxyType({"train": 400, "val": 80, "test": 80})
-"""Pictures of each part, unless told otherwise."""
+"""Default number of pictures of each part."""
 
 MINIATURE_CATEGORIES: Mapping[str, int] = MappingProxyType(
     {
@@ -66,7 +66,7 @@ MINIATURE_CATEGORIES: Mapping[str, int] = MappingProxyType(
 SIGN_SIZE = 22
 """Side of the square of the sun or moon in pixels."""
 
-DRAWING_VERSION = 1  # raise with every change that alters pixels or annotations, so that sets on disk are drawn anew
+DRAWING_VERSION = 1  # increase with every change of pixels or annotations, so that sets on disk are regenerated
 MANIFEST_NAME = "miniature_detection.json"
 
 _SEED = 20190730
@@ -76,12 +76,12 @@ _FINE = 4  # shapes are drawn this much larger and reduced: the edges come out a
 _LEAST_VISIBLE = 0.4
 
 
-# ------------------------------------------------------------------------------------------------ drawing one thing
+# ------------------------------------------------------------------------------------------------ drawing one object
 
 
 @dataclass(frozen=True)
 class _Sprite:
-    """A thing by itself: colours [h, w, 3] in 0..255 and how much of each pixel it covers [h, w] in 0..1."""
+    """A single object: colours [h, w, 3] in 0..255 and its coverage of each pixel [h, w] in 0..1."""
 
     colours: Floats
     coverage: Floats
@@ -94,7 +94,7 @@ def _covered(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice]:
 
 
 class _Canvas:
-    """Draws a thing in its own coordinates: x to the right and y down, its extent about -1..1.
+    """Draws an object in its own coordinates: x to the right and y down, its extent about -1..1.
 
     Args:
         size: Length of those two units in pixels.
@@ -115,21 +115,21 @@ class _Canvas:
         self._half = size / 2
 
     def body(self, points: Points, colour: Colour) -> None:
-        """Adds a polygon to the thing."""
+        """Adds a polygon to the object."""
         self._draw_mask.polygon(self._place(points), fill=255)
         self.mark(points, colour)
 
     def mark(self, points: Points, colour: Colour) -> None:
-        """Paints a polygon on the thing; what lies beyond its outline stays invisible."""
+        """Paints a polygon on the object; parts beyond its outline stay invisible."""
         self._draw.polygon(self._place(points), fill=colour)
 
     def sprite(self, light: float, *, round_body: bool, texture: Floats | None = None) -> _Sprite:
-        """The finished thing, shaded, and cut to the pixels that it covers.
+        """The finished object, shaded, and cropped to the pixels that it covers.
 
         Args:
             light: Direction that light comes from, in degrees clockwise from the right.
-            round_body: Shades it as a ball; otherwise as a plane with an even gradient.
-            texture: Random values in 0..1 [k, k] that are spread over the thing as uneven brightness.
+            round_body: Shades it as a ball; otherwise as a plane with a linear gradient.
+            texture: Random values in 0..1 [k, k] that are interpolated over the object as uneven brightness.
         """
         colours = np.asarray(self._image.reduce(_FINE), np.float64)
         coverage = np.asarray(self._mask.reduce(_FINE), np.float64) / 255
@@ -151,7 +151,7 @@ class _Canvas:
         return _Sprite(colours[inside], coverage[inside])
 
     def _place(self, points: Points) -> list[tuple[int, int]]:
-        # Whole numbers: the last bit of a cosine does not decide about a pixel.
+        # Integers, so that rounding errors of cosines cannot change a pixel.
         a, b, c, d = self._matrix
         middle = self._side * _FINE / 2
         return [(round(middle + a * x + b * y), round(middle + c * x + d * y)) for x, y in points]
@@ -159,7 +159,7 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Look:
-    """The random choices that things of all categories share."""
+    """The random choices that objects of all categories share."""
 
     size: float
     angle: float  # -1..1, as a part of the range that the category allows
@@ -351,7 +351,7 @@ class MiniaturePicture:
 
 
 class _Scene:
-    """A picture that is being drawn from the back to the front."""
+    """A picture that is drawn from the back to the front."""
 
     def __init__(self, pixels: Pixels, sign: tuple[int, int]) -> None:
         self.pixels = pixels.astype(np.float64)
@@ -360,14 +360,14 @@ class _Scene:
         self.objects: list[MiniatureObject] = []
 
     def place(self, rng: np.random.Generator, name: str, sprite: _Sprite) -> None:
-        """Puts a thing in front of all others, where none of them is hidden too much; leaves it out after 30 tries."""
+        """Places an object in front of all others, where none is hidden too much; omits it after 30 attempts."""
         for _ in range(30):
             top, left = self._position(rng, sprite, far_from_sign=name == "flower")
             if self._add(name, [(sprite, top, left)], crowd=False):
                 return
 
     def place_crowd(self, rng: np.random.Generator, name: str, sprites: Sequence[_Sprite]) -> None:
-        """Puts a swarm of small things around a point in front of all others; leaves it out after 30 tries."""
+        """Places a swarm of small objects around a point in front of all others; omits it after 30 attempts."""
         for _ in range(30):
             y, x = rng.uniform(0.3, 0.7) * self.height, rng.uniform(0.3, 0.7) * self.width
             offsets = rng.uniform(-1, 1, (len(sprites), 2)) * (0.2 * self.height, 0.25 * self.width)
@@ -379,7 +379,7 @@ class _Scene:
                 return
 
     def _position(self, rng: np.random.Generator, sprite: _Sprite, *, far_from_sign: bool) -> tuple[int, int]:
-        """Top and left at random, up to a third of the thing outside the picture."""
+        """Random top and left, with up to a third of the object outside the picture."""
         height, width = sprite.coverage.shape
         low = [-height // 3, -width // 3]
         high = [self.height - height + height // 3, self.width - width + width // 3]
@@ -394,7 +394,7 @@ class _Scene:
         return top, left
 
     def _add(self, name: str, parts: Sequence[tuple[_Sprite, int, int]], *, crowd: bool) -> bool:
-        """Draws what consists of `parts` unless that breaks a rule; says whether it did."""
+        """Draws an object of these parts unless that breaks a rule; returns whether it did."""
         if any(self._touches_sign(sprite, top, left) for sprite, top, left in parts):
             return False
         pixels, cover = self.pixels.copy(), np.zeros((self.height, self.width))
@@ -405,7 +405,7 @@ class _Scene:
             behind = pixels[rows, columns]
             pixels[rows, columns] += (sprite.colours[sprite_rows, sprite_columns] - behind) * part[..., None]
             cover[rows, columns] = 1 - (1 - cover[rows, columns]) * (1 - part)
-        # A crowd hides itself; only what others hide of it counts.
+        # A crowd hides parts of itself; only occlusion by others counts.
         full = float(cover.sum()) if crowd else float(parts[0][0].coverage.sum())
         objects = [replace(one, coverage=one.coverage * (1 - cover)) for one in self.objects]
         objects.append(MiniatureObject(name, cover, full, crowd))
@@ -426,7 +426,7 @@ class _Scene:
 
 
 def _overlap(start: int, length: int, limit: int) -> tuple[slice, slice]:
-    """Where a span lies within 0..limit, and which part of the span that is."""
+    """The part of a span within 0..limit, and its position in the span."""
     low, high = max(start, 0), min(start + length, limit)
     return slice(low, high), slice(low - start, high - start)
 
@@ -467,7 +467,7 @@ def draw_picture(part: str, index: int, night: bool | None = None) -> MiniatureP
                 sprite = _DRAW[name](_Look.draw(rng, 28, 64, light))
             scene.place(rng, name, sprite)
 
-    # A random stream of its own: nothing above depends on the sign, and nothing below but its own pixels.
+    # A separate random stream: nothing above depends on the sign, and below only its own pixels do.
     drawn = bool(np.random.default_rng([_SEED, _FIRST_ID[part], index, 1]).random() < 0.5)
     night = drawn if night is None else night
     scene.pixels[sign[0] : sign[0] + SIGN_SIZE, sign[1] : sign[1] + SIGN_SIZE] = _sign(night)
@@ -541,17 +541,17 @@ def write_miniature_detection(root: Path, counts: Mapping[str, int] | None = Non
     """Writes the set in COCO's layout: `root/annotations/instances_{train,val,test}2017.json` and the pictures.
 
     Pictures are PNG files of 160 x 120 to 192 x 160 pixels, upright ones too, in `root/{train,val,test}2017/`. Nothing
-    is done if the same set is already there. A set of other counts or other library releases is replaced as a whole:
-    while files are being exchanged, the manifest beside them (`miniature_detection.json`) says that it is incomplete.
+    is done if the same set exists. A set of other counts or other library releases is replaced as a whole: while files
+    are being exchanged, the manifest beside them (`miniature_detection.json`) marks it as incomplete.
 
     Args:
-        root: Folder to write to; made if it is missing.
+        root: Folder to write to; created if it is missing.
         counts: Number of pictures of each of the parts "train", "val" and "test"; by default `MINIATURE_PICTURES`. A
-            picture stays the same whatever the counts are.
+            picture does not depend on the counts.
 
     Raises:
         ValueError: `counts` lacks a part, names an unknown one or asks for less than one picture.
-        FileExistsError: `root` holds annotations or pictures that this function did not write; they are left alone.
+        FileExistsError: `root` holds annotations or pictures that this function did not write; they are not changed.
         FileNotFoundError: The installed scikit-image lacks a photograph.
     """
     counts = MINIATURE_PICTURES if counts is None else counts

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from datamodules.detection.coco import COCODataModule
 from datamodules.detection.transforms import Augmentation
 from datamodules.machine import user_cache_folder
@@ -11,7 +13,7 @@ __all__ = ["MiniatureDetectionDataModule"]
 
 
 class MiniatureDetectionDataModule(COCODataModule):
-    """A small detection set drawn on the spot, without a network.
+    """A small detection set that is generated, without downloads.
 
     It is written in the layout of COCO into `root`, by default a folder of the user's cache, and read like any other.
     Images are not resized. See `COCODataModule` for the arguments.
@@ -44,6 +46,6 @@ class MiniatureDetectionDataModule(COCODataModule):
             predict_folder=predict_folder,
         )
 
+    @override
     def prepare_files(self, splits: Sequence[str]) -> None:
-        """Draws the set, all of it."""
         write_miniature_detection(self.root)

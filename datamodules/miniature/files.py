@@ -1,4 +1,4 @@
-"""Generated data sets on disk: written atomically, only once, and never over files of somebody else."""
+"""Generated data sets on disk: written atomically, only once, and never over foreign files."""
 
 import hashlib
 import shutil
@@ -20,7 +20,7 @@ def check_counts(name: str, counts: Mapping[str, int], parts: Mapping[str, int])
     Args:
         name: Name of the argument.
         counts: Samples of each part.
-        parts: What there is, with the default numbers.
+        parts: The parts, with their default numbers.
 
     Raises:
         ValueError: If a part is missing or unknown, or a number is below 1.
@@ -42,22 +42,22 @@ def write_generated(
 ) -> None:
     """Generates a data set in a temporary folder and then moves its files into `root`.
 
-    Nothing is done if the same set is already there. A set of other settings or library releases is replaced as a
-    whole: while files are being exchanged, the manifest says that it is incomplete. Several processes may do this at
+    Nothing is done if the same set exists. A set of other settings or library releases is replaced as a
+    whole: while files are being exchanged, the manifest marks it as incomplete. Several processes may do this at
     the same time, as they all write the same.
 
     Args:
-        root: Folder of the set; made if it is missing.
+        root: Folder of the set; created if it is missing.
         write: Writes the set into the folder that it is given.
         settings: What the content depends on.
         libraries: Packages whose releases it depends on too.
-        owned: Files and folders below `root` that belong to somebody else if they exist without a manifest.
-        stale: Patterns of files below `root` that an earlier set of other settings may have left; they are removed.
+        owned: Files and folders in `root` that are foreign if they exist without a manifest.
+        stale: Patterns of files in `root` that an earlier set of other settings may have left; they are removed.
         manifest_name: Name of the manifest in `root`.
-        what: What it is called in messages.
+        what: Its name in messages.
 
     Raises:
-        FileExistsError: `root` holds files of somebody else; they are left alone.
+        FileExistsError: `root` holds foreign files; they are not changed.
     """
     settings = {**settings, **{library: version(library) for library in libraries}}
     # In this order: another process that generates the set writes its manifest before the first of its files.
@@ -68,7 +68,7 @@ def write_generated(
     if manifest is None and present:
         raise ExistingFileError(
             f"{root} already holds {', '.join(present)}, and no {manifest_name} that marks them as the {what}. They "
-            f"are left as they are: give the {what} a folder of its own, or remove them."
+            f"are not changed: give the {what} a folder of its own, or remove them."
         )
     root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".miniature-", dir=root))

@@ -1,4 +1,4 @@
-"""The painter of the miniature segmentation set: perspective, and pictures with the label of every pixel."""
+"""Paints the pictures of the miniature segmentation set in perspective, with the label of every pixel."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Camera:
         return [self(x0, y, z0), self(x1, y, z0), self(x1, y, z1), self(x0, y, z1)]
 
     def upright(self, x: float, z: float) -> Callable[[Points], Points]:
-        """Places (metres to the right, metres up) of a thing that stands at `x`, `z` and faces the camera."""
+        """Projects points (metres to the right, metres up) of an object at `x`, `z` that faces the camera."""
         return lambda points: [self(x + right, up, z) for right, up in points]
 
 
@@ -87,7 +87,7 @@ class Painting:
         self.sign = sign
 
     def leaves_sign_free(self, shapes: Shapes) -> bool:
-        """Whether a thing is at least a pixel away from the square of the sign."""
+        """Whether an object is at least a pixel away from the square of the sign."""
         top, left = self.sign
         columns, rows = zip(*(point for shape in shapes for point in shape.points), strict=True)
         return bool(
@@ -98,12 +98,12 @@ class Painting:
         )
 
     def thing(self, label_id: int, shapes: Shapes, *, seam: bool = False) -> bool:
-        """Paints a thing in front of all others, unless it would reach into the square of the sign.
+        """Paints an object in front of all others, unless it would reach into the square of the sign.
 
         Args:
             label_id: Its id in label files.
-            shapes: What it consists of, from the back to the front.
-            seam: Whether one pixel around it is not labelled.
+            shapes: Its polygons, from the back to the front.
+            seam: Whether a border of one pixel around it is not labelled.
 
         Returns:
             Whether it was painted.

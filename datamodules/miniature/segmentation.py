@@ -1,29 +1,28 @@
-"""A miniature segmentation set in the layout of Cityscapes, drawn on the spot and without a network.
+"""A miniature segmentation set in the layout of Cityscapes, generated without downloads.
 
-It is for trying things out: the quick start, the tests and a first look at a new attention need a segmentation task
-that a small network learns in minutes on a laptop. Each picture is a little street as a camera behind the windscreen
-sees it: a road with marks and crossings between sidewalks, a row of houses, a park with trees and far roofs, and cars,
-people, lamps and traffic signs, each of any colour. Perspective, light, sky and season differ, and the surfaces are
-parts of natural photographs (`datamodules.miniature.backgrounds`). Things hide each other.
+It is for quick experiments: the quick start, the tests and a first look at a new attention need a segmentation task
+that a small network learns in minutes on a laptop. Each picture is a small street, seen by a camera behind the
+windscreen: a road with marks and crossings between sidewalks, a row of houses, a park with trees and far roofs, and
+cars, people, lamps and traffic signs, each of any colour. Perspective, light, sky and season differ, and the surfaces
+are parts of natural photographs (`datamodules.miniature.backgrounds`). Objects hide each other.
 
-**What only far-away context tells.** Two classes, `truck` and `bus`, are one large vehicle, drawn by the same code with
-the same random draws. Which one it is, a sign in the sky decides: the large vehicles under a sun are buses, those under
-a moon are trucks. Every picture has exactly one sign, with or without such a vehicle, sun or moon with equal chance. At
-least half of the picture's width lies between the square of the sign and any pixel of a large vehicle. The sign is the
-last thing to be chosen, by a random draw of its own, and is blended into one square of sky that nothing else reaches
-into. Everything outside that square is the same pixel for pixel under either sign, and so are all labels but those of
-the vehicles; so no surroundings of a vehicle that leave the square out say anything about its class: whoever sees no
-further is right half of the time. Labels call the sign what it is part of, sky.
+**Long-range context.** Two classes, `truck` and `bus`, are one large vehicle, drawn by the same code with the same
+random draws. A sign in the sky decides which one it is: the large vehicles under a sun are buses, those under a moon are
+trucks. Every picture has exactly one sign, with or without such a vehicle, sun or moon with equal chance. At least half
+of the picture's width lies between the square of the sign and any pixel of a large vehicle. The sign is
+chosen last, by a random stream of its own, and is blended into one square of sky that nothing else reaches into. All
+pixels outside that square are identical under either sign, and so are all labels but those of the vehicles; so the
+surroundings of a vehicle without the square have no information on its class: a network that sees no further is right
+half of the time. The sign is labelled as sky.
 
-**Labels.** A pixel has the class of what is at its centre. The camera's own car at the lower border is labelled as such
-(`ego vehicle`), and some things have a seam of unlabelled pixels around them, as hand-drawn outlines have: neither
-counts.
+**Labels.** A pixel has the class at its centre. The camera's own car at the lower border is labelled as such (`ego
+vehicle`), and some objects have a seam of unlabelled pixels around them, as hand-drawn outlines have: neither counts.
 
-**Same on every machine.** Each picture has a random stream of its own, made from its part and its number; it does not
-depend on how many others there are. Pictures are stored as PNG, without loss. Pixels depend on the releases of NumPy,
+**Identical on every machine.** Each picture has a random stream of its own, seeded by its part and number; it does not
+depend on the number of pictures. Pictures are stored as PNG, which is lossless. Pixels depend on the releases of NumPy,
 Pillow and scikit-image, the bytes of a PNG also on the zlib that Pillow was built with.
 
-Scores on this set say that a model works, and nothing about its quality on real pictures.
+Scores on this set show that a model works, not how good it is on real pictures.
 """
 
 import functools
@@ -50,7 +49,7 @@ __all__ = [
 ]
 
 MINIATURE_PICTURES: Mapping[str, int] = MappingProxyType({"train": 320, "val": 64, "test": 64})
-"""Pictures of each part, unless told otherwise."""
+"""Default number of pictures of each part."""
 
 MINIATURE_CLASSES: tuple[str, ...] = (
     "road", "sidewalk", "building", "pole", "traffic sign", "vegetation", "terrain", "sky", "person", "car", "truck",
@@ -58,7 +57,7 @@ MINIATURE_CLASSES: tuple[str, ...] = (
 )  # fmt: skip
 """Names of the classes that are drawn, in the order of their train ids."""
 
-DRAWING_VERSION = 1  # raise with every change that alters pixels or labels, so that sets on disk are drawn anew
+DRAWING_VERSION = 1  # increase with every change of pixels or labels, so that sets on disk are regenerated
 MANIFEST_NAME = "miniature_segmentation.json"
 
 _SEED = 20190731
@@ -90,15 +89,16 @@ _GLASS: tuple[Colour, ...] = ((44, 58, 76), (70, 92, 112), (30, 36, 44), (96, 12
 _WHITE: Colour = (240, 240, 236)
 
 
-# ------------------------------------------------------------------------------------------------ seeing and painting
+# ------------------------------------------------------------------------------------------------ light and colours
 
 
 @dataclass(frozen=True)
 class _Light:
-    """What light does to the colours of things.
+    """Changes colours by the direction of light and by haze.
 
     Args:
-        side: How much brighter what faces right is than what faces the camera, and darker what faces left.
+        side: How much brighter surfaces that face right are than those that face the camera, and darker those that
+            face left.
         haze: Colour of the air.
     """
 
@@ -401,7 +401,7 @@ class _Box:
 
 
 def _large_vehicle(camera: Camera, rng: np.random.Generator, light: _Light, box: _Box) -> list[Shape]:
-    """What is a bus in some pictures and a truck in others: a tall box on wheels, on the right, from behind."""
+    """A bus in some pictures and a truck in others: a tall box on wheels, on the right, from behind."""
     x0, x1, z0, z1 = box.x0, box.x1, box.z0, box.z1
     paint, second, glass = _paint_colour(rng), _paint_colour(rng), _choice(rng, _GLASS)
     top, floor, windows = rng.uniform(2.7, 3.2), rng.uniform(0.42, 0.55), int(rng.integers(2, 5))
@@ -611,7 +611,7 @@ def _place_large_vehicle(rng: np.random.Generator, camera: Camera, plan: _Plan, 
 
 @dataclass(frozen=True)
 class _Thing:
-    """What stands in the street: metres ahead, label ids with their shapes, and its shadow on the ground."""
+    """An object in the street: metres ahead, label ids with their shapes, and its shadow on the ground."""
 
     z: float
     parts: Sequence[tuple[int, Shapes]]
@@ -812,7 +812,7 @@ def draw_picture(part: str, index: int, moon: bool | None = None) -> MiniaturePi
     cast = rng.uniform(0.8, 1.12) * (1 + rng.uniform(-0.06, 0.06, 3))
     noise = rng.uniform(1, 6) * rng.standard_normal(pixels.shape)
 
-    # A random stream of its own: nothing above depends on the sign, and nothing below but its own pixels and the class.
+    # A separate random stream: nothing above depends on the sign, and below only its own pixels and the class do.
     drawn = bool(np.random.default_rng([*key, 1]).random() < 0.5)
     moon = drawn if moon is None else moon
     square = slice(top, top + SIGN_SIZE), slice(left, left + SIGN_SIZE)
@@ -832,18 +832,18 @@ def write_miniature_segmentation(root: Path, counts: Mapping[str, int] | None = 
     """Writes the set in Cityscapes' layout: `root/leftImg8bit/{train,val,test}/` and `root/gtFine/{train,val,test}/`.
 
     Pictures are PNG files of 192 x 96 pixels, `{city}/{city}_{number}_000019_leftImg8bit.png`, with their labels in
-    `..._gtFine_labelIds.png`. Nothing is done if the same set is already there. A set of other counts or other library
-    releases is replaced as a whole: while files are being exchanged, the manifest beside them
-    (`miniature_segmentation.json`) says that it is incomplete.
+    `..._gtFine_labelIds.png`. Nothing is done if the same set exists. A set of other counts or other library releases
+    is replaced as a whole: while files are being exchanged, the manifest beside them (`miniature_segmentation.json`)
+    marks it as incomplete.
 
     Args:
-        root: Folder to write to; made if it is missing.
+        root: Folder to write to; created if it is missing.
         counts: Number of pictures of each of the parts "train", "val" and "test"; by default `MINIATURE_PICTURES`. A
-            picture stays the same whatever the counts are.
+            picture does not depend on the counts.
 
     Raises:
         ValueError: `counts` lacks a part, names an unknown one or asks for less than one picture.
-        FileExistsError: `root` holds pictures or labels that this function did not write; they are left alone.
+        FileExistsError: `root` holds pictures or labels that this function did not write; they are not changed.
         FileNotFoundError: The installed scikit-image lacks a photograph.
     """
     counts = MINIATURE_PICTURES if counts is None else counts

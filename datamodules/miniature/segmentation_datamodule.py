@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from datamodules.machine import user_cache_folder
 from datamodules.miniature.segmentation import MINIATURE_CLASSES, write_miniature_segmentation
 from datamodules.segmentation.cityscapes import CityscapesDataModule
@@ -11,7 +13,7 @@ __all__ = ["MiniatureSegmentationDataModule"]
 
 
 class MiniatureSegmentationDataModule(CityscapesDataModule):
-    """A small segmentation set drawn on the spot, without a network.
+    """A small segmentation set that is generated, without downloads.
 
     It is written in the layout of Cityscapes into `root`, by default a folder of the user's cache, and read like any
     other. Its classes are those that it shows. See `CityscapesDataModule` for the arguments.
@@ -42,6 +44,6 @@ class MiniatureSegmentationDataModule(CityscapesDataModule):
             predict_folder=predict_folder,
         )
 
+    @override
     def prepare_files(self, splits: Sequence[str]) -> None:
-        """Draws the set, all of it."""
         write_miniature_segmentation(self.root)

@@ -1,6 +1,6 @@
-"""A miniature English-German corpus, made on the spot and without a network.
+"""A miniature English-German corpus, generated without downloads.
 
-It is for trying things out: the quick start, the tests and a first look at a new attention need a task that a model of
+It is for quick experiments: the quick start, the tests and a first look at a new attention need a task that a model of
 two million parameters learns in minutes on a laptop, and that still is translation. Number words come from `num2words`,
 dates, times of day, sums of money and measures from the Unicode CLDR through Babel, and a small grammar composes them
 into sentences. The grammar keeps what makes German word order a test of attention: the finite verb is second in a
@@ -8,7 +8,7 @@ statement, first in a question and last in a subordinate clause; participles, in
 the clause; time stands before place; articles, adjectives, possessives and relative pronouns agree in gender, case and
 number. Each English sentence has exactly one translation, so a perfect model reaches 100 BLEU.
 
-Scores on this corpus say that a model works, and nothing about its quality on real text.
+Scores on this corpus show that a model works, not how good it is on real text.
 """
 
 import datetime
@@ -32,9 +32,9 @@ from lightning_attn.errors import InputError
 __all__ = ["MINIATURE_PAIRS", "miniature_pairs", "write_miniature_corpus"]
 
 MINIATURE_PAIRS: Mapping[str, int] = MappingProxyType({"train": 20_000, "valid": 500, "test": 500})
-"""Sentence pairs of each part, unless told otherwise."""
+"""Default number of sentence pairs of each part."""
 
-GRAMMAR_VERSION = 1  # raise with every change that alters the text, so that corpora on disk are written anew
+GRAMMAR_VERSION = 1  # increase with every change of the text, so that corpora on disk are regenerated
 MANIFEST_NAME = "miniature_translation.json"
 
 Gender = Literal["m", "f", "n"]
@@ -790,17 +790,17 @@ def write_miniature_corpus(root: Path, pairs: Mapping[str, int] = MINIATURE_PAIR
     """Writes the corpus in the official layout, `root/{train,valid,test}.{en,de}`: UTF-8, one sentence a line.
 
     All source sentences are distinct, so none of the valid or test parts occurs in train. Nothing is done if the same
-    corpus is already there. A corpus of other settings or other library releases is replaced as a whole: while files
-    are being exchanged, the manifest beside them (`miniature_translation.json`) says that the corpus is incomplete.
+    corpus exists. A corpus of other settings or other library releases is replaced as a whole: while files
+    are being exchanged, the manifest beside them (`miniature_translation.json`) marks the corpus as incomplete.
 
     Args:
-        root: Folder to write to; made if it is missing.
+        root: Folder to write to; created if it is missing.
         pairs: Number of sentence pairs of each of the parts "train", "valid" and "test".
         seed: Seed of the random draws.
 
     Raises:
         ValueError: `pairs` lacks a part, names an unknown one or asks for less than one pair; or `seed` is negative.
-        FileExistsError: `root` holds a corpus that this function did not write; it is left alone.
+        FileExistsError: `root` holds a corpus that this function did not write; it is not changed.
     """
     check_counts("pairs", pairs, MINIATURE_PAIRS)
     if seed < 0:

@@ -1,5 +1,7 @@
 """The miniature corpus as a DataModule."""
 
+from typing_extensions import override
+
 from datamodules.machine import user_cache_folder
 from datamodules.miniature.translation import write_miniature_corpus
 from datamodules.translation.batches import LongLinePolicy
@@ -10,7 +12,7 @@ __all__ = ["MiniatureTranslationDataModule"]
 
 
 class MiniatureTranslationDataModule(WMT14DataModule):
-    """A small English-German corpus made on the spot, without a network.
+    """A small English-German corpus that is generated, without downloads.
 
     It is written in the official layout into ``root``, by default a folder of the user's cache, and read like any
     other. See `WMT14DataModule` for the arguments.
@@ -46,6 +48,6 @@ class MiniatureTranslationDataModule(WMT14DataModule):
             skip_done=skip_done,
         )
 
+    @override
     def prepare_files(self) -> None:
-        """Writes the corpus."""
         write_miniature_corpus(self.root)

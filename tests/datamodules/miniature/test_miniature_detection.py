@@ -232,7 +232,7 @@ def test_outlines_and_run_lengths_show_what_is_visible():
     assert np.mean(overlaps) > 0.93
 
 
-# ---------------------------------------------------------------------------------- what only far-away context tells
+# ---------------------------------------------------------------------------------- long-range context
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
@@ -348,7 +348,7 @@ def test_bad_photographs_and_sizes_are_refused(monkeypatch, tmp_path):
         photograph("coffee")
 
 
-# --------------------------------------------------------------------------------------------- whole or not at all
+# --------------------------------------------------------------------------------------------- atomic writing
 
 
 def test_second_call_does_nothing_and_other_counts_replace_the_set(tmp_path):

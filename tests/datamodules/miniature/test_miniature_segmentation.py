@@ -260,7 +260,7 @@ def test_evaluation_takes_its_surfaces_from_other_parts_of_the_photographs(monke
     }
 
 
-# ---------------------------------------------------------------------------------- what only far-away context tells
+# ---------------------------------------------------------------------------------- long-range context
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
@@ -333,7 +333,7 @@ def pixels_of(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-# --------------------------------------------------------------------------------------------- whole or not at all
+# --------------------------------------------------------------------------------------------- atomic writing
 
 
 def test_second_call_does_nothing_and_other_counts_replace_the_set(tmp_path):
