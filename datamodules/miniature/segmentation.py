@@ -7,9 +7,9 @@ cars, people, lamps and traffic signs, each of any colour. Perspective, light, s
 are parts of natural photographs (`datamodules.miniature.backgrounds`). Objects hide each other.
 
 **Long-range context.** Two classes, `truck` and `bus`, are one large vehicle, drawn by the same code with the same
-random draws. A sign in the sky decides which one it is: the large vehicles under a sun are buses, those under a moon are
-trucks. Every picture has exactly one sign, with or without such a vehicle, sun or moon with equal chance. At least half
-of the picture's width lies between the square of the sign and any pixel of a large vehicle. The sign is
+random draws. A sign in the sky decides which one it is: the large vehicles under a sun are buses, those under a moon
+are trucks. Every picture has exactly one sign, with or without such a vehicle, sun or moon with equal chance. At least
+half of the picture's width lies between the square of the sign and any pixel of a large vehicle. The sign is
 chosen last, by a random stream of its own, and is blended into one square of sky that nothing else reaches into. All
 pixels outside that square are identical under either sign, and so are all labels but those of the vehicles; so the
 surroundings of a vehicle without the square have no information on its class: a network that sees no further is right
