@@ -1,7 +1,7 @@
-"""Looks through all data before a long run: `python -m datamodules.check -c CONFIG`.
+"""Checks all data before a long run: `python -m datamodules.check -c CONFIG`.
 
-Every image and label is decoded, on all cores. What training would see is printed as tables and drawn, and every file
-that cannot be used is named. The exit status is 2 if there is one.
+Every image and label is decoded, on all cores. Statistics of the data are printed as tables and plotted, and every
+file that cannot be used is named. The exit status is 2 if there is one.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.data_option import data_parser, parse_data
-from datamodules.detection.annotations import Fate, of_image
+from datamodules.detection.annotations import TargetStatus, read_annotated
 from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.images.files import ImageError, image_header, read_image
 from datamodules.images.folders import listed
 from datamodules.images.transforms import resized_sizes
+from datamodules.machine import available_cores
 from datamodules.sampling.planned_batches import ignore_stop_signals
 from datamodules.segmentation.classes import IGNORED
 from datamodules.segmentation.datamodule import SegmentationDataModule
-from datamodules.translation.token_cache import available_cores
 from datamodules.translation.vocabulary import UNK_ID
 from datamodules.translation.wmt14 import WMT14DataModule
 from lightning_attn.errors import InputError
@@ -45,20 +45,20 @@ __all__ = ["SplitReport", "check_data", "draw_reports"]
 
 _MOST_CLASSES = 30  # bars of a figure
 _COLOUR = "#0072b2"
-_SMALL, _LARGE = 32.0, 96.0  # sides that part small, medium and large objects in COCO's scores, in pixels
+_SMALL, _LARGE = 32.0, 96.0  # sides that separate small, medium and large objects in COCO's scores, in pixels
 
 
 @dataclasses.dataclass
 class SplitReport:
-    """What there is in a split.
+    """Statistics and problems of a split.
 
     Attributes:
-        name: Of the split.
-        facts: Rows of a table: what, and how much.
-        classes: How often each class comes: boxes, or pixels as a share.
-        unit: What `classes` counts.
-        images_with: How many images each class is in.
-        distributions: Values to draw as histograms, by what they are.
+        name: Name of the split.
+        facts: Rows of a table: quantity and value.
+        classes: Frequency of each class: boxes, or percentage of the pixels.
+        unit: Unit of `classes`.
+        images_with: Number of images that show each class.
+        distributions: Values to plot as histograms, by their description.
         problems: Files that cannot be used, with the reason.
     """
 
@@ -74,17 +74,17 @@ class SplitReport:
 def check_data(
     module: pl.LightningDataModule, workers: int | None = None, advance: Callable[[str, int], None] | None = None
 ) -> list[SplitReport]:
-    """Looks through all splits that a DataModule has.
+    """Checks all splits of a DataModule.
 
     Args:
         module: The DataModule; its `prepare_data` and `setup` are called.
         workers: Processes that decode; None for one per core.
-        advance: Is told the split and how many files more were decoded.
+        advance: Called with the split and the number of files that were decoded since the last call.
 
     Raises:
-        ValueError: If the DataModule is none of detection, segmentation or translation, or its data cannot be read at
-            all.
-        OSError: If the data are not there.
+        ValueError: If the DataModule is not one of detection, segmentation or translation, or its data cannot be read
+            at all.
+        OSError: If the data do not exist.
     """
     progress = advance or (lambda *_: None)
     processes = available_cores() if workers is None else workers
@@ -95,15 +95,15 @@ def check_data(
     if isinstance(module, WMT14DataModule):
         return list(_of_translation(module))
     raise InputError(
-        f"{type(module).__name__} cannot be checked: it is no DataModule of detection, segmentation or translation."
+        f"{type(module).__name__} cannot be checked: it is not a DataModule of detection, segmentation or translation."
     )
 
 
 def _splits(module: DetectionDataModule | SegmentationDataModule) -> Iterator[str]:
-    """The splits of a DataModule, each ready."""
+    """The splits of a DataModule, each after its `setup`."""
     module.prepare_data()
     for one in (module, *getattr(module, "members", ())):
-        one.on_bad_image = "skip"  # all of them are named
+        one.on_bad_image = "skip"  # to list all of them
     for split, stage in (("train", "fit"), ("val", "validate"), ("test", "test")):
         if module.split_names[split] and (split != "test" or module.has_test_split):
             module.setup(stage)
@@ -115,7 +115,7 @@ def _splits(module: DetectionDataModule | SegmentationDataModule) -> Iterator[st
 
 @dataclasses.dataclass(frozen=True)
 class _Decoded:
-    """What a file was found to be."""
+    """Result of decoding a file."""
 
     number: int
     problem: str = ""
@@ -124,7 +124,7 @@ class _Decoded:
 
 
 class _Files(Dataset[_Decoded]):
-    """The files of a split, decoded one by one."""
+    """The files of a split, decoded one at a time."""
 
     def __init__(self, count: int, decode: Callable[[int], _Decoded]) -> None:
         self.count = count
@@ -154,7 +154,7 @@ def _decoded(files: _Files, split: str, processes: int, advance: Callable[[str, 
 
 
 def _sizes_text(sizes: npt.NDArray[np.int64]) -> str:
-    """Widths and heights: the most usual, and the range."""
+    """Widths and heights: the most frequent, and the range."""
     counts = Counter(f"{width}x{height}" for height, width in sizes.tolist())
     usual, number = counts.most_common(1)[0]
     low, high = sizes.min(axis=0), sizes.max(axis=0)
@@ -182,39 +182,39 @@ def _of_detection(
         if one.problem:
             report.problems[annotations.names[one.number]] = one.problem
     lengths = module.training_size if split == "train" else (module.min_size, module.max_size)
-    fates = annotations.fates(*lengths)
+    statuses = annotations.statuses(*lengths)
     names = annotations.categories.names
-    counts = np.bincount(annotations.labels[fates != Fate.CROWD], minlength=len(names) + 1)[1:]
+    counts = np.bincount(annotations.labels[statuses != TargetStatus.CROWD], minlength=len(names) + 1)[1:]
     report.classes, report.unit = dict(zip(names, counts.tolist(), strict=True)), "boxes"
-    pairs = annotations.images_of_labels(fates != Fate.CROWD)
+    pairs = annotations.images_of_labels(statuses != TargetStatus.CROWD)
     present = np.bincount(pairs[:, 1], minlength=len(names) + 1)[1:]
     report.images_with = dict(zip(names, present.tolist(), strict=True))
     per_image = np.diff(annotations.starts)
-    seen = resized_sizes(annotations.sizes, *lengths)
-    scale = (seen / annotations.sizes)[annotations.owners()]
+    resized = resized_sizes(annotations.sizes, *lengths)
+    scale = (resized / annotations.sizes)[annotations.image_indices()]
     sides = np.sqrt(np.maximum(0, np.prod(annotations.bboxes[:, 2:] * scale[:, ::-1], axis=1)))
     original = np.sqrt(np.maximum(0, annotations.areas))
     report.distributions = {
-        "boxes of an image": per_image,
-        "side of a box, square root of its area, in pixels that the network sees": sides,
+        "boxes per image": per_image,
+        "side of a box (square root of its area) in pixels at the input of the network": sides,
         "longer side of an image in pixels": annotations.sizes.max(axis=1),
     }
     small, large = int((original < _SMALL).sum()), int((original > _LARGE).sum())
     report.facts = [
         ("images", f"{len(annotations):,}"),
         ("sizes", _sizes_text(annotations.sizes)),
-        ("sizes that the network sees", _sizes_text(seen)),
+        ("sizes at the input of the network", _sizes_text(resized)),
         ("turned upright by EXIF", f"{turned:,}"),
         ("annotations", f"{len(annotations.labels):,}"),
         ("small, medium, large", f"{small:,}, {len(original) - small - large:,}, {large:,}"),
-        ("boxes of an image", _range_text(per_image)),
+        ("boxes per image", _range_text(per_image)),
         ("images without a box", f"{int((per_image == 0).sum()):,}"),
         ("boxes cut at a border", f"{int(annotations.cut_at_borders().sum()):,}"),
     ]
     report.facts += [
-        (f"boxes {fate.description}", f"{int((fates == fate).sum()):,}")
-        for fate in Fate
-        if fate == Fate.TARGET or (fates == fate).any()
+        (f"boxes {status.description}", f"{int((statuses == status).sum()):,}")
+        for status in TargetStatus
+        if status == TargetStatus.TARGET or (statuses == status).any()
     ]
     absent = [name for name, count in report.classes.items() if not count]
     if absent:
@@ -224,8 +224,8 @@ def _of_detection(
 
 def _decode_image(module: DetectionDataModule, split: str, number: int) -> _Decoded:
     annotations, folder = module.annotations(split), module.images_folder(split)
-    header = of_image(annotations, number, image_header, folder, module.exif)
-    of_image(annotations, number, read_image, folder, module.exif)
+    header = read_annotated(annotations, number, image_header, folder, module.exif)
+    read_annotated(annotations, number, read_image, folder, module.exif)
     return _Decoded(number, turned=header.turned)
 
 
@@ -270,8 +270,8 @@ def _decode_labelled(module: SegmentationDataModule, split: str, number: int) ->
     files = module.files(split)
     labels = files.read_labels(number)
     size = labels.shape[0], labels.shape[1]
-    header = files.of_labels(number, functools.partial(image_header, size=size, exif=module.exif))
-    files.of_labels(number, functools.partial(read_image, size=size, exif=module.exif))
+    header = files.read_with_labels(number, functools.partial(image_header, size=size, exif=module.exif))
+    files.read_with_labels(number, functools.partial(read_image, size=size, exif=module.exif))
     present = np.bincount(labels.ravel(), minlength=256)
     values = {int(label): int(present[label]) for label in np.flatnonzero(present)}
     return _Decoded(number, turned=header.turned, values=values)
@@ -408,8 +408,8 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 if an option or the data is wrong, or a file cannot be used.
     """
-    parser = data_parser("python -m datamodules.check", "Looks through all data before a long run.")
-    parser.add_argument("--output", type=str, default="data.png", help="figure to write; a file of that name is kept")
+    parser = data_parser("python -m datamodules.check", "Checks all data before a long run.")
+    parser.add_argument("--output", type=str, default="data.png", help="figure to write; an existing file is kept")
     parser.add_argument("--workers", type=int, default=-1, help="processes that decode; -1 for one per core")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -1,4 +1,4 @@
-"""The `data` section of a configuration for commands that look at data alone, without a model."""
+"""Parses the `data` section of a configuration, for commands that need no model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,19 +6,22 @@ from typing import Any
 import pytorch_lightning as pl
 from jsonargparse import SUPPRESS, ArgumentParser
 
+import datamodules
+
 __all__ = ["data_parser", "parse_data"]
 
-# Sections of a configuration that say nothing about the data.
+# Sections of a configuration that are ignored.
 _OTHER_SECTIONS = ("seed_everything", "trainer", "model", "run")
 
 
 def data_parser(program: str, description: str) -> ArgumentParser:
-    """A parser that takes configurations of training, and uses their section `data`; options can be added.
+    """A parser of training configurations that uses their section `data` alone; options can be added.
 
     Args:
-        program: How it is called.
-        description: What it does.
+        program: Name of the command, for its help.
+        description: What the command does.
     """
+    datamodules.import_all()
     parser = ArgumentParser(prog=program, description=description)
     parser.add_argument("-c", "--config", action="config", help="configuration file; its data section is used")
     parser.add_subclass_arguments(pl.LightningDataModule, "data", required=True)
@@ -39,5 +42,5 @@ def parse_data(parser: ArgumentParser, args: Sequence[str] | None) -> tuple[Any,
     """
     options = parser.parse_args(args)
     for section in _OTHER_SECTIONS:
-        options.pop(section)  # or a class named in it would be made
+        options.pop(section)  # or its classes would be instantiated
     return options, parser.instantiate(options).data

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -44,7 +44,7 @@ def unused_path(path: Path) -> Path:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool = False) -> Path:
-    """Writes a file whole or not at all.
+    """Writes a file atomically.
 
     Args:
         path: Its name; missing folders are made.
@@ -145,12 +145,12 @@ def remove_parts(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Writes a new file in UTF-8, line ends as they are in `text`; as `write_file`, without `replace`.
+def write_text(path: Path, text: str, *, replace: bool = False) -> Path:
+    """Writes a file in UTF-8, line ends as they are in `text`; as `write_file`.
 
     Bytes of file names that are no text become question marks: they must not lose all the rest.
     """
-    return write_file(path, lambda file: file.write(text.encode("utf-8", errors="replace")))
+    return write_file(path, lambda file: file.write(text.encode("utf-8", errors="replace")), replace=replace)
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
@@ -174,15 +174,15 @@ def write_figure(path: Path, figure: "Figure") -> Path:
     return write_file(path, lambda file: figure.savefig(file, format=kind))
 
 
-def write_json(path: Path, value: Any) -> Path:
-    """Writes a new JSON file; as `write_text`."""
-    return write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, replace: bool = False) -> Path:
+    """Writes a JSON file; as `write_text`."""
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", replace=replace)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What a manifest says; nothing (`{}`) if it is damaged, None if there is none.
+    """The content of a manifest; `{}` if it is damaged, None if it does not exist.
 
-    A damaged one marks the folder as ours all the same: everything is then looked at again.
+    A damaged one marks the folder as ours all the same: every file is then checked again.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -191,21 +191,3 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def replace_manifest(path: Path, content: Mapping[str, Any], scratch: Path | None = None) -> None:
-    """Writes a manifest whole or not at all.
-
-    Args:
-        path: The manifest.
-        content: What it says.
-        scratch: Folder on the same disk where it is written first; that of `path` if None.
-    """
-    temporary = path.with_name(f".{path.name}.part") if scratch is None else scratch / path.name
-    try:
-        with naming(path):
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -47,7 +47,7 @@ def test_a_file_that_vanishes(run, detection_config, coco, in_folder, workers):
     common += ["--trainer.max_steps", 12]
     printed = run(*common, *callbacks(("RemoveFile", f"{{path: {path}}}")), status=2)
     error = printed[printed.index("error: ") :]
-    assert f"{path} is not there" in error
+    assert f"{path} does not exist" in error
     assert "image id" in error
     assert "Traceback" not in printed
     last = in_folder / "checkpoints" / "detection" / "tiny" / "last.ckpt"

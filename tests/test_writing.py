@@ -20,7 +20,6 @@ from datamodules.translation.token_cache import Preparation
 from lightning_attn.export.checkpoint import export_checkpoint
 from lightning_attn.io import (
     remove_parts,
-    replace_manifest,
     write_figure,
     write_file,
     write_json,
@@ -88,7 +87,7 @@ WRITERS = {
     "table": lambda folder, _: write_table(folder / "new.csv", ["a"], [[number] for number in range(300)]),
     "json": lambda folder, _: write_json(folder / "new.json", list(range(300))),
     "figure": lambda folder, _: write_figure(folder / "new.svg", figure()),
-    "manifest": lambda folder, _: replace_manifest(folder / "new.json", dict.fromkeys(map(str, range(100)))),
+    "manifest": lambda folder, _: write_json(folder / "new.json", dict.fromkeys(map(str, range(100))), replace=True),
     "checkpoint": lambda folder, _: AtomicCheckpointIO().save_checkpoint({"w": torch.ones(9999)}, folder / "old"),
     "corpus": lambda folder, _: write_miniature_corpus(folder / "set", {"train": 40, "valid": 2, "test": 2}),
     "detection": lambda folder, _: write_miniature_detection(folder / "set", dict.fromkeys(PARTS, 1)),

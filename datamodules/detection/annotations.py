@@ -1,4 +1,4 @@
-"""Boxes of a split in arrays, whatever they are from, and what can be told of them and their images in advance."""
+"""Boxes of a split in arrays, from any format of files, and checks of them and of their images."""
 
 import enum
 import os
@@ -11,19 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.detection.transforms import MIN_BOX_SIDE, Boxes, Labels
+from datamodules.images.batches import BadImagePolicy
 from datamodules.images.files import ExifPolicy, ImageError, ImageHeader, image_header, image_size
-from datamodules.images.folders import PackedText, first_repeated, listed, predicted_images, printable, spread
+from datamodules.images.folders import PackedText, evenly_spaced, first_duplicate, images_to_predict, listed, printable
 from datamodules.images.transforms import resized_sizes
-from datamodules.sampling.image_batches import BadImagePolicy
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = [
     "Categories",
     "DetectionAnnotations",
-    "Fate",
+    "TargetStatus",
     "check_categories",
     "check_images",
-    "of_image",
+    "read_annotated",
     "sizes_of",
 ]
 
@@ -35,14 +35,14 @@ _LEAST_SIDE = 0.01  # of a box in pixels
 
 @dataclass(frozen=True)
 class Categories:
-    """What can be detected. A network's label is the position here plus 1; label 0 is background.
+    """The classes to detect. The label of a class is its position here plus 1; label 0 is background.
 
     Args:
         names: Name of each category.
         ids: Its id in the annotations; COCO's 80 have gaps between 1 and 90.
 
     Raises:
-        ValueError: If a name or an id comes twice, or they differ in number.
+        ValueError: If a name or an id is repeated, or they differ in number.
     """
 
     names: tuple[str, ...]
@@ -51,10 +51,10 @@ class Categories:
     def __post_init__(self) -> None:
         if len(self.names) != len(self.ids):
             raise InputError(f"categories: {len(self.names)} names for {len(self.ids)} ids; give one each.")
-        twice = first_repeated(self.ids)
+        twice = first_duplicate(self.ids)
         if twice is not None:
             raise InputError(f"categories: two have the id {twice!r}; give each its own.")
-        twice = first_repeated(self.names)
+        twice = first_duplicate(self.names)
         if twice is not None:
             ids = [number for name, number in zip(self.names, self.ids, strict=True) if name == twice]
             raise InputError(
@@ -86,8 +86,8 @@ class Categories:
         return self.ids[label - 1]
 
 
-class Fate(enum.IntEnum):
-    """What becomes of an annotation in training; the value is the order in which reasons count."""
+class TargetStatus(enum.IntEnum):
+    """Whether an annotation is a training target, or why not; of several reasons the smallest value is given."""
 
     TARGET = 0
     CROWD = 1
@@ -99,11 +99,11 @@ class Fate(enum.IntEnum):
     def description(self) -> str:
         """The reason, after a number of boxes."""
         return {
-            Fate.TARGET: "used",
-            Fate.CROWD: "of crowds",
-            Fate.WITHOUT_AREA: "without area",
-            Fate.OUTSIDE: "outside of their image",
-            Fate.TOO_SMALL: "smaller than a pixel at the network's size",
+            TargetStatus.TARGET: "used",
+            TargetStatus.CROWD: "of crowds",
+            TargetStatus.WITHOUT_AREA: "without area",
+            TargetStatus.OUTSIDE: "outside of their image",
+            TargetStatus.TOO_SMALL: "smaller than a pixel at the network's size",
         }[self]
 
 
@@ -114,8 +114,8 @@ class DetectionAnnotations:
     N images in the order of their file or folder, M annotations sorted by image.
 
     Args:
-        path: Where they are from.
-        categories: What is annotated; none for a bare folder of images.
+        path: The file or folder that they were read from.
+        categories: The annotated classes; none for a folder of images alone.
         image_ids: `[N]`.
         sizes: Height and width, `[N, 2]`.
         names: File names, N.
@@ -125,8 +125,8 @@ class DetectionAnnotations:
         labels: 1..K, `[M]`.
         areas: `[M]`.
         crowd: Whether it is a crowd, `[M]`.
-        numbered: Whether image ids were counted here, so that they mean nothing to the user.
-        unreadable: Images that are left out since their size cannot be read, with the reason.
+        numbered: Whether the image ids were generated here, so that they mean nothing to the user.
+        unreadable: Images that are left out because their size cannot be read, with the reason.
     """
 
     path: Path
@@ -144,14 +144,14 @@ class DetectionAnnotations:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_objects(
+    def from_objects(
         cls,
         path: Path,
         categories: Categories,
         *,
         names: Sequence[str],
         sizes: Integers,
-        owners: Integers,
+        image_indices: Integers,
         bboxes: npt.NDArray[np.float64],
         labels: Labels,
         crowd: npt.NDArray[np.bool_] | None = None,
@@ -160,14 +160,14 @@ class DetectionAnnotations:
         annotation_ids: Integers | None = None,
         unreadable: Mapping[str, str] | None = None,
     ) -> "DetectionAnnotations":
-        """From annotations in any order; those of an image keep theirs.
+        """From annotations in any order; the order within an image is kept.
 
         Args:
             path: See the class, as all others.
             categories: See the class.
             names: File names of the images.
             sizes: `[N, 2]`.
-            owners: Number of the image of each annotation, `[M]`.
+            image_indices: Index of the image of each annotation, `[M]`.
             bboxes: `[M, 4]`.
             labels: `[M]`.
             crowd: `[M]`; None for no crowds.
@@ -176,11 +176,11 @@ class DetectionAnnotations:
             annotation_ids: `[M]`; None for 1, 2, 3, ...
             unreadable: See the class.
         """
-        order = np.argsort(owners, kind="stable")
-        starts = np.searchsorted(owners[order], np.arange(len(names) + 1))
-        crowd = np.zeros(len(owners), dtype=np.bool_) if crowd is None else crowd
+        order = np.argsort(image_indices, kind="stable")
+        starts = np.searchsorted(image_indices[order], np.arange(len(names) + 1))
+        crowd = np.zeros(len(image_indices), dtype=np.bool_) if crowd is None else crowd
         areas = np.asarray(bboxes[:, 2] * bboxes[:, 3]) if areas is None else areas
-        counted = np.arange(1, len(owners) + 1, dtype=np.int64) if annotation_ids is None else annotation_ids
+        counted = np.arange(1, len(image_indices) + 1, dtype=np.int64) if annotation_ids is None else annotation_ids
         return cls(
             path,
             categories,
@@ -199,15 +199,15 @@ class DetectionAnnotations:
 
     @classmethod
     def from_folder(cls, folder: Path, exif: ExifPolicy = "apply") -> "DetectionAnnotations":
-        """The images of a folder and of those in it, without annotations, by name.
+        """The images of a folder and of its subfolders, without annotations, sorted by name.
 
         Image ids are the numbers in the names if all names are numbers, as those of COCO are; otherwise 1, 2, 3, ...
-        What is no image is only found when it is read.
+        A file that is not an image is only found when it is read.
 
         Raises:
-            FileNotFoundError: If there is no such folder, or it holds no file that is named as an image.
+            FileNotFoundError: If there is no such folder, or it holds no file with the ending of an image.
         """
-        names = predicted_images(folder)
+        names = images_to_predict(folder)
         stems = [Path(name).stem for name in names]
         numbers = [int(stem) for stem in stems if stem.isdecimal() and len(stem) <= 18]
         by_name = len(set(numbers)) == len(names)
@@ -230,46 +230,46 @@ class DetectionAnnotations:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def owners(self) -> Integers:
-        """Number of the image of each annotation, `[M]`."""
+    def image_indices(self) -> Integers:
+        """Index of the image of each annotation, `[M]`."""
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
-    def fates(self, min_size: int = 0, max_size: int = 0) -> npt.NDArray[np.int8]:
-        """The `Fate` of each annotation in training, `[M]`.
+    def statuses(self, min_size: int = 0, max_size: int = 0) -> npt.NDArray[np.int8]:
+        """The `TargetStatus` of each annotation, `[M]`.
 
         Args:
             min_size: Images are resized as `resized_size` says.
             max_size: The same.
         """
-        sizes = self.sizes[self.owners()]
+        sizes = self.sizes[self.image_indices()]
         boxes, inside = _clipped(self.bboxes, sizes)
-        scales = (resized_sizes(self.sizes, min_size, max_size) / self.sizes)[self.owners()][:, ::-1]
-        fates = np.full(len(self.bboxes), Fate.TARGET, dtype=np.int8)
-        fates[((boxes[:, 2:] - boxes[:, :2]) * scales < MIN_BOX_SIDE).any(axis=1)] = Fate.TOO_SMALL
-        fates[~inside] = Fate.OUTSIDE
-        fates[(self.bboxes[:, 2:] <= 0).any(axis=1)] = Fate.WITHOUT_AREA
-        fates[self.crowd] = Fate.CROWD
-        return fates
+        scales = (resized_sizes(self.sizes, min_size, max_size) / self.sizes)[self.image_indices()][:, ::-1]
+        statuses = np.full(len(self.bboxes), TargetStatus.TARGET, dtype=np.int8)
+        statuses[((boxes[:, 2:] - boxes[:, :2]) * scales < MIN_BOX_SIDE).any(axis=1)] = TargetStatus.TOO_SMALL
+        statuses[~inside] = TargetStatus.OUTSIDE
+        statuses[(self.bboxes[:, 2:] <= 0).any(axis=1)] = TargetStatus.WITHOUT_AREA
+        statuses[self.crowd] = TargetStatus.CROWD
+        return statuses
 
     def with_targets(self, min_size: int = 0, max_size: int = 0) -> Integers:
-        """Numbers of the images that have a training target; arguments are those of `fates`."""
-        return np.unique(self.owners()[self.fates(min_size, max_size) == Fate.TARGET])
+        """Indices of the images that have a training target; arguments are those of `statuses`."""
+        return np.unique(self.image_indices()[self.statuses(min_size, max_size) == TargetStatus.TARGET])
 
     def images_of_labels(self, chosen: npt.NDArray[np.bool_]) -> Integers:
-        """The pairs of an image and a label that some annotations have, each once, `[n, 2]`.
+        """The distinct pairs of image and label of some annotations, `[n, 2]`.
 
         Args:
             chosen: Which annotations, `[M]`.
         """
-        return np.unique(np.stack([self.owners(), self.labels], axis=1)[chosen], axis=0)
+        return np.unique(np.stack([self.image_indices(), self.labels], axis=1)[chosen], axis=0)
 
     def cut_at_borders(self) -> npt.NDArray[np.bool_]:
         """Which boxes reach beyond their image by more than a pixel, `[M]`."""
-        corners, borders = _corners(self.bboxes, self.sizes[self.owners()])
+        corners, borders = _corners(self.bboxes, self.sizes[self.image_indices()])
         return np.asarray(((corners < -1) | (corners > borders + 1)).any(axis=1))
 
-    def suspicion(self) -> str:
-        """What the boxes look like if they are not x, y, width and height in pixels; empty if they are."""
+    def likely_mistake(self) -> str:
+        """What to correct if the boxes seem not to be x, y, width and height in pixels; empty otherwise."""
         if not len(self.bboxes):
             return ""
         normalised = (self.bboxes.max(axis=1) <= 1) & (self.bboxes[:, 2:] > 0).any(axis=1)
@@ -278,7 +278,7 @@ class DetectionAnnotations:
                 f"The coordinates of {int(normalised.sum()):,} of {len(normalised):,} boxes are between 0 and 1, so "
                 "they look normalised by the size of the image: multiply them with its width and height."
             )
-        corners, borders = _corners(self.bboxes, self.sizes[self.owners()])
+        corners, borders = _corners(self.bboxes, self.sizes[self.image_indices()])
         beyond = (corners[:, 2:] > 1.02 * borders[:, 2:] + 1).any(axis=1)
         as_corners = (self.bboxes <= borders + 1).all(axis=1) & (self.bboxes[:, 2:] > self.bboxes[:, :2]).all(axis=1)
         if beyond.sum() >= max(3, 0.1 * len(corners)) and as_corners.all():
@@ -292,18 +292,24 @@ class DetectionAnnotations:
         """The training targets of an image: boxes (x1, y1, x2, y2), cut at its borders, `[n, 4]` and labels `[n]`."""
         part = slice(self.starts[index], self.starts[index + 1])
         boxes, inside = _clipped(self.bboxes[part], self.sizes[index])
-        # What is no more than a rounding error has no place among boxes, at whatever size.
+        # A box of the size of a rounding error is no target at any image size.
         kept = inside & ~self.crowd[part] & ((boxes[:, 2:] - boxes[:, :2]) > _LEAST_SIDE).all(axis=1)
         return boxes[kept], self.labels[part][kept]
 
     def ground_truth(self) -> dict[str, Any]:
-        """What COCO's scorer reads, with every annotation as it is in the file; outlines are left out.
+        """The input of COCO's scorer, with every annotation as it is in the file; outlines are left out.
 
-        Annotation ids are counted on by 1 if one of them is 0, which the scorer takes for "no match".
+        Annotation ids are increased by 1 if one of them is 0, which the scorer takes for "no match".
         """
         shift = int((self.annotation_ids == 0).any())
         category_ids = np.array(self.categories.ids, dtype=np.int64)[self.labels - 1]
-        columns = (self.annotation_ids + shift, self.image_ids[self.owners()], category_ids, self.bboxes, self.areas)
+        columns = (
+            self.annotation_ids + shift,
+            self.image_ids[self.image_indices()],
+            category_ids,
+            self.bboxes,
+            self.areas,
+        )
         return {
             "images": [
                 {"id": image_id, "file_name": self.names[index], "height": height, "width": width}
@@ -346,16 +352,16 @@ def _clipped(bboxes: npt.NDArray[np.float64], sizes: Integers) -> tuple[Boxes, n
 def sizes_of(
     folder: Path, names: Sequence[str], exif: ExifPolicy, on_bad_image: BadImagePolicy
 ) -> tuple[dict[int, tuple[int, int]], dict[str, str]]:
-    """Sizes of images whose annotations do not say them.
+    """Sizes of images whose annotations do not have them.
 
     Args:
-        folder: What the names are below.
-        names: Of the files.
-        exif: How they are read.
-        on_bad_image: What is done about those that cannot be read.
+        folder: Folder that the names are relative to.
+        names: File names.
+        exif: See `ExifPolicy`.
+        on_bad_image: See `BadImagePolicy`.
 
     Returns:
-        Height and width by the number of the image, and why the others cannot be read, by their names.
+        Height and width by the index of the image, and the errors of those that cannot be read, by their names.
 
     Raises:
         ImageError: If one cannot be read, and is not to be skipped.
@@ -373,7 +379,7 @@ def sizes_of(
 
 
 def _size_or_one(path: Path, exif: ExifPolicy) -> tuple[int, int]:
-    """The size of an image, or 1 x 1 of what is none: the error is told when it is read."""
+    """The size of an image, or 1 x 1 if it cannot be read: the error is raised when it is read as a whole."""
     try:
         return image_size(path, exif=exif)
     except (ImageError, OSError):
@@ -406,15 +412,15 @@ def check_images(
     exif: ExifPolicy = "apply",
     on_bad_image: BadImagePolicy = "stop",
 ) -> list[ImageHeader]:
-    """Looks for every image by listing folders, and into the headers of some.
+    """Checks that every image exists, by listing folders, and reads the headers of some.
 
     Returns:
-        The headers of those that were looked into.
+        The headers that were read.
 
     Raises:
         FileNotFoundError: If images are missing; the message names the first five.
-        ImageError: If one of those that were looked into is no image, or of another size than annotated; not if these
-            are to be skipped.
+        ImageError: If one of these files is not an image, or of another size than annotated, and bad images are not
+            skipped.
     """
     names = [annotations.names[index] for index in range(len(annotations))]
     below = {os.path.dirname(name) for name in names}  # noqa: PTH120 (a hundred thousand names)
@@ -437,27 +443,27 @@ def check_images(
             f"Copy or download them, or take them out of the annotations.{hint}"
         )
     headers = []
-    for index in spread(len(annotations)):
+    for index in evenly_spaced(len(annotations)):
         try:
-            headers.append(of_image(annotations, index, image_header, folder, exif))
+            headers.append(read_annotated(annotations, index, image_header, folder, exif))
         except ImageError:
             if on_bad_image == "stop":
                 raise
     return headers
 
 
-def of_image(
+def read_annotated(
     annotations: DetectionAnnotations,
     index: int,
     read: Callable[..., T],
     folder: Path,
     exif: ExifPolicy = "apply",
 ) -> T:
-    """Applies `read_image` or `image_header` to an image; an error then says its image id, if the user gave it one.
+    """Applies `read_image` or `image_header` to an image; an error then has its image id, if the user gave it one.
 
     Raises:
         ImageError: If the image cannot be used.
-        FileNotFoundError: If it is not there (any more).
+        FileNotFoundError: If it does not exist (any more).
     """
     size = int(annotations.sizes[index, 0]), int(annotations.sizes[index, 1])
     which = "" if annotations.numbered else f"image id {annotations.image_ids[index]}: "

@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from typing_extensions import override
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations
 from datamodules.detection.coco_files import read_coco
 from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.detection.transforms import Augmentation
-from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import contents
-from datamodules.sampling.image_batches import BadImagePolicy
-from datamodules.translation.token_cache import user_cache_folder
 from lightning_attn.errors import InputError, MissingFileError
 
-__all__ = ["COCODataModule", "MiniatureDetectionDataModule"]
+__all__ = ["COCODataModule"]
 
 _ROBOFLOW_FILE = "_annotations.coco.json"
 
@@ -21,17 +20,12 @@ _ROBOFLOW_FILE = "_annotations.coco.json"
 class COCODataModule(DetectionDataModule):
     """COCO, or any other detection data with annotations in COCO's format.
 
-    The files of a split are found in the first of these ways that fits:
+    The files of a split are those of the first of these that exist:
 
     - by the options: `train_annotations` and `train_images`, and so for the other splits;
     - COCO's own layout: `root/annotations/instances_{split}.json` and the images in `root/{split}/`;
-    - Roboflow's: `root/{split}/_annotations.coco.json`, and the images beside it. The category above all others that
-      Roboflow adds is left out where nothing is annotated with it.
-
-    Training targets are the boxes of single things, cut at the borders of their image; crowds, and boxes without an
-    area inside the image or smaller than a pixel when it has been resized, are none. Evaluation reads every annotation.
-
-    Train with `Trainer(use_distributed_sampler=False)`: batches are planned here for all ranks.
+    - Roboflow's: `root/{split}/_annotations.coco.json`, and the images beside it. The root category that Roboflow adds
+      is left out where nothing is annotated with it.
 
     Args:
         root: Folder of the data.
@@ -40,27 +34,14 @@ class COCODataModule(DetectionDataModule):
         train_split: Name of the training split.
         val_split: Name of the validation split; "" for none.
         test_split: Name of the test split; "" means the validation split, as the boxes of COCO's own are not public.
-        min_size: Length of the short side that images are resized to, in pixels; 0 leaves images as they are unless
-            they are longer than `max_size`.
-        max_size: Bound of the long side; 0 for none.
-        augmentation: What is changed at random in training images.
-        keep_empty: Whether training images without a box are used.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
         download: Fetches COCO 2017 into `root` first.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
         train_annotations: Annotation file of the training split, below `root` or anywhere; "" for those of the layouts.
         train_images: Folder of its images, likewise.
         val_annotations: Of the validation split.
         val_images: Of the validation split.
         test_annotations: Of the test split.
         test_images: Of the test split.
-        exif: What is done about the orientation in the EXIF data of photos: `apply` turns images upright, as annotation
-            tools show them, wherever the annotated size fits; `ignore` takes the pixels as they are stored.
-        on_bad_image: What is done about a file that cannot be used: `stop` with its name, or `skip` it and say so.
-            Prediction always skips it.
-        repeat_threshold: Training images with a category that is in less than this share of the images come several
-            times in an epoch; see `DetectionDataModule`; 0 for once each.
+        options: Those of `DetectionDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -74,23 +55,14 @@ class COCODataModule(DetectionDataModule):
         train_split: str = "train2017",
         val_split: str = "val2017",
         test_split: str = "",
-        min_size: int = 800,
-        max_size: int = 1333,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
         download: bool = False,
-        predict_folder: str = "",
         train_annotations: str = "",
         train_images: str = "",
         val_annotations: str = "",
         val_images: str = "",
         test_annotations: str = "",
         test_images: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
-        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
         given = {
             "train": (train_annotations, train_images),
@@ -109,53 +81,37 @@ class COCODataModule(DetectionDataModule):
             {"train": train_split, "val": val_split, "test": test_split or ("test" if test_annotations else "")},
             batch_size=batch_size,
             num_workers=num_workers,
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-            repeat_threshold=repeat_threshold,
+            **options,
         )
         self.download = download
-        # A split that takes the place of another has its files too.
+        # The validation split serves as test split.
         if not test_split and not test_annotations:
             given["test"] = given["val"]
         self._given = given
 
+    @override
     def prepare_files(self, splits: Sequence[str]) -> None:
-        """Fetches COCO 2017, if asked to.
-
-        Args:
-            splits: Names of the splits that are needed.
-
-        Raises:
-            OSError: If it cannot be fetched or written.
-            ValueError: If COCO 2017 has no such split.
-        """
         if self.download:
             from datamodules.downloads.coco import download_coco
 
             download_coco(self.root, splits)
 
+    @override
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
-        """See `DetectionDataModule.read_split`."""
         path, folder = self._files(split)
-        for needed, there in ((path, path.is_file()), (folder, folder.is_dir())):
-            if not there:
+        for needed, exists in ((path, path.is_file()), (folder, folder.is_dir())):
+            if not exists:
                 self._raise_missing(split, needed)
         return read_coco(path, drop_root=path.name == _ROBOFLOW_FILE), folder
 
+    @override
     def read_categories(self) -> Categories | None:
-        """See `DetectionDataModule.read_categories`; they are those of the validation split."""
+        """Those of the validation split."""
         path, _ = self._files("val" if self.split_names["val"] else "train")
         return read_coco(path, drop_root=path.name == _ROBOFLOW_FILE).categories if path.is_file() else None
 
     def _files(self, split: str) -> tuple[Path, Path]:
-        """Annotation file and folder of images of a split, which need not be there."""
+        """Annotation file and folder of images of a split, which may not exist."""
         annotations, images = self._given[split]
         if annotations:
             return self.root / annotations, self.root / images
@@ -179,55 +135,14 @@ class COCODataModule(DetectionDataModule):
                 f"{self.split_names[split]!r}. Name one of them (--data.{split}_split NAME)"
                 + (', or "" for none.' if split == "val" else ".")
             )
-        there = f"{self.root} holds {contents(self.root)}"
+        found = f"{self.root} holds {contents(self.root)}"
         if path.parent.is_dir() and path.parent != self.root:
-            there = f"{path.parent} holds {contents(path.parent)}"
+            found = f"{path.parent} holds {contents(path.parent)}"
         raise MissingFileError(
-            f"{split}_split: {path} is not there; {there}. Give the folder that holds annotations/ and the images "
+            f"{split}_split: {path} does not exist; {found}. Give the folder that holds annotations/ and the images "
             f"(--data.root FOLDER) and the name of a split in it (--data.{split}_split NAME), or the files themselves "
             f"(--data.{split}_annotations FILE --data.{split}_images FOLDER), or fetch COCO 2017 (--data.download "
             "true)"
             + ('. Training without validation: --data.val_split "".' if split == "val" else ".")
             + " Data in other formats have DataModules of their own: VOCDetectionDataModule, YOLODetectionDataModule."
         )
-
-
-class MiniatureDetectionDataModule(COCODataModule):
-    """A small detection set drawn on the spot, without a network.
-
-    It is written in the layout of COCO into `root`, by default a folder of the user's cache, and read like any other.
-    Images are not resized. See `COCODataModule` for the arguments.
-    """
-
-    def __init__(
-        self,
-        root: str = "",
-        batch_size: int = 8,
-        num_workers: int = 0,
-        min_size: int = 0,
-        max_size: int = 0,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-    ) -> None:
-        super().__init__(
-            root=root or str(user_cache_folder() / "miniature_detection"),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            test_split="test2017",
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-        )
-
-    def prepare_files(self, splits: Sequence[str]) -> None:
-        """Draws the set, all of it."""
-        from datamodules.miniature.detection import write_miniature_detection
-
-        write_miniature_detection(self.root)

@@ -1,4 +1,4 @@
-"""Annotation files of COCO: reading and checking them."""
+"""Reads and checks annotation files in COCO's format."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pytorch_lightning.utilities import rank_zero_info
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations
-from datamodules.images.folders import first_repeated, listed
+from datamodules.images.folders import first_duplicate, listed
 from lightning_attn.errors import InputError
 
 __all__ = ["read_coco"]
@@ -25,19 +25,19 @@ def read_coco(path: Path, *, drop_root: bool = False) -> DetectionAnnotations:
 
     Args:
         path: The file.
-        drop_root: Leave out the category above all others that Roboflow writes, if nothing is annotated with it.
+        drop_root: Leave out the root category that Roboflow writes, if nothing is annotated with it.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is cut off or no such file, an id comes twice or refers to nothing, a file name leads out of
-            the folder, or a number is missing or none; the message names the file and the entry.
+        ValueError: If it is cut off or not such a file, an id is repeated or refers to nothing, a file name leads out
+            of the folder, or a number is missing or invalid; the message names the file and the entry.
     """
     content = _read_json(path)
     images, annotations = content["images"], content["annotations"]
     root = _root_category(content["categories"], annotations) if drop_root else None
     categories = _categories([entry for entry in content["categories"] if entry is not root], path)
     if root is not None:
-        rank_zero_info(f"{path}: the category {root['name']!r} above all others has no box and is left out")
+        rank_zero_info(f"{path}: the root category {root['name']!r} has no box and is left out")
 
     image_ids = _integers(images, "id", "images", path)
     _refuse_repeated(image_ids, "image id", path)
@@ -54,7 +54,9 @@ def read_coco(path: Path, *, drop_root: bool = False) -> DetectionAnnotations:
 
     annotation_ids = _integers(annotations, "id", "annotations", path)
     _refuse_repeated(annotation_ids, "annotation id", path)
-    owners = _lookup(_integers(annotations, "image_id", "annotations", path), image_ids, annotation_ids, "image", path)
+    image_indices = _lookup(
+        _integers(annotations, "image_id", "annotations", path), image_ids, annotation_ids, "image", path
+    )
     labels = 1 + _lookup(
         _integers(annotations, "category_id", "annotations", path),
         np.array(categories.ids, dtype=np.int64),
@@ -62,15 +64,15 @@ def read_coco(path: Path, *, drop_root: bool = False) -> DetectionAnnotations:
         "category",
         path,
     )
-    bboxes = _bboxes(annotations, annotation_ids, image_ids[owners], path)
+    bboxes = _bboxes(annotations, annotation_ids, image_ids[image_indices], path)
     areas = _areas(annotations, annotation_ids, bboxes, path)
     crowd = _crowds(annotations, annotation_ids, path)
-    return DetectionAnnotations.of_objects(
+    return DetectionAnnotations.from_objects(
         path,
         categories,
         names=names,
         sizes=sizes,
-        owners=owners,
+        image_indices=image_indices,
         bboxes=bboxes,
         labels=labels,
         crowd=crowd,
@@ -82,7 +84,7 @@ def read_coco(path: Path, *, drop_root: bool = False) -> DetectionAnnotations:
 
 def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
     def without_outline(entry: dict[str, Any]) -> dict[str, Any]:
-        entry.pop("segmentation", None)  # most of the file; it need not be in memory all at once
+        entry.pop("segmentation", None)  # most of the file; it need not be in memory at once
         return entry
 
     try:
@@ -90,11 +92,11 @@ def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
             content = json.load(file, object_hook=without_outline)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path} is no whole JSON file: {error.msg} at character {error.pos:,} of {len(error.doc):,}. It may be "
-            "cut off; copy or download it again."
+            f"{path} is not a complete JSON file: {error.msg} at character {error.pos:,} of {len(error.doc):,}. It may "
+            "be cut off; copy or download it again."
         ) from error
     except RecursionError as error:
-        raise InputError(f"{path} is no annotation file: lists or objects in it are nested without end.") from error
+        raise InputError(f"{path} is not an annotation file: lists or objects in it are nested too deeply.") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 (byte {error.start:,}); an older Windows program may have written it as Latin-1. "
@@ -194,7 +196,7 @@ def _crowds(annotations: list[dict[str, Any]], annotation_ids: Integers, path: P
 
 
 def _root_category(entries: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The category that is above all others and has no annotation, if there is one."""
+    """The category that is the supercategory of all others and has no annotation, if there is one."""
     for entry in entries:
         others = [other for other in entries if other is not entry]
         is_root = others and all(other.get("supercategory") == entry.get("name") for other in others)
@@ -223,12 +225,12 @@ def _categories(entries: list[dict[str, Any]], path: Path) -> Categories:
 def _refuse_repeated(ids: Integers, what: str, path: Path) -> None:
     if len(np.unique(ids)) != len(ids):
         raise InputError(
-            f"{path}: {what} {first_repeated(ids.tolist())} comes twice. Give each its own, or remove one."
+            f"{path}: {what} {first_duplicate(ids.tolist())} is repeated. Give each its own, or remove one."
         )
 
 
 def _lookup(wanted: Integers, known: Integers, annotation_ids: Integers, what: str, path: Path) -> Integers:
-    """Where each wanted id is in `known`."""
+    """Position of each wanted id in `known`."""
     order = np.argsort(known)
     place = np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)
     unknown = np.flatnonzero(known[order[place]] != wanted)

@@ -1,4 +1,4 @@
-"""What the DataModules of objects in boxes share, whatever layout their files have."""
+"""Object detection data in any layout of files: batches, data set, and the base of the DataModules."""
 
 import abc
 import logging
@@ -12,21 +12,23 @@ import numpy.typing as npt
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import LongTensor, Tensor
+from typing_extensions import override
 
 from datamodules.detection.annotations import (
     Categories,
     DetectionAnnotations,
-    Fate,
     Integers,
+    TargetStatus,
     check_categories,
     check_images,
-    of_image,
+    read_annotated,
 )
 from datamodules.detection.transforms import Augmentation, EvaluationTransform, TrainingTransform
-from datamodules.images.datamodule import ImageDataModule, check_least
+from datamodules.images.batches import BadImage, BadImagePolicy, ImageBatch, ImageDataset
+from datamodules.images.datamodule import ImageDataModule, require_at_least
 from datamodules.images.files import ExifPolicy, ImageHeader, channels_first, read_image
 from datamodules.images.folders import PackedText, listed, printable, unique_stems
-from datamodules.sampling.image_batches import BadImage, BadImagePolicy, ImageBatch, ImageDataset, SampleRequest
+from datamodules.sampling.grouped_batches import SampleRequest
 from lightning_attn.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ __all__ = ["DetectionBatch", "DetectionDataModule", "DetectionDataset"]
 
 @dataclass
 class DetectionBatch(ImageBatch):
-    """Images, each of its own size, and what is to be found in them. It may hold no image.
+    """Images, each of its own size, and their boxes; possibly no image.
 
     Args:
         ids: Image ids, `[B]`.
@@ -56,14 +58,14 @@ class DetectionDataset(ImageDataset[DetectionBatch]):
     """Images and their boxes, read and transformed a batch at a time.
 
     Args:
-        annotations: What there is.
-        folder: Where the images are.
-        transform: What is done to each image.
-        chosen: Numbers of the images in `annotations` that this data set holds, `[images]`.
-        seed: What random changes start from, together with the epoch and the image.
+        annotations: The annotations.
+        folder: Folder of the images.
+        transform: Applied to each image.
+        chosen: Indices in `annotations` of the images of this data set, `[images]`.
+        seed: Seed of the random changes, together with the epoch and the image.
         with_targets: Whether batches hold boxes.
-        exif: What is done about an EXIF orientation.
-        on_bad_image: What is done about a file that cannot be used.
+        exif: See `ExifPolicy`.
+        on_bad_image: See `BadImagePolicy`.
         replaces_bad_images: See `ImageDataset`.
         repeats: See `ImageDataset`.
     """
@@ -94,74 +96,65 @@ class DetectionDataset(ImageDataset[DetectionBatch]):
         self.repeats = repeats
         self.outputs = PackedText(unique_stems([annotations.names[index] for index in range(len(annotations))]))
 
+    @override
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @override
     def groups(self) -> Integers:
         """1 for wide images and 0 for tall ones, `[images]`."""
         sizes = self.annotations.sizes[self.chosen]
         return np.asarray(sizes[:, 1] >= sizes[:, 0], dtype=np.int64)
 
-    def name(self, image: int) -> str:
-        """File name below the folder of the split."""
-        return printable(self.annotations.names[int(self.chosen[image])])
+    @override
+    def name(self, index: int) -> str:
+        return printable(self.annotations.names[int(self.chosen[index])])
 
-    def batch(self, draws: Sequence[SampleRequest]) -> DetectionBatch:
-        """One batch.
-
-        Raises:
-            ImageError: If an image cannot be used; the message names the file and the image id.
-            OSError: If a file cannot be read.
-        """
+    @override
+    def batch(self, requests: Sequence[SampleRequest]) -> DetectionBatch:
         annotations = self.annotations
-        used, samples, bad = self.read_each(draws, self._sample)
-        chosen = [int(self.chosen[draw.image]) for draw in used]
+        used, samples, bad = self.read_each(requests, self._sample)
+        chosen = [int(self.chosen[request.index]) for request in used]
         return DetectionBatch(
             torch.from_numpy(annotations.image_ids[chosen]),  # type: ignore[arg-type]
             [image for image, _ in samples],
             [target for _, target in samples] if self.with_targets else [],
             torch.from_numpy(annotations.sizes[chosen].reshape(-1, 2)),  # type: ignore[arg-type]
-            [self.name(draw.image) for draw in used],
+            [self.name(request.index) for request in used],
             outputs=[self.outputs[index] for index in chosen],
             paths=[str(self.folder / annotations.names[index]) for index in chosen],
             bad=bad,
         )
 
-    def _sample(self, draw: SampleRequest) -> tuple[Tensor, dict[str, Tensor]]:
+    def _sample(self, request: SampleRequest) -> tuple[Tensor, dict[str, Tensor]]:
         """An image `[3, H, W]` and its target."""
-        index = int(self.chosen[draw.image])
-        pixels = of_image(self.annotations, index, read_image, self.folder, self.exif)
+        index = int(self.chosen[request.index])
+        pixels = read_annotated(self.annotations, index, read_image, self.folder, self.exif)
         boxes, labels = self.annotations.targets(index)
-        pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, draw.epoch, index))
+        pixels, boxes, labels = self.transform(pixels, boxes, labels, (self.seed, request.epoch, index))
         return channels_first(pixels), {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
 
 
 class DetectionDataModule(ImageDataModule, abc.ABC):
-    """Base of the DataModules of objects in boxes: a subclass says where the annotations and images of a split are.
+    """Base of the DataModules of object detection: a subclass reads the annotations of a split.
 
-    Training targets are the boxes of single things, cut at the borders of their image; crowds, and boxes without an
-    area inside the image or smaller than a pixel when it has been resized, are none. Evaluation reads every annotation.
+    Training targets are the boxes of single objects, cut at the borders of their image; crowds, and boxes without an
+    area inside the image or smaller than a pixel when it has been resized, are not. Evaluation reads every annotation.
 
     Train with `Trainer(use_distributed_sampler=False)`: batches are planned here for all ranks.
 
     Args:
         root: Folder of the data.
         split_names: Names of the splits "train", "val" and "test"; see `ImageDataModule`.
-        batch_size: Training images in a batch on one rank.
-        num_workers: Processes that make batches; 0 makes them in the training process.
         min_size: Length of the short side that images are resized to, in pixels; 0 leaves images as they are unless
             they are longer than `max_size`.
         max_size: Bound of the long side; 0 for none.
         augmentation: What is changed at random in training images.
         keep_empty: Whether training images without a box are used.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos.
-        on_bad_image: What is done about a file that cannot be used.
         repeat_threshold: Training images with a category that is in less than this share of the images come several
             times in an epoch: sqrt(threshold / share) times, by the rarest of their categories (repeat-factor sampling,
             Gupta et al., LVIS, 2019, which has 0.001); 0 for once each.
+        options: Those of `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -172,32 +165,16 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         root: str,
         split_names: dict[str, str],
         *,
-        batch_size: int,
-        num_workers: int,
-        min_size: int,
-        max_size: int,
-        augmentation: Augmentation,
-        keep_empty: bool,
-        seed: int,
-        eval_batch_size: int,
-        predict_folder: str,
-        exif: ExifPolicy,
-        on_bad_image: BadImagePolicy,
-        repeat_threshold: float,
+        min_size: int = 800,
+        max_size: int = 1333,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+        keep_empty: bool = False,
+        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            root,
-            split_names,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-        )
-        check_least("min_size", min_size, 0)
-        check_least("max_size", max_size, 0)
+        super().__init__(root, split_names, **options)
+        require_at_least("min_size", min_size, 0)
+        require_at_least("max_size", max_size, 0)
         if not 0 <= repeat_threshold <= 1:
             raise InputError(f"repeat_threshold: {repeat_threshold} is not between 0 and 1.")
         self.min_size = min_size
@@ -210,7 +187,7 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
 
     @abc.abstractmethod
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
-        """The annotations of "train", "val" or "test", and the folder that the names of its images are below.
+        """The annotations of "train", "val" or "test", and the folder that the names of their images are relative to.
 
         Raises:
             FileNotFoundError: If annotations or images are missing.
@@ -218,32 +195,34 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         """
 
     def read_categories(self) -> Categories | None:
-        """What is annotated, where a folder is predicted; None if no annotations are at hand."""
+        """The classes, when a folder is predicted; None if `root` has no annotations."""
         return None
 
     def image_weights(self) -> npt.NDArray[np.float64] | None:
-        """How often each training image should come in an epoch beside what `repeat_threshold` says, `[N]`."""
+        """How often each training image comes in an epoch, on average, by its data set; None for once."""
         return None
 
     @property
     def categories(self) -> Categories | None:
-        """What is annotated; there after `setup`, and None where a folder is predicted and `root` has no annotations.
+        """The classes; None where a folder is predicted and `root` has no annotations.
 
         Raises:
             RuntimeError: Before `setup`.
         """
         if not self._splits:
-            raise RuntimeError("the categories are there after setup(); the Trainer calls it, or do so yourself.")
+            raise RuntimeError(
+                "the categories are known after setup(), which the Trainer calls; without one, call it yourself."
+            )
         return self._categories
 
     @property
+    @override
     def preprocessing(self) -> dict[str, int | str]:
-        """The lengths that images are resized to, and what is done about EXIF orientations."""
         return {"min_size": self.min_size, "max_size": self.max_size} | super().preprocessing
 
     @property
+    @override
     def unreadable(self) -> list[BadImage]:
-        """See `ImageDataModule.unreadable`."""
         return [BadImage(*one) for annotations, _ in self._splits.values() for one in annotations.unreadable.items()]
 
     def annotations(self, split: str) -> DetectionAnnotations:
@@ -258,11 +237,11 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         return self._split(split)[0]
 
     def images_folder(self, split: str) -> Path:
-        """The folder that the names of the images of a split are below; arguments and errors as of `annotations`."""
+        """The folder of the images of a split; arguments and errors are those of `annotations`."""
         return self._split(split)[1]
 
     def ground_truth(self, split: str) -> dict[str, Any]:
-        """What COCO's scorer reads: `images`, `annotations` and `categories`.
+        """The input of COCO's scorer: `images`, `annotations` and `categories`.
 
         Args:
             split: "train", "val" or "test".
@@ -272,8 +251,9 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         """
         return self._split(split)[0].ground_truth()
 
+    @override
     def setup(self, stage: str) -> None:
-        """Reads and checks the annotations that a stage needs, and what can be told of the images without decoding.
+        """Reads and checks the annotations that a stage needs, and checks their images without decoding all of them.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
@@ -293,6 +273,7 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         if stage == "fit":
             self._check_training()
 
+    @override
     def training_dataset(self) -> DetectionDataset:
         """The training images, randomly changed, in groups of wide and of tall ones."""
         annotations, folder = self._split("train")
@@ -310,6 +291,7 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
             repeats=None if repeats is None else repeats[chosen],
         )
 
+    @override
     def evaluation_dataset(self, split: str) -> DetectionDataset:
         """All images of "val", "test" or "predict", resized; without targets in prediction."""
         annotations, folder = self._split(split)
@@ -329,14 +311,14 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         return max(self.augmentation.min_sizes or (self.min_size,)), self.max_size
 
     def _key(self, split: str) -> str:
-        """Under which name a split is kept."""
+        """Key of a split in `_splits`."""
         if split == "predict":
             return "" if self.predict_folder else self.split_names["test"]
         return self.split_names[split]
 
     def _split(self, split: str) -> tuple[DetectionAnnotations, Path]:
         if split not in (*self.split_names, "predict") or self._key(split) not in self._splits:
-            raise RuntimeError(f"the annotations of {split!r} are there after setup() of its stage.")
+            raise RuntimeError(f"the annotations of {split!r} are known after setup() of its stage.")
         return self._splits[self._key(split)]
 
     def _load(self, split: str) -> None:
@@ -359,24 +341,26 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
             rank_zero_info(f"{name}: note: {remark}")
 
     def _check_training(self) -> None:
-        """Says what is left out of training, and refuses data that nothing can be learnt from."""
+        """Logs what is left out of training, and refuses data without a training target."""
         annotations, _ = self._split("train")
-        fates = annotations.fates(*self.training_size)
+        statuses = annotations.statuses(*self.training_size)
         left_out = []
-        for fate in list(Fate)[1:]:
-            ids = annotations.annotation_ids[fates == fate]
+        for status in list(TargetStatus)[1:]:
+            ids = annotations.annotation_ids[statuses == status]
             if not len(ids):
                 continue
-            named = f" (annotations {listed(ids, 5)})" if fate != Fate.CROWD else ""
-            left_out.append(f"{len(ids):,} boxes {fate.description}{named}")
-        if not (fates == Fate.TARGET).any():
-            found = f"{len(fates):,} annotations that cannot be learnt ({', '.join(left_out)})" if len(fates) else ""
+            named = f" (annotations {listed(ids, 5)})" if status != TargetStatus.CROWD else ""
+            left_out.append(f"{len(ids):,} boxes {status.description}{named}")
+        if not (statuses == TargetStatus.TARGET).any():
+            found = (
+                f"{len(statuses):,} annotations that cannot be learnt ({', '.join(left_out)})" if len(statuses) else ""
+            )
             advice = "Correct it, or give another training split (--data.train_split NAME)."
             raise InputError(
                 f"{annotations.path} has {found or 'no annotation'}: there is nothing to learn from. "
-                f"{annotations.suspicion()} {advice}".replace("  ", " ")
+                f"{annotations.likely_mistake()} {advice}".replace("  ", " ")
             )
-        cut = int((annotations.cut_at_borders() & (fates == Fate.TARGET)).sum())
+        cut = int((annotations.cut_at_borders() & (statuses == TargetStatus.TARGET)).sum())
         empty = len(annotations) - len(annotations.with_targets(*self.training_size))
         notes = ["left out of training: " + (", ".join(left_out) or "no box")]
         if empty:
@@ -386,11 +370,11 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         rank_zero_info(f"{self.split_names['train']}: {'; '.join(notes)}")
 
     def _repeats(self, annotations: DetectionAnnotations) -> npt.NDArray[np.float64] | None:
-        """How often each training image comes in an epoch, `[N]`."""
+        """How often each training image comes in an epoch, on average, `[N]`; None for once."""
         weights = self.image_weights()
         if not self.repeat_threshold:
             return weights
-        pairs = annotations.images_of_labels(annotations.fates(*self.training_size) == Fate.TARGET)
+        pairs = annotations.images_of_labels(annotations.statuses(*self.training_size) == TargetStatus.TARGET)
         share = np.bincount(pairs[:, 1], minlength=len(annotations.categories) + 1) / len(annotations)
         with np.errstate(divide="ignore"):
             factors = np.maximum(1.0, np.sqrt(self.repeat_threshold / share))
@@ -403,16 +387,16 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
         ]
         rank_zero_info(
             f"{self.split_names['train']}: repeat_threshold {self.repeat_threshold:g}: images come "
-            f"{repeats.mean():.2f} times in an epoch, in the mean; those with {listed(raised, 10) or 'no class'} times"
+            f"{repeats.mean():.2f} times in an epoch on average; those with {listed(raised, 10) or 'no class'} times"
         )
         return repeats if weights is None else repeats * weights
 
 
 def _remarks(annotations: DetectionAnnotations, headers: Sequence[ImageHeader], exif: ExifPolicy) -> list[str]:
-    """What a user should know of a split, though it can be used."""
+    """Notes on a split that can be used."""
     remarks = []
-    if suspicion := annotations.suspicion():
-        remarks.append(suspicion)
+    if likely_mistake := annotations.likely_mistake():
+        remarks.append(likely_mistake)
     large = annotations.areas > 1.05 * np.prod(annotations.bboxes[:, 2:], axis=1) + 1
     if large.any():
         remarks.append(
@@ -422,7 +406,7 @@ def _remarks(annotations: DetectionAnnotations, headers: Sequence[ImageHeader], 
     turned = sum(header.turned for header in headers)
     if turned:
         remarks.append(
-            f"{turned:,} of the {len(headers):,} images that were looked into have an EXIF orientation and are turned "
+            f"{turned:,} of the {len(headers):,} images that were checked have an EXIF orientation and are turned "
             "upright, as annotation tools show them; if yours annotated the stored pixels, use --data.exif ignore."
         )
     return remarks

@@ -1,51 +1,41 @@
-"""Several data sets of objects in boxes as one, with the classes of all."""
+"""Several detection data sets as one, with the classes of all."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations
 from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.detection.transforms import Augmentation
-from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
 from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
-from datamodules.sampling.image_batches import BadImagePolicy
 from lightning_attn.errors import InputError
 
 __all__ = ["MergedDetectionDataModule", "merged_annotations"]
 
 
 class MergedDetectionDataModule(DetectionDataModule):
-    """Several data sets as one: their images together, and every class of any of them by its name.
+    """Several data sets as one: all their images, and the union of their classes by name.
 
-    Images and annotations are numbered anew. Mind that a data set in which a class is not annotated teaches that its
-    objects are background.
+    Images and annotations get new ids. Note that a data set in which a class is not annotated teaches that its objects
+    are background.
 
-    The other arguments are those of `COCODataModule`, and go before those of the members.
+    Its options take precedence over those of the members.
 
     Args:
-        members: The data sets; each reads its own splits. A member without a validation or test split has no part in
-            these.
-        weights: How often the training images of each member come in an epoch, in the mean: 1 for once, 0.5 for half of
-            them; none for once each.
+        members: The data sets; each reads its own splits. A member without a validation or test split is left
+            out of these.
+        weights: How often the training images of each member come in an epoch, on average: 1 for once, 0.5 for half of
+            them; empty for once each.
         rename: New names of classes by their old ones, such as `{automobile: car}`; those of one new name become one.
         batch_size: Training images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
-        min_size: See `COCODataModule`.
-        max_size: See `COCODataModule`.
-        augmentation: See `COCODataModule`.
-        keep_empty: See `COCODataModule`.
-        seed: See `COCODataModule`.
-        eval_batch_size: See `COCODataModule`.
-        predict_folder: See `COCODataModule`.
-        exif: See `COCODataModule`.
-        on_bad_image: See `COCODataModule`.
-        repeat_threshold: See `COCODataModule`.
+        options: Those of `DetectionDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, there is no member, or weights and members differ in number.
@@ -58,16 +48,7 @@ class MergedDetectionDataModule(DetectionDataModule):
         rename: dict[str, str] | None = None,
         batch_size: int = 2,
         num_workers: int = 0,
-        min_size: int = 800,
-        max_size: int = 1333,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
-        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
         check_members(members, weights, "detection")
         super().__init__(
@@ -75,66 +56,53 @@ class MergedDetectionDataModule(DetectionDataModule):
             member_splits(members),
             batch_size=batch_size,
             num_workers=num_workers,
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-            repeat_threshold=repeat_threshold,
+            **options,
         )
         self.members = members
         self.weights = tuple(weights)
         self.rename = dict(rename or {})
         self._member_sizes: list[int] = []
 
+    @override
     def prepare_files(self, splits: Sequence[str]) -> None:
-        """Lets each member fetch or make its files.
-
-        Args:
-            splits: Of "train", "val" and "test", those that are needed.
-        """
         prepare_members(self.members, splits)
 
+    @override
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
-        """See `DetectionDataModule.read_split`."""
         parts = [member.read_split(split) for member in members_with(self.members, split)]
         if split == "train":
             self._member_sizes = [len(annotations) for annotations, _ in parts]
-        # The classes are those of all training splits, whatever a split has.
+        # The classes are those of all training splits, also for other splits.
         known = [annotations.categories for annotations, _ in parts] if split == "train" else self._member_categories()
-        if split == "train" or self._categories is None:  # what was read before has its new names already
+        if split == "train" or self._categories is None:  # those known from an earlier split are renamed already
             _check_rename(self.rename, [*known, *(annotations.categories for annotations, _ in parts)])
         annotations, folder = merged_annotations(parts, self.rename, known)
         if split == "train":
             self._report_missing([own for own, _ in parts], annotations.categories)
         return annotations, folder
 
+    @override
     def read_categories(self) -> Categories | None:
-        """See `DetectionDataModule.read_categories`."""
         found = [member.read_categories() for member in self.members]
         return None if None in found else _united([one for one in found if one is not None], self.rename)
 
+    @override
     def image_weights(self) -> npt.NDArray[np.float64] | None:
-        """See `DetectionDataModule.image_weights`."""
         return member_weights(self.weights, self._member_sizes)
 
     def _report_missing(self, parts: Sequence[DetectionAnnotations], categories: Categories) -> None:
-        """Says which classes a member does not have: they are annotated in a part of the images only."""
+        """Logs the classes that a member does not have: they are annotated in a part of the images only."""
         for member, part in zip(self.members, parts, strict=True):
             own = {self.rename.get(name, name) for name in part.categories.names}
             missing = [name for name in categories.names if name not in own]
             if missing:
                 rank_zero_info(
                     f"train: note: {member.root} has no class {listed(missing, 10)}. Where its images show some, they "
-                    "are taken for background; where another name means the same, say so (--data.rename)."
+                    "are taken for background; if another name means the same, rename it (--data.rename)."
                 )
 
     def _member_categories(self) -> list[Categories]:
-        """The categories of all members: those that are known, or those of their training splits."""
+        """The categories of all members, of their training splits where they are not known."""
         if self._categories is not None:
             return [self._categories]
         found = []
@@ -149,12 +117,12 @@ def merged_annotations(
     rename: Mapping[str, str],
     categories: Sequence[Categories],
 ) -> tuple[DetectionAnnotations, Path]:
-    """The annotations of several data sets as one, and the folder that all their images are below.
+    """The annotations of several data sets as one, and the common folder of all their images.
 
     Args:
         parts: Annotations, each with the folder of their images.
         rename: New names of classes by their old ones.
-        categories: Those whose classes there are to be, beside the parts' own.
+        categories: Further categories to unite with those of the parts.
     """
     own = [annotations.categories for annotations, _ in parts]
     united = _united([*categories, *own], rename)
@@ -171,12 +139,12 @@ def merged_annotations(
     ]
     columns = [annotations for annotations, _ in parts]
     sizes = np.cumsum([0, *map(len, columns)])
-    annotations = DetectionAnnotations.of_objects(
+    annotations = DetectionAnnotations.from_objects(
         folder,
         united,
         names=names,
         sizes=np.concatenate([one.sizes for one in columns]),
-        owners=np.concatenate([one.owners() + start for one, start in zip(columns, sizes, strict=False)]),
+        image_indices=np.concatenate([one.image_indices() + start for one, start in zip(columns, sizes, strict=False)]),
         bboxes=np.concatenate([one.bboxes for one in columns]),
         labels=np.concatenate(labels).astype(np.int64),
         crowd=np.concatenate([one.crowd for one in columns]),
@@ -190,10 +158,12 @@ def _check_rename(rename: Mapping[str, str], categories: Sequence[Categories]) -
     known = {name for one in categories for name in one.names}
     unknown = [name for name in rename if name not in known]
     if unknown:
-        raise InputError(f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(known), 90)}.")
+        raise InputError(
+            f"rename: {unknown[0]!r} is not a class of the members, which have {listed(sorted(known), 90)}."
+        )
 
 
 def _united(categories: Sequence[Categories], rename: Mapping[str, str]) -> Categories:
-    """Every name once, in the order in which they come."""
+    """Every name once, in order of first occurrence."""
     names = tuple(dict.fromkeys(rename.get(name, name) for one in categories for name in one.names))
     return Categories(names, tuple(range(1, len(names) + 1)))

@@ -1,4 +1,4 @@
-"""What happens to an image and its boxes between the file and the network; for sizes see `images.transforms`."""
+"""Transforms of an image and its boxes between the file and the network; for sizes see `images.transforms`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ MIN_BOX_SIDE = 0.999
 
 @dataclass(frozen=True)
 class Augmentation(ImageAugmentation):
-    """What is changed at random in training images with boxes; more is in `ImageAugmentation`.
+    """Random changes of training images with boxes, beside those of `ImageAugmentation`.
 
     Args:
         vertical_flip: Probability that top and bottom are exchanged.
-        transpose: Probability that rows and columns are exchanged; with both flips, all turns by 90 degrees. Give
+        transpose: Probability that rows and columns are exchanged; with both flips, all rotations by 90 degrees. Give
             `crop_size` too, or batches hold wide and tall images, and much padding.
         min_sizes: Lengths of the short side, one of which is drawn for each image; empty for the DataModule's
             `min_size` alone.
-        crop_size: Side of the square that is cut at a random place out of the resized image, in pixels; a shorter image
-            is padded in grey. 0 for none.
-        crop_visibility: A box stays a target while this share of its area is inside the crop.
+        crop_size: Side of the square that is cropped at a random place from the resized image, in pixels; a smaller
+            image is padded in grey. 0 for none.
+        crop_visibility: A box stays a target if at least this share of its area is inside the crop.
 
     Raises:
         ValueError: If a value is out of range.
@@ -62,7 +62,7 @@ class Augmentation(ImageAugmentation):
 
 
 def resize_boxes(boxes: npt.NDArray[Any], size: tuple[int, int], new_size: tuple[int, int]) -> Boxes:
-    """Boxes (x1, y1, x2, y2) `[n, 4]` of an image of `size`, after it was resized to `new_size`; and back, the same.
+    """Boxes (x1, y1, x2, y2) `[n, 4]` of an image of `size`, after it was resized to `new_size`.
 
     Args:
         boxes: In pixels of the image.
@@ -74,7 +74,7 @@ def resize_boxes(boxes: npt.NDArray[Any], size: tuple[int, int], new_size: tuple
 
 
 class EvaluationTransform:
-    """Resizes, and does nothing else.
+    """Resizes an image and its boxes.
 
     Args:
         min_size: As in `resized_size`.
@@ -86,9 +86,9 @@ class EvaluationTransform:
         self.max_size = max_size
 
     def __call__(
-        self, image: ImageArray, boxes: Boxes, labels: Labels, draw: Sequence[int]
+        self, image: ImageArray, boxes: Boxes, labels: Labels, seed: Sequence[int]
     ) -> tuple[ImageArray, Boxes, Labels]:
-        """The resized image `[H', W', 3]`, its boxes `[n, 4]` and their labels `[n]`; `draw` has no influence."""
+        """The resized image `[H', W', 3]`, its boxes `[n, 4]` and their labels `[n]`; `seed` has no influence."""
         size = image.shape[0], image.shape[1]
         new_size = resized_size(size, self.min_size, self.max_size)
         return resize_image(image, new_size), resize_boxes(boxes, size, new_size), labels
@@ -97,12 +97,12 @@ class EvaluationTransform:
 class TrainingTransform:
     """Resizes, crops, flips, transposes and changes colours at random, by albumentations.
 
-    What is drawn depends on the numbers that are given with each image and on nothing else, so it is the same in
-    whatever process and order the images are made.
+    The random draws depend on the seed that is given with each image alone, so they are the same in any process and
+    order.
 
     Args:
-        augmentation: What is drawn.
-        min_size: As in `resized_size`; `augmentation.min_sizes` goes before it.
+        augmentation: The random changes.
+        min_size: As in `resized_size`; `augmentation.min_sizes` takes precedence.
         max_size: As in `resized_size`.
     """
 
@@ -130,7 +130,7 @@ class TrainingTransform:
         self.geometry = library.Compose(steps, bbox_params=boxes)
 
     def __call__(
-        self, image: ImageArray, boxes: Boxes, labels: Labels, draw: Sequence[int]
+        self, image: ImageArray, boxes: Boxes, labels: Labels, seed: Sequence[int]
     ) -> tuple[ImageArray, Boxes, Labels]:
         """The changed image `[H', W', 3]`, the boxes that are left `[n, 4]` and their labels `[n]`.
 
@@ -138,9 +138,9 @@ class TrainingTransform:
             image: `[H, W, 3]`.
             boxes: (x1, y1, x2, y2) in pixels, within the image, `[n, 4]`.
             labels: `[n]`.
-            draw: What the drawing starts from: seed, epoch, number of the image.
+            seed: Of the random draws: that of the run, epoch, index of the image.
         """
-        generator = seed_transforms(draw, self.colours, self.geometry)
+        generator = seed_transforms(seed, self.colours, self.geometry)
         size = image.shape[0], image.shape[1]
         new_size = resized_size(size, self.min_sizes[generator.integers(len(self.min_sizes))], self.max_size)
         # Colours first: images usually grow.

@@ -6,15 +6,16 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
 from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.detection.transforms import Augmentation
+from datamodules.images.batches import BadImagePolicy
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
-from datamodules.images.folders import contents, first_repeated, listed, read_lines
-from datamodules.sampling.image_batches import BadImagePolicy
+from datamodules.images.folders import contents, first_duplicate, listed, read_lines
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["VOC_CLASSES", "VOCDetectionDataModule", "read_voc"]
@@ -40,10 +41,8 @@ class VOCDetectionDataModule(DetectionDataModule):
 
     `root` holds `Annotations/*.xml`, `JPEGImages/` and `ImageSets/Main/{split}.txt`, which lists the names of the
     images of a split without endings. Corners count from 1 and are inside the box, as in VOC: a box covers the pixels
-    xmin to xmax. Objects marked as difficult are no training targets, and neither wanted nor wrong in the scores, as
-    crowds are in COCO's.
-
-    The other arguments are those of `COCODataModule`.
+    xmin to xmax. Objects marked as difficult are no training targets and are ignored in the scores, as crowds are in
+    COCO.
 
     Args:
         root: Folder of the data.
@@ -52,20 +51,11 @@ class VOCDetectionDataModule(DetectionDataModule):
         train_split: Name of the training split.
         val_split: Name of the validation split; "" for none.
         test_split: Name of the test split; "" means the validation split.
-        classes: Names of the classes, in the order of their numbers; none for those that occur in `Annotations/`, in
-            VOC's own order if all are VOC's, else in that of the alphabet.
-        corners_from: 1 where coordinates count from 1, as VOC's do; 0 for tools that begin at 0, and write xmax and
+        classes: Names of the classes, in the order of their labels; empty for those that occur in `Annotations/`, in
+            VOC's own order if all are VOC's, else in alphabetical order.
+        corners_from: 1 where coordinates count from 1, as VOC's do; 0 for tools that count from 0 and write xmax and
             ymax as the border of the box.
-        min_size: See `COCODataModule`.
-        max_size: See `COCODataModule`.
-        augmentation: See `COCODataModule`.
-        keep_empty: See `COCODataModule`.
-        seed: See `COCODataModule`.
-        eval_batch_size: See `COCODataModule`.
-        predict_folder: See `COCODataModule`.
-        exif: See `COCODataModule`.
-        on_bad_image: See `COCODataModule`.
-        repeat_threshold: See `COCODataModule`.
+        options: Those of `DetectionDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -81,66 +71,48 @@ class VOCDetectionDataModule(DetectionDataModule):
         test_split: str = "",
         classes: tuple[str, ...] = (),
         corners_from: int = 1,
-        min_size: int = 800,
-        max_size: int = 1333,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
-        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(
             root,
             {"train": train_split, "val": val_split, "test": test_split},
             batch_size=batch_size,
             num_workers=num_workers,
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-            repeat_threshold=repeat_threshold,
+            **options,
         )
         if corners_from not in (0, 1):
             raise InputError(f"corners_from: {corners_from} is neither 0 nor 1 (--data.corners_from 1).")
         self.classes = tuple(classes)
         self.corners_from = corners_from
 
+    @override
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
-        """See `DetectionDataModule.read_split`."""
         name = self.split_names[split]
         listing = self.root / _SETS / f"{name}.txt"
-        for needed, there in (
+        for needed, exists in (
             (listing, listing.is_file()),
             (self.root / _ANNOTATIONS, (self.root / _ANNOTATIONS).is_dir()),
             (self.root / _IMAGES, (self.root / _IMAGES).is_dir()),
         ):
-            if not there:
+            if not exists:
                 above = next((parent for parent in needed.parents if parent.is_dir()), None)
                 holds = "" if above is None else f"; {above} holds {contents(above)}"
                 raise MissingFileError(
-                    f"{split}_split: {needed} is not there{holds}. Give the folder that holds {_ANNOTATIONS}/, "
+                    f"{split}_split: {needed} does not exist{holds}. Give the folder that holds {_ANNOTATIONS}/, "
                     f"{_IMAGES}/ and {_SETS.as_posix()}/ (--data.root FOLDER), and the name of a list in the last "
                     f"(--data.{split}_split NAME)."
                 )
-        # Found once for all splits: to find them, every annotation is read.
+        # Collected once for all splits: that reads every annotation.
         classes = self.classes or (() if self._categories is None else self._categories.names)
         annotations = read_voc(self.root, name, classes, self.corners_from, self.exif, self.on_bad_image)
         return annotations, self.root / _IMAGES
 
+    @override
     def read_categories(self) -> Categories | None:
-        """See `DetectionDataModule.read_categories`."""
         folder = self.root / _ANNOTATIONS
         if not self.classes and not folder.is_dir():
             return None
-        names = self.classes or _occurring(folder)
+        names = self.classes or _annotated_classes(folder)
         return Categories(names, tuple(range(1, len(names) + 1)))
 
 
@@ -156,22 +128,22 @@ def read_voc(
 
     Args:
         root: Folder that holds `Annotations/`, `JPEGImages/` and `ImageSets/Main/`.
-        split: Name of a list in the last.
+        split: Name of a list in `ImageSets/Main/`.
         classes: As in `VOCDetectionDataModule`.
         corners_from: As in `VOCDetectionDataModule`.
-        exif: How the size of an image is read where its annotation does not say it.
-        on_bad_image: What is done about an image whose size cannot be read then.
+        exif: See `ExifPolicy`; for images whose annotation does not have their size.
+        on_bad_image: See `BadImagePolicy`; for images whose size cannot be read then.
 
     Raises:
-        FileNotFoundError: If a listed image or its annotation is not there.
-        ValueError: If an annotation cannot be read, or has a class that is none of `classes`.
+        FileNotFoundError: If the annotation of a listed image does not exist.
+        ValueError: If an annotation cannot be read, or has a class that is not in `classes`.
     """
     listing = root / _SETS / f"{split}.txt"
     # A list of one class has a second column: 1, -1 or 0. Names may have blanks.
     stems = [re.sub(r"\s+(-1|0|1)$", "", line) for line in read_lines(listing)]
     if not stems:
         raise InputError(f"{listing} lists no image. Give a split that has some.")
-    twice = first_repeated(stems)
+    twice = first_duplicate(stems)
     if twice is not None:
         raise InputError(f"{listing} lists {twice!r} twice. Remove one.")
     missing = [stem for stem in stems if not (root / _ANNOTATIONS / f"{stem}.xml").is_file()]
@@ -181,7 +153,7 @@ def read_voc(
             f"{listed([f'{stem}.xml' for stem in missing], 5)}. Copy these there, or take them out of the list; an "
             "image without objects has a file without any."
         )
-    names = tuple(classes) or _occurring(root / _ANNOTATIONS)
+    names = tuple(classes) or _annotated_classes(root / _ANNOTATIONS)
     categories = Categories(names, tuple(range(1, len(names) + 1)))
     present = {
         path.stem: path.name
@@ -194,22 +166,22 @@ def read_voc(
     found, unreadable = sizes_of(root / _IMAGES, [files[number] for number in unsized], exif, on_bad_image)
     sizes = {number: size for number, (size, _, _) in enumerate(read) if size is not None}
     sizes |= {unsized[place]: size for place, size in found.items()}
-    owners, objects = [], []
+    image_indices, objects = [], []
     for place, number in enumerate(sorted(sizes)):
         for one in read[number][2]:
             if one.name not in names:
                 raise InputError(
-                    f"{root / _ANNOTATIONS / stems[number]}.xml has an object {one.name!r}, which is none of the "
+                    f"{root / _ANNOTATIONS / stems[number]}.xml has an object {one.name!r}, which is not among the "
                     f"classes {listed(names, 30)}. Add it (--data.classes), or correct the file."
                 )
-            owners.append(place)
+            image_indices.append(place)
             objects.append(one)
-    return DetectionAnnotations.of_objects(
+    return DetectionAnnotations.from_objects(
         listing,
         categories,
         names=[files[number] for number in sorted(sizes)],
         sizes=np.array([sizes[number] for number in sorted(sizes)], dtype=np.int64).reshape(-1, 2),
-        owners=np.array(owners, dtype=np.int64),
+        image_indices=np.array(image_indices, dtype=np.int64),
         bboxes=np.array([one.bbox for one in objects], dtype=np.float64).reshape(-1, 4),
         labels=np.array([names.index(one.name) + 1 for one in objects], dtype=np.int64),
         crowd=np.array([one.difficult for one in objects], dtype=np.bool_),
@@ -217,8 +189,8 @@ def read_voc(
     )
 
 
-def _occurring(folder: Path) -> tuple[str, ...]:
-    """The classes that any annotation has, so that all splits have the same."""
+def _annotated_classes(folder: Path) -> tuple[str, ...]:
+    """The classes of all annotations of the folder, so that all splits have the same."""
     names = {one.name for path in sorted(folder.glob("*.xml")) for one in _read_xml(path, 1)[2]}
     if not names:
         raise InputError(f"{folder} has no object in its files *.xml. Name the classes (--data.classes).")
@@ -226,11 +198,11 @@ def _occurring(folder: Path) -> tuple[str, ...]:
 
 
 def _read_xml(path: Path, corners_from: int) -> tuple[tuple[int, int] | None, str, list[_Object]]:
-    """Height and width if they are said, the name of the image, and the objects of an annotation."""
+    """Height and width if they are given, the name of the image, and the objects of an annotation."""
     try:
         tree = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
-        raise InputError(f"{path} is no whole XML file: {error}. Copy or download it again.") from error
+        raise InputError(f"{path} is not a complete XML file: {error}. Copy or download it again.") from error
     except (ValueError, LookupError) as error:  # of an encoding that the parser does not know
         raise InputError(f"{path} cannot be read: {error}. Save it as UTF-8.") from error
     if tree.tag != "annotation":

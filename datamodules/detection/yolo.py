@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import yaml
+from typing_extensions import override
 
 from datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
 from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.detection.transforms import Augmentation
+from datamodules.images.batches import BadImagePolicy
 from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
 from datamodules.images.folders import contents, images_below, listed, read_lines, read_text
-from datamodules.sampling.image_batches import BadImagePolicy
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["YOLODetectionDataModule", "read_yolo", "read_yolo_description"]
@@ -25,11 +25,9 @@ class YOLODetectionDataModule(DetectionDataModule):
 
     `root/data.yaml` (or the only other YAML file in `root`) names the classes and, for each split, a folder of images,
     a list of them in a text file, or several of these. Labels are in text files of the same names, in the folder whose
-    path has `labels` in the place of the last `images` (or beside the images): a line `class x y width height` for
-    each box, its centre and size as shares of the image's, or a class and the corners of an outline, whose bounding box
-    is taken. An image without a file has no objects.
-
-    The other arguments are those of `COCODataModule`.
+    path has `labels` instead of the last `images` (or beside the images): a line `class x y width height` for each box,
+    its centre and size relative to those of the image, or a class and the corners of an outline, whose bounding box is
+    used. An image without a file has no objects.
 
     Args:
         root: Folder of the data.
@@ -38,16 +36,7 @@ class YOLODetectionDataModule(DetectionDataModule):
         train_split: Name of the training split in `data.yaml`.
         val_split: Name of the validation split in `data.yaml` (`val` finds `valid` too); "" for none.
         test_split: Name of the test split; "" means the validation split.
-        min_size: See `COCODataModule`.
-        max_size: See `COCODataModule`.
-        augmentation: See `COCODataModule`.
-        keep_empty: See `COCODataModule`.
-        seed: See `COCODataModule`.
-        eval_batch_size: See `COCODataModule`.
-        predict_folder: See `COCODataModule`.
-        exif: See `COCODataModule`.
-        on_bad_image: See `COCODataModule`.
-        repeat_threshold: See `COCODataModule`.
+        options: Those of `DetectionDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -61,45 +50,27 @@ class YOLODetectionDataModule(DetectionDataModule):
         train_split: str = "train",
         val_split: str = "val",
         test_split: str = "",
-        min_size: int = 800,
-        max_size: int = 1333,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
-        keep_empty: bool = False,
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
-        repeat_threshold: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(
             root,
             {"train": train_split, "val": val_split, "test": test_split},
             batch_size=batch_size,
             num_workers=num_workers,
-            min_size=min_size,
-            max_size=max_size,
-            augmentation=augmentation,
-            keep_empty=keep_empty,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-            repeat_threshold=repeat_threshold,
+            **options,
         )
 
+    @override
     def read_split(self, split: str) -> tuple[DetectionAnnotations, Path]:
-        """See `DetectionDataModule.read_split`."""
         return read_yolo(self.root, self.split_names[split], self.exif, self.on_bad_image)
 
+    @override
     def read_categories(self) -> Categories | None:
-        """See `DetectionDataModule.read_categories`."""
         return read_yolo_description(self.root)[1] if self.root.exists() else None
 
 
 def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]:
-    """What `data.yaml` says, the classes in it, and its path.
+    """The content of `data.yaml`, the classes in it, and its path.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -111,7 +82,7 @@ def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]
         if len(others) != 1:
             holds = f"; {root} holds {contents(root)}" if root.is_dir() else ""
             raise MissingFileError(
-                f"root: {path} is not there{holds}. Give the folder that holds data.yaml (--data.root FOLDER)."
+                f"root: {path} does not exist{holds}. Give the folder that holds data.yaml (--data.root FOLDER)."
             )
         path = others[0]
     try:
@@ -119,7 +90,7 @@ def read_yolo_description(root: Path) -> tuple[dict[str, Any], Categories, Path]
         content = yaml.safe_load(text)
         as_written = yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML file: {error}. Correct it.") from error
+        raise InputError(f"{path} is not a YAML file: {error}. Correct it.") from error
     names = as_written.get("names") if isinstance(as_written, dict) else None
     if isinstance(names, dict) and sorted(names) == sorted(map(str, range(len(names)))):
         names = [names[str(number)] for number in range(len(names))]
@@ -144,15 +115,15 @@ def read_yolo(
 
     Args:
         root: Folder that holds `data.yaml`, or that file.
-        split: Name of the split there.
-        exif: How the sizes of images are read.
-        on_bad_image: What is done about an image whose size cannot be read.
+        split: Name of the split in that file.
+        exif: See `ExifPolicy`; for the sizes of images.
+        on_bad_image: See `BadImagePolicy`; for images whose size cannot be read.
 
     Returns:
-        The annotations, whose category ids are YOLO's, from 0, and the folder that the names of images are below.
+        The annotations, whose category ids are YOLO's, from 0, and the folder that the names of images are relative to.
 
     Raises:
-        FileNotFoundError: If there is no such split, or a folder or file is not there.
+        FileNotFoundError: If there is no such split, or a folder or file does not exist.
         ValueError: If a file cannot be read; the message names it and the line.
     """
     content, categories, description = read_yolo_description(root)
@@ -162,28 +133,31 @@ def read_yolo(
     sizes_by_number, unreadable = sizes_of(folder, names, exif, on_bad_image)
     readable = sorted(sizes_by_number)
     sizes = np.array([sizes_by_number[number] for number in readable], dtype=np.int64).reshape(-1, 2)
-    owners: list[int] = []
+    image_indices: list[int] = []
     rows: list[tuple[int, float, float, float, float]] = []
     keypoints = _keypoint_values(content, description)
-    for place, number in enumerate(readable):
-        for row in _read_labels(_label_path(images[number]), len(categories), keypoints):
-            owners.append(place)
-            rows.append(row)
-    if not any(_label_path(path).is_file() for path in images):
+    labels = [_label_path(path) for path in images]
+    labelled = [path.is_file() for path in labels]
+    if not any(labelled):
         raise MissingFileError(
             f"none of the {len(images):,} images of {split!r} in {description} has a file of labels, such as "
-            f"{_label_path(images[0])}. Put the labels there: in the place of the folder images, the folder labels."
+            f"{labels[0]}. Put the labels there: in the place of the folder images, the folder labels."
         )
+    for place, number in enumerate(readable):
+        if labelled[number]:
+            found = _read_labels(labels[number], len(categories), keypoints)
+            image_indices += [place] * len(found)
+            rows += found
     values = np.array(rows, dtype=np.float64).reshape(-1, 5)
-    owner = np.array(owners, dtype=np.int64)
-    scale = np.tile(sizes[owner][:, ::-1], 2)
+    image_index = np.array(image_indices, dtype=np.int64)
+    scale = np.tile(sizes[image_index][:, ::-1], 2)
     centres, sides = values[:, 1:3], values[:, 3:5]
-    annotations = DetectionAnnotations.of_objects(
+    annotations = DetectionAnnotations.from_objects(
         description,
         categories,
         names=[names[number] for number in readable],
         sizes=sizes,
-        owners=owner,
+        image_indices=image_index,
         bboxes=np.concatenate([centres - sides / 2, sides], axis=1) * scale,
         labels=values[:, 0].astype(np.int64) + 1,
         unreadable=unreadable,
@@ -192,7 +166,7 @@ def read_yolo(
 
 
 def _keypoint_values(content: dict[str, Any], description: Path) -> int | None:
-    """How many numbers of keypoints follow each box; None where outlines may."""
+    """How many numbers of keypoints follow each box; None if outlines may follow."""
     shape = content.get("kpt_shape")
     if shape is None:
         return None
@@ -220,7 +194,7 @@ def _images(root: Path, content: dict[str, Any], split: str, description: Path) 
 
 
 def _resolved(root: Path, content: dict[str, Any], named: str, description: Path) -> Path:
-    """A path of `data.yaml`: below `path` there, below `root`, or as tools write it, from a folder beside `root`."""
+    """A path of `data.yaml`: relative to its `path`, to `root`, or as tools write it, to a folder beside `root`."""
     base = Path(str(content.get("path") or ""))
     without_dots = named
     while without_dots.startswith("../"):  # exports say ../train/images where train/ is beside data.yaml
@@ -231,7 +205,7 @@ def _resolved(root: Path, content: dict[str, Any], named: str, description: Path
         root / without_dots,
         root / base.name / named,
     ]
-    if Path(named).is_absolute():  # of the machine that wrote it; a folder needs two names to be the same one
+    if Path(named).is_absolute():  # of another machine; two folder names must agree
         parts = Path(named).parts[1:]
         shortest = 1 if Path(named).suffix == ".txt" else 2
         candidates += [root.joinpath(*parts[begin:]) for begin in range(1, len(parts) - shortest + 1)]
@@ -240,26 +214,26 @@ def _resolved(root: Path, content: dict[str, Any], named: str, description: Path
             return candidate
     tried = listed(list(dict.fromkeys(map(str, candidates[:3]))), 3)
     raise MissingFileError(
-        f"{description} names {named!r}, and none of {tried} is there; {root} holds {contents(root)}. Correct the path."
+        f"{description} names {named!r}, and none of {tried} exists; {root} holds {contents(root)}. Correct the path."
     )
 
 
 def _images_of(place: Path, description: Path) -> Iterable[Path]:
-    """The images of a folder and of those in it, or of a list."""
+    """The images of a folder and its subfolders, or of a list."""
     if place.is_dir():
         return (place / name for name in images_below(place))
     paths = [place.parent / line for line in read_lines(place)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise MissingFileError(
-            f"{place} (of {description}) lists {len(missing):,} images that are not there: {listed(missing, 3)}. Put "
+            f"{place} (of {description}) lists {len(missing):,} images that do not exist: {listed(missing, 3)}. Put "
             "them there, or take them out of the list."
         )
     return paths
 
 
 def _label_path(image: Path) -> Path:
-    """Where the labels of an image are."""
+    """Path of the labels of an image."""
     parts = list(image.parts)
     for place in range(len(parts) - 2, -1, -1):
         if parts[place] == "images":
@@ -269,9 +243,7 @@ def _label_path(image: Path) -> Path:
 
 
 def _read_labels(path: Path, num_classes: int, keypoints: int | None) -> list[tuple[int, float, float, float, float]]:
-    """Class, centre and size of each object; none if there is no file."""
-    if not path.is_file():
-        return []
+    """Class, centre and size of each object."""
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
@@ -285,8 +257,8 @@ def _read_labels(path: Path, num_classes: int, keypoints: int | None) -> list[tu
             values = values[:5]
         elif keypoints is not None and len(values) != 5:
             raise InputError(
-                f"{where} has {len(values)} numbers, but kpt_shape in data.yaml means 5 and {keypoints}. Correct one "
-                "of them."
+                f"{where} has {len(values)} numbers, but kpt_shape in data.yaml asks for 5 and {keypoints}. Correct "
+                "one of them."
             )
         if not np.isfinite(values).all() or not (len(values) == 5 or (len(values) >= 7 and len(values) % 2)):
             raise InputError(
@@ -301,8 +273,8 @@ def _read_labels(path: Path, num_classes: int, keypoints: int | None) -> list[tu
             )
         if max(numbers) > 2:
             raise InputError(
-                f"{where} has numbers far above 1, but YOLO's are shares of the image's width and height. Divide them "
-                "by these."
+                f"{where} has numbers far above 1, but YOLO's are relative to the image's width and height. Divide "
+                "them by these."
             )
         x, y, width, height = numbers if len(numbers) == 4 else _bounds(numbers)
         rows.append((int(label), x, y, width, height))
@@ -310,13 +282,13 @@ def _read_labels(path: Path, num_classes: int, keypoints: int | None) -> list[tu
 
 
 def _bounds(outline: Sequence[float]) -> tuple[float, float, float, float]:
-    """Centre and size of what is around an outline x1 y1 x2 y2 ..."""
+    """Centre and size of the bounding box of an outline x1 y1 x2 y2 ..."""
     xs, ys = outline[::2], outline[1::2]
     return (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:
-    """The lowest folder that all are below."""
+    """The deepest folder that holds all."""
     folder = paths[0].parent
     while not all(path.is_relative_to(folder) for path in paths):
         folder = folder.parent

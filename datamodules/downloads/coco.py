@@ -1,7 +1,7 @@
-"""The official COCO 2017 images and boxes: where they are, and how they become `root/annotations/` and `root/{split}/`.
+"""Downloads the official COCO 2017 images and annotations into `root/annotations/` and `root/{split}/`.
 
-An archive is checked by its size and SHA-256 when it has been fetched, each file by the checksum in the archive when it
-is unpacked, and their number by what is known of COCO.
+An archive is checked by its size and SHA-256 when it has been downloaded, each file by the checksum in the archive when
+it is unpacked, and their number by the known number of COCO.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datamodules.downloads.transfer import RemoteFile, extract_members, fetch
 from lightning_attn.errors import ExistingFileError, InputError, UnusableFileError
-from lightning_attn.io import read_manifest, replace_manifest
+from lightning_attn.io import read_manifest, write_json
 
 __all__ = ["COCO_PARTS", "OFFICIAL_URL", "CocoPart", "download_coco"]
 
@@ -20,18 +20,18 @@ OFFICIAL_URL = "http://images.cocodataset.org"  # its certificate is for another
 ARCHIVE_FOLDER = "downloads"
 MANIFEST_NAME = "coco_sources.json"
 
-# Unpacked together: what an interruption may cost, against reading the list of 118,000 names again.
-_MEMBERS_AT_ONCE = 10_000
+# Unpacked together: a larger number loses more at an interruption, a smaller one rereads the 118,000 names more often.
+MEMBERS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
 class CocoPart:
-    """An archive, and what is taken out of it.
+    """An archive, and the files in it that are unpacked.
 
     Args:
         path: Path of the archive below the base address.
-        members: A regular expression for the names of the files that are taken; they keep their names.
-        count: How many files that must be.
+        members: A regular expression for the names of these files; they keep their names.
+        count: Their expected number.
         splits: The splits that need it.
         size: Bytes of the archive.
         sha256: Its SHA-256.
@@ -76,7 +76,7 @@ COCO_PARTS: Sequence[CocoPart] = (
         sha256="69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
     ),
 )
-"""What is fetched, small archives first: a wrong address or a closed network shows within seconds."""
+"""The archives, small ones first: a wrong address or a closed network shows within seconds."""
 
 
 def download_coco(
@@ -87,21 +87,21 @@ def download_coco(
     *,
     show_progress: bool = True,
 ) -> None:
-    """Fetches COCO 2017 and unpacks it; what is done already is not done again.
+    """Downloads and unpacks COCO 2017; finished parts are skipped.
 
-    The archives (19 GiB for both splits) stay in `root/downloads`, which may be removed afterwards. An interrupted call
-    is finished by the next one; one process at a time may fill a folder.
+    The archives (19 GiB for both splits) stay in `root/downloads`, which may be removed afterwards. The next call
+    resumes an interrupted one; one process at a time may write to a folder.
 
     Args:
-        root: Folder of the data; made if it is missing.
-        splits: Which splits are needed.
+        root: Folder of the data; created if it is missing.
+        splits: The splits that are needed.
         base_url: The official server or a mirror with the same paths.
-        parts: What there is to fetch.
-        show_progress: Draws progress bars on stderr.
+        parts: The archives.
+        show_progress: Shows progress bars on stderr.
 
     Raises:
-        DownloadError: If an archive cannot be fetched or is not the expected one.
-        FileExistsError: If `root` holds such files that this function did not write; they are left alone.
+        DownloadError: If an archive cannot be downloaded or is not the expected one.
+        FileExistsError: If `root` holds such files that this function did not write; they are not changed.
         ValueError: If there is no such split, or an archive holds another number of files; nothing of it is unpacked.
         OSError: If an archive is damaged, or the disk is full.
     """
@@ -110,8 +110,8 @@ def download_coco(
     for split in splits:
         if split not in offered:
             raise InputError(
-                f"download: there is no split {split!r} to fetch, only {' and '.join(offered)}. Name one of these, or "
-                "turn the download off (--data.download false)."
+                f"download: there is no split {split!r} to download, only {' and '.join(offered)}. Name one of them, "
+                "or turn the download off (--data.download false)."
             )
     needed = [part for part in parts if set(part.splits) & set(splits)]
     manifest = root / MANIFEST_NAME
@@ -120,12 +120,12 @@ def download_coco(
         present = [name for name in ("annotations", *offered) if (root / name).exists()]
         if present:
             raise ExistingFileError(
-                f"{root} already holds {', '.join(present)}, which this program did not download. They are left as "
-                "they are: use another folder for the download, or turn it off (--data.download false)."
+                f"{root} already holds {', '.join(present)}, which this program did not download. They are "
+                "not changed: use another folder for the download, or turn it off (--data.download false)."
             )
         root.mkdir(parents=True, exist_ok=True)
         done = {}
-        replace_manifest(manifest, done)
+        write_json(manifest, done, replace=True)
     for part in needed:
         if done.get(part.path) == part.count == _present(root, part):
             continue
@@ -133,14 +133,14 @@ def download_coco(
         archive = fetch(part.archive(base_url), root / ARCHIVE_FOLDER, verify=True, show_progress=show_progress)
         _unpack(part, archive, root, show_progress)
         done[part.path] = part.count
-        replace_manifest(manifest, done)
+        write_json(manifest, done, replace=True)
 
 
 def _unpack(part: CocoPart, archive: Path, root: Path, show_progress: bool) -> None:
     """Writes the files of a part, except those that an earlier call has written."""
     try:
         with zipfile.ZipFile(archive) as packed:
-            # The expression alone decides which names are written, so none can lead out of the folder.
+            # Only names that match the expression are written, so none can be outside of the folder.
             sizes = {info.filename: info.file_size for info in packed.infolist() if _matches(part, info.filename)}
     except zipfile.BadZipFile as error:
         raise UnusableFileError(f"{archive} is damaged ({error}); remove it and run again.") from error
@@ -149,10 +149,10 @@ def _unpack(part: CocoPart, archive: Path, root: Path, show_progress: bool) -> N
             f"{archive} has the wrong number of files {part.members}; expected {part.count:,}, got {len(sizes):,}. "
             f"Nothing of it was unpacked; remove {archive} and run again."
         )
-    # A file gets its name when it is complete, so one of the right size is what an earlier call has unpacked.
+    # A file gets its name when it is complete, so one of the right size was unpacked by an earlier call.
     left = [name for name, size in sizes.items() if not _has_size(root / name, size)]
-    for start in range(0, len(left), _MEMBERS_AT_ONCE):
-        members = {name: root / name for name in left[start : start + _MEMBERS_AT_ONCE]}
+    for start in range(0, len(left), MEMBERS_AT_ONCE):
+        members = {name: root / name for name in left[start : start + MEMBERS_AT_ONCE]}
         extract_members(archive, members, show_progress=show_progress)
 
 
@@ -165,7 +165,7 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def _present(root: Path, part: CocoPart) -> int:
-    """How many files of a part are there, by their names."""
+    """Number of existing files of a part, by their names."""
     folder = root / part.members.partition("/")[0]
     if not folder.is_dir():
         return 0

@@ -1,4 +1,4 @@
-"""Downloads that resume, are checked, and never leave half a file behind; and safe reading of archives."""
+"""Downloads that resume, are checked, and never leave an incomplete file; and safe unpacking of archives."""
 
 import errno
 import hashlib
@@ -35,23 +35,23 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class DownloadError(UnusableFileError):
-    """A file could not be fetched, or what came is not what was expected."""
+    """A file could not be downloaded, or is not the expected one."""
 
 
-class _BrokenOffError(Exception):
-    """This attempt failed in a way that another one may mend."""
+class _FailedAttemptError(Exception):
+    """An attempt failed in a way that may not occur again."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on a server, and what is known about it.
+    """A file on a server, with its known properties.
 
     Args:
         url: Where it is; http or https.
-        name: Name that it gets in the folder, without directories.
+        name: Its name in the local folder, without directories.
         size: Bytes, if known.
         sha256: SHA-256 in 64 hexadecimal digits, if published.
-        md5: MD5 in 32 hexadecimal digits, where no better one is published.
+        md5: MD5 in 32 hexadecimal digits, if no better checksum is published.
 
     Raises:
         ValueError: If a value is not of that form.
@@ -66,7 +66,7 @@ class RemoteFile:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise InputError(f"url={self.url!r}: only http:// and https:// addresses are fetched.")
+            raise InputError(f"url={self.url!r}: only http:// and https:// addresses are downloaded.")
         if self.name in ("", ".", "..") or re.search(r"[/\\\0]", self.name):
             raise InputError(f"name={self.name!r}: give a plain file name, without directories.")
         if self.size is not None and self.size < 0:
@@ -93,29 +93,29 @@ def fetch(
     timeout: float = 60.0,
     show_progress: bool = True,
 ) -> Path:
-    """Downloads a file, or does nothing if it is there.
+    """Downloads a file, unless it exists.
 
-    Bytes go to `<name>.part`. A broken download goes on from there, in the same call or in a later one, if the server
-    can send ranges and says (by ETag or date) that its file is still the same, or if a checksum will tell; otherwise it
+    Bytes go to `<name>.part`. An interrupted download is resumed, in the same call or in a later one, if the server
+    supports ranges and states (by ETag or date) that its file has not changed, or if there is a checksum; otherwise it
     starts over. Size and checksum are checked before the file gets its final name, so a file under that name is
-    complete. One process at a time may fetch a given file into a folder.
+    complete. One process at a time may download a given file into a folder.
 
     Args:
-        file: What to fetch.
-        folder: Where to put it; made if it is missing.
-        verify: Checks the checksum, too, of a file that is there already; its size is always checked.
-        attempts: How many times in a row a download may break off without getting further.
-        backoff: Seconds to wait after the first break; doubled each time, up to a minute.
+        file: The file.
+        folder: Local folder; created if it is missing.
+        verify: Whether the checksum of an existing file is checked too; its size is always checked.
+        attempts: How many times in a row a download may be interrupted without progress.
+        backoff: Seconds to wait after the first interruption; doubled each time, up to a minute.
         timeout: Seconds of silence after which a connection counts as broken.
-        show_progress: Draws a progress bar on stderr.
+        show_progress: Shows a progress bar on stderr.
 
     Returns:
         The path of the complete file.
 
     Raises:
-        DownloadError: If the server refuses, the connection keeps breaking, or size or checksum are not as expected (a
-            file with a wrong checksum is not kept). The message names the address and what to do by hand.
-        OSError: If the disk is full; nothing is kept.
+        DownloadError: If the server refuses, the connection keeps failing, or size or checksum are not as expected (a
+            file with a wrong checksum is removed). The message has the address, and how to download it by hand.
+        OSError: If the disk is full; the unfinished file is removed.
     """
     target = folder / file.name
     if target.exists():
@@ -131,15 +131,16 @@ def fetch(
                 try:
                     _receive(partial, timeout, lambda done, total: progress.update(task, completed=done, total=total))
                     break
-                except _BrokenOffError as error:
-                    # Only an attempt that got further than all before it starts the count again: a server that always
-                    # breaks at the same byte and cannot resume must not be asked for ever.
+                except _FailedAttemptError as error:
+                    # Only an attempt that got further than all before it resets the count: a server that always fails
+                    # at the same byte and cannot resume must not be asked for ever.
                     breaks = 1 if partial.size() > furthest else breaks + 1
                     furthest = max(furthest, partial.size())
                     if breaks >= attempts:
                         raise DownloadError(
-                            f"{file.url}: the download broke off {attempts} times in a row, at last with: {error}. "
-                            f"{partial.size():,} bytes are kept in {partial.path} for the next try. {partial.by_hand()}"
+                            f"{file.url}: the download was interrupted {attempts} times in a row, the last time by: "
+                            f"{error}. {partial.size():,} bytes are kept in {partial.path} for the next call. "
+                            f"{partial.by_hand()}"
                         ) from error
                     time.sleep(min(backoff * 2 ** (breaks - 1), 60.0))
         partial.finish()
@@ -151,7 +152,7 @@ def fetch(
 
 
 class _Partial:
-    """The unfinished file, and beside it a note of which version of the server's file its bytes are from."""
+    """The unfinished file, and a note of the version of the server's file that its bytes are from."""
 
     def __init__(self, folder: Path, file: RemoteFile) -> None:
         self.file = file
@@ -168,7 +169,7 @@ class _Partial:
         self.note.unlink(missing_ok=True)
 
     def version(self) -> str | None:
-        """What the server called the version that these bytes are from: a strong ETag or a date."""
+        """The server's identifier of the version that these bytes are from: a strong ETag or a date."""
         try:
             note = json.loads(self.note.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -192,19 +193,19 @@ class _Partial:
                 self.discard()
                 raise DownloadError(
                     f"{file.url}: wrong {algorithm} checksum; expected {expected}, got {got}. The download was "
-                    "removed. Run again; if this stays, the file on the server has changed."
+                    "removed. Run again; if this happens again, the file on the server has changed."
                 )
         self.path.replace(self.target)
         self.discard()
 
     def by_hand(self) -> str:
-        return f"To fetch it by hand, download that address to {self.target} and run again."
+        return f"You can also download that address to {self.target} by hand and run again."
 
     def raise_wrong_size(self, size: int) -> NoReturn:
         self.discard()
         raise DownloadError(
-            f"{self.file.url}: wrong size; expected {self.file.size:,} bytes, got {size:,}. Nothing was kept. Either "
-            "something in between (a proxy, a log-in page) answered, or the file on the server has changed. "
+            f"{self.file.url}: wrong size; expected {self.file.size:,} bytes, got {size:,}. Nothing was kept. Either a "
+            "proxy or a log-in page answered, or the file on the server has changed. "
             f"{self.by_hand()}"
         )
 
@@ -221,15 +222,15 @@ class _Partial:
 
 
 def _receive(partial: _Partial, timeout: float, report: Callable[[int, int | None], None]) -> None:
-    """One attempt: asks for what is missing and appends it.
+    """One attempt: requests the missing bytes and appends them.
 
     Raises:
-        _BrokenOffError: If another attempt may mend it.
+        _FailedAttemptError: If another attempt may succeed.
     """
     file = partial.file
     offset, version = partial.size(), partial.version()
     if version is None and file.checksum is None:
-        offset = 0  # nothing would tell if the server's file had changed in between
+        offset = 0  # a change of the server's file in between would not be noticed
     if offset and offset == file.size:
         return
     request = urllib.request.Request(file.url, headers={"User-Agent": "lightning-attn", "Accept-Encoding": "identity"})
@@ -243,20 +244,20 @@ def _receive(partial: _Partial, timeout: float, report: Callable[[int, int | Non
     except urllib.error.HTTPError as error:
         if error.code == 416 and offset:
             if _content_range(error.headers.get("Content-Range"))[1] == offset:
-                return  # all of it was there already
+                return  # the file is complete
             partial.discard()
-            raise _BrokenOffError("the server has no more bytes than were received before, or fewer") from error
+            raise _FailedAttemptError("the server has no more bytes than were received before, or fewer") from error
         if error.code in _TRANSIENT_STATUS:
-            raise _BrokenOffError(f"HTTP {error.code} {error.reason}") from error
+            raise _FailedAttemptError(f"HTTP {error.code} {error.reason}") from error
         raise DownloadError(
             f"{file.url}: the server answered {error.code} {error.reason}. {partial.by_hand()}"
         ) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError | str):  # a string: an address of another kind
             raise DownloadError(f"{file.url}: {error.reason}. {partial.by_hand()}") from error
-        raise _BrokenOffError(str(error.reason)) from error
+        raise _FailedAttemptError(str(error.reason)) from error
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        raise _BrokenOffError(f"{type(error).__name__} {error}".strip()) from error
+        raise _FailedAttemptError(f"{type(error).__name__} {error}".strip()) from error
 
 
 def _append(
@@ -266,7 +267,7 @@ def _append(
     version: str | None,
     report: Callable[[int, int | None], None],
 ) -> None:
-    """Writes the body of an answer behind the first `offset` bytes, or from the start if the server sends all of it."""
+    """Appends the body of a response after `offset` bytes, or writes all of it if the server sends the whole file."""
     file, headers = partial.file, response.headers
     etag = headers.get("ETag")
     sent_version = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
@@ -275,7 +276,7 @@ def _append(
         changed = version is not None and sent_version is not None and sent_version != version
         if start != offset or changed:
             partial.discard()
-            raise _BrokenOffError("the server sent another part than was asked for, or of another version of the file")
+            raise _FailedAttemptError("the server sent another part than requested, or of another version of the file")
     else:
         length = headers.get("Content-Length") or ""
         offset, partial.total = 0, int(length) if length.isdigit() else None
@@ -297,24 +298,24 @@ def _append(
         out.flush()
         os.fsync(out.fileno())
     if partial.total is not None and offset < partial.total:
-        raise _BrokenOffError(f"the connection was closed after {offset:,} of {partial.total:,} bytes")
+        raise _FailedAttemptError(f"the connection was closed after {offset:,} of {partial.total:,} bytes")
 
 
 def extract_members(archive: Path, members: Mapping[str, Path], *, show_progress: bool = True) -> None:
-    """Copies chosen files out of a tar (of any compression) or zip archive.
+    """Extracts some members of a tar (of any compression) or zip archive.
 
     Only the given targets are written, whatever names the archive holds; links, devices and folders are refused. The
     targets appear when all members have been read completely.
 
     Args:
         archive: The archive.
-        members: Where each member goes, by its name in the archive.
-        show_progress: Draws a progress bar on stderr.
+        members: Target of each member, by its name in the archive.
+        show_progress: Shows a progress bar on stderr.
 
     Raises:
         FileNotFoundError: If the archive lacks a member.
         ValueError: If a member is not a regular file.
-        OSError: If the archive is damaged (its checksum was right when it was fetched by `fetch`), or the disk is full.
+        OSError: If the archive is damaged, or the disk is full.
     """
     wanted = {_normalised(name): name for name in members}
     finished: dict[Path, Path] = {}
@@ -335,13 +336,13 @@ def extract_members(archive: Path, members: Mapping[str, Path], *, show_progress
         if wanted:
             raise MissingFileError(
                 f"{archive} does not hold {', '.join(sorted(wanted.values()))}. It is not the archive that was "
-                "expected; remove it and fetch it again."
+                "expected; remove it and download it again."
             )
         for temporary, target in finished.items():
             temporary.replace(target)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UnusableFileError(
-            f"{archive} is damaged or cut short ({error}); remove it and fetch it again."
+            f"{archive} is damaged or cut short ({error}); remove it and download it again."
         ) from error
     except OSError as error:
         if error.errno in _FULL:
@@ -392,19 +393,17 @@ def _normalised(name: str) -> str:
 
 
 def _check_existing(path: Path, file: RemoteFile, verify: bool) -> None:
-    way_out = f"Move {path} away and run again to fetch it anew."
+    fix = f"Move {path} away and run again to download it."
     if not path.is_file():
-        raise DownloadError(f"{path} is not a file. {way_out}")
+        raise DownloadError(f"{path} is not a file. {fix}")
     if file.size is not None and path.stat().st_size != file.size:
-        raise DownloadError(
-            f"{path} has {path.stat().st_size:,} bytes, expected are {file.size:,} ({file.url}). {way_out}"
-        )
+        raise DownloadError(f"{path} has {path.stat().st_size:,} bytes, expected are {file.size:,} ({file.url}). {fix}")
     if verify and file.checksum:
         algorithm, expected = file.checksum
         got = _digest(path, algorithm)
         if got != expected:
             raise DownloadError(
-                f"{path} has the {algorithm} checksum {got}, expected is {expected} ({file.url}). {way_out}"
+                f"{path} has the {algorithm} checksum {got}, expected is {expected} ({file.url}). {fix}"
             )
 
 

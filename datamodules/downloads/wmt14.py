@@ -1,4 +1,4 @@
-"""The official WMT14 English-German text: where it is, and how it becomes `root/{train*,valid,test}.{en,de}`.
+"""Downloads the official WMT14 English-German text and converts it to `root/{train*,valid,test}.{en,de}`.
 
 Training data are Europarl v7, Common Crawl and News Commentary v9, each a part of its own (`train-europarl-v7.en` and
 so on: read them with `train_files: "train*"`). newstest2013 is the validation set, the full newstest2014 the test set.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datamodules.downloads.transfer import RemoteFile, extract_members, fetch
 from lightning_attn.errors import ExistingFileError, InputError
-from lightning_attn.io import read_manifest, replace_manifest
+from lightning_attn.io import read_manifest, write_json
 
 __all__ = ["OFFICIAL_URL", "WMT14_PARTS", "CorpusPart", "download_wmt14", "read_sgm"]
 
@@ -96,7 +96,7 @@ WMT14_PARTS: Sequence[CorpusPart] = (
         sha256="c7a74e2ea01ac6c920123108627e35278d4ccb5701e15428ffa34de86fa3a9e5",
     ),
 )
-"""What is fetched, small archives first: a wrong address or a closed network shows within seconds."""
+"""The archives, small ones first: a wrong address or a closed network shows within seconds."""
 
 
 def download_wmt14(
@@ -106,22 +106,21 @@ def download_wmt14(
     *,
     show_progress: bool = True,
 ) -> None:
-    """Fetches the official WMT14 English-German text and converts it; what is done already is not done again.
+    """Downloads the official WMT14 English-German text and converts it; finished parts are skipped.
 
-    The archives (1.7 GB) stay in `root/downloads`, which may be removed afterwards. An interrupted call is finished by
-    the next one; one process at a time may fill a folder. Training text is written as the archives hold it, byte for
-    byte.
+    The archives (1.7 GB) stay in `root/downloads`, which may be removed afterwards. The next call resumes an
+    interrupted one; one process at a time may write to a folder. Training text is written unchanged.
 
     Args:
-        root: Folder of the corpus; made if it is missing.
+        root: Folder of the corpus; created if it is missing.
         base_url: The official server or a mirror with the same paths.
-        parts: What to fetch.
-        show_progress: Draws progress bars on stderr.
+        parts: The parts to download.
+        show_progress: Shows progress bars on stderr.
 
     Raises:
-        DownloadError: If an archive cannot be fetched or is not the expected one.
-        FileExistsError: If `root` holds corpus files that this function did not write; they are left alone.
-        ValueError: If a part has not the expected number of lines; nothing of it is written.
+        DownloadError: If an archive cannot be downloaded or is not the expected one.
+        FileExistsError: If `root` holds corpus files that this function did not write; they are not changed.
+        ValueError: If a part does not have the expected number of lines; nothing of it is written.
         OSError: If the disk is full.
     """
     root = Path(root)
@@ -132,12 +131,12 @@ def download_wmt14(
     if done is None:
         if present:
             raise ExistingFileError(
-                f"{root} already holds {', '.join(present)}, which this program did not download. They are left "
-                "as they are: use another folder for the download, or turn it off (download: false)."
+                f"{root} already holds {', '.join(present)}, which this program did not download. They are "
+                "not changed: use another folder for the download, or turn it off (download: false)."
             )
         root.mkdir(parents=True, exist_ok=True)
         done = {}
-        replace_manifest(manifest, done)
+        write_json(manifest, done, replace=True)
     for part in parts:
         files = {language: root / f"{part.name}.{language}" for language in part.members}
         sizes = {path.name: path.stat().st_size for path in files.values() if path.exists()}
@@ -146,7 +145,7 @@ def download_wmt14(
         # `verify`, because an archive that was put there by hand has not been checked yet.
         archive = fetch(part.archive(base_url), root / ARCHIVE_FOLDER, verify=True, show_progress=show_progress)
         done |= _convert(part, archive, files, show_progress)
-        replace_manifest(manifest, done)
+        write_json(manifest, done, replace=True)
 
 
 def read_sgm(path: Path) -> list[str]:
@@ -161,11 +160,11 @@ def read_sgm(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start:,}); fetch its archive again.") from error
+        raise InputError(f"{path} is not UTF-8 (byte {error.start:,}); download its archive again.") from error
     segments = re.findall(r"<seg\b[^>]*>(.*?)</seg\s*>", text, re.DOTALL | re.IGNORECASE)
     opened = len(re.findall(r"<seg\b", text, re.IGNORECASE))
     if opened != len(segments):
-        raise InputError(f"{path} opens {opened:,} segments and closes {len(segments):,}; fetch its archive again.")
+        raise InputError(f"{path} opens {opened:,} segments and closes {len(segments):,}; download its archive again.")
     return [" ".join(_ENTITY.sub(lambda match: html.unescape(match[0]), segment).split()) for segment in segments]
 
 

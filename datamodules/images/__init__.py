@@ -1,1 +1,1 @@
-"""What data sets of images share: files, folders, transforms, batches, and the base of their DataModules."""
+"""Image data of any task: files, folders, transforms, batches, and the base of the DataModules."""

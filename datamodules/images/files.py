@@ -1,4 +1,4 @@
-"""Image files as RGB arrays, whatever they hold, and label files, or an error that names the file."""
+"""Reads image files of any kind as RGB arrays, and label files, or raises an error that names the file."""
 
 import logging
 import warnings
@@ -40,17 +40,17 @@ Window = tuple[int, int, int, int]
 """A part of an image: top, left, height, width."""
 
 ExifPolicy = Literal["apply", "ignore"]
-"""What is done about the orientation in the EXIF data of a photo.
+"""How the orientation in the EXIF data of a photo is treated.
 
-`apply` turns it upright, as viewers and most annotation tools do; only where annotations have another size than the
-upright image and that of the stored pixels, these are taken. `ignore` always takes the stored pixels.
+`apply` turns it upright, as viewers and most annotation tools do, unless the annotations have the size of the stored
+pixels and not that of the upright image. `ignore` always takes the stored pixels.
 """
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
-"""What Pillow may take a file for, whatever its name ends in: no format for which it would start another program."""
+"""The formats that Pillow may recognise, whatever the file name: none for which it would start another program."""
 
 IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Endings of the files that count as images in a folder, in lower case."""
+"""Suffixes of the files that count as images in a folder, in lower case."""
 
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
@@ -66,15 +66,15 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 
 class ImageError(InputError):
-    """An image file cannot be used; the message names it and a way out."""
+    """An image file cannot be used; the message names it and the fix."""
 
 
 class ImageHeader(NamedTuple):
-    """What `read_image` would give, as far as the header of a file says it.
+    """Size and orientation of what `read_image` would return, from the header of a file.
 
     Attributes:
         size: Height and width.
-        turned: Whether the stored pixels are turned or mirrored, by the EXIF orientation.
+        turned: Whether the stored pixels are rotated or mirrored, by the EXIF orientation.
     """
 
     size: tuple[int, int]
@@ -93,18 +93,18 @@ def read_image(
 
     Args:
         path: The file.
-        size: Height and width that the annotations were made for; None for those of the image.
-        window: The part that is wanted, inside the image; None for all of it. A file is always decoded as a whole, but
-            making an array of all its pixels takes a fifth of the time of a large PNG file.
-        exif: What is done about an EXIF orientation; Pillow itself turns TIFF files in any case.
+        size: Height and width of the annotated image; None if they are not known.
+        window: The part to return, inside the image; None for all of it. A file is always decoded as a whole, but
+            converting all pixels of a large PNG file to an array takes a fifth of the time.
+        exif: See `ExifPolicy`; Pillow itself always turns TIFF files.
 
     Returns:
         RGB, `[H, W, 3]`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImageError: If it is damaged, no image, too large (more than 178 million pixels), has 32-bit pixels, or has not
-            the size that was asked for.
+        ImageError: If it is damaged, not an image, too large (more than 178 million pixels), has 32-bit pixels, or does
+            not have the given size.
         OSError: If the file cannot be read.
     """
     with decoding(path) as image:
@@ -120,7 +120,7 @@ def read_image(
 
 
 def pixels_of(image: Image.Image | ImageArray | str | Path, exif: ExifPolicy = "apply") -> ImageArray:
-    """An image in any of the usual forms, as `read_image` would give it.
+    """An image in any of the usual forms, as `read_image` would return it.
 
     Args:
         image: A Pillow image, RGB pixels as uint8 `[H, W, 3]`, or the path of a file.
@@ -138,7 +138,7 @@ def pixels_of(image: Image.Image | ImageArray | str | Path, exif: ExifPolicy = "
         return read_image(Path(image), exif=exif)
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "") or "The image"
-        with _one_kind_of_error(name):
+        with _image_errors(name):
             image.load()
             orientation = _orientation(image)
             converted = _rgb(image, name)
@@ -157,7 +157,7 @@ def pixels_of(image: Image.Image | ImageArray | str | Path, exif: ExifPolicy = "
 
 
 def image_header(path: Path, size: tuple[int, int] | None = None, exif: ExifPolicy = "apply") -> ImageHeader:
-    """What `read_image` would give, from the header of the file.
+    """Size and orientation of what `read_image` would return, from the header of the file.
 
     Args:
         path: As in `read_image`.
@@ -166,7 +166,7 @@ def image_header(path: Path, size: tuple[int, int] | None = None, exif: ExifPoli
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImageError: If it is no image, too large, or has not the size that was asked for.
+        ImageError: If it is not an image, too large, or does not have the given size.
         OSError: If the file cannot be read.
     """
     with decoding(path) as image:
@@ -174,22 +174,22 @@ def image_header(path: Path, size: tuple[int, int] | None = None, exif: ExifPoli
 
 
 def image_size(path: Path, size: tuple[int, int] | None = None, exif: ExifPolicy = "apply") -> tuple[int, int]:
-    """Height and width of what `read_image` would give; arguments and errors are those of `image_header`."""
+    """Height and width of what `read_image` would return; arguments and errors are those of `image_header`."""
     return image_header(path, size, exif).size
 
 
 def read_labels(path: Path) -> ImageArray:
-    """Reads an image file that holds a number for each pixel instead of a colour.
+    """Reads an image file that holds the label of each pixel.
 
     Args:
         path: The file.
 
     Returns:
-        The numbers, 0 to 255, `[H, W]`.
+        The labels, 0 to 255, `[H, W]`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImageError: If it is damaged, no image, too large, or has not one channel of 8 bits.
+        ImageError: If it is damaged, not an image, too large, or does not have one channel of 8 bits.
         OSError: If the file cannot be read.
     """
     with decoding(path) as image:
@@ -199,7 +199,7 @@ def read_labels(path: Path) -> ImageArray:
 
 
 def label_size(path: Path) -> tuple[int, int]:
-    """Height and width of what `read_labels` would give, from the header of the file; the errors are the same."""
+    """Height and width of what `read_labels` would return, from the header of the file; the errors are the same."""
     with decoding(path) as image:
         _check_labels(image, path)
         return image.height, image.width
@@ -217,8 +217,8 @@ def _check_labels(image: Image.Image, path: Path) -> None:
     if image.mode != "L":
         found = "a palette" if image.mode == "P" else "16 bits" if image.mode[0] == "I" else f"pixels of {image.mode}"
         raise ImageError(
-            f"{path} has {found}, but a label file holds the number of a class in one channel of 8 bits (grey), not "
-            "colours and not numbers of single objects. Give such a file."
+            f"{path} has {found}, but a label file holds class ids in one channel of 8 bits (grey), not colours and "
+            "not ids of single objects. Give such a file."
         )
 
 
@@ -236,7 +236,7 @@ def _header(
     size: tuple[int, int] | None,
     exif: ExifPolicy,
 ) -> ImageHeader:
-    """Decides whether an image is turned: in training and evaluation, of files, Pillow images and headers alike."""
+    """Decides whether an image is turned; the same for files, Pillow images and headers."""
     stored = width_and_height[::-1]
     upright = width_and_height if orientation in _SIDEWAYS else stored
     oriented = orientation in _UPRIGHT
@@ -245,34 +245,34 @@ def _header(
     if size in (None, stored):
         return ImageHeader(stored, turned=False)
     found, turned, wanted = (f"{width}x{height}" for height, width in (stored, upright, size))
-    way_out = "Use the images that the annotations were made for, or correct the annotations."
+    fix = "Use the images that the annotations were made for, or correct the annotations."
     if upright != stored:
         found += f" pixels ({turned} upright, by its EXIF orientation)"
         if size == upright:
-            way_out = "The annotations were made for the upright image: use --data.exif apply."
+            fix = "The annotations were made for the upright image: use --data.exif apply."
     else:
         found += " pixels"
-    raise ImageError(f"{path} is {found}, but its annotation says {wanted} (width x height). {way_out}")
+    raise ImageError(f"{path} is {found}, but its annotation says {wanted} (width x height). {fix}")
 
 
 @contextmanager
 def decoding(path: Path) -> Iterator[Image.Image]:
-    """Opens an image, and makes one kind of error of all that a decoder may raise on a damaged file."""
-    with _one_kind_of_error(path), Image.open(path, formats=FORMATS) as image:
+    """Opens an image; whatever a decoder raises on a damaged file becomes an `ImageError`."""
+    with _image_errors(path), Image.open(path, formats=FORMATS) as image:
         yield image
 
 
 @contextmanager
-def _one_kind_of_error(path: Path | str) -> Iterator[None]:
+def _image_errors(path: Path | str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            # What is wrong is raised as an error; Pillow's warning begins at half the size that it refuses.
+            # Problems are raised as errors; Pillow already warns at half the size that it refuses.
             warnings.simplefilter("ignore")
             yield
     except ImageError:
         raise
     except FileNotFoundError as error:
-        raise MissingFileError(f"{path} is not there.") from error
+        raise MissingFileError(f"{path} does not exist.") from error
     except IsADirectoryError as error:
         raise ImageError(f"{path} is a folder, not an image.") from error
     except Image.DecompressionBombError as error:
@@ -282,8 +282,8 @@ def _one_kind_of_error(path: Path | str) -> Iterator[None]:
             raise  # the system could not read it
         kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise ImageError(
-            f"{path} is damaged, cut short, or no image of {kinds} ({error}). Copy or download it again, or take it "
-            "out of the data."
+            f"{path} is damaged, cut short, or not an image of {kinds} ({error}). Copy or download it again, or take "
+            "it out of the data."
         ) from error
 
 
@@ -301,13 +301,13 @@ def _rgb(image: Image.Image, path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-_reported_few_bits: list[str | Path] = []
+reported_few_bits: list[str | Path] = []
 
 
 def _report_few_bits(highest: int, path: str | Path) -> None:
-    """Says, once in a process, that an image of 16 bits is nearly black since its values use fewer."""
-    if highest < 1 << 14 and not _reported_few_bits:
-        _reported_few_bits.append(path)
+    """Warns, once in a process, that a 16-bit image becomes nearly black because its values use fewer bits."""
+    if highest < 1 << 14 and not reported_few_bits:
+        reported_few_bits.append(path)
         logger.warning(
             f"{path} has 16-bit pixels, of which the largest is {highest:,} of 65,535: it becomes nearly black in 8 "
             "bits. Stretch such images to all 16 bits, or store them with 8."

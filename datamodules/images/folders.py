@@ -1,4 +1,4 @@
-"""Folders of images: what is in them, and which of many files are looked into before the work starts."""
+"""Folders of images: listing them, names of output files, and helpers for messages about them."""
 
 import hashlib
 import logging
@@ -17,22 +17,22 @@ from lightning_attn.errors import InputError, MissingFileError
 __all__ = [
     "PackedText",
     "contents",
-    "first_repeated",
+    "evenly_spaced",
+    "first_duplicate",
     "images_below",
+    "images_to_predict",
     "listed",
-    "predicted_images",
     "printable",
     "read_lines",
     "read_text",
-    "spread",
     "unique_stems",
 ]
 
 logger = logging.getLogger(__name__)
 
 _FILES_CHECKED = 256
-_LONGEST_STEM = 160  # bytes; file systems take 255 in a name, with what is written before and behind it
-# Images that nothing here reads, or only with further software: they are named, and not passed over in silence.
+_LONGEST_STEM = 160  # bytes; file systems allow 255 in a name, prefixes and suffixes included
+# Image formats that are not read here: files with these suffixes are reported, not silently ignored.
 _OTHER_IMAGE_SUFFIXES = (
     *(".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef"),
     *(".npy", ".pgm", ".ppm", ".psd", ".raw", ".svg", ".tga"),
@@ -40,7 +40,7 @@ _OTHER_IMAGE_SUFFIXES = (
 
 
 class PackedText:
-    """Many strings in two arrays: worker processes share them, while each string object would be copied to each."""
+    """Many strings in two arrays, which worker processes share; string objects would be copied to each of them."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         encoded = [string.encode(errors="surrogateescape") for string in strings]  # as the system names files
@@ -55,16 +55,16 @@ class PackedText:
 
 
 def images_below(folder: Path) -> list[str]:
-    """The images of a folder and of those in it, also where these are links, as paths below it, sorted.
+    """The images of a folder and its subfolders, links included, as sorted paths relative to it.
 
-    Images of other formats are named in the log.
+    Images of other formats are reported in the log.
     """
     found: list[str] = []
     others: Counter[str] = Counter()
     for above, folders, files in os.walk(folder, followlinks=True):
         below = Path(above).relative_to(folder)
         if any((folder / parent).samefile(above) for parent in below.parents if parent != below):
-            folders.clear()  # a link to a folder above it, which would be followed for ever
+            folders.clear()  # a link to a parent folder, which would be followed for ever
             continue
         for name in files:
             suffix = Path(name).suffix.lower()
@@ -80,8 +80,8 @@ def images_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def predicted_images(folder: Path) -> list[str]:
-    """The images of the folder that is named as `predict_folder`, with those of the folders in it, by `images_below`.
+def images_to_predict(folder: Path) -> list[str]:
+    """The images of `predict_folder`, by `images_below`.
 
     Raises:
         FileNotFoundError: If there is no such folder, or it holds no image.
@@ -115,25 +115,25 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank, without blanks around them; errors as of `read_text`."""
+    """The stripped lines of a text file that are not blank; errors are those of `read_text`."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def printable(name: str) -> str:
-    """A file name for people and text files: bytes that are no UTF-8 become question marks in a black square."""
+    """A file name for messages and text files: bytes that are not UTF-8 become replacement characters."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def unique_stems(paths: Sequence[str], *, ending: str = "") -> list[str]:
-    """A name for what is written about each of some images: their file names without endings, each once.
+    """A unique stem for the output files of each image: its file name without suffix.
 
-    Only the last ending is taken away, so `frame.0001.jpg` gives `frame.0001`. Where two would be alike, also on file
-    systems that do not tell capitals apart, the names have the folders that the images are in, or the endings, or
-    else a number. Very long ones are cut, and end in a digest of the path.
+    Only the last suffix is removed, so `frame.0001.jpg` gives `frame.0001`. Where two would be equal, also on
+    case-insensitive file systems, they get the folders of the images, or the suffixes, or else a number. Very long ones
+    are truncated, and end in a digest of the path.
 
     Args:
-        paths: Of the images below a folder.
-        ending: Also taken away, of what is left.
+        paths: Paths of the images, relative to a folder.
+        ending: Also removed, after the suffix.
     """
     paths = [printable(path) for path in paths]
     bare = [_without_suffix(path).removesuffix(ending) for path in paths]
@@ -162,7 +162,7 @@ def unique_stems(paths: Sequence[str], *, ending: str = "") -> list[str]:
 
 
 def _without_suffix(path: str) -> str:
-    """A path without its last ending; a name of nothing but points and an ending keeps that."""
+    """A path without its last suffix; a name of nothing but dots and a suffix keeps that."""
     stem, _ = os.path.splitext(path)  # noqa: PTH122
     return path.lstrip("./") if not PurePosixPath(stem).name.strip(".") else stem
 
@@ -174,24 +174,24 @@ def _shortened(name: str, path: str) -> str:
     return f"{encoded[: _LONGEST_STEM - 9].decode(errors='ignore')}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
-def spread(count: int, most: int = _FILES_CHECKED) -> range:
-    """Numbers of at most `most` of `count` files, evenly spread, which are looked into in advance."""
+def evenly_spaced(count: int, most: int = _FILES_CHECKED) -> range:
+    """Indices of at most `most` of `count` files, evenly spaced, for checks in advance."""
     return range(0, count, max(1, -(-count // most)))
 
 
 def contents(folder: Path) -> str:
-    """What is in a folder, for a message."""
+    """The contents of a folder, for a message."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     return listed(names, 8) if names else "nothing"
 
 
 def listed(values: Sequence[Any] | npt.NDArray[Any], most: int) -> str:
-    """The first of some values, for a message."""
+    """The first of some values, separated by commas, for a message."""
     return ", ".join(str(value) for value in values[:most]) + (", ..." if len(values) > most else "")
 
 
-def first_repeated(values: Sequence[Any]) -> Any:
-    """The first of some values that was there before, or None."""
+def first_duplicate(values: Sequence[Any]) -> Any:
+    """The first value that equals an earlier one, or None."""
     seen = set()
     for value in values:
         if value in seen:

@@ -1,4 +1,4 @@
-"""What the DataModules that merge several data sets share."""
+"""Functions of the DataModules that merge several data sets."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -15,18 +15,18 @@ T = TypeVar("T", bound=ImageDataModule)
 
 
 def check_members(members: Sequence[ImageDataModule], weights: Sequence[float], kind: str) -> None:
-    """Refuses what cannot be merged.
+    """Checks the arguments of a merged DataModule.
 
     Args:
         members: The data sets.
-        weights: How often the training images of each come; none for once each.
-        kind: What the members are DataModules of, for the message.
+        weights: How often the training images of each come in an epoch; empty for once.
+        kind: Task of the members, for the message.
 
     Raises:
         ValueError: If there is no member, or weights and members differ in number, or a weight is out of range.
     """
     if not members:
-        raise InputError(f"members: there is none; give at least one DataModule of {kind}.")
+        raise InputError(f"members: the list is empty; give at least one DataModule of {kind}.")
     if weights and len(weights) != len(members):
         raise InputError(f"weights: there are {len(weights)} for {len(members)} members; give one for each.")
     if any(not 0 <= weight < 1000 for weight in weights) or (weights and not any(weights)):
@@ -34,20 +34,20 @@ def check_members(members: Sequence[ImageDataModule], weights: Sequence[float], 
 
 
 def member_splits(members: Sequence[ImageDataModule]) -> dict[str, str]:
-    """The names of the merged splits; "" for those of validation and test that no member has."""
+    """The names of the merged splits; "" for validation and test if no member has them."""
     has_tests = any(member.has_test_split for member in members)
     has_validation = any(member.split_names["val"] for member in members)
     return {"train": "train", "val": "val" if has_validation else "", "test": "test" if has_tests else ""}
 
 
 def members_with(members: Sequence[T], split: str) -> list[T]:
-    """The members that have a part in a split: in a test, those whose test split is not that of validation, if any."""
+    """The members that have a split; for "test" those whose test split is not their validation split, if any."""
     with_tests = [member for member in members if member.has_test_split]
     return with_tests if split == "test" and with_tests else [member for member in members if member.split_names[split]]
 
 
 def prepare_members(members: Sequence[ImageDataModule], splits: Sequence[str]) -> None:
-    """Lets each member fetch or make the files of some of the splits "train", "val" and "test"."""
+    """Calls `prepare_files` of each member for some of the splits "train", "val" and "test"."""
     for member in members:
         member.prepare_files(sorted({member.split_names[split] for split in splits} - {""}))
 

@@ -1,9 +1,9 @@
-"""What happens to an image between the file and the network, whatever is to be learnt from it.
+"""Transforms of an image between the file and the network, for any task.
 
 An image is resized so that its short side gets a given length unless the long side would become too long, both rounded
-to whole pixels. What a `W x H` image shows then covers the new `W' x H'` pixels from edge to edge (their centres lie at
-halves), so x becomes `x * W' / W` with the rounded W', and `x' * W / W'` leads back. This is exact whatever rounding
-did to the aspect ratio; only the scale before rounding would be inexact, and it is used for nothing else.
+to whole pixels. The content of a `W x H` image then covers the new `W' x H'` pixels from edge to edge (pixel centres
+are at halves), so x becomes `x * W' / W` with the rounded W', and `x' * W / W'` is its inverse. This is exact whatever
+rounding did to the aspect ratio; only the scale before rounding would be inexact, and it is used for nothing else.
 """
 
 import os
@@ -25,7 +25,7 @@ FILLING = (124, 116, 104)
 
 @dataclass(frozen=True)
 class ImageAugmentation:
-    """What is changed at random in training images, whatever is to be learnt from them.
+    """Random changes of training images, for any task.
 
     Args:
         horizontal_flip: Probability that left and right are exchanged.
@@ -67,7 +67,7 @@ def check_range(name: str, value: float, most: float) -> None:
 
 
 def albumentations() -> Any:
-    """The package, imported as late as this because it takes a second."""
+    """The package; it is imported only when it is used, as that takes a second."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask a server for a newer version
     import albumentations as package  # type: ignore[import-untyped]
 
@@ -75,7 +75,7 @@ def albumentations() -> Any:
 
 
 def colour_changes(augmentation: ImageAugmentation) -> Any:
-    """What changes the colours of an image: an albumentations `Compose`."""
+    """The random changes of colours, as an albumentations `Compose`."""
     library = albumentations()
     jitter = library.ColorJitter(
         *(
@@ -88,14 +88,14 @@ def colour_changes(augmentation: ImageAugmentation) -> Any:
     return library.Compose([jitter] if augmentation.changes_colour else [])
 
 
-def seed_transforms(draw: Sequence[int], *steps: Any) -> np.random.Generator:
-    """Makes what albumentations' steps draw, and the generator that is returned, depend on some numbers alone.
+def seed_transforms(seed: Sequence[int], *steps: Any) -> np.random.Generator:
+    """Seeds albumentations' transforms, and returns a generator of the same seed.
 
     Args:
-        draw: The numbers, such as seed, epoch, number of the image.
+        seed: Numbers such as that of the run, epoch, index of the image.
         steps: Each an albumentations `Compose`.
     """
-    generator = np.random.default_rng(draw)
+    generator = np.random.default_rng(seed)
     # One stream for all steps. Compose.set_random_seed would give each step the same one, so that an image would be
     # flipped whenever its colours are changed.
     streams = generator, random.Random(int(generator.integers(1 << 32)))
@@ -110,7 +110,7 @@ def resized_sizes(sizes: npt.NDArray[np.int64], min_size: int, max_size: int) ->
     Args:
         sizes: Heights and widths of images, `[n, 2]`.
         min_size: Length of the short side; 0 resizes only what is longer than `max_size`.
-        max_size: Bound of the long side, which goes before; 0 for none.
+        max_size: Bound of the long side, which takes precedence; 0 for none.
     """
     scales = min_size / sizes.min(axis=1) if min_size else np.ones(len(sizes))
     if max_size:
@@ -125,7 +125,7 @@ def resized_size(size: tuple[int, int], min_size: int, max_size: int) -> tuple[i
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
-    """Resizes `[H, W, 3]` to a height and width: bilinear, or by the mean of the covered area where it shrinks."""
+    """Resizes `[H, W, 3]` to a height and width: bilinear, or by area averaging if a side shrinks."""
     height, width = image.shape[:2]
     if (height, width) == size:
         return image

@@ -1,1 +1,1 @@
-"""Small data sets that are generated: images, labels and sentences, the same on every machine."""
+"""Small generated data sets of images, labels and sentences, identical on every machine."""

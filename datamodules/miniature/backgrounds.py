@@ -1,7 +1,7 @@
-"""Natural photographs as backgrounds of the miniature image sets, without a network.
+"""Natural photographs as backgrounds of the miniature image sets, without downloads.
 
 They are files of the installed scikit-image, read from its package folder. Only pictures that are in the public domain
-or under CC0 and stored without loss are used, so that no decoder has a say in the pixels: an astronaut (NASA), a cat
+or under CC0 and stored losslessly are used, so that the pixels do not depend on a decoder: an astronaut (NASA), a cat
 (CC0, Stefan van der Walt), a cup of coffee (CC0, Rachel Michetti), a cameraman (CC0, Lav Varshney), and the surfaces
 brick, grass and gravel (CC0, cc0textures.com and linolafett). Grey ones are tinted.
 
@@ -24,7 +24,7 @@ __all__ = ["SCENES", "SURFACES", "background", "crop", "photograph"]
 Pixels = npt.NDArray[np.uint8]
 
 SCENES = ("astronaut", "camera", "chelsea", "coffee")
-"""Photographs of people, animals and things."""
+"""Photographs of people, animals and objects."""
 
 SURFACES: Mapping[str, tuple[tuple[int, int, int], ...]] = MappingProxyType(
     {
@@ -33,14 +33,14 @@ SURFACES: Mapping[str, tuple[tuple[int, int, int], ...]] = MappingProxyType(
         "gravel": ((205, 200, 195), (205, 175, 140), (150, 165, 185)),
     }
 )
-"""Grey photographs of surfaces, and the RGB colours that white is tinted with."""
+"""Grey photographs of surfaces, and the RGB colours that they are tinted with."""
 
 _CAMERA_TINTS = ((235, 235, 235), (240, 210, 165), (175, 205, 240))
 
 
 @cache
 def photograph(name: str) -> Pixels:
-    """A photograph as it is stored.
+    """A photograph, unchanged.
 
     Args:
         name: One of `SCENES` or `SURFACES`.
@@ -67,14 +67,14 @@ def photograph(name: str) -> Pixels:
 
 
 def crop(rng: np.random.Generator, name: str, height: int, width: int, *, held_out: bool) -> Pixels:
-    """A random part of a photograph, scaled to a size, mirrored in half of the cases and tinted if it is grey.
+    """A random crop of a photograph, scaled to a size, mirrored with probability 1/2 and tinted if it is grey.
 
     Args:
-        rng: Source of the random draws.
+        rng: The random generator.
         name: One of `SCENES` or `SURFACES`.
         height: Height in pixels, at least 1.
         width: Width in pixels, at least 1.
-        held_out: Whether to take it from the third of the photograph that is kept for evaluation.
+        held_out: Whether to crop the third of the photograph that is reserved for evaluation.
 
     Returns:
         RGB [height, width, 3].
@@ -88,7 +88,7 @@ def crop(rng: np.random.Generator, name: str, height: int, width: int, *, held_o
     pixels = photograph(name)
     border = pixels.shape[1] * 2 // 3
     region = pixels[:, border:] if held_out else pixels[:, :border]
-    # Source pixels per target pixel; at most what fits into the region.
+    # Source pixels per target pixel, limited by the region.
     scale = min(rng.uniform(0.6, 1.4), region.shape[0] / height, region.shape[1] / width)
     left = rng.uniform(0, region.shape[1] - scale * width)
     top = rng.uniform(0, region.shape[0] - scale * height)
@@ -98,20 +98,20 @@ def crop(rng: np.random.Generator, name: str, height: int, width: int, *, held_o
         result = result[:, ::-1]
     tints = _CAMERA_TINTS if name == "camera" else SURFACES.get(name)
     if tints is not None:
-        # 16-bit whole numbers: 255 * 255 fits, and every machine rounds alike.
+        # 16-bit integers: 255 * 255 fits, and every machine rounds alike.
         tint = np.array(tints[rng.integers(len(tints))], np.uint16)
         result = (result * tint // 255).astype(np.uint8)
     return np.ascontiguousarray(result)
 
 
 def background(rng: np.random.Generator, height: int, width: int, *, held_out: bool) -> Pixels:
-    """A part of any of the photographs, sometimes out of focus.
+    """A random crop of any of the photographs, sometimes blurred.
 
     Args:
-        rng: Source of the random draws.
+        rng: The random generator.
         height: Height in pixels, at least 1.
         width: Width in pixels, at least 1.
-        held_out: Whether to take it from the thirds of the photographs that are kept for evaluation.
+        held_out: Whether to crop the thirds of the photographs that are reserved for evaluation.
 
     Returns:
         RGB [height, width, 3].

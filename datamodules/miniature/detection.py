@@ -1,35 +1,36 @@
-"""A miniature detection set in the layout of COCO, drawn on the spot and without a network.
+"""A miniature detection set in the layout of COCO, generated without downloads.
 
-It is for trying things out: the quick start, the tests and a first look at a new attention need a detection task that a
-small network learns in minutes on a laptop. Each picture shows up to six things over a part of a natural photograph
+It is for quick experiments: the quick start, the tests and a first look at a new attention need a detection task that a
+small network learns in minutes on a laptop. Each picture shows up to six objects over a part of a natural photograph
 (`datamodules.miniature.backgrounds`): balls, stars, mugs, kites, fish and arrows of any colour, size, rotation and
 shading. They hide each other and are cut by the border of the picture. Every sixteenth picture is empty. Every twelfth
-shows a swarm of small things, annotated as one crowd.
+shows a swarm of small objects, annotated as one crowd.
 
-**What only far-away context tells.** Two more categories, `day_flower` and `night_flower`, are drawn by the same code
-with the same random draws. Which one a flower is, a sign in a corner of the picture decides: all flowers of a picture
+**Long-range context.** Two more categories, `day_flower` and `night_flower`, are drawn by the same code
+with the same random draws. A sign in a corner of the picture decides which one a flower is: all flowers of a picture
 with a sun are day flowers, all flowers of one with a moon are night flowers. Every picture has exactly one sign, with
 or without flowers, sun or moon with equal chance. Along the longer side of the picture, at least half of that side lies
-between the sign and any flower. The sign is the last thing to be chosen, by random draws of its own, and replaces the
-pixels of one square that nothing else reaches into. Everything outside that square is the same pixel for pixel under
-either sign, so no surroundings of a flower that leave the square out say anything about its category: whoever sees no
-further is right half of the time. Signs are not annotated.
+between the sign and any flower. The sign is chosen last, by a random stream of its own, and replaces the pixels of one
+square that nothing else reaches into. All pixels outside that square are identical under either sign, so the
+surroundings of a flower without the square have no information on its category: a detector that sees no further is
+right half of the time. Signs are not annotated.
 
-**Boxes.** Polygon, area and box describe what is visible, as in COCO: the part inside the picture that nothing in
-front covers, where a pixel counts if more than half of it is covered by the thing. Holes count as part of it. A
-placement that would leave less than 40 % of any thing visible is drawn again, so no hidden thing goes unannotated.
+**Boxes.** Polygon, area and box describe the visible part, as in COCO: the part inside the picture that nothing in
+front covers, where a pixel counts if the object covers more than half of it. Holes count as part of it. A placement
+that would leave less than 40 % of any object visible is drawn again, so no object is hidden and unannotated.
 
-**Same on every machine.** Each picture has a random stream of its own, made from its part and its number; it does not
-depend on how many others there are. Pictures are stored as PNG, without loss. Pixels and annotations depend on the
+**Identical on every machine.** Each picture has a random stream of its own, seeded by its part and number; it does not
+depend on the number of pictures. Pictures are stored as PNG, which is lossless. Pixels and annotations depend on the
 releases of NumPy, Pillow and scikit-image, the bytes of a PNG also on the zlib that Pillow was built with.
 
-Scores on this set say that a model works, and nothing about its quality on real pictures.
+Scores on this set show that a model works, not how good it is on real pictures.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -40,12 +41,20 @@ from PIL import Image, ImageDraw
 
 from datamodules.miniature.backgrounds import background
 from datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
-from datamodules.miniature.files import write_set
+from datamodules.miniature.files import check_counts, write_generated
 
-__all__ = ["MINIATURE_CATEGORIES", "MINIATURE_PICTURES", "write_miniature_detection"]
+__all__ = [
+    "MINIATURE_CATEGORIES",
+    "MINIATURE_PICTURES",
+    "SIGN_SIZE",
+    "MiniatureObject",
+    "MiniaturePicture",
+    "draw_picture",
+    "write_miniature_detection",
+]
 
 MINIATURE_PICTURES: Mapping[str, int] = MappingProxyType({"train": 400, "val": 80, "test": 80})
-"""Pictures of each part, unless told otherwise."""
+"""Default number of pictures of each part."""
 
 MINIATURE_CATEGORIES: Mapping[str, int] = MappingProxyType(
     {
@@ -54,7 +63,10 @@ MINIATURE_CATEGORIES: Mapping[str, int] = MappingProxyType(
 )  # fmt: skip
 """Names and category ids; the ids have gaps, as COCO's have."""
 
-DRAWING_VERSION = 1  # raise with every change that alters pixels or annotations, so that sets on disk are drawn anew
+SIGN_SIZE = 22
+"""Side of the square of the sun or moon in pixels."""
+
+DRAWING_VERSION = 1  # increase with every change of pixels or annotations, so that sets on disk are regenerated
 MANIFEST_NAME = "miniature_detection.json"
 
 _SEED = 20190730
@@ -62,15 +74,14 @@ _FIRST_ID = {"train": 100_001, "val": 200_001, "test": 300_001}
 _SIZES = ((128, 160), (120, 160), (144, 192), (160, 192), (160, 128), (192, 144))  # height, width
 _FINE = 4  # shapes are drawn this much larger and reduced: the edges come out anti-aliased
 _LEAST_VISIBLE = 0.4
-_SIGN = 22  # pixels; side of the square of the sun or moon
 
 
-# ------------------------------------------------------------------------------------------------ drawing one thing
+# ------------------------------------------------------------------------------------------------ drawing one object
 
 
 @dataclass(frozen=True)
 class _Sprite:
-    """A thing by itself: colours [h, w, 3] in 0..255 and how much of each pixel it covers [h, w] in 0..1."""
+    """A single object: colours [h, w, 3] in 0..255 and its coverage of each pixel [h, w] in 0..1."""
 
     colours: Floats
     coverage: Floats
@@ -83,7 +94,7 @@ def _covered(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice]:
 
 
 class _Canvas:
-    """Draws a thing in its own coordinates: x to the right and y down, its extent about -1..1.
+    """Draws an object in its own coordinates: x to the right and y down, its extent about -1..1.
 
     Args:
         size: Length of those two units in pixels.
@@ -104,21 +115,21 @@ class _Canvas:
         self._half = size / 2
 
     def body(self, points: Points, colour: Colour) -> None:
-        """Adds a polygon to the thing."""
+        """Adds a polygon to the object."""
         self._draw_mask.polygon(self._place(points), fill=255)
         self.mark(points, colour)
 
     def mark(self, points: Points, colour: Colour) -> None:
-        """Paints a polygon on the thing; what lies beyond its outline stays invisible."""
+        """Paints a polygon on the object; parts beyond its outline stay invisible."""
         self._draw.polygon(self._place(points), fill=colour)
 
     def sprite(self, light: float, *, round_body: bool, texture: Floats | None = None) -> _Sprite:
-        """The finished thing, shaded, and cut to the pixels that it covers.
+        """The finished object, shaded, and cropped to the pixels that it covers.
 
         Args:
             light: Direction that light comes from, in degrees clockwise from the right.
-            round_body: Shades it as a ball; otherwise as a plane with an even gradient.
-            texture: Random values in 0..1 [k, k] that are spread over the thing as uneven brightness.
+            round_body: Shades it as a ball; otherwise as a plane with a linear gradient.
+            texture: Random values in 0..1 [k, k] that are interpolated over the object as uneven brightness.
         """
         colours = np.asarray(self._image.reduce(_FINE), np.float64)
         coverage = np.asarray(self._mask.reduce(_FINE), np.float64) / 255
@@ -140,7 +151,7 @@ class _Canvas:
         return _Sprite(colours[inside], coverage[inside])
 
     def _place(self, points: Points) -> list[tuple[int, int]]:
-        # Whole numbers: the last bit of a cosine does not decide about a pixel.
+        # Integers, so that rounding errors of cosines cannot change a pixel.
         a, b, c, d = self._matrix
         middle = self._side * _FINE / 2
         return [(round(middle + a * x + b * y), round(middle + c * x + d * y)) for x, y in points]
@@ -148,7 +159,7 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Look:
-    """The random choices that things of all categories share."""
+    """The random choices that objects of all categories share."""
 
     size: float
     angle: float  # -1..1, as a part of the range that the category allows
@@ -282,56 +293,81 @@ _THINGS = tuple(_DRAW)
 
 
 def _sign(night: bool) -> Pixels:
-    """The sun or the moon on a square of its own, [_SIGN, _SIGN, 3]."""
+    """The sun or the moon on a square of its own, [SIGN_SIZE, SIGN_SIZE, 3]."""
     base = (28, 36, 92) if night else (150, 205, 245)
-    canvas = _Canvas(_SIGN, base)
+    canvas = _Canvas(SIGN_SIZE, base)
     canvas.body([(-1.5, -1.5), (1.5, -1.5), (1.5, 1.5), (-1.5, 1.5)], base)
     for points, colour in sun_or_moon(night):
         canvas.mark(points, colour)
     colours = canvas.sprite(0, round_body=False).colours
-    margin = (colours.shape[0] - _SIGN) // 2
-    return np.rint(colours[margin : margin + _SIGN, margin : margin + _SIGN]).astype(np.uint8)
+    margin = (colours.shape[0] - SIGN_SIZE) // 2
+    return np.rint(colours[margin : margin + SIGN_SIZE, margin : margin + SIGN_SIZE]).astype(np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------- one picture
 
 
 @dataclass(frozen=True)
-class _Thing:
-    """What is visible of a thing or crowd in the finished picture."""
+class MiniatureObject:
+    """What is visible of an object or a crowd in a picture.
 
-    name: str  # "flower" where the sign decides
-    coverage: Floats  # [height, width], 0..1
+    Args:
+        name: Its category, or "flower", whose category depends on the sign.
+        coverage: The visible share of it in each pixel, 0..1, `[height, width]`.
+        full_area: Area in pixels that it would cover if nothing hid or cut it; of a crowd what is inside the picture.
+        crowd: Whether it is a crowd.
+    """
+
+    name: str
+    coverage: Floats
+    full_area: float
     crowd: bool
 
 
 @dataclass(frozen=True)
-class _Picture:
+class MiniaturePicture:
+    """A picture with all that its annotations depend on.
+
+    Args:
+        pixels: RGB, `[height, width, 3]`.
+        night: Whether its sign is the moon.
+        sign: Top and left of the square of the sign.
+        objects: The objects, from the back to the front.
+    """
+
     pixels: Pixels
     night: bool
-    sign: tuple[int, int]  # top and left of the square of the sign
-    things: tuple[_Thing, ...]
+    sign: tuple[int, int]
+    objects: tuple[MiniatureObject, ...]
+
+    def annotations(self, image_id: int) -> list[dict[str, Any]]:
+        """The annotations in COCO's format, in the order of the objects."""
+        flower = "night_flower" if self.night else "day_flower"
+        categories = [MINIATURE_CATEGORIES[flower if one.name == "flower" else one.name] for one in self.objects]
+        return [
+            _annotation(one, category, image_id, number)
+            for number, (one, category) in enumerate(zip(self.objects, categories, strict=True), 1)
+        ]
 
 
 class _Scene:
-    """A picture that is being drawn from the back to the front."""
+    """A picture that is drawn from the back to the front."""
 
     def __init__(self, pixels: Pixels, sign: tuple[int, int]) -> None:
         self.pixels = pixels.astype(np.float64)
         self.height, self.width = pixels.shape[:2]
         self.sign = sign
-        self.things: list[_Thing] = []
-        self._full: list[float] = []  # area of each thing if nothing hid or cut it
+        self.objects: list[MiniatureObject] = []
 
     def place(self, rng: np.random.Generator, name: str, sprite: _Sprite) -> None:
-        """Puts a thing in front of all others, where none of them is hidden too much; leaves it out after 30 tries."""
+        """Places an object in front of all others, where none is hidden too much; omits it after 30 attempts."""
         for _ in range(30):
             top, left = self._position(rng, sprite, far_from_sign=name == "flower")
             if self._add(name, [(sprite, top, left)], crowd=False):
                 return
 
     def place_crowd(self, rng: np.random.Generator, name: str, sprites: Sequence[_Sprite]) -> None:
-        """Puts a swarm of small things around a point in front of all others; leaves it out after 30 tries."""
+        """Places a swarm of small objects around a point in front of all others; omits it after 30 attempts."""
         for _ in range(30):
             y, x = rng.uniform(0.3, 0.7) * self.height, rng.uniform(0.3, 0.7) * self.width
             offsets = rng.uniform(-1, 1, (len(sprites), 2)) * (0.2 * self.height, 0.25 * self.width)
@@ -343,22 +379,22 @@ class _Scene:
                 return
 
     def _position(self, rng: np.random.Generator, sprite: _Sprite, *, far_from_sign: bool) -> tuple[int, int]:
-        """Top and left at random, up to a third of the thing outside the picture."""
+        """Random top and left, with up to a third of the object outside the picture."""
         height, width = sprite.coverage.shape
         low = [-height // 3, -width // 3]
         high = [self.height - height + height // 3, self.width - width + width // 3]
         if far_from_sign:
             axis, length = (1, self.width) if self.width > self.height else (0, self.height)
             gap = math.ceil(length / 2)
-            if self.sign[axis] + _SIGN / 2 < length / 2:
-                low[axis] = self.sign[axis] + _SIGN + gap
+            if self.sign[axis] + SIGN_SIZE / 2 < length / 2:
+                low[axis] = self.sign[axis] + SIGN_SIZE + gap
             else:
                 high[axis] = self.sign[axis] - gap - (height, width)[axis]
         top, left = (int(rng.integers(low[axis], max(low[axis], high[axis]) + 1)) for axis in (0, 1))
         return top, left
 
     def _add(self, name: str, parts: Sequence[tuple[_Sprite, int, int]], *, crowd: bool) -> bool:
-        """Draws what consists of `parts` unless that breaks a rule; says whether it did."""
+        """Draws an object of these parts unless that breaks a rule; returns whether it did."""
         if any(self._touches_sign(sprite, top, left) for sprite, top, left in parts):
             return False
         pixels, cover = self.pixels.copy(), np.zeros((self.height, self.width))
@@ -369,44 +405,49 @@ class _Scene:
             behind = pixels[rows, columns]
             pixels[rows, columns] += (sprite.colours[sprite_rows, sprite_columns] - behind) * part[..., None]
             cover[rows, columns] = 1 - (1 - cover[rows, columns]) * (1 - part)
-        # A crowd hides itself; only what others hide of it counts.
+        # A crowd hides parts of itself; only occlusion by others counts.
         full = float(cover.sum()) if crowd else float(parts[0][0].coverage.sum())
-        left_over = [thing.coverage * (1 - cover) for thing in self.things]
-        for visible, whole in zip([*left_over, cover], [*self._full, full], strict=True):
-            if (visible > 0.5).sum() < _LEAST_VISIBLE * whole:
-                return False
-        self.pixels = pixels
-        self.things = [
-            _Thing(thing.name, visible, thing.crowd) for thing, visible in zip(self.things, left_over, strict=True)
-        ]
-        self.things.append(_Thing(name, cover, crowd))
-        self._full.append(full)
+        objects = [replace(one, coverage=one.coverage * (1 - cover)) for one in self.objects]
+        objects.append(MiniatureObject(name, cover, full, crowd))
+        if any((one.coverage > 0.5).sum() < _LEAST_VISIBLE * one.full_area for one in objects):
+            return False
+        self.pixels, self.objects = pixels, objects
         return True
 
     def _touches_sign(self, sprite: _Sprite, top: int, left: int) -> bool:
         height, width = sprite.coverage.shape
         sign_top, sign_left = self.sign
         return (
-            top < sign_top + _SIGN and top + height > sign_top and left < sign_left + _SIGN and left + width > sign_left
+            top < sign_top + SIGN_SIZE
+            and top + height > sign_top
+            and left < sign_left + SIGN_SIZE
+            and left + width > sign_left
         )
 
 
 def _overlap(start: int, length: int, limit: int) -> tuple[slice, slice]:
-    """Where a span lies within 0..limit, and which part of the span that is."""
+    """The part of a span within 0..limit, and its position in the span."""
     low, high = max(start, 0), min(start + length, limit)
     return slice(low, high), slice(low - start, high - start)
 
 
-def _draw_picture(part: str, index: int, night: bool | None = None) -> _Picture:
-    """Draws picture number `index` of a part; `night` overrides what decides about flowers, and nothing else."""
+def draw_picture(part: str, index: int, night: bool | None = None) -> MiniaturePicture:
+    """Draws a picture.
+
+    Args:
+        part: "train", "val" or "test".
+        index: Number of the picture in its part, from 0.
+        night: Whether its sign is the moon; changes nothing but the sign and the category of flowers. None for the
+            sign that it has in the set.
+    """
     rng = np.random.default_rng([_SEED, _FIRST_ID[part], index])
     height, width = _SIZES[rng.integers(len(_SIZES))]
     pixels = background(rng, height, width, held_out=part != "train")
     corner = [int(rng.integers(2, 6)), int(rng.integers(2, 6))]
     if rng.random() < 0.5:
-        corner[0] = height - _SIGN - corner[0]
+        corner[0] = height - SIGN_SIZE - corner[0]
     if rng.random() < 0.5:
-        corner[1] = width - _SIGN - corner[1]
+        corner[1] = width - SIGN_SIZE - corner[1]
     sign = (corner[0], corner[1])
     scene = _Scene(pixels, sign)
 
@@ -426,13 +467,13 @@ def _draw_picture(part: str, index: int, night: bool | None = None) -> _Picture:
                 sprite = _DRAW[name](_Look.draw(rng, 28, 64, light))
             scene.place(rng, name, sprite)
 
-    # A random stream of its own: nothing above depends on the sign, and nothing below but its own pixels.
+    # A separate random stream: nothing above depends on the sign, and below only its own pixels do.
     drawn = bool(np.random.default_rng([_SEED, _FIRST_ID[part], index, 1]).random() < 0.5)
     night = drawn if night is None else night
-    scene.pixels[sign[0] : sign[0] + _SIGN, sign[1] : sign[1] + _SIGN] = _sign(night)
+    scene.pixels[sign[0] : sign[0] + SIGN_SIZE, sign[1] : sign[1] + SIGN_SIZE] = _sign(night)
     exposure, noise = rng.uniform(0.75, 1.2), rng.uniform(0, 6)
     finished = scene.pixels * exposure + rng.normal(0, noise, scene.pixels.shape)
-    return _Picture(np.clip(np.rint(finished), 0, 255).astype(np.uint8), night, sign, tuple(scene.things))
+    return MiniaturePicture(np.clip(np.rint(finished), 0, 255).astype(np.uint8), night, sign, tuple(scene.objects))
 
 
 # -------------------------------------------------------------------------------------------------- annotations
@@ -468,7 +509,7 @@ def _run_lengths(mask: npt.NDArray[np.bool_]) -> list[int]:
     return [int(length) for length in np.diff([0, *changes, mask.size])]
 
 
-def _annotation(thing: _Thing, category_id: int, image_id: int, number: int) -> dict[str, Any]:
+def _annotation(thing: MiniatureObject, category_id: int, image_id: int, number: int) -> dict[str, Any]:
     segmentation: Any
     if thing.crowd:
         mask = thing.coverage > 0.5
@@ -493,14 +534,6 @@ def _annotation(thing: _Thing, category_id: int, image_id: int, number: int) -> 
     }
 
 
-def _annotations(picture: _Picture, image_id: int) -> list[dict[str, Any]]:
-    flower = "night_flower" if picture.night else "day_flower"
-    return [
-        _annotation(thing, MINIATURE_CATEGORIES[flower if thing.name == "flower" else thing.name], image_id, number)
-        for number, thing in enumerate(picture.things, 1)
-    ]
-
-
 # ------------------------------------------------------------------------------------------------------- writing
 
 
@@ -508,31 +541,33 @@ def write_miniature_detection(root: Path, counts: Mapping[str, int] | None = Non
     """Writes the set in COCO's layout: `root/annotations/instances_{train,val,test}2017.json` and the pictures.
 
     Pictures are PNG files of 160 x 120 to 192 x 160 pixels, upright ones too, in `root/{train,val,test}2017/`. Nothing
-    is done if the same set is already there. A set of other counts or other library releases is replaced as a whole:
-    while files are being exchanged, the manifest beside them (`miniature_detection.json`) says that it is incomplete.
+    is done if the same set exists. A set of other counts or other library releases is replaced as a whole: while files
+    are being exchanged, the manifest beside them (`miniature_detection.json`) marks it as incomplete.
 
     Args:
-        root: Folder to write to; made if it is missing.
+        root: Folder to write to; created if it is missing.
         counts: Number of pictures of each of the parts "train", "val" and "test"; by default `MINIATURE_PICTURES`. A
-            picture stays the same whatever the counts are.
+            picture does not depend on the counts.
 
     Raises:
         ValueError: `counts` lacks a part, names an unknown one or asks for less than one picture.
-        FileExistsError: `root` holds annotations or pictures that this function did not write; they are left alone.
+        FileExistsError: `root` holds annotations or pictures that this function did not write; they are not changed.
         FileNotFoundError: The installed scikit-image lacks a photograph.
     """
-    write_set(
+    counts = MINIATURE_PICTURES if counts is None else counts
+    check_counts("counts", counts, MINIATURE_PICTURES)
+    write_generated(
         Path(root),
-        MINIATURE_PICTURES if counts is None else counts,
-        _write_parts,
-        parts=tuple(MINIATURE_PICTURES),
-        official=[
+        functools.partial(_write_parts, counts=counts),
+        settings={"drawing": DRAWING_VERSION, "counts": dict(counts)},
+        libraries=("numpy", "pillow", "scikit-image"),
+        owned=[
             *(f"{part}2017" for part in MINIATURE_PICTURES),
             *(f"annotations/instances_{part}2017.json" for part in MINIATURE_PICTURES),
         ],
-        pictures=[f"{part}2017/{'[0-9]' * 12}.png" for part in MINIATURE_PICTURES],
+        stale=[f"{part}2017/{'[0-9]' * 12}.png" for part in MINIATURE_PICTURES],
         manifest_name=MANIFEST_NAME,
-        drawing_version=DRAWING_VERSION,
+        what="miniature set",
     )
 
 
@@ -545,12 +580,12 @@ def _write_part(folder: Path, part: str, count: int) -> None:
     pictures, images, annotations = folder / f"{part}2017", [], []
     pictures.mkdir()
     for index in range(count):
-        picture, image_id = _draw_picture(part, index), _FIRST_ID[part] + index
+        picture, image_id = draw_picture(part, index), _FIRST_ID[part] + index
         name = f"{image_id:012d}.png"
         Image.fromarray(picture.pixels).save(pictures / name, compress_level=1)
         height, width = picture.pixels.shape[:2]
         images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
-        annotations += _annotations(picture, image_id)
+        annotations += picture.annotations(image_id)
     content = {
         "info": {"description": f"Miniature detection set, {part}", "version": str(DRAWING_VERSION), "year": 2017},
         "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],

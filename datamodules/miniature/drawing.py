@@ -1,4 +1,4 @@
-"""What the drawn miniature image sets share: colours, outlines, and the sun and the moon as signs."""
+"""Colours and outlines of the miniature image sets, and the sun and the moon as signs."""
 
 import colorsys
 import math
@@ -22,19 +22,19 @@ def arc(x: float, y: float, rx: float, ry: float, start: float = 0.0, stop: floa
 
 
 def scaled(colour: Colour, factor: float) -> Colour:
-    """A colour that much brighter, up to white."""
+    """A colour scaled in brightness, up to white."""
     red, green, blue = (min(255, round(value * factor)) for value in colour)
     return red, green, blue
 
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
-    """The colour of a hue, a saturation and a value in 0..1."""
+    """RGB of a hue, a saturation and a value in 0..1."""
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
     return red, green, blue
 
 
 def sun_or_moon(moon: bool) -> list[tuple[Points, Colour]]:
-    """Polygons that show the sun or the moon, from the back to the front: x to the right and y down, within -1..1."""
+    """Polygons of the sun or the moon, from the back to the front: x to the right and y down, within -1..1."""
     if moon:
         return [([*arc(0.05, 0, 0.8, 0.8, 55, 305), *arc(0.38, 0, 0.67, 0.67, 285, 75)], (245, 240, 215))]
     shapes: list[tuple[Points, Colour]] = []

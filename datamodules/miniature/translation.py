@@ -1,6 +1,6 @@
-"""A miniature English-German corpus, made on the spot and without a network.
+"""A miniature English-German corpus, generated without downloads.
 
-It is for trying things out: the quick start, the tests and a first look at a new attention need a task that a model of
+It is for quick experiments: the quick start, the tests and a first look at a new attention need a task that a model of
 two million parameters learns in minutes on a laptop, and that still is translation. Number words come from `num2words`,
 dates, times of day, sums of money and measures from the Unicode CLDR through Babel, and a small grammar composes them
 into sentences. The grammar keeps what makes German word order a test of attention: the finite verb is second in a
@@ -8,18 +8,14 @@ statement, first in a question and last in a subordinate clause; participles, in
 the clause; time stands before place; articles, adjectives, possessives and relative pronouns agree in gender, case and
 number. Each English sentence has exactly one translation, so a perfect model reaches 100 BLEU.
 
-Scores on this corpus say that a model works, and nothing about its quality on real text.
+Scores on this corpus show that a model works, not how good it is on real text.
 """
 
 import datetime
-import hashlib
+import functools
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -30,15 +26,15 @@ from babel.numbers import format_currency
 from babel.units import format_unit
 from num2words import num2words
 
-from lightning_attn.errors import ExistingFileError, InputError
-from lightning_attn.io import naming, read_manifest, replace_manifest
+from datamodules.miniature.files import check_counts, write_generated
+from lightning_attn.errors import InputError
 
 __all__ = ["MINIATURE_PAIRS", "miniature_pairs", "write_miniature_corpus"]
 
 MINIATURE_PAIRS: Mapping[str, int] = MappingProxyType({"train": 20_000, "valid": 500, "test": 500})
-"""Sentence pairs of each part, unless told otherwise."""
+"""Default number of sentence pairs of each part."""
 
-GRAMMAR_VERSION = 1  # raise with every change that alters the text, so that corpora on disk are written anew
+GRAMMAR_VERSION = 1  # increase with every change of the text, so that corpora on disk are regenerated
 MANIFEST_NAME = "miniature_translation.json"
 
 Gender = Literal["m", "f", "n"]
@@ -333,51 +329,51 @@ def _plain(text: str) -> str:
     return text.replace("\u202f", " ").replace("\u00a0", " ")
 
 
-@cache
+@functools.cache
 def _number(value: int) -> _Phrase:
     return _Phrase(num2words(value, lang="en"), num2words(value, lang="de"))
 
 
-@cache
+@functools.cache
 def _ordinal(value: int) -> _Phrase:
     """An ordinal as an adjective: `num2words` gives "dritte", whose stem is "dritt"."""
     english, german = (num2words(value, lang=language, to="ordinal") for language in ("en", "de"))
     return _Phrase(english, german.removesuffix("e"))
 
 
-@cache
+@functools.cache
 def _clock(hour: int, minute: int) -> _Phrase:
     time = datetime.time(hour, minute)
     english, german = (_plain(format_time(time, "short", locale=locale)) for locale in ("en", "de"))
     return _Phrase(f"at {english}", f"um {german} Uhr")
 
 
-@cache
+@functools.cache
 def _weekday(day: int) -> _Phrase:
     date = datetime.date(2024, 1, 1) + datetime.timedelta(days=day)  # a Monday
     return _Phrase(format_date(date, "EEEE", locale="en"), format_date(date, "EEEE", locale="de"))
 
 
-@cache
+@functools.cache
 def _date(date: datetime.date) -> _Phrase:
     english, german = (_plain(format_date(date, "long", locale=locale)) for locale in ("en", "de"))
     return _Phrase(f"on {english}", f"am {german}")
 
 
-@cache
+@functools.cache
 def _day_of_month(month: int, day: int) -> _Phrase:
     date = datetime.date(2024, month, day)
     english, german = format_date(date, "MMMM d", locale="en"), format_date(date, "d. MMMM", locale="de")
     return _Phrase(f"on {english}", f"am {german}")
 
 
-@cache
+@functools.cache
 def _money(cents: int, currency: str) -> _Phrase:
     english, german = (format_currency(cents / 100, currency, locale=lang, format_type="name") for lang in ("en", "de"))
     return _Phrase(_plain(english), _plain(german))
 
 
-@cache
+@functools.cache
 def _measure(tenths: int, unit: str) -> _Phrase:
     value = tenths / 10 if tenths % 10 else tenths // 10
     english, german = (format_unit(value, unit, length="long", locale=locale) for locale in ("en", "de"))
@@ -794,62 +790,36 @@ def write_miniature_corpus(root: Path, pairs: Mapping[str, int] = MINIATURE_PAIR
     """Writes the corpus in the official layout, `root/{train,valid,test}.{en,de}`: UTF-8, one sentence a line.
 
     All source sentences are distinct, so none of the valid or test parts occurs in train. Nothing is done if the same
-    corpus is already there. A corpus of other settings or other library releases is replaced as a whole: while files
-    are being exchanged, the manifest beside them (`miniature_translation.json`) says that the corpus is incomplete.
+    corpus exists. A corpus of other settings or other library releases is replaced as a whole: while files
+    are being exchanged, the manifest beside them (`miniature_translation.json`) marks the corpus as incomplete.
 
     Args:
-        root: Folder to write to; made if it is missing.
+        root: Folder to write to; created if it is missing.
         pairs: Number of sentence pairs of each of the parts "train", "valid" and "test".
         seed: Seed of the random draws.
 
     Raises:
         ValueError: `pairs` lacks a part, names an unknown one or asks for less than one pair; or `seed` is negative.
-        FileExistsError: `root` holds a corpus that this function did not write; it is left alone.
+        FileExistsError: `root` holds a corpus that this function did not write; it is not changed.
     """
-    if set(pairs) != set(MINIATURE_PAIRS) or min(pairs.values()) < 1:
-        raise InputError(f"pairs={dict(pairs)}: give a count of at least 1 for each of {', '.join(MINIATURE_PAIRS)}.")
+    check_counts("pairs", pairs, MINIATURE_PAIRS)
     if seed < 0:
         raise InputError(f"seed={seed}: give 0 or more.")
-    root = Path(root)
-    settings = {
-        "grammar": GRAMMAR_VERSION,
-        "seed": seed,
-        "pairs": {part: pairs[part] for part in MINIATURE_PAIRS},
-        "babel": version("babel"),
-        "num2words": version("num2words"),
-    }
-    names = [f"{part}.{language}" for part in MINIATURE_PAIRS for language in ("en", "de")]
-    # In this order: another process that writes the same corpus puts its manifest there before its files.
-    present = [name for name in names if (root / name).exists()]
-    manifest = read_manifest(root / MANIFEST_NAME)
-    if manifest is not None and manifest.get("settings") == settings and manifest.get("sha256") == _hashes(root, names):
-        return
-    if manifest is None and present:
-        raise ExistingFileError(
-            f"{root} already holds {', '.join(present)}, and no {MANIFEST_NAME} that marks them as the miniature "
-            "corpus. They are left as they are: give the miniature corpus a folder of its own, or remove those files."
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".miniature-", dir=root))
-    try:
-        source = miniature_pairs(seed)
-        # Test first: it stays the same when only the size of train changes.
-        for part in ("test", "valid", "train"):
-            drawn = list(islice(source, pairs[part]))
-            for language, sentences in zip(("en", "de"), zip(*drawn, strict=True), strict=True):
-                with naming(root):
-                    (scratch / f"{part}.{language}").write_bytes("".join(f"{line}\n" for line in sentences).encode())
-        hashes = _hashes(scratch, names)
-        replace_manifest(root / MANIFEST_NAME, {"settings": settings}, scratch)
-        for name in names:
-            (scratch / name).replace(root / name)
-        replace_manifest(root / MANIFEST_NAME, {"settings": settings, "sha256": hashes}, scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    write_generated(
+        Path(root),
+        functools.partial(_write_parts, pairs=pairs, seed=seed),
+        settings={"grammar": GRAMMAR_VERSION, "seed": seed, "pairs": dict(pairs)},
+        libraries=("babel", "num2words"),
+        owned=[f"{part}.{language}" for part in MINIATURE_PAIRS for language in ("en", "de")],
+        manifest_name=MANIFEST_NAME,
+        what="miniature corpus",
+    )
 
 
-def _hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of each of the files that exist."""
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names if (folder / name).is_file()
-    }
+def _write_parts(folder: Path, pairs: Mapping[str, int], seed: int) -> None:
+    source = miniature_pairs(seed)
+    # Test first: it stays the same when only the size of train changes.
+    for part in ("test", "valid", "train"):
+        drawn = list(islice(source, pairs[part]))
+        for language, sentences in zip(("en", "de"), zip(*drawn, strict=True), strict=True):
+            (folder / f"{part}.{language}").write_bytes("".join(f"{line}\n" for line in sentences).encode())

@@ -1,7 +1,7 @@
-"""Batches that are planned for a whole epoch at once, dealt out to ranks, and continued in the middle of an epoch.
+"""Batches that are planned for a whole epoch, distributed over ranks, and resumed in the middle of an epoch.
 
-The plan is a function of the data, the seed, the epoch and nothing else. It is the same on every rank; rank r takes
-batches r, r + world size, and so on.
+The plan is a function of the data, the seed and the epoch alone. It is the same on every rank; rank r takes batches r,
+r + world size, and so on.
 """
 
 import abc
@@ -18,12 +18,23 @@ import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from typing_extensions import override
 
 from lightning_attn.errors import InputError
 
+__all__ = [
+    "PlannedBatchSampler",
+    "PlannedLoader",
+    "ResumableLoader",
+    "ignore_stop_signals",
+    "planned_loader",
+    "rank_and_world_size",
+    "reshuffles",
+]
+
 Item = TypeVar("Item")
 
-# Lightning cannot tell that these samplers leave nothing out of a prediction and says so each time.
+# Lightning does not know that these samplers leave nothing out of a prediction, and warns each time.
 warnings.filterwarnings("ignore", message=".*custom batch sampler .* for prediction.*")
 
 
@@ -34,8 +45,8 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
 
     Args:
         shuffle: Whether this is training.
-        seed: What the drawing starts from, together with the epoch.
-        reshuffle: Whether each epoch is drawn anew; otherwise all are like the first.
+        seed: Seed of the random draws, together with the epoch.
+        reshuffle: Whether epochs differ; otherwise all are like the first.
         rank: Which share to yield.
         world_size: Number of shares.
 
@@ -43,7 +54,7 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
         bounds: Where batches start and end in an epoch's order of samples, `[batches + 1]`.
 
     Raises:
-        ValueError: If `rank` is no rank.
+        ValueError: If `rank` is not below `world_size`.
     """
 
     bounds: npt.NDArray[np.int64]
@@ -63,15 +74,15 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
     @property
     @abc.abstractmethod
     def settings(self) -> dict[str, int]:
-        """What the plan depends on, by names that a user knows."""
+        """What the plan depends on, by the names of options."""
 
     @abc.abstractmethod
     def plan(self, epoch: int, share: range) -> Iterator[list[Item]]:
-        """The batches of an epoch whose numbers are in `share`."""
+        """The batches of an epoch with the numbers in `share`."""
 
     @property
     def sampler(self) -> Sampler[Any]:
-        """What Lightning hands the epoch to (itself), or takes as a sign that nothing is shuffled."""
+        """What Lightning sets the epoch of (itself), or takes as a sign that nothing is shuffled."""
         return self if self.shuffle else SequentialSampler(range(int(self.bounds[-1])))
 
     @property
@@ -96,7 +107,7 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
         return self.plan(self.epoch * self.reshuffle, share)
 
     def state_dict(self, consumed: int, finished: bool = False) -> dict[str, int]:
-        """The place to go on from, the same on every rank.
+        """The place to resume from, the same on every rank.
 
         Args:
             consumed: Batches of the running epoch that this rank has trained on.
@@ -110,7 +121,7 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
         """Makes the next iteration yield what is left of an epoch.
 
         Raises:
-            ValueError: If the place is in the middle of an epoch and the plan is no longer the same, or is no place.
+            ValueError: If the state is damaged, or in the middle of an epoch and the plan is no longer the same.
         """
         if not self._is_place(state):
             raise InputError(f"the checkpoint's place in the data is damaged: {str(state)[:200]}. Use another one.")
@@ -120,30 +131,42 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
             if changed:
                 raise InputError(
                     f"the checkpoint stopped after batch {state['consumed']} of epoch {state['epoch']}, but since then "
-                    f"{', '.join(changed)}, so the rest of that epoch cannot be told. Resume with the same data, "
+                    f"{', '.join(changed)}, so the rest of that epoch is not known. Resume with the same data, "
                     "settings and number of ranks, resume from a checkpoint of an epoch's end, or start anew from the "
                     "weights alone."
                 )
         self.epoch, self._skip = state["epoch"], state["consumed"]
 
     def _is_place(self, state: object) -> bool:
-        """Whether this is what `state_dict` returns for some plan."""
+        """Whether this could come from `state_dict`."""
         if not isinstance(state, dict) or not state.keys() >= {"epoch", "consumed", "world_size", *self.settings}:
             return False
         return all(type(state[name]) is int and 0 <= state[name] < 1 << 53 for name in ("epoch", "consumed"))
 
 
-class ResumableLoader(DataLoader[Any]):
+class PlannedLoader(DataLoader[Any]):
+    """A DataLoader whose data set makes whole batches, or returns the error to raise instead of one.
+
+    An error that a data set raises in a worker arrives buried in the text of its traceback.
+    """
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # The iterator is made now, not when the first batch is asked for: see the sampler.
+        return _raising(super().__iter__())
+
+
+class ResumableLoader(PlannedLoader):
     """A training loader that Lightning saves and restores in the middle of an epoch.
 
     Lightning stores `state_dict()` in the checkpoint's fit loop and calls `load_state_dict` before it iterates. What
-    the sampler has yielded says nothing about what was trained on, since workers fetch ahead and a step may be broken
-    off; so the count comes from outside.
+    the sampler has yielded does not count as trained on, since workers fetch ahead and a step may be interrupted; so
+    the count comes from outside.
 
     Args:
         dataset: A map-style data set whose `__getitems__` takes what the sampler yields and returns a batch.
         batch_sampler: The plan.
-        consumed: Tells how many batches of the running epoch have been trained on, and whether the epoch ends there.
+        consumed: Returns how many batches of the running epoch have been trained on, and whether the epoch ends there.
         options: Further arguments of the DataLoader.
     """
 
@@ -163,7 +186,7 @@ class ResumableLoader(DataLoader[Any]):
         return self.batches.state_dict(*self._consumed())
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from a place in the data; see `PlannedBatchSampler.load_state_dict`."""
+        """Resumes from a place in the data; see `PlannedBatchSampler.load_state_dict`."""
         self.batches.load_state_dict(state)
 
 
@@ -171,7 +194,7 @@ def rank_and_world_size(module: pl.LightningDataModule) -> tuple[int, int]:
     """This rank and the number of ranks.
 
     Raises:
-        ValueError: If the trainer would deal the batches out a second time.
+        ValueError: If the trainer would distribute the batches a second time.
     """
     trainer = module.trainer
     if trainer is None:
@@ -179,62 +202,69 @@ def rank_and_world_size(module: pl.LightningDataModule) -> tuple[int, int]:
     if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
         raise InputError(
             f"use_distributed_sampler: with {trainer.world_size} ranks the Trainer would replace the batches of "
-            f"{type(module).__name__}, which are dealt out to the ranks already. Set use_distributed_sampler to false "
-            "(--trainer.use_distributed_sampler false)."
+            f"{type(module).__name__}, which are distributed over the ranks already. Set use_distributed_sampler to "
+            "false (--trainer.use_distributed_sampler false)."
         )
     return trainer.global_rank, trainer.world_size
 
 
 def reshuffles(module: pl.LightningDataModule) -> bool:
-    """Whether epochs differ: with overfit_batches the same few batches are to come again in every epoch."""
+    """Whether epochs differ: with overfit_batches the same few batches come in every epoch."""
     return not getattr(module.trainer, "overfit_batches", 0)
 
 
-def resumable(
-    loader: type[ResumableLoader],
-    trainer: pl.Trainer,
+def planned_loader(
+    module: pl.LightningDataModule,
     dataset: Dataset[Any],
     sampler: PlannedBatchSampler[Any],
-    **options: Any,
-) -> ResumableLoader:
-    """A loader that continues where the trainer's checkpoint stopped."""
+    num_workers: int,
+    start_worker: Callable[[int], None] | None = None,
+) -> PlannedLoader:
+    """The loader of a DataModule; in training with a Trainer it resumes where the checkpoint stopped.
+
+    Args:
+        module: The DataModule.
+        dataset: Makes a whole batch of what the sampler asks for.
+        sampler: Plans the batches.
+        num_workers: Processes that make batches; 0 makes them in the training process.
+        start_worker: Called in each of them first; None for `ignore_stop_signals`.
+    """
+    if num_workers:
+        _end_workers_at_exit()
+    trainer = module.trainer
+    options: dict[str, Any] = {
+        "collate_fn": _unchanged,
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": start_worker or ignore_stop_signals,
+        # Without one, every iteration would draw from the random stream of the training, and a training that resumes
+        # in the middle of an epoch iterates once more often.
+        "generator": torch.Generator(),
+        "pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda",
+    }
+    if trainer is None or not sampler.shuffle:
+        return PlannedLoader(dataset, batch_sampler=sampler, **options)
     # Lightning iterates the loader once before its first set_epoch. Not `trainer.current_epoch`: when a run resumes
     # from the end of an epoch, that one still lags behind.
     sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+    batches = trainer.fit_loop.epoch_loop.batch_progress
 
     def consumed() -> tuple[int, bool]:
         """Batches of the running epoch that went through a training step here, and whether it was the last."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        done: int = progress.current.processed  # type: ignore[attr-defined]
-        return done, progress.is_last_batch and done == progress.current.ready
+        done: int = batches.current.processed  # type: ignore[attr-defined]
+        return done, batches.is_last_batch and done == batches.current.ready
 
-    return loader(dataset, sampler, consumed, **options)
-
-
-def loader_options(module: pl.LightningDataModule, num_workers: int) -> dict[str, Any]:
-    """Arguments of a DataLoader whose data set makes whole batches."""
-    if num_workers:
-        _end_workers_at_exit()
-    return {
-        "collate_fn": _whole,
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-        "worker_init_fn": ignore_stop_signals,
-        # Without one, every iteration would draw from the stream that the training draws from, and a training that goes
-        # on in the middle of an epoch iterates once more often.
-        "generator": torch.Generator(),
-        "pin_memory": module.trainer is not None and module.trainer.strategy.root_device.type == "cuda",
-    }
+    return ResumableLoader(dataset, sampler, consumed, **options)
 
 
 @functools.cache
 def _end_workers_at_exit() -> None:
-    """Ends workers whose batches are not used up: Python would send them SIGTERM, which they ignore, and wait."""
+    """Ends workers that still have batches: Python would send them SIGTERM, which they ignore, and wait."""
     atexit.register(_end_workers)  # before the handler of multiprocessing, which was registered earlier
 
 
 def _end_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of what is meant
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report workers that end here
     children = [child for child in multiprocessing.active_children() if child.daemon]
     for child in children:
         child.terminate()  # as Python does; a process of the user's own may heed it
@@ -253,5 +283,12 @@ def ignore_stop_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _whole(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
+
+
+def _raising(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

@@ -1,21 +1,20 @@
-"""Loaders for any map-style data set that are exact on several ranks and go on in the middle of an epoch."""
+"""Loaders for any map-style data set that are exact on several ranks and resume in the middle of an epoch."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
+from typing_extensions import override
 
-from datamodules.sampling.image_batches import ImageDataset, SampleRequest, evaluation_loader, training_loader
+from datamodules.sampling.grouped_batches import BatchedDataset, SampleRequest, evaluation_loader, training_loader
 
 __all__ = ["sample_loader"]
 
 
 class Samples(Protocol):
-    """A map-style data set: a list will do."""
+    """A map-style data set, such as a list."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -24,23 +23,18 @@ class Samples(Protocol):
         """One sample: tensors, numbers and text, also in tuples and dictionaries."""
 
 
-class _Collated(ImageDataset[Any]):
-    """Samples as batches."""
-
+class _CollatedSamples(BatchedDataset[Any]):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
+    @override
     def __len__(self) -> int:
         return len(self.samples)
 
-    def groups(self) -> npt.NDArray[np.int64]:
-        """All samples go together."""
-        return np.zeros(len(self), dtype=np.int64)
-
-    def batch(self, draws: Sequence[SampleRequest]) -> Any:
-        """The samples with a first axis more; without any, that axis is empty."""
-        if draws:
-            return default_collate([self.samples[draw.image] for draw in draws])
+    @override
+    def batch(self, requests: Sequence[SampleRequest]) -> Any:
+        if requests:
+            return default_collate([self.samples[request.index] for request in requests])
         return _emptied(default_collate([self.samples[0]]))
 
 
@@ -53,31 +47,31 @@ def sample_loader(
     num_workers: int = 0,
     seed: int = 0,
 ) -> DataLoader[Any]:
-    """The loader of a DataModule over samples that torch's `default_collate` can put together.
+    """The loader of a DataModule over samples that torch's `default_collate` can batch.
 
-    Training batches (`shuffle=True`) are drawn from seed and epoch alone, dealt out so that every rank has the same
-    number, and resumed in the middle of an epoch. Evaluation repeats nothing; a rank without samples gets one batch
+    Training batches (`shuffle=True`) depend on seed and epoch alone, are distributed so that every rank has the same
+    number, and are resumed in the middle of an epoch. Evaluation repeats nothing; a rank without samples gets one batch
     whose tensors have no entries.
 
     Args:
         module: The DataModule.
-        samples: What there is.
+        samples: The samples.
         batch_size: Samples in a batch on one rank.
         shuffle: Whether this is for training.
         num_workers: Processes that make batches; 0 makes them in the training process.
-        seed: What the drawing starts from.
+        seed: Seed of the random order, together with the epoch.
 
     Raises:
-        ValueError: If the trainer would deal the batches out a second time, or there is nothing to train on.
+        ValueError: If the trainer would distribute the batches a second time, or there is nothing to train on.
     """
-    collated = _Collated(samples)
+    collated = _CollatedSamples(samples)
     if not shuffle:
         return evaluation_loader(module, collated, batch_size=batch_size, num_workers=num_workers)
     return training_loader(module, collated, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
 
 def _emptied(value: Any) -> Any:
-    """What `default_collate` made of samples, without any."""
+    """A collated batch without its samples."""
     if isinstance(value, Tensor):
         return value[:0]
     if isinstance(value, dict):

@@ -1,10 +1,11 @@
-"""Batches of about equally long sentences, bounded by tokens."""
+"""Batches of sentences of similar length, bounded by their number of tokens."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
 from datamodules.sampling.planned_batches import PlannedBatchSampler
 from lightning_attn.errors import InputError
@@ -23,7 +24,7 @@ class TokenBatchSampler(PlannedBatchSampler[int]):
     is at most `max_tokens`.
 
     For training (``shuffle=True``) pairs are sorted by source and target length, both rounded up to an even number;
-    pairs that are then equal come in an order drawn anew each epoch, and so do the batches cut from the sorted pairs.
+    pairs of equal rounded lengths are shuffled each epoch, and so are the batches cut from the sorted pairs.
     Where the batches start depends on the lengths alone, so every epoch has the same number of batches. Batches are
     halved, largest first, until the number is a multiple of the world size: no rank runs short and no pair is left out.
 
@@ -36,8 +37,8 @@ class TokenBatchSampler(PlannedBatchSampler[int]):
         target_lengths: the same of each target sentence, `[pairs]`; zeros where there is none.
         max_tokens: the bound on either side of a batch.
         shuffle: whether this is training.
-        seed: what the drawing starts from, together with the epoch.
-        reshuffle: whether each epoch is drawn anew; otherwise all are like the first.
+        seed: seed of the random draws, together with the epoch.
+        reshuffle: whether epochs differ; otherwise all are like the first.
         rank: which share to yield.
         world_size: number of shares.
 
@@ -80,8 +81,8 @@ class TokenBatchSampler(PlannedBatchSampler[int]):
             self.bounds = _halve_largest(self.bounds, world_size)
 
     @property
+    @override
     def settings(self) -> dict[str, int]:
-        """What the plan depends on."""
         return {
             "max_tokens": self.max_tokens,
             "seed": self.seed,
@@ -89,8 +90,8 @@ class TokenBatchSampler(PlannedBatchSampler[int]):
             "batches": self.num_batches,
         }
 
+    @override
     def plan(self, epoch: int, share: range) -> Iterator[list[int]]:
-        """The batches of an epoch whose numbers are in `share`."""
         return (batch.tolist() for batch in self._batches(epoch, share))
 
     def _order(self, generator: np.random.Generator | None) -> npt.NDArray[np.integer[Any]]:
@@ -110,9 +111,9 @@ class TokenBatchSampler(PlannedBatchSampler[int]):
 
 
 def _sorting_key(source_lengths: Lengths, target_lengths: Lengths) -> npt.NDArray[np.integer[Any]]:
-    """Sorts by source length, and within one by target length, up and down in turn.
+    """Sorts by source length, and pairs of one source length by target length, ascending and descending in turn.
 
-    The turn makes a batch that reaches over two source lengths hold target lengths that are close to each other.
+    So a batch with two source lengths holds target lengths that are close to each other.
     """
     width = int(target_lengths.max(initial=0)) + 1
     target = np.where(source_lengths % 2, width - 1 - target_lengths, target_lengths)
@@ -130,7 +131,7 @@ def _cut(source_lengths: Lengths, target_lengths: Lengths, max_tokens: int) -> n
         most = max_tokens // max(int(source_lengths[start]), int(target_lengths[start]), 1)
         window = slice(start, start + most)
         longest = np.maximum.accumulate(np.maximum(source_lengths[window], target_lengths[window]))
-        # Grows with every pair, so what fits is a beginning of the window.
+        # Grows with every pair, so what fits is a prefix of the window.
         fits = longest.astype(np.int64) * np.arange(1, len(longest) + 1) <= max_tokens
         bounds.append(start + int(np.count_nonzero(fits)))
     return np.array(bounds, dtype=np.int64)
@@ -141,5 +142,5 @@ def _halve_largest(bounds: npt.NDArray[np.int64], world_size: int) -> npt.NDArra
     sizes = np.diff(bounds)
     index = int(sizes.argmax()) if len(sizes) else 0
     if not len(sizes) or sizes[index] < 2:
-        raise InputError(f"{int(bounds[-1])} sentences cannot be dealt out to {world_size} ranks; use fewer ranks.")
+        raise InputError(f"{int(bounds[-1])} sentences cannot be distributed over {world_size} ranks; use fewer ranks.")
     return np.insert(bounds, index + 1, bounds[index] + sizes[index] // 2)

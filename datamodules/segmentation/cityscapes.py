@@ -5,23 +5,21 @@
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
 
-from datamodules.images.files import ExifPolicy, ImageError, label_size, read_labels
+from datamodules.images.files import ImageError, label_size, read_labels
 from datamodules.images.folders import contents, listed
-from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, LabelMap, SegmentationClasses
-from datamodules.segmentation.datamodule import SegmentationDataModule, SegmentationFiles
-from datamodules.segmentation.transforms import SegmentationAugmentation
-from datamodules.translation.token_cache import user_cache_folder
+from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
 from lightning_attn.errors import MissingFileError
 
-__all__ = ["CityscapesDataModule", "CityscapesLabels", "MiniatureSegmentationDataModule", "read_label_ids"]
+__all__ = ["CityscapesDataModule", "CityscapesLabels", "read_label_ids"]
 
 _IMAGES, _FINE, _COARSE = "leftImg8bit", "gtFine", "gtCoarse"
 _COARSE_SPLIT = "train_extra"
@@ -53,15 +51,15 @@ def read_label_ids(path: Path) -> LabelMap:
         if len(unknown):
             raise ImageError(
                 f"{path} holds {listed(unknown, 5)}, but the ids of Cityscapes' classes are 0 to {HIGHEST_ID} (and "
-                f"{IGNORED} for license plates). Give the files that end in labelIds.png, or write such ids; colours, "
-                "numbers of single objects and train ids are not meant."
+                f"{IGNORED} for license plates). Give the files that end in labelIds.png, or write such ids instead of "
+                "colours, ids of single objects or train ids."
             )
     return label_ids
 
 
 @dataclass(frozen=True)
-class CityscapesLabels:
-    """Reads Cityscapes' files with ids; see `LabelReader`.
+class CityscapesLabels(LabelReader):
+    """Reads Cityscapes' label files.
 
     Args:
         classes: The classes that the network learns; all other ids are ignored.
@@ -69,34 +67,34 @@ class CityscapesLabels:
 
     classes: SegmentationClasses
 
+    @override
     def size(self, path: Path) -> tuple[int, int]:
-        """See `LabelReader.size`."""
         return label_size(path)
 
+    @override
     def values(self, path: Path) -> LabelMap:
-        """See `LabelReader.values`."""
         return read_label_ids(path)
 
+    @override
     def labels(self, values: LabelMap, path: Path) -> LabelMap:
-        """See `LabelReader.labels`."""
         return self.classes.to_labels(values)
 
     @property
+    @override
     def refuses_unknown(self) -> bool:
-        """See `LabelReader.refuses_unknown`; they are refused as they are read."""
-        return True
+        return True  # when they are read
 
+    @override
     def is_known(self, value: int) -> bool:
-        """All ids of Cityscapes are known, of which most are ignored."""
-        return True
+        return True  # and ignored if it is the id of no class
 
+    @override
     def described(self, value: int) -> str:
-        """See `LabelReader.described`."""
         return str(value)
 
 
 def _names(folder: Path, ending: str) -> list[str]:
-    """`city/name` of the files with this ending, sorted."""
+    """`city/name` of the files with this ending, without it, sorted."""
     return sorted(
         f"{city.name}/{file.removesuffix(ending)}"
         for city in folder.iterdir()
@@ -107,17 +105,17 @@ def _names(folder: Path, ending: str) -> list[str]:
 
 
 def _paths(root: Path, split: str, option: str, kind: str, *, with_labels: bool) -> tuple[list[str], list[str]]:
-    """Images of a split and their label files, as paths below `root`.
+    """Images of a split and their label files, as paths relative to `root`.
 
     Args:
         root: Folder of the data.
         split: Name of the split.
-        option: What the user calls it.
+        option: Its option, for messages.
         kind: `gtFine` or `gtCoarse`.
-        with_labels: Whether there must be label files.
+        with_labels: Whether label files are needed.
 
     Raises:
-        FileNotFoundError: If a folder is missing or empty, or an image has no labels, or labels no image.
+        FileNotFoundError: If a folder is missing or empty, or an image or a label file has no counterpart.
     """
     image_folder, label_folder = root / _IMAGES / split, root / kind / split
     image_ending, label_ending = f"_{_IMAGES}.png", f"_{kind}_labelIds.png"
@@ -128,19 +126,19 @@ def _paths(root: Path, split: str, option: str, kind: str, *, with_labels: bool)
     if not names:
         raise MissingFileError(
             f"{option}: {image_folder} holds no image (*/*{image_ending}), but {contents(image_folder)}. "
-            f"{_way_out(split, option, kind)}"
+            f"{_advice(split, option, kind)}"
         )
     if with_labels:
         labelled = _names(label_folder, label_ending)
-        for what, there, other_folder, others, ending in (
+        for what, present, other_folder, others, ending in (
             (f"images in {image_folder} have no labels", names, label_folder, labelled, label_ending),
             (f"label files in {label_folder} have no image", labelled, image_folder, names, image_ending),
         ):
-            missing = [f"{name}{ending}" for name in sorted(set(there) - set(others))]
+            missing = [f"{name}{ending}" for name in sorted(set(present) - set(others))]
             if missing:
                 raise MissingFileError(
-                    f"{len(missing):,} of the {len(there):,} {what}. Missing in {other_folder}: {listed(missing, 5)}. "
-                    "Copy these there, or take the others out."
+                    f"{len(missing):,} of the {len(present):,} {what}. Missing in {other_folder}: {listed(missing, 5)}."
+                    " Copy these there, or take the others out."
                 )
     return (
         [f"{_IMAGES}/{split}/{name}{image_ending}" for name in names],
@@ -151,31 +149,28 @@ def _paths(root: Path, split: str, option: str, kind: str, *, with_labels: bool)
 def _raise_missing(root: Path, folder: Path, split: str, option: str, kind: str) -> None:
     if root.is_dir():
         above = next(parent for parent in folder.parents if parent.is_dir())
-        what = f"{option}: {folder} is not there; {above} holds {contents(above)}."
+        what = f"{option}: {folder} does not exist; {above} holds {contents(above)}."
     else:
         what = f"root: the folder {root} does not exist."
-    raise MissingFileError(f"{what} {_way_out(split, option, kind)}")
+    raise MissingFileError(f"{what} {_advice(split, option, kind)}")
 
 
-def _way_out(split: str, option: str, kind: str) -> str:
+def _advice(split: str, option: str, kind: str) -> str:
     archives = _ARCHIVES[kind]
     other = "leave them out (--data.coarse false)" if kind == _COARSE else f"name another split (--data.{option} NAME)"
     return (
-        f"Cityscapes is given to those who log in at www.cityscapes-dataset.com: get {' and '.join(archives)} there, "
+        f"Cityscapes is available after a login at www.cityscapes-dataset.com: get {' and '.join(archives)} there, "
         f"or by `csDownload {' '.join(archives)}` of the package cityscapesscripts, and unpack both in one folder, so "
         f"that it holds {_IMAGES}/{split}/ and {kind}/{split}/. Give that folder (--data.root FOLDER), or {other}. "
-        "Images and masks of your own, in plain folders and with your own classes, are what "
-        "SegmentationFolderDataModule reads."
+        "Images and masks of your own, in plain folders and with your own classes, are read by "
+        "SegmentationFolderDataModule."
     )
 
 
 class CityscapesDataModule(SegmentationDataModule):
     """Cityscapes, or any other segmentation data in the same layout, with the same ids in its label files.
 
-    Training images are scaled, cropped, flipped and changed in colour at random; see `SegmentationTransform`.
-    Evaluation has them as they are. Pixels of no class that was chosen are ignored.
-
-    Train with `Trainer(use_distributed_sampler=False)`: batches are planned here for all ranks.
+    Pixels of classes that are not in `classes` are ignored; for the transforms see `SegmentationDataModule`.
 
     Args:
         root: Folder of the data, which holds leftImg8bit/ and gtFine/.
@@ -185,19 +180,9 @@ class CityscapesDataModule(SegmentationDataModule):
         val_split: Name of the validation split; "" for none.
         test_split: Name of the test split; "" means the validation split, as the labels of Cityscapes' own are not
             public. Prediction needs its images alone.
-        classes: Names of the classes that are told apart, of Cityscapes' 19; none for all.
-        coarse: Adds to the training images those of train_extra with their coarse labels, in gtCoarse/.
-        crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
-            smaller, the rest is filled and ignored. 0 means the height and width of each image.
-        augmentation: What is changed at random in training images.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`. Images of one size
-            come together.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos: `apply` turns images upright wherever that
-            fits the size of their labels; `ignore` takes the pixels as they are stored.
-        on_bad_image: What is done about a file that cannot be used: `stop` with its name, or `skip` it and say so.
-            Prediction always skips it.
+        classes: Names of the classes to learn, of Cityscapes' 19; empty for all.
+        coarse: Adds the images of train_extra with their coarse labels, in gtCoarse/, to the training images.
+        options: Those of `SegmentationDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, no split is named, or a class is unknown.
@@ -213,13 +198,7 @@ class CityscapesDataModule(SegmentationDataModule):
         test_split: str = "",
         classes: tuple[str, ...] = (),
         coarse: bool = False,
-        crop_size: int | tuple[int, int] = 769,
-        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_batch_size: int = 1,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
+        **options: Any,
     ) -> None:
         super().__init__(
             root,
@@ -227,18 +206,12 @@ class CityscapesDataModule(SegmentationDataModule):
             SegmentationClasses.chosen(classes),
             batch_size=batch_size,
             num_workers=num_workers,
-            crop_size=crop_size,
-            augmentation=augmentation,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
+            **options,
         )
         self.coarse = coarse
 
+    @override
     def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
-        """See `SegmentationDataModule.list_files`."""
         name = self.split_names[split]
         images, labels = _paths(self.root, name, f"{split}_split", _FINE, with_labels=with_labels)
         if split == "train" and self.coarse:
@@ -246,45 +219,4 @@ class CityscapesDataModule(SegmentationDataModule):
             images, labels = images + more_images, labels + more_labels
             rank_zero_info(f"{name}: {len(more_images):,} images of {_COARSE_SPLIT} with coarse labels are added")
         reader = CityscapesLabels(self.classes)
-        return SegmentationFiles.of_paths(self.root, images, labels, (reader,))
-
-
-class MiniatureSegmentationDataModule(CityscapesDataModule):
-    """A small segmentation set drawn on the spot, without a network.
-
-    It is written in the layout of Cityscapes into `root`, by default a folder of the user's cache, and read like any
-    other. Its classes are those that it shows. See `CityscapesDataModule` for the arguments.
-    """
-
-    def __init__(
-        self,
-        root: str = "",
-        batch_size: int = 8,
-        num_workers: int = 0,
-        classes: tuple[str, ...] = (),
-        crop_size: int | tuple[int, int] = 0,
-        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_batch_size: int = 0,
-        predict_folder: str = "",
-    ) -> None:
-        from datamodules.miniature.segmentation import MINIATURE_CLASSES
-
-        super().__init__(
-            root=root or str(user_cache_folder() / "miniature_segmentation"),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            test_split="test",
-            classes=classes or MINIATURE_CLASSES,
-            crop_size=crop_size,
-            augmentation=augmentation,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-        )
-
-    def prepare_files(self, splits: Sequence[str]) -> None:
-        """Draws the set, all of it."""
-        from datamodules.miniature.segmentation import write_miniature_segmentation
-
-        write_miniature_segmentation(self.root)
+        return SegmentationFiles.from_paths(self.root, images, labels, (reader,))

@@ -1,4 +1,4 @@
-"""Classes of pixels: their names, the numbers that label files have for them, their colours; those of Cityscapes."""
+"""Classes of pixels: names, ids in label files, colours; those of Cityscapes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,19 +29,19 @@ IGNORED = 255
 HIGHEST_ID = 33
 """Ids in label files are 0 to this. License plates have id -1, which 8 bits hold as 255."""
 
-# What predictions say where there is nothing to say: the id "unlabeled".
+# The id "unlabeled", for pixels of a prediction without a class.
 _UNLABELLED_ID = 0
 
 
 @dataclass(frozen=True)
 class LabelClass:
-    """One of the classes that are scored.
+    """A class that is scored.
 
     Args:
         name: Its name.
-        id: Its number in label files, and in those that the scorer reads.
-        train_id: Its place among the classes that are scored.
-        colour: Red, green and blue of pictures, 0 to 255 each.
+        id: Its id in label files, and in those that the scorer reads.
+        train_id: Its index among the classes that are scored.
+        colour: Red, green and blue in pictures, 0 to 255 each.
     """
 
     name: str
@@ -77,7 +77,7 @@ CITYSCAPES_CLASSES = tuple(LabelClass(name, id, place, colour) for place, (name,
 
 
 def distinct_colours(colours: Sequence[tuple[int, int, int] | None]) -> tuple[tuple[int, int, int], ...]:
-    """Colours of pictures, in which those that are missing or come a second time are made up."""
+    """Colours for pictures: those that are missing or repeated are chosen from a palette."""
     from matplotlib import colormaps
 
     palette = [tuple(round(255 * part) for part in colormaps["tab20"](place)[:3]) for place in range(20)]
@@ -94,15 +94,15 @@ def distinct_colours(colours: Sequence[tuple[int, int, int] | None]) -> tuple[tu
 
 @dataclass(frozen=True)
 class SegmentationClasses:
-    """What a network tells apart. Its label is the position here; `IGNORED` is every other id.
+    """The classes to learn. The label of a class is its position here; every other id becomes `IGNORED`.
 
     Args:
         names: Name of each class.
-        ids: Its number in label files.
-        colours: Red, green and blue of pictures, 0 to 255 each.
+        ids: Its id in label files.
+        colours: Its red, green and blue in pictures, 0 to 255 each.
 
     Raises:
-        ValueError: If there is no class, they differ in number, or a name or id comes twice.
+        ValueError: If there is no class, they differ in number, or a name or id is repeated.
     """
 
     names: tuple[str, ...]
@@ -126,20 +126,20 @@ class SegmentationClasses:
 
     @classmethod
     def chosen(cls, names: Sequence[str] = ()) -> "SegmentationClasses":
-        """Some of Cityscapes' 19 classes, in the order of their train ids, however they are named.
+        """Some of Cityscapes' 19 classes, in the order of their train ids.
 
         Args:
-            names: Their names; none for all 19.
+            names: Their names, in any order; empty for all 19.
 
         Raises:
-            ValueError: If a name is unknown or comes twice.
+            ValueError: If a name is unknown or repeated.
         """
         known = [one.name for one in CITYSCAPES_CLASSES]
         for place, name in enumerate(names):
             if name not in known:
                 raise InputError(f"classes: {name!r} is unknown; there are {', '.join(known)}.")
             if name in names[:place]:
-                raise InputError(f"classes: {name!r} comes twice; give each class once.")
+                raise InputError(f"classes: {name!r} is repeated; give each class once.")
         found = [one for one in CITYSCAPES_CLASSES if not names or one.name in names]
         return cls(tuple(one.name for one in found), tuple(one.id for one in found), tuple(one.colour for one in found))
 
@@ -147,10 +147,10 @@ class SegmentationClasses:
         return len(self.names)
 
     def to_labels(self, label_ids: LabelMap) -> LabelMap:
-        """The labels 0..K-1 of ids, and `IGNORED` for ids of no class here.
+        """The labels 0..K-1 of ids, and `IGNORED` for all other ids.
 
         Args:
-            label_ids: As in a label file, `[H, W]`.
+            label_ids: The ids of a label file, `[H, W]`.
         """
         table = np.full(256, IGNORED, dtype=np.uint8)
         for label, number in enumerate(self.ids):
@@ -159,7 +159,7 @@ class SegmentationClasses:
         return _looked_up(table, label_ids)
 
     def to_ids(self, labels: LabelMap) -> npt.NDArray[Any]:
-        """The ids of labels, as a label file and the scorer have them; of all but 0..K-1 that is 0, "unlabeled".
+        """The ids of labels, for label files and the scorer; 0, "unlabeled", for labels other than 0..K-1.
 
         They are uint8, or uint16 where an id is above 255.
 
@@ -172,7 +172,7 @@ class SegmentationClasses:
 
 
 def value_counts(values: npt.NDArray[Any]) -> dict[int, int]:
-    """How many pixels have each of the numbers that occur."""
+    """Number of pixels of each value that occurs."""
     if values.dtype == np.uint8:  # a tenth of the time of sorting them
         counts = np.bincount(values.ravel(), minlength=256)
         return {value: int(counts[value]) for value in np.flatnonzero(counts).tolist()}
@@ -181,5 +181,5 @@ def value_counts(values: npt.NDArray[Any]) -> dict[int, int]:
 
 
 def _looked_up(table: npt.NDArray[Any], values: LabelMap) -> npt.NDArray[Any]:
-    # NumPy would make eight bytes of every index first; OpenCV takes a tenth of its time.
+    # NumPy would convert every index to eight bytes first; OpenCV takes a tenth of its time.
     return np.asarray(cv2.LUT(values, table))

@@ -1,4 +1,4 @@
-"""What the DataModules of segmentation share, whatever layout their files have."""
+"""Segmentation data in any layout of files: files, label census, batches, data set, and the base of the DataModules."""
 
 import abc
 import functools
@@ -12,7 +12,9 @@ import numpy.typing as npt
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
+from datamodules.images.batches import BadImagePolicy, ImageBatch, ImageDataset
 from datamodules.images.datamodule import ImageDataModule
 from datamodules.images.files import (
     ExifPolicy,
@@ -25,8 +27,8 @@ from datamodules.images.files import (
     image_size,
     read_image,
 )
-from datamodules.images.folders import PackedText, listed, predicted_images, printable, spread, unique_stems
-from datamodules.sampling.image_batches import BadImagePolicy, ImageBatch, ImageDataset, SampleRequest
+from datamodules.images.folders import PackedText, evenly_spaced, images_to_predict, listed, printable, unique_stems
+from datamodules.sampling.grouped_batches import SampleRequest
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
 from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
 from lightning_attn.errors import InputError
@@ -42,18 +44,18 @@ __all__ = [
 
 T = TypeVar("T")
 
-_LABELS_CHECKED = 64  # files whose pixels are counted before a stage begins
+_LABELS_CHECKED = 64  # files whose labels are counted before a stage begins
 
 
 @dataclass
 class SegmentationBatch(ImageBatch):
-    """Images, each of its own size, and the class of every pixel. It may hold no image.
+    """Images, each of its own size, and the class of every pixel; possibly no image.
 
     Args:
-        ids: Place of each image in its split, `[B]`.
-        images: RGB images as the network gets them, uint8 `[3, H, W]` each.
+        ids: Index of each image in its split, `[B]`.
+        images: RGB images, transformed for the network, uint8 `[3, H, W]` each.
         labels: For each image a label 0..K-1 or 255 (ignored), uint8 `[H, W]`; no entries at all in prediction.
-        names: Names such as "frankfurt_000000_000294", each once in a split.
+        names: Names such as "frankfurt_000000_000294", unique in a split.
     """
 
     labels: list[Tensor] = field(default_factory=list)
@@ -64,20 +66,20 @@ class SegmentationBatch(ImageBatch):
 
 
 class LabelReader(Protocol):
-    """How the files with labels are read; it must be possible to pickle it, for worker processes."""
+    """Reads the files with labels; picklable, for worker processes."""
 
     def size(self, path: Path) -> tuple[int, int]:
         """Height and width, from the header of a file.
 
         Raises:
-            ImageError: If it is no file with labels.
+            ImageError: If it is not a file with labels.
         """
 
     def values(self, path: Path) -> npt.NDArray[Any]:
-        """What the file says of each pixel, `[H, W]`: numbers, or colours as 65536 red + 256 green + blue.
+        """The value of each pixel in the file, `[H, W]`: ids, or colours as 65536 (red + 1) + 256 green + blue.
 
         Raises:
-            ImageError: If it is no file with labels.
+            ImageError: If it is not a file with labels.
         """
 
     def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
@@ -89,13 +91,13 @@ class LabelReader(Protocol):
 
     @property
     def refuses_unknown(self) -> bool:
-        """Whether `labels` raises an error on unknown values, and does not ignore them."""
+        """Whether `labels` raises an error on unknown values instead of ignoring them."""
 
     def is_known(self, value: int) -> bool:
-        """Whether a value is that of a class, or one that is meant to be ignored."""
+        """Whether a value belongs to a class, or is ignored on purpose."""
 
     def described(self, value: int) -> str:
-        """A value for people."""
+        """A value, for messages."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +105,12 @@ class SegmentationFiles:
     """The files of a split; worker processes share the arrays that name them.
 
     Args:
-        folder: What the paths are below.
+        folder: Folder that the paths are relative to.
         images: Paths of the images.
-        labels: Paths of the files with their labels; none where only images are wanted.
-        names: A name for each image, each once.
-        readers: How labels are read.
-        reader_of: Which reader is that of each image, `[images]`; None for the first.
+        labels: Paths of the files with their labels; empty where only images are needed.
+        names: A unique name for each image.
+        readers: Readers of the labels.
+        reader_of: Index of the reader of each image, `[images]`; None for the first.
     """
 
     folder: Path
@@ -119,7 +121,7 @@ class SegmentationFiles:
     reader_of: npt.NDArray[np.int64] | None = None
 
     @classmethod
-    def of_paths(
+    def from_paths(
         cls,
         folder: Path,
         images: Sequence[str],
@@ -129,7 +131,7 @@ class SegmentationFiles:
         *,
         ending: str = "_leftImg8bit",
     ) -> "SegmentationFiles":
-        """Images, and the files with their labels in the same order or none, by their paths below a folder.
+        """Images, and the files with their labels in the same order, if any, by their paths relative to a folder.
 
         Args:
             folder: That folder.
@@ -137,7 +139,7 @@ class SegmentationFiles:
             labels: Paths of the files with their labels.
             readers: See the class.
             reader_of: See the class.
-            ending: What the names of images may end in, before the last point, and their names here do not.
+            ending: Removed from the end of the stems of images, for their names here.
         """
         names = PackedText(unique_stems(images, ending=ending))
         return cls(folder, PackedText(images), PackedText(labels), names, tuple(readers), reader_of)
@@ -159,7 +161,7 @@ class SegmentationFiles:
         return self.folder / self.labels[index]
 
     def reader(self, index: int) -> LabelReader:
-        """How its labels are read."""
+        """Reader of its labels."""
         return self.readers[0 if self.reader_of is None else int(self.reader_of[index])]
 
     def read_labels(self, index: int) -> LabelMap:
@@ -172,39 +174,39 @@ class SegmentationFiles:
         return reader.labels(reader.values(path), path)
 
     def sizes(self, exif: ExifPolicy) -> npt.NDArray[np.int64]:
-        """Height and width of each image, `[images, 2]`, from the headers of all files; 0 of what is no image."""
+        """Height and width of each image, `[images, 2]`, from the headers of all files; 0 if one cannot be read."""
 
         def size(index: int) -> tuple[int, int]:
             try:
                 return image_size(self.image(index), exif=exif)
-            except (ImageError, OSError):  # told when it is read
+            except (ImageError, OSError):  # raised when it is read as a whole
                 return 0, 0
 
         return np.array([size(index) for index in range(len(self))], dtype=np.int64).reshape(-1, 2)
 
     def check(self, exif: ExifPolicy, on_bad_image: BadImagePolicy = "stop") -> list[ImageHeader]:
-        """Looks into the headers of some images and files with labels.
+        """Reads the headers of some images and files with labels.
 
         Returns:
             Those of the images.
 
         Raises:
-            ImageError: If one of them is no image, or no file with labels, or their sizes differ; not if these are to
-                be skipped.
+            ImageError: If one of them is not an image, or not a file with labels, or their sizes differ, and bad images
+                are not skipped.
             OSError: If one of them cannot be read, likewise.
         """
         headers = []
-        for index in spread(len(self)):
+        for index in evenly_spaced(len(self)):
             try:
                 size = self.reader(index).size(self.label(index)) if self.has_labels else None
-                headers.append(self.of_labels(index, functools.partial(image_header, size=size, exif=exif)))
+                headers.append(self.read_with_labels(index, functools.partial(image_header, size=size, exif=exif)))
             except (ImageError, OSError):
                 if on_bad_image == "stop":
                     raise
         return headers
 
-    def of_labels(self, index: int, read: Callable[[Path], T]) -> T:
-        """Reads an image that should have the size of its labels; an error then names these too.
+    def read_with_labels(self, index: int, read: Callable[[Path], T]) -> T:
+        """Reads an image that should have the size of its labels; an error then names the labels too.
 
         Raises:
             ImageError: If the image cannot be used.
@@ -219,13 +221,13 @@ class SegmentationFiles:
 
 @dataclass(frozen=True)
 class LabelCensus:
-    """How many pixels of some files have which label.
+    """Numbers of pixels of each label in some files.
 
     Attributes:
-        files: How many files were read.
-        labels: Pixels of each label 0..K-1, and last those that are ignored, `[K + 1]`.
-        values: Pixels of each value that the files hold.
-        unknown: The values among these that are no class's and not meant to be ignored, as people read them.
+        files: Number of files that were read.
+        labels: Pixels of each label 0..K-1, and last the ignored ones, `[K + 1]`.
+        values: Pixels of each value in the files.
+        unknown: Pixels of the values that belong to no class and are not ignored on purpose, by description.
     """
 
     files: int
@@ -234,7 +236,7 @@ class LabelCensus:
     unknown: Mapping[str, int]
 
     @classmethod
-    def of(
+    def count(
         cls,
         files: SegmentationFiles,
         num_classes: int,
@@ -267,7 +269,7 @@ class LabelCensus:
                     unknown[text] = unknown.get(text, 0) + count
             try:
                 counts += np.bincount(reader.labels(found, path).ravel(), minlength=256)
-            except ImageError:  # of unknown values, which are told of all files together
+            except ImageError:  # unknown values, which are reported for all files together
                 counts[IGNORED] += found.size
         return cls(read, np.append(counts[:num_classes], counts[IGNORED]), values, unknown)
 
@@ -288,7 +290,7 @@ class LabelCensus:
         return listed([f"{value} ({100 * count / total:.3g} %)" for value, count in pairs], 10)
 
     def likely_encoding(self) -> str:
-        """What files of such numbers usually are, and what reads them; empty if nothing is known of them."""
+        """The usual meaning of files with such values, and the DataModule that reads them; empty if it is not known."""
         found = set(self.values) - {IGNORED}
         by_folder = "SegmentationFolderDataModule reads them, with your own names, ids and colours of classes"
         if len(self.values) == 2 and (set(self.values) == {0, 255} or set(self.values) == {0, 1}):
@@ -312,12 +314,12 @@ class SegmentationDataset(ImageDataset[SegmentationBatch]):
     """Images and their labels, read and transformed a batch at a time.
 
     Args:
-        files: What there is.
-        transform: What is done to each image; None for nothing.
-        seed: What random changes start from, together with the epoch and the image.
-        by_size: Whether images of one size make batches.
-        exif: What is done about an EXIF orientation.
-        on_bad_image: What is done about a file that cannot be used.
+        files: The files.
+        transform: Applied to each image; None for nothing.
+        seed: Seed of the random changes, together with the epoch and the image.
+        by_size: Whether batches are of images of one size.
+        exif: See `ExifPolicy`.
+        on_bad_image: See `BadImagePolicy`.
         replaces_bad_images: See `ImageDataset`.
         repeats: See `ImageDataset`.
     """
@@ -343,63 +345,60 @@ class SegmentationDataset(ImageDataset[SegmentationBatch]):
         self.replaces_bad_images = replaces_bad_images
         self.repeats = repeats
 
+    @override
     def __len__(self) -> int:
         return len(self.files)
 
+    @override
     def groups(self) -> npt.NDArray[np.int64]:
         """A number for each size of images, or 0 for all, `[images]`."""
         if not self.by_size:
             return np.zeros(len(self), dtype=np.int64)
         return np.unique(self.files.sizes(self.exif), axis=0, return_inverse=True)[1].reshape(-1)
 
-    def name(self, image: int) -> str:
-        """Path of the image below the folder of the data."""
-        return printable(self.files.images[image])
+    @override
+    def name(self, index: int) -> str:
+        return printable(self.files.images[index])
 
-    def batch(self, draws: Sequence[SampleRequest]) -> SegmentationBatch:
-        """One batch.
-
-        Raises:
-            ImageError: If an image or its labels cannot be used; the message names the file.
-            OSError: If a file cannot be read.
-        """
-        used, samples, bad = self.read_each(draws, self._sample)
-        names = [self.files.names[draw.image] for draw in used]
+    @override
+    def batch(self, requests: Sequence[SampleRequest]) -> SegmentationBatch:
+        used, samples, bad = self.read_each(requests, self._sample)
+        names = [self.files.names[request.index] for request in used]
         return SegmentationBatch(
-            torch.tensor([draw.image for draw in used], dtype=torch.int64),  # type: ignore[arg-type]
+            torch.tensor([request.index for request in used], dtype=torch.int64),  # type: ignore[arg-type]
             [image for image, _ in samples],
             [labels for _, labels in samples if labels is not None],
             names,
             outputs=names,
-            paths=[str(self.files.image(draw.image)) for draw in used],
+            paths=[str(self.files.image(request.index)) for request in used],
             bad=bad,
         )
 
-    def _sample(self, draw: SampleRequest) -> tuple[Tensor, Tensor | None]:
+    def _sample(self, request: SampleRequest) -> tuple[Tensor, Tensor | None]:
         """An image `[3, H, W]` and, if there are any, its labels `[H, W]`."""
         if not self.files.has_labels:
-            return channels_first(read_image(self.files.image(draw.image), exif=self.exif)), None
-        pixels, labels = self._labelled(draw)
+            return channels_first(read_image(self.files.image(request.index), exif=self.exif)), None
+        pixels, labels = self._labelled(request)
         return channels_first(pixels), torch.from_numpy(labels)
 
-    def _labelled(self, draw: SampleRequest) -> tuple[ImageArray, LabelMap]:
+    def _labelled(self, request: SampleRequest) -> tuple[ImageArray, LabelMap]:
         """An image `[H, W, 3]` and its labels `[H, W]`."""
-        labels = self.files.read_labels(draw.image)
+        labels = self.files.read_labels(request.index)
         size = labels.shape[0], labels.shape[1]
 
         def read(window: Window | None) -> ImageArray:
-            return self.files.of_labels(draw.image, lambda path: read_image(path, size, window, self.exif))
+            return self.files.read_with_labels(request.index, lambda path: read_image(path, size, window, self.exif))
 
         if self.transform is None:
             return read(None), labels
-        return self.transform(read, labels, (self.seed, draw.epoch, draw.image))
+        return self.transform(read, labels, (self.seed, request.epoch, request.index))
 
 
 class SegmentationDataModule(ImageDataModule, abc.ABC):
-    """Base of the DataModules of segmentation: a subclass says which files a split has, and how labels are read.
+    """Base of the DataModules of segmentation: a subclass lists the files of a split, with readers of the labels.
 
     Training images are scaled, cropped, flipped and changed in colour at random; see `SegmentationTransform`.
-    Evaluation has them as they are. Pixels of no class are ignored.
+    Evaluation does not change images. Pixels without a class are ignored.
 
     Train with `Trainer(use_distributed_sampler=False)`: batches are planned here for all ranks.
 
@@ -407,17 +406,12 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         root: Folder of the data.
         split_names: Names of the splits "train", "val" and "test"; see `ImageDataModule`.
         classes: The classes that the network learns.
-        batch_size: Training images in a batch on one rank.
-        num_workers: Processes that make batches; 0 makes them in the training process.
         crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
             smaller, the rest is filled and ignored. 0 means the height and width of each image.
         augmentation: What is changed at random in training images.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`. Images of one size
-            come together.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos.
-        on_bad_image: What is done about a file that cannot be used.
+        eval_batch_size: Images in a batch of validation, test and prediction, which are of one size; 0 means
+            `batch_size`.
+        options: Those of `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or no split is named.
@@ -429,27 +423,12 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         split_names: dict[str, str],
         classes: SegmentationClasses,
         *,
-        batch_size: int,
-        num_workers: int,
-        crop_size: int | tuple[int, int],
-        augmentation: SegmentationAugmentation,
-        seed: int,
-        eval_batch_size: int,
-        predict_folder: str,
-        exif: ExifPolicy,
-        on_bad_image: BadImagePolicy,
+        crop_size: int | tuple[int, int] = 769,
+        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
+        eval_batch_size: int = 1,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            root,
-            split_names,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
-        )
+        super().__init__(root, split_names, eval_batch_size=eval_batch_size, **options)
         sides = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
         if min(sides) < (0 if isinstance(crop_size, int) else 1):
             raise InputError(
@@ -466,39 +445,40 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         """The files of "train", "val" or "test".
 
         Raises:
-            FileNotFoundError: If data are missing; the message says where they come from.
+            FileNotFoundError: If data are missing; the message says where to get them.
         """
 
     def image_weights(self) -> npt.NDArray[np.float64] | None:
-        """How often each training image should come in an epoch, `[images]`; None for once."""
+        """How often each training image comes in an epoch, on average, `[images]`; None for once."""
         return None
 
     def encoding_hint(self, census: LabelCensus) -> str:
-        """What to do about labels that seem to mean something else; empty if nothing is known."""
+        """Advice on labels that seem to have another encoding; empty if there is none."""
         return census.likely_encoding()
 
     def likely_mistake(self, census: LabelCensus) -> str:
-        """Why nothing can be learnt from such labels, though some are of a class, and the way out; usually empty."""
+        """Why such labels are useless though some belong to a class, and the fix; usually empty."""
         return ""
 
+    @override
     def setup(self, stage: str) -> None:
-        """Lists the files that a stage needs, looks into the headers of some, and counts the labels of a few.
+        """Lists the files that a stage needs, reads the headers of some, and counts the labels of a few.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
 
         Raises:
-            FileNotFoundError: If data are missing; the message says where they come from.
-            ImageError: If one of the files that were looked into is no image, or no file with labels, or an image and
+            FileNotFoundError: If data are missing; the message says where to get them.
+            ImageError: If one of the files that were read is not an image, or not a file with labels, or an image and
                 its labels differ in size.
-            ValueError: If no pixel of the training labels that were counted is of a class.
+            ValueError: If no pixel of the training labels that were counted belongs to a class.
         """
         for split in self.splits_of(stage):
             if split in self._files:
                 continue
             if split == "predict" and self.predict_folder:
                 folder = Path(self.predict_folder)
-                self._files[split] = SegmentationFiles.of_paths(folder, predicted_images(folder))
+                self._files[split] = SegmentationFiles.from_paths(folder, images_to_predict(folder))
                 continue
             role = "test" if split == "predict" else split
             files = self.list_files(role, with_labels=split != "predict")
@@ -508,7 +488,7 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
             turned = sum(header.turned for header in headers)
             if turned:
                 rank_zero_info(
-                    f"{name}: note: {turned:,} of the {len(headers):,} images that were looked into have an EXIF "
+                    f"{name}: note: {turned:,} of the {len(headers):,} images that were checked have an EXIF "
                     "orientation and are turned upright; if masks were made for the stored pixels, use --data.exif "
                     "ignore."
                 )
@@ -526,11 +506,11 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
             RuntimeError: If `setup` has not listed that split.
         """
         if split not in self._files:
-            raise RuntimeError(f"the files of {split!r} are there after setup() of its stage.")
+            raise RuntimeError(f"the files of {split!r} are known after setup() of its stage.")
         return self._files[split]
 
+    @override
     def training_dataset(self) -> SegmentationDataset:
-        """The training images, randomly changed."""
         return SegmentationDataset(
             self.files("train"),
             SegmentationTransform(self.augmentation, self.crop_size),
@@ -542,8 +522,8 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
             repeats=self.image_weights(),
         )
 
+    @override
     def evaluation_dataset(self, split: str) -> SegmentationDataset:
-        """All images of "val", "test" or "predict" as they are; without labels in prediction."""
         return SegmentationDataset(
             self.files(split),
             by_size=self.eval_batch_size > 1,
@@ -552,9 +532,9 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         )
 
     def _count_labels(self, split: str, files: SegmentationFiles) -> None:
-        """Says what the labels of some files are, and refuses those that nothing can be learnt from."""
-        chosen = spread(len(files), _LABELS_CHECKED)
-        census = LabelCensus.of(files, len(self.classes), chosen, self.on_bad_image)
+        """Logs the labels of some files, and refuses those without a class."""
+        chosen = evenly_spaced(len(files), _LABELS_CHECKED)
+        census = LabelCensus.count(files, len(self.classes), chosen, self.on_bad_image)
         where = f"{split}_split: {census.files} files with labels were read in {files.folder}"
         hint = self.encoding_hint(census)
         if census.unknown and any(reader.refuses_unknown for reader in files.readers):
@@ -562,15 +542,15 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
         name = self.split_names[split]
         if not census.labels[:-1].any():
             empty = (
-                f"{where}, and no pixel is of one of the classes {listed(self.classes.names, 20)}: they hold "
-                f"{_values(files, census)}. {hint}"
+                f"{where}, and no pixel belongs to one of the classes {listed(self.classes.names, 20)}: they hold "
+                f"{_described_values(files, census)}. {hint}"
             )
-            if split == "test":  # data sets are given out with empty labels for their tests
+            if split == "test":  # data sets are published with empty labels for their tests
                 rank_zero_info(f"{name}: note: {empty}")
                 return
             raise InputError(empty)
-        if self.likely_mistake(census):  # perhaps only of those that were chosen
-            every = LabelCensus.of(files, len(self.classes), range(len(files)), self.on_bad_image)
+        if self.likely_mistake(census):  # perhaps only in the files that were chosen
+            every = LabelCensus.count(files, len(self.classes), range(len(files)), self.on_bad_image)
             if mistake := self.likely_mistake(every):
                 raise InputError(f"{split}_split: in all {every.files} files with labels in {files.folder}: {mistake}")
         rank_zero_info(f"{name}: pixels of {census.files} files: {census.described(self.classes.names)}")
@@ -583,8 +563,8 @@ class SegmentationDataModule(ImageDataModule, abc.ABC):
             rank_zero_info(f"{name}: note: {100 * census.shares[-1]:.3g} % of the pixels are ignored. {hint}")
 
 
-def _values(files: SegmentationFiles, census: LabelCensus) -> str:
+def _described_values(files: SegmentationFiles, census: LabelCensus) -> str:
     reader = files.reader(0)
     if not census.values:
-        return "nothing that can be read"
+        return "nothing readable"
     return listed([reader.described(value) for value in sorted(census.values)], 10)

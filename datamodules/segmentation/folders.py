@@ -1,4 +1,4 @@
-"""Semantic segmentation data as people have them: folders of images and of masks, with classes of their own."""
+"""Semantic segmentation data in folders of images and masks, with classes of the user's own."""
 
 import functools
 from collections.abc import Sequence
@@ -10,55 +10,53 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from typing_extensions import override
 
-from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy, ImageError, decoding
-from datamodules.images.folders import contents, first_repeated, images_below, listed, read_lines
-from datamodules.sampling.image_batches import BadImagePolicy
+from datamodules.images.files import IMAGE_SUFFIXES, ImageError, decoding
+from datamodules.images.folders import contents, first_duplicate, images_below, listed, read_lines
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours, value_counts
-from datamodules.segmentation.datamodule import LabelCensus, SegmentationDataModule, SegmentationFiles
-from datamodules.segmentation.transforms import SegmentationAugmentation
+from datamodules.segmentation.datamodule import LabelCensus, LabelReader, SegmentationDataModule, SegmentationFiles
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["MaskLabels", "MaskValues", "SegmentationFolderDataModule"]
 
 MaskValues = Literal["auto", "ids", "colours"]
-"""What masks say of a pixel: `ids` the number of its class, `colours` its colour; `auto` is colours for RGB files."""
+"""How masks encode classes: `ids`, `colours`, or `auto`, which is colours for RGB files."""
 
 Colour = tuple[int, int, int]
 
 _LOSSY = (".jpg", ".jpeg")
-_JPEG_DISTANCE = 48  # how far compression moves a value or a part of a colour, at most
-_JPEG_GAP = 16  # between values or parts of colours, below which areas themselves are mistaken for each other
-_BLURRED_SHARE = 0.05  # of a file's pixels, at most, that are at the border of two areas
+_JPEG_DISTANCE = 48  # largest change of an id or a colour channel by compression
+_JPEG_GAP = 16  # ids or colours that are closer than this cannot be distinguished after compression
+_BLURRED_SHARE = 0.05  # largest share of a file's pixels at borders of areas
 
 
 class SegmentationFolderDataModule(SegmentationDataModule):
     """Images and masks in folders or lists, with names, ids and colours of your own.
 
-    The mask of an image has its name, but for endings and `mask_suffix`, in the same place below the folder of masks.
-    It is a grey or palette image whose numbers are the `ids` of classes, or an RGB image of their `colours`; palettes
-    and binary masks (1 bit, or 0 and 255) are numbers too. Masks in JPEG, whose numbers compression has blurred, are
-    read by the nearest id or colour.
+    The mask of an image has its path, but for suffixes and `mask_suffix`, relative to the folder of masks. It is a grey
+    or palette image of class `ids`, or an RGB image of class `colours`; palettes and binary masks (1 bit, or 0 and 255)
+    hold ids too. In JPEG masks, which compression has blurred, each pixel gets the nearest id or colour.
 
     Args:
-        root: Folder that the other paths are below.
+        root: Folder that the other paths are relative to.
         classes: Names of the classes.
-        ids: The number of each class in the masks; none for 0, 1, 2, ...
-        colours: Red, green and blue of each class, 0 to 255, in RGB masks and in pictures; none for colours that are
-            made up for pictures.
-        ignored_ids: Numbers of pixels that do not count, such as borders.
-        ignored_colours: Colours of pixels that do not count.
-        others: What is done about all other numbers and colours: `error`, `ignore`, or the name of the class that they
-            belong to, such as a background.
-        mask_values: What masks say of a pixel: `ids`, `colours`, or `auto`, which is colours for RGB files.
-        mask_suffix: What the names of masks have behind those of their images, such as `_mask`.
+        ids: The id of each class in the masks; empty for 0, 1, 2, ...
+        colours: Red, green and blue of each class, 0 to 255, in RGB masks and in pictures; empty to choose colours
+            for pictures from a palette.
+        ignored_ids: Ids of pixels that are ignored, such as borders.
+        ignored_colours: Colours of pixels that are ignored.
+        others: How all other ids and colours are treated: `error`, `ignore`, or the name of the class that they belong
+            to, such as a background.
+        mask_values: How masks encode classes: `ids`, `colours`, or `auto`, which is colours for RGB files.
+        mask_suffix: Suffix of the stems of masks that those of their images do not have, such as `_mask`.
         batch_size: Training images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
-        train_images: Folder of the training images, with those in its folders.
+        train_images: Folder of the training images, subfolders included.
         train_masks: Folder of their masks.
-        train_list: A text file of the images of the split, one in a line: its path below `train_images`, with or
-            without ending; or path of the image and path of its mask, both below `root`, parted by blanks or a comma.
-            "" for all images of the folder.
+        train_list: A text file of the images of the split, one per line: its path relative to `train_images`, with or
+            without suffix; or the paths of the image and of its mask, both relative to `root`, separated by blanks or a
+            comma. "" for all images of the folder.
         val_images: Of the validation split; "" for none, unless there is a `val_list`.
         val_masks: Of the validation split; "" means `train_masks`.
         val_list: Of the validation split; with it, `val_images` may be "" and means `train_images`.
@@ -67,12 +65,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         test_list: Of the test split; with it, `test_images` may be "" and means `train_images`.
         crop_size: Height and width of training crops in pixels, or one number for both. Where a scaled image is
             smaller, the rest is filled and ignored. 0 means the height and width of each image.
-        augmentation: What is changed at random in training images.
-        seed: Decides, with the epoch, what is in a batch, the order of batches and the random changes.
-        eval_batch_size: Images in a batch of validation, test and prediction; 0 means `batch_size`.
-        predict_folder: Folder of images for prediction, with those of the folders in it; "" means the test split.
-        exif: What is done about the orientation in the EXIF data of photos; see `CityscapesDataModule`.
-        on_bad_image: What is done about a file that cannot be used; see `CityscapesDataModule`.
+        options: Those of `SegmentationDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, or classes, ids and colours do not fit each other.
@@ -101,12 +94,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         test_masks: str = "",
         test_list: str = "",
         crop_size: int | tuple[int, int] = 0,
-        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_batch_size: int = 1,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
+        **options: Any,
     ) -> None:
         given = {
             "train": (train_images, train_masks, train_list),
@@ -128,12 +116,7 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             crop_size=crop_size,
-            augmentation=augmentation,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
+            **options,
         )
         if mask_values not in get_args(MaskValues):
             raise InputError(f"mask_values: {mask_values!r} is unknown; give {', '.join(get_args(MaskValues))}.")
@@ -155,34 +138,34 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             values_are=mask_values,
         )
 
+    @override
     def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
-        """See `SegmentationDataModule.list_files`."""
         images, masks, listing = self._given[split]
+        mask_names = None
         if listing:
             pairs = self._listed(split, images, listing)
         else:
             folder = self._folder(f"{split}_images", images)
             names = images_below(folder)
-            if (self.root / masks).is_dir() and folder.samefile(self.root / masks):
-                among = self._masks_among(names)
-                names = [name for name in names if name not in among]
+            if self._is_shared(images, masks):
+                names, mask_names = self._divided(names)
             if not names:
                 raise MissingFileError(
                     f"{split}_images: {folder} holds no image ({', '.join(IMAGE_SUFFIXES)}), but {contents(folder)}."
                 )
             pairs = [(f"{images}/{name}", None) for name in names]
         if with_labels:
-            found = self._masks(split, images, masks, [image for image, mask in pairs if mask is None])
+            found = self._masks(split, images, masks, [image for image, mask in pairs if mask is None], mask_names)
             pairs = [(image, found.get(image) if mask is None else mask) for image, mask in pairs]
-        return SegmentationFiles.of_paths(
+        return SegmentationFiles.from_paths(
             self.root,
             [image for image, _ in pairs],
             [mask for _, mask in pairs if mask is not None] if with_labels else [],
             (self.reader,),
         )
 
+    @override
     def encoding_hint(self, census: LabelCensus) -> str:
-        """See `SegmentationDataModule.encoding_hint`."""
         if not census.unknown:
             return ""
         ids = self.classes.ids
@@ -195,14 +178,19 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             "Correct ids or colours, name them in ignored_ids or ignored_colours, or say what all others are (others)."
         )
 
+    @override
     def likely_mistake(self, census: LabelCensus) -> str:
-        """See `SegmentationDataModule.likely_mistake`."""
         if set(census.values) == {0, 255} and 255 not in self.classes.ids and len(self.classes) > 1:
             return (
                 "All values are 0 and 255: these are binary masks, but no class has the id 255, which is ignored. Say "
                 "what they mean (--data.ids '[0, 255]')."
             )
         return ""
+
+    def _is_shared(self, images: str, masks: str) -> bool:
+        """Whether images and masks are in one folder."""
+        image_folder, mask_folder = self.root / images, self.root / masks
+        return image_folder.is_dir() and mask_folder.is_dir() and image_folder.samefile(mask_folder)
 
     def _folder(self, option: str, name: str) -> Path:
         folder = self.root / name
@@ -216,10 +204,10 @@ class SegmentationFolderDataModule(SegmentationDataModule):
         return folder
 
     def _listed(self, split: str, images: str, listing: str) -> list[tuple[str, str | None]]:
-        """Image, and mask if it is named, of each line of a list."""
+        """The image of each line of a list, and its mask if the line has one."""
         path = self.root / listing
         if not path.is_file():
-            raise MissingFileError(f"{split}_list: {path} is not there. Give a text file (--data.{split}_list FILE).")
+            raise MissingFileError(f"{split}_list: {path} does not exist. Give a text file (--data.{split}_list FILE).")
         lines = read_lines(path)
         if not lines:
             raise InputError(f"{split}_list: {path} lists no image.")
@@ -239,17 +227,21 @@ class SegmentationFolderDataModule(SegmentationDataModule):
                     "paths of an image and its mask below root."
                 )
             pairs.append((f"{images}/{name}", None))
-        twice = first_repeated([image for image, _ in pairs])
+        twice = first_duplicate([image for image, _ in pairs])
         if twice is not None:
             raise InputError(f"{split}_list: {path} lists the image {twice} twice. Remove one.")
         return pairs
 
-    def _masks_among(self, names: Sequence[str]) -> set[str]:
-        """The masks in a folder that holds images too: those with `mask_suffix`, or PNG files beside others.
+    def _divided(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The images and the masks of one folder: masks have the `mask_suffix`, or are PNG files beside others.
 
         Raises:
-            ValueError: If they cannot be told from the images.
+            ValueError: If it is not clear which are the masks.
         """
+        among = self._masks_among(names)
+        return [name for name in names if name not in among], [name for name in names if name in among]
+
+    def _masks_among(self, names: Sequence[str]) -> set[str]:
         by_stem: dict[str, list[str]] = {}
         for name in names:
             by_stem.setdefault(_stem(name), []).append(name)
@@ -263,21 +255,22 @@ class SegmentationFolderDataModule(SegmentationDataModule):
             if len(same) > 1 and (len(masks) != 1 or len(same) != 2):
                 raise InputError(
                     f"train_masks: images and masks are in one folder, and which of {listed(same, 5)} is the mask of "
-                    f"{stem} cannot be told. Put masks into a folder of their own, or give their names an ending of "
+                    f"{stem} is not clear. Put masks into a folder of their own, or give their names an ending of "
                     "its own (--data.mask_suffix _mask)."
                 )
             found.update(masks if len(same) > 1 else ())
         return found
 
-    def _masks(self, split: str, images: str, masks: str, wanted: Sequence[str]) -> dict[str, str]:
-        """The mask of each image."""
+    def _masks(
+        self, split: str, images: str, masks: str, wanted: Sequence[str], names: Sequence[str] | None
+    ) -> dict[str, str]:
+        """The mask of each image; `names` are those of all masks in the folder, if they are known."""
         if not wanted:
             return {}
         folder = self._folder(f"{split}_masks", masks)
-        names = images_below(folder)
-        if (self.root / images).is_dir() and folder.samefile(self.root / images):
-            among = self._masks_among(names)
-            names = [name for name in names if name in among]
+        if names is None:
+            names = images_below(folder)
+            names = self._divided(names)[1] if self._is_shared(images, masks) else names
         by_stem: dict[str, str] = {}
         for name in names:
             if _stem(name) in by_stem:
@@ -304,14 +297,14 @@ class SegmentationFolderDataModule(SegmentationDataModule):
 
 
 @dataclass(frozen=True)
-class MaskLabels:
-    """Reads masks of numbers or colours; see `LabelReader`.
+class MaskLabels(LabelReader):
+    """Reads masks of ids or colours.
 
     Args:
         classes: The classes that the network learns.
-        has_colours: Whether the colours of the classes are those of masks.
+        has_colours: Whether the colours of the classes are those in masks.
         ignored_ids: Numbers of pixels that do not count.
-        ignored_colours: Colours of pixels that do not count.
+        ignored_colours: Colours of pixels that are ignored.
         others: What all other values are: `error`, `ignore`, or the name of a class.
         values_are: What masks say of a pixel.
     """
@@ -323,20 +316,20 @@ class MaskLabels:
     others: str = "error"
     values_are: MaskValues = "auto"
 
+    @override
     def size(self, path: Path) -> tuple[int, int]:
-        """See `LabelReader.size`."""
         with decoding(path) as image:
             self._by_colour(image, path)
             return image.height, image.width
 
+    @override
     def values(self, path: Path) -> npt.NDArray[Any]:
-        """See `LabelReader.values`."""
         with decoding(path) as image:
             by_colour = self._by_colour(image, path)
             image.load()
             if by_colour:
                 red, green, blue = (np.asarray(band, dtype=np.int32) for band in image.convert("RGB").split())
-                # Above all numbers that 16 bits hold, so that a value is never both.
+                # Above all 16-bit ids, so that no value is both an id and a colour.
                 values: npt.NDArray[Any] = (red << 16) + (green << 8) + blue + _FIRST_COLOUR
             elif image.mode == "F":
                 raise ImageError(f"{path} holds fractions (32-bit floats), not ids of classes. Store it as integers.")
@@ -354,8 +347,8 @@ class MaskLabels:
             values = self._nearest(values, path)
         return values
 
+    @override
     def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
-        """See `LabelReader.labels`."""
         known = self._known
         if values.dtype == np.uint8:
             table = np.full(256, self._other(), dtype=np.uint8)
@@ -379,16 +372,16 @@ class MaskLabels:
         return labels
 
     @property
+    @override
     def refuses_unknown(self) -> bool:
-        """See `LabelReader.refuses_unknown`."""
         return self.others == "error"
 
+    @override
     def is_known(self, value: int) -> bool:
-        """See `LabelReader.is_known`."""
         return value in self._known or self.others not in ("error", "ignore")
 
+    @override
     def described(self, value: int) -> str:
-        """See `LabelReader.described`."""
         if value == _BLURRED:
             return "blurred"
         if value < _FIRST_COLOUR:
@@ -397,7 +390,7 @@ class MaskLabels:
         return f"({value >> 16}, {value >> 8 & 255}, {value & 255})"
 
     def _by_colour(self, image: Image.Image, path: Path) -> bool:
-        """Whether a mask is of colours."""
+        """Whether a mask encodes classes by colours."""
         is_rgb = image.mode in ("RGB", "RGBA", "CMYK", "YCbCr")
         if self.values_are == "ids":
             if is_rgb:
@@ -417,7 +410,7 @@ class MaskLabels:
 
     @functools.cached_property
     def _known(self) -> dict[int, int]:
-        """The label of every value that is a class's or ignored on purpose, numbers and colours alike."""
+        """The label of every value, id or colour, that belongs to a class or is ignored on purpose."""
         known = {_BLURRED: IGNORED} | dict.fromkeys(self.ignored_ids, IGNORED)
         known |= {number: label for label, number in enumerate(self.classes.ids)}
         if self.has_colours:
@@ -429,7 +422,7 @@ class MaskLabels:
         return IGNORED if self.others in ("error", "ignore") else self.classes.names.index(self.others)
 
     def _nearest(self, values: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
-        """Values of a lossy file, each moved to the nearest that is known; few that are near to none are ignored."""
+        """Values of a lossy file, each replaced by the nearest known one; a few that are far from all are ignored."""
         present, counts = np.unique(values, return_counts=True)
         of_colours = bool(len(present)) and present[0] >= _FIRST_COLOUR
         known = np.array(
@@ -442,12 +435,12 @@ class MaskLabels:
         if len(close):
             one, other = (self.described(int(known[place])) for place in close[0])
             raise ImageError(
-                f"{path} is a JPEG file, whose compression blurs values, and {one} and {other} are too near to each "
-                "other to be told apart in it. Store masks as PNG; or if they are binary, give the ids 0 and 255."
+                f"{path} is a JPEG file, whose compression blurs values, and {one} and {other} are too close to be "
+                "distinguished in it. Store masks as PNG; or if they are binary, give the ids 0 and 255."
             )
         distances = np.abs(_parts(present)[:, None] - _parts(known)[None]).max(axis=2)
         far = distances.min(axis=1) > _JPEG_DISTANCE
-        # Between two areas there is every value; a class that nobody named has areas of its own.
+        # Borders of areas have all values in between; many of them mean a class that is missing here.
         blurred = _BLURRED if counts[far].sum() <= _BLURRED_SHARE * values.size else present
         moved = np.where(far, blurred, known[distances.argmin(axis=1)])
         return np.asarray(moved[np.searchsorted(present, values)], dtype=np.int64)
@@ -463,7 +456,7 @@ def _packed(colour: Colour) -> int:
 
 
 def _parts(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Red, green and blue of packed colours, or numbers as they are, `[n, 1 or 3]`."""
+    """Red, green and blue of packed colours, or the ids themselves, `[n, 1 or 3]`."""
     values = values.astype(np.int64)
     if len(values) and values[0] < _FIRST_COLOUR:
         return values[:, None]
@@ -473,13 +466,13 @@ def _parts(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 def _classes(names: Sequence[str], ids: Sequence[int], colours: Sequence[Sequence[int]]) -> SegmentationClasses:
     if not names:
-        raise InputError("classes: there is none; give the names of the classes (--data.classes '[road, sky]').")
+        raise InputError("classes: the list is empty; give the names of the classes (--data.classes '[road, sky]').")
     for what, values in (("ids", ids), ("colours", colours)):
         if values and len(values) != len(names):
             raise InputError(f"{what}: there are {len(values)} for {len(names)} classes; give one for each.")
     for number in ids:
         if not isinstance(number, int) or isinstance(number, bool):
-            raise InputError(f"ids: {number!r} is no whole number; give the numbers of the classes in the masks.")
+            raise InputError(f"ids: {number!r} is not an integer; give the ids of the classes in the masks.")
     for colour in colours:
         if len(colour) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in colour):
             raise InputError(f"colours: {list(colour)} must be red, green and blue from 0 to 255.")
@@ -491,6 +484,6 @@ def _classes(names: Sequence[str], ids: Sequence[int], colours: Sequence[Sequenc
 
 
 def _stem(path: str) -> str:
-    """A path without the ending of an image."""
+    """A path without the suffix of an image."""
     suffix = Path(path).suffix
     return path[: -len(suffix)] if suffix.lower() in IMAGE_SUFFIXES else path

@@ -1,4 +1,4 @@
-"""Several data sets of segmentation as one, with the classes of all."""
+"""Several segmentation data sets as one, with the classes of all."""
 
 import os
 from collections.abc import Sequence
@@ -8,40 +8,32 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import override
 
-from datamodules.images.files import ExifPolicy
 from datamodules.images.folders import listed
 from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
-from datamodules.sampling.image_batches import BadImagePolicy
 from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours
 from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
-from datamodules.segmentation.transforms import SegmentationAugmentation
 from lightning_attn.errors import InputError
 
 __all__ = ["MergedSegmentationDataModule", "RenamedLabels"]
 
 
 class MergedSegmentationDataModule(SegmentationDataModule):
-    """Several data sets as one: their images together, and every class of any of them by its name.
+    """Several data sets as one: all their images, and the union of their classes by name.
 
-    The other arguments are those of `CityscapesDataModule`, and go before those of the members.
+    Its options take precedence over those of the members.
 
     Args:
-        members: The data sets; each lists its own splits. A member without a validation or test split has no part in
-            these.
-        weights: How often the training images of each member come in an epoch, in the mean: 1 for once, 0.5 for half of
-            them; none for once each.
+        members: The data sets; each lists its own splits. A member without a validation or test split is left
+            out of these.
+        weights: How often the training images of each member come in an epoch, on average: 1 for once, 0.5 for half of
+            them; empty for once each.
         rename: New names of classes by their old ones, such as `{automobile: car}`; those of one new name become one.
             The new name "" ignores the pixels of a class.
         batch_size: Training images in a batch on one rank.
         num_workers: Processes that make batches; 0 makes them in the training process.
-        crop_size: See `CityscapesDataModule`.
-        augmentation: See `CityscapesDataModule`.
-        seed: See `CityscapesDataModule`.
-        eval_batch_size: See `CityscapesDataModule`.
-        predict_folder: See `CityscapesDataModule`.
-        exif: See `CityscapesDataModule`.
-        on_bad_image: See `CityscapesDataModule`.
+        options: Those of `SegmentationDataModule` and `ImageDataModule`.
 
     Raises:
         ValueError: If a value is out of range, there is no member, or weights and members differ in number.
@@ -54,13 +46,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
         rename: dict[str, str] | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
-        crop_size: int | tuple[int, int] = 769,
-        augmentation: SegmentationAugmentation = SegmentationAugmentation(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_batch_size: int = 1,
-        predict_folder: str = "",
-        exif: ExifPolicy = "apply",
-        on_bad_image: BadImagePolicy = "stop",
+        **options: Any,
     ) -> None:
         check_members(members, weights, "segmentation")
         new_names = dict(rename or {})
@@ -70,29 +56,19 @@ class MergedSegmentationDataModule(SegmentationDataModule):
             _united([member.classes for member in members], new_names),
             batch_size=batch_size,
             num_workers=num_workers,
-            crop_size=crop_size,
-            augmentation=augmentation,
-            seed=seed,
-            eval_batch_size=eval_batch_size,
-            predict_folder=predict_folder,
-            exif=exif,
-            on_bad_image=on_bad_image,
+            **options,
         )
         self.members = members
         self.weights = tuple(weights)
         self.rename = new_names
         self._member_sizes: list[int] = []
 
+    @override
     def prepare_files(self, splits: Sequence[str]) -> None:
-        """Lets each member fetch or make its files.
-
-        Args:
-            splits: Of "train", "val" and "test", those that are needed.
-        """
         prepare_members(self.members, splits)
 
+    @override
     def list_files(self, split: str, *, with_labels: bool = True) -> SegmentationFiles:
-        """See `SegmentationDataModule.list_files`."""
         members = members_with(self.members, split)
         parts = [member.list_files(split, with_labels=with_labels) for member in members]
         if split == "train":
@@ -108,7 +84,7 @@ class MergedSegmentationDataModule(SegmentationDataModule):
                 new = self.rename.get(name, name)
                 labels[label] = self.classes.names.index(new) if new else IGNORED
             readers += [RenamedLabels(reader, labels) for reader in part.readers]
-        return SegmentationFiles.of_paths(
+        return SegmentationFiles.from_paths(
             folder,
             [_below(folder, part.image(index)) for part in parts for index in range(len(part))],
             [_below(folder, part.label(index)) for part in parts for index in range(len(part))] if with_labels else [],
@@ -116,56 +92,56 @@ class MergedSegmentationDataModule(SegmentationDataModule):
             np.concatenate(reader_of),
         )
 
+    @override
     def image_weights(self) -> npt.NDArray[np.float64] | None:
-        """See `SegmentationDataModule.image_weights`."""
         return member_weights(self.weights, self._member_sizes)
 
 
 @dataclass(frozen=True, eq=False)
-class RenamedLabels:
-    """Reads the labels of a data set as those of another; see `LabelReader`.
+class RenamedLabels(LabelReader):
+    """Reads the labels of a member as those of the merged data set.
 
     Args:
-        reader: Reads its own.
-        new_labels: The new label of each of these, `[256]`.
+        reader: The reader of the member.
+        new_labels: The merged label of each of its labels, `[256]`.
     """
 
     reader: LabelReader
     new_labels: LabelMap
 
     @property
+    @override
     def refuses_unknown(self) -> bool:
-        """See `LabelReader.refuses_unknown`."""
         return self.reader.refuses_unknown
 
+    @override
     def size(self, path: Path) -> tuple[int, int]:
-        """See `LabelReader.size`."""
         return self.reader.size(path)
 
+    @override
     def values(self, path: Path) -> npt.NDArray[Any]:
-        """See `LabelReader.values`."""
         return self.reader.values(path)
 
+    @override
     def labels(self, values: npt.NDArray[Any], path: Path) -> LabelMap:
-        """See `LabelReader.labels`."""
         return self.new_labels[self.reader.labels(values, path)]
 
+    @override
     def is_known(self, value: int) -> bool:
-        """See `LabelReader.is_known`."""
         return self.reader.is_known(value)
 
+    @override
     def described(self, value: int) -> str:
-        """See `LabelReader.described`."""
         return self.reader.described(value)
 
 
 def _united(classes: Sequence[SegmentationClasses], rename: dict[str, str]) -> SegmentationClasses:
-    """Every name once, in the order in which they come, with the colour that it has first and ids from 0."""
+    """Every name once, in order of first occurrence, with its first colour and ids from 0."""
     colours = {name: colour for one in reversed(classes) for name, colour in zip(one.names, one.colours, strict=True)}
     unknown = [name for name in rename if name not in colours]
     if unknown:
         raise InputError(
-            f"rename: {unknown[0]!r} is no class of the members, which have {listed(sorted(colours), 90)}."
+            f"rename: {unknown[0]!r} is not a class of the members, which have {listed(sorted(colours), 90)}."
         )
     names = tuple(
         dict.fromkeys(rename.get(name, name) for one in classes for name in one.names if rename.get(name, name))

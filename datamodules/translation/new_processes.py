@@ -1,4 +1,4 @@
-"""Processes that begin anew, without running the user's script again."""
+"""Worker processes that are spawned without importing the user's main module."""
 
 import contextlib
 import sys
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def without_main_module() -> BaseContext:
-    """A context for pools whose processes start anew (fork is unsafe once torch has started threads).
+    """A "spawn" context for process pools (fork is unsafe once torch has started threads).
 
-    Python's own would import the main module in each of them: a script or notebook that does its work without
-    `if __name__ == "__main__"` would begin it again there. So what goes to these processes must be importable.
+    Python's own imports the main module in each process: a script without `if __name__ == "__main__"` would run again
+    there. So functions for these processes must be importable from other modules.
     """
     return _Context()
 
@@ -32,7 +32,7 @@ class _Context(SpawnContext):
 @contextlib.contextmanager
 def _hidden_main_module() -> Iterator[None]:
     main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")  # without a file, there is nothing to import
+    sys.modules["__main__"] = types.ModuleType("__main__")  # it has no file, so there is nothing to import
     try:
         yield
     finally:

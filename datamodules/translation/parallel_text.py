@@ -1,6 +1,6 @@
-r"""Parallel text in the layout ``root/{train,valid,test}.{en,de}``: one sentence a line, line n pairs with line n.
+r"""Reads parallel text in the layout ``root/{train,valid,test}.{en,de}``: one sentence per line, aligned by line.
 
-Only ``\n`` ends a line (a ``\r`` before it is dropped): real corpora hold U+2028, form feeds and their like inside
+Only ``\n`` ends a line (a ``\r`` before it is dropped): real corpora have U+2028, form feeds and the like inside
 sentences, and every tool that counts lines counts ``\n``.
 """
 
@@ -21,7 +21,7 @@ from lightning_attn.errors import InputError, MissingFileError
 _BLOCK = 1 << 22
 _GZIP, _TABLE = ".gz", ".tsv"
 
-# Scripts that are written without blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese.
+# Scripts without blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese, Japanese.
 _WITHOUT_BLANKS = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f"
     "\U00020000-\U0003ffff]"
@@ -29,12 +29,12 @@ _WITHOUT_BLANKS = re.compile(
 
 
 def is_blank(text: str) -> bool:
-    """Whether a line holds nothing but white space of any kind: such a line has no translation."""
+    """Whether a line has only white space of any kind: it then has no translation."""
     return not text.strip()
 
 
 def count_words(text: str) -> int:
-    """What blanks separate; every character of a script that is written without blanks is a word too."""
+    """Number of words separated by blanks; every character of a script without blanks is a word too."""
     if text.isascii():
         return len(text.split())
     return len(_WITHOUT_BLANKS.sub(" x ", text).split())
@@ -44,12 +44,12 @@ def count_words(text: str) -> int:
 class Cleaning:
     """Which training pairs are left out. Validation and test text is never cleaned.
 
-    Words are what blanks separate, and each character of Chinese, Japanese, Thai and others that are written without
-    blanks. The first reason that holds, in the order of the fields, is the one counted.
+    Words are separated by blanks; each character of Chinese, Japanese, Thai and other scripts without blanks is a word.
+    A pair is counted under the first reason that applies, in the order of the fields.
 
     Args:
         drop_empty: leaves out pairs with an empty side.
-        max_characters: longest side in characters, so that broken lines cost no time.
+        max_characters: longest side in characters, so that broken lines take no time.
         min_length: fewest words on either side.
         max_length: most words on either side.
         max_ratio: largest ratio of the words of the longer side to those of the shorter one.
@@ -57,7 +57,7 @@ class Cleaning:
         max_tokens: longest side in vocabulary pieces.
 
     Raises:
-        ValueError: if a bound is negative or they leave nothing.
+        ValueError: if a bound is negative or leaves no pair.
     """
 
     drop_empty: bool = True
@@ -83,7 +83,7 @@ class Cleaning:
                 raise InputError(f"cleaning.{name}: {getattr(self, name)} would leave no pair; give 1 or more.")
 
     def reason(self, source: str, target: str) -> str:
-        """Why a pair is left out before it is cut into tokens: the name of a field, or "" when it is kept."""
+        """Why a pair is left out before it is tokenised: the name of a field, or "" if it is used."""
         if self.drop_empty and (is_blank(source) or is_blank(target)):
             return "drop_empty"
         if max(len(source), len(target)) > self.max_characters:
@@ -103,7 +103,7 @@ class Cleaning:
 
 @dataclass(frozen=True)
 class FilePair:
-    """The two files of one part of a corpus, or the one table that holds both: source, tabulator, target.
+    """The two files of one part of a corpus, or the one table that holds both: source, tab, target.
 
     Files whose names end in ".gz" are compressed.
     """
@@ -119,7 +119,7 @@ class FilePair:
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What one pass over a file tells.
+    """Hash and length of a file.
 
     Args:
         digest: BLAKE2b of the content, 32 hexadecimal digits.
@@ -143,7 +143,7 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
 
     Raises:
         FileNotFoundError: if the folder or a file is missing, or a file has no counterpart.
-        ValueError: if a name is there in two forms.
+        ValueError: if a name exists in two forms.
     """
     layout = f"{{train,valid,test}}.{{{source_language},{target_language}}}"
     if not root.is_dir():
@@ -167,15 +167,15 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
     for name in either:
         if name in tables:
             if name in sides[0] or name in sides[1]:
-                raise InputError(f"{tables[name]}: {name} is there as a table and as text too. Move one away.")
+                raise InputError(f"{tables[name]}: {name} exists as a table and as text too. Move one away.")
             pairs.append(FilePair(tables[name], tables[name]))
             continue
         for language, mine, other in ((source_language, 0, 1), (target_language, 1, 0)):
             if name not in sides[mine]:
                 option = "source_language" if mine == 0 else "target_language"
                 raise MissingFileError(
-                    f"{root / (name + '.' + language)} is missing, but {sides[other][name]} is there. Add the file, "
-                    f"or give the ending of the one that is meant (--data.{option}, which is {language!r}); "
+                    f"{root / (name + '.' + language)} is missing, but {sides[other][name]} exists. Add the file, "
+                    f"or give its ending (--data.{option}, which is {language!r}); "
                     f"{_endings(root, name)}the layout is {layout}."
                 )
         pairs.append(FilePair(sides[0][name], sides[1][name]))
@@ -183,19 +183,19 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
 
 
 def _endings(root: Path, name: str) -> str:
-    """Which languages a split is there in."""
+    """The files of a split in any language, for a message."""
     found = sorted(path.name for path in root.glob(f"{glob.escape(name)}.*"))
-    return f"there is {', '.join(found[:8])}; " if found else ""
+    return f"found {', '.join(found[:8])}; " if found else ""
 
 
 def _contents(root: Path) -> str:
-    """What a folder holds, for a message."""
+    """The contents of a folder, for a message."""
     names = sorted(path.name for path in root.iterdir())
     return f"It holds {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}." if names else "It is empty."
 
 
 def find_source(root: Path, name: str, language: str) -> FilePair:
-    """The source side of a split, whose target need not be there; a table with a source column alone will do.
+    """The source side of a split, whose target may not exist; a table with only a source column is enough.
 
     Raises:
         FileNotFoundError: if it is missing.
@@ -206,13 +206,13 @@ def find_source(root: Path, name: str, language: str) -> FilePair:
             path = found[min(found)]
             return FilePair(path, path) if ending == _TABLE else FilePair(path, Path())
     raise MissingFileError(
-        f"{root / f'{name}.{language}'} is not there. Give the folder that has it (--data.root FOLDER), the name of "
+        f"{root / f'{name}.{language}'} does not exist. Give the folder that has it (--data.root FOLDER), the name of "
         "the file without its language (--data.test_files NAME), or any text file (--data.predict_file FILE)."
     )
 
 
 def _named(root: Path, pattern: str, ending: str) -> dict[str, Path]:
-    """The files of a pattern and an ending, compressed or not, by their names without it."""
+    """The files of a pattern and a suffix, compressed or not, by their names without it."""
     found: dict[str, Path] = {}
     for full in (ending, ending + _GZIP):
         paths = sorted(root.glob(pattern + full)) if glob.has_magic(pattern) else [root / (pattern + full)]
@@ -220,7 +220,9 @@ def _named(root: Path, pattern: str, ending: str) -> dict[str, Path]:
             if path.is_file():
                 name = path.name.removesuffix(full)
                 if name in found:
-                    raise InputError(f"{found[name]} and {path} are the same file, once compressed. Move one away.")
+                    raise InputError(
+                        f"{found[name]} and {path} are the same file, one of them compressed. Move one away."
+                    )
                 found[name] = path
     return found
 
@@ -237,7 +239,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         try:
             yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{path} is no whole gzip file ({error}). Copy or download it again.") from error
+            raise InputError(f"{path} is not a complete gzip file ({error}). Copy or download it again.") from error
 
 
 def summarise(path: Path) -> FileSummary:
@@ -268,13 +270,13 @@ def check_counts(pair: FilePair, source_lines: int, target_lines: int) -> None:
     if source_lines != target_lines:
         raise InputError(
             f"{pair.source} has {source_lines} lines, but {pair.target} has {target_lines}. Line n of one must be the "
-            "translation of line n of the other; a download that broke off, or a tool that splits lines at other "
+            "translation of line n of the other; an interrupted download, or a tool that splits lines at other "
             "characters than \\n, is the usual cause. Make them the same length."
         )
 
 
 def decode_line(line: bytes, path: Path, number: int) -> str:
-    r"""Text of one line as read from a binary file, without its line end and the byte order mark of a first line.
+    r"""Text of one line as read from a binary file, without its line end and, in a first line, the byte order mark.
 
     Args:
         line: the bytes, ending in ``\n``, ``\r\n`` or nothing.
@@ -311,14 +313,14 @@ def _columns(path: Path, lines: Iterable[bytes], first: int) -> Iterator[tuple[b
     """Source and target of the lines of a table.
 
     Raises:
-        ValueError: if a line has no tabulator; names the file and the line.
+        ValueError: if a line has no tab; the message names the file and the line.
     """
     for number, line in enumerate(lines, start=first):
         columns = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
         if len(columns) < 2:
             raise InputError(
-                f"{path}, line {number}: there is no tabulator, which parts the source from the target. Correct the "
-                "line, or give two files of text."
+                f"{path}, line {number}: there is no tab between source and target. Correct the line, or give two "
+                "files of text."
             )
         yield columns[0], columns[1]
 
@@ -395,7 +397,7 @@ def read_blocks(pairs: Iterable[FilePair], size: int) -> Iterator[LineBlock]:
 
 
 def read_evaluation(pair: FilePair) -> tuple[list[str], list[str]]:
-    """Reads a validation or test set whole; nothing is cleaned away.
+    """Reads a validation or test set, without cleaning.
 
     Raises:
         OSError: if a file cannot be read.
@@ -418,7 +420,7 @@ def read_evaluation(pair: FilePair) -> tuple[list[str], list[str]]:
                 where = "both columns" if pair.is_table else f"both {pair.source.name} and {pair.target.name}"
                 what = "column" if pair.is_table else "line"
                 raise InputError(
-                    f"{path}, line {number}: the {what} is empty. Evaluation text is not cleaned, so take "
-                    f"line {number} out of {where}, or fill it in."
+                    f"{path}, line {number}: the {what} is empty. Evaluation text is not cleaned, so "
+                    f"remove line {number} from {where}, or fill it in."
                 )
     return source, target

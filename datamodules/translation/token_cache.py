@@ -1,15 +1,15 @@
-"""Training text as token ids in memory-mapped files, made once and found again by a key of all that went into it.
+"""Training text as token ids in memory-mapped files, built once and found by a hash of its inputs.
 
 A cache folder holds::
 
-    <key>/manifest.json            settings, input files, counts of what cleaning left out
+    <key>/manifest.json            settings, input files, numbers of pairs that cleaning left out
     <key>/vocabulary.model         the sentencepiece model
-    <key>/{source,target}.ids      the ids of all sentences in a row (uint16 where the vocabulary fits, else int32)
+    <key>/{source,target}.ids      the concatenated ids of all sentences (uint16 where the vocabulary fits, else int32)
     <key>/{source,target}.offsets  int64, one more than sentences: sentence i is ids[offsets[i]:offsets[i + 1]]
     files/<name>.json              content hashes of the input files, so that a large corpus is hashed only once
 
-An entry is built under a temporary name beside its place and renamed when it is complete, so it is there whole or not
-at all, and two processes that build the same entry at once both end with it.
+An entry is built under a temporary name and renamed when it is complete: it appears atomically, and two processes that
+build the same entry at the same time both succeed.
 """
 
 import collections
@@ -37,6 +37,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from datamodules.machine import available_cores, user_cache_folder
 from datamodules.translation.new_processes import without_main_module
 from datamodules.translation.parallel_text import (
     Cleaning,
@@ -61,20 +62,20 @@ _UNWRITABLE = (
     errno.ENOTDIR,
     errno.EEXIST,
 )
-_OWNER = "owner"  # in the folder of an entry that is being made: which process makes it
-_BLOCK_LINES = 10_000
+_OWNER = "owner"  # file in the folder of an entry that is being built: which process builds it
+BLOCK_LINES = 10_000
 # Below this, starting processes takes longer than the work.
-_LINES_WORTH_A_POOL = 100_000
-# The process that reads cannot feed more than about so many, and each takes as much memory as importing torch does.
-_MOST_PROCESSES = 32
-# Byte pair encoding hardly gains from more text, but takes about 1 KB of memory for every distinct word.
-_VOCABULARY_PAIRS = 500_000
+MIN_LINES_FOR_POOL = 100_000
+# The reading process cannot feed more, and each takes as much memory as importing torch does.
+_MAX_PROCESSES = 32
+# Byte pair encoding hardly gains from more pairs, but takes about 1 KB of memory for every distinct word.
+VOCABULARY_PAIRS = 500_000
 
 Ids = npt.NDArray[np.integer[Any]]
 
 
 class TokenArray:
-    """Sentences of token ids, one after the other in one flat array.
+    """Sentences of token ids, concatenated in one flat array.
 
     Args:
         ids: all ids, `[N]`.
@@ -95,7 +96,7 @@ class TokenArray:
 
     @classmethod
     def open(cls, ids: str, offsets: str, dtype: str) -> "TokenArray":
-        """Maps two files into memory; a pickled copy maps them again instead of carrying the content.
+        """Maps two files into memory; a pickled copy maps them again instead of holding the content.
 
         Args:
             ids: path of the raw ids.
@@ -122,9 +123,9 @@ class TokenArray:
         return np.diff(self.offsets).astype(np.int32)
 
     def release(self) -> None:
-        """Gives mapped pages back, so that they do not add up in the memory of every process that reads.
+        """Releases mapped pages, so that they do not accumulate in the memory of every process that reads.
 
-        They stay in the system's file cache, from where they come back as soon as they are read again.
+        They stay in the system's page cache.
         """
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
@@ -147,11 +148,11 @@ class TokenCache:
     """An opened cache entry.
 
     Args:
-        folder: where it lies.
+        folder: its folder.
         vocabulary: the vocabulary its ids belong to.
         source: the source sentences.
         target: the target sentences.
-        manifest: what it was made of; ``manifest["left_out"]`` counts the pairs that cleaning left out, by reason.
+        manifest: its inputs and settings; ``manifest["left_out"]`` counts the pairs that cleaning left out, by reason.
     """
 
     folder: Path
@@ -165,7 +166,7 @@ class TokenCache:
         """Opens a complete entry.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if it does not exist.
             ValueError: if it is damaged.
         """
         if not folder.is_dir():
@@ -189,7 +190,7 @@ class TokenCache:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What decides the content of a cache entry.
+    """All that the content of a cache entry depends on.
 
     Args:
         pairs: the training files, in order.
@@ -197,8 +198,8 @@ class Preparation:
         target_language: language of the second.
         vocabulary_size: ids of the joint vocabulary.
         cleaning: which pairs are left out.
-        vocabulary_options: how the vocabulary is learnt.
-        vocabulary: one that is there already; then none is learnt.
+        vocabulary_options: how the vocabulary is trained.
+        vocabulary: an existing vocabulary to use instead of training one.
     """
 
     pairs: tuple[FilePair, ...]
@@ -210,7 +211,7 @@ class Preparation:
     vocabulary: Vocabulary | None = None
 
     def summaries(self, cache: Path) -> list[tuple[FileSummary, FileSummary]]:
-        """Hash and line count of every file, read from the cache's notes where the file has not changed.
+        """Hash and line count of every file, from the cache where the file has not changed.
 
         Raises:
             ValueError: if a file is empty or the line counts of a pair differ.
@@ -236,16 +237,16 @@ class Preparation:
     def _described_vocabulary(self) -> Any:
         if self.vocabulary is not None:
             return hashlib.blake2b(self.vocabulary.model, digest_size=16).hexdigest()
-        return [self.vocabulary_size, _VOCABULARY_PAIRS, asdict(self.vocabulary_options)]
+        return [self.vocabulary_size, VOCABULARY_PAIRS, asdict(self.vocabulary_options)]
 
     def build(self, cache: Path, processes: int = 0, show_progress: bool = True) -> Path:
-        """Makes the entry unless it is there.
+        """Builds the entry unless it exists.
 
-        Lines are read as a stream and go to the processes in blocks, so memory does not grow with the corpus.
+        Lines are streamed to the processes in blocks, so memory does not grow with the corpus.
 
         Args:
-            cache: the cache folder; made if it is missing.
-            processes: how many processes cut the text into tokens; 0 means one per core.
+            cache: the cache folder; created if it is missing.
+            processes: number of processes that tokenise the text; 0 means one per core.
             show_progress: draws progress bars on stderr.
 
         Returns:
@@ -253,13 +254,13 @@ class Preparation:
 
         Raises:
             OSError: if the cache cannot be written; nothing of it is left behind.
-            ValueError: on bad text (file and line are named), or if cleaning leaves nothing.
+            ValueError: on bad text (the message names file and line), or if cleaning leaves no pair.
         """
         folder = cache / self.key(cache)
         if folder.is_dir():
             return folder
         try:
-            # Not tempfile.mkdtemp: other users of a shared corpus folder are to be able to read the entry.
+            # Not tempfile.mkdtemp: other users of a shared corpus folder must be able to read the entry.
             scratch = cache / f".{folder.name}-{uuid.uuid4().hex}"
             cache.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(cache)
@@ -285,16 +286,16 @@ class Preparation:
         summaries = self.summaries(cache)
         lines = sum(source.lines for source, _ in summaries)
         with _progress(show_progress) as progress:
-            vocabulary = self._learn_vocabulary(lines, progress)
+            vocabulary = self._train_vocabulary(lines, progress)
             (folder / "vocabulary.model").write_bytes(vocabulary.model)
             dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.int32)
             left_out: Counter[str] = Counter()
             lengths: dict[str, list[npt.NDArray[np.int32]]] = {"source": [], "target": []}
-            task = progress.add_task("cutting training text into tokens", total=lines)
+            task = progress.add_task("tokenising training text", total=lines)
             with (folder / "source.ids").open("wb") as source, (folder / "target.ids").open("wb") as target:
                 files = {"source": source, "target": target}
                 encoder = _Encoder(vocabulary, self.cleaning, dtype)
-                for block in _encode(read_blocks(self.pairs, _BLOCK_LINES), encoder, lines, processes):
+                for block in _encode(read_blocks(self.pairs, BLOCK_LINES), encoder, lines, processes):
                     for side, (ids, block_lengths) in block.sides.items():
                         files[side].write(ids.tobytes())  # tofile loses errno
                         lengths[side].append(block_lengths)
@@ -333,21 +334,23 @@ class Preparation:
             f"{self.pairs[0].target}."
         )
 
-    def _learn_vocabulary(self, lines: int, progress: Progress) -> Vocabulary:
-        """Learns from every k-th pair that cleaning keeps, k the smallest that gives few enough pairs."""
-        step = -(-lines // _VOCABULARY_PAIRS)
+    def _train_vocabulary(self, lines: int, progress: Progress) -> Vocabulary:
+        """Trains on every k-th pair that passes cleaning, with the smallest k that gives few enough pairs."""
+        step = -(-lines // VOCABULARY_PAIRS)
         task = progress.add_task("reading text for the vocabulary", total=lines)
-        learning = progress.add_task(f"learning {self.vocabulary_size} vocabulary pieces", total=None, visible=False)
+        training = progress.add_task(
+            f"training a vocabulary of {self.vocabulary_size} pieces", total=None, visible=False
+        )
 
         if self.vocabulary is not None:
             progress.remove_task(task)
-            progress.remove_task(learning)
+            progress.remove_task(training)
             return self.vocabulary
         left_out: Counter[str] = Counter()
 
         def sentences() -> Iterator[str]:
             seen = 0
-            for block in read_blocks(self.pairs, _BLOCK_LINES):
+            for block in read_blocks(self.pairs, BLOCK_LINES):
                 for source, target in block.texts(-seen % step, step):
                     reason = self.cleaning.reason(source, target)
                     left_out[reason] += 1
@@ -358,10 +361,10 @@ class Preparation:
                 progress.advance(task, len(block))
             if not left_out[""]:
                 raise self._nothing_left(left_out)
-            progress.update(learning, visible=True)
+            progress.update(training, visible=True)
 
         vocabulary = train_vocabulary(sentences(), self.vocabulary_size, options=self.vocabulary_options)
-        progress.update(learning, total=1, completed=1)
+        progress.update(training, total=1, completed=1)
         return vocabulary
 
 
@@ -374,7 +377,7 @@ class _EncodedBlock:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Cleans a block of lines and cuts it into tokens."""
+    """Cleans and tokenises a block of lines."""
 
     vocabulary: Vocabulary
     cleaning: Cleaning
@@ -406,7 +409,7 @@ _worker_encoder: _Encoder | None = None
 
 def _start_worker(encoder: _Encoder) -> None:
     global _worker_encoder
-    # Ctrl-C reaches the whole process group; the parent is the one that answers it.
+    # Ctrl-C reaches the whole process group; the parent process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker_encoder = encoder
 
@@ -418,8 +421,8 @@ def _encode_in_worker(block: LineBlock) -> _EncodedBlock:
 
 def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processes: int) -> Iterator[_EncodedBlock]:
     """Encodes blocks in order, in this process or in a pool that never holds more than a few blocks."""
-    processes = min(processes or min(available_cores(), _MOST_PROCESSES), -(-lines // _BLOCK_LINES))
-    if processes == 1 or lines < _LINES_WORTH_A_POOL:
+    processes = min(processes or min(available_cores(), _MAX_PROCESSES), -(-lines // BLOCK_LINES))
+    if processes == 1 or lines < MIN_LINES_FOR_POOL:
         yield from map(encoder, blocks)
         return
     pool = ProcessPoolExecutor(
@@ -438,16 +441,11 @@ def _encode(blocks: Iterable[LineBlock], encoder: _Encoder, lines: int, processe
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise InputError(
-            f"preparation_processes: one of {processes} processes that cut text into tokens died. Short memory is the "
+            f"preparation_processes: one of {processes} processes that tokenise text died. Lack of memory is the "
             "usual cause: use fewer with --data.preparation_processes N."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def available_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_cache_folder(root: Path) -> Path:
@@ -462,24 +460,8 @@ def default_cache_folder(root: Path) -> Path:
     return inside if writable else user_cache_folder()
 
 
-def user_cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/lightning_attn``, by default ``~/.cache/lightning_attn``.
-
-    Raises:
-        NotADirectoryError: if there is neither a variable nor a home.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "lightning_attn"
-    except RuntimeError as error:
-        raise NotADirectoryError(
-            "cache_dir: this user has no home directory, where the cache would be. Set XDG_CACHE_HOME or HOME to a "
-            "folder, or give one (--data.cache_dir FOLDER for text, --data.root FOLDER for miniature data)."
-        ) from error
-
-
 def _summarise_once(path: Path, cache: Path) -> FileSummary:
-    """The summary of a file, noted under its path and taken from the note while size and times are unchanged."""
+    """The summary of a file, cached by its path and valid while size and times are unchanged."""
     stat = path.stat()
     place = str(path.resolve())
     state = [place, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -489,7 +471,7 @@ def _summarise_once(path: Path, cache: Path) -> FileSummary:
         if noted["state"] == state:
             return FileSummary(noted["digest"], noted["lines"])
     summary = summarise(path)
-    # The note only saves time, so a cache that cannot be written is no error here.
+    # The cached summary only saves time, so failing to write it is no error.
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         scratch = note.with_name(f".{note.name}-{os.getpid()}")
@@ -526,7 +508,7 @@ def _move(scratch: Path, folder: Path) -> None:
     try:
         scratch.rename(folder)
     except OSError:
-        # Another process was first; its entry has the same content.
+        # Another process was faster; its entry has the same content.
         if not folder.is_dir():
             raise
 

@@ -16,25 +16,25 @@ from lightning_attn.errors import InputError, MissingFileError
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 
 Pieces = Literal["bpe", "unigram", "char"]
-"""How words are cut: byte pair encoding, the unigram language model, or single characters."""
+"""How words are split: byte pair encoding, the unigram language model, or single characters."""
 
 _STORED = "vocabulary"  # where checkpoints of a translation hold the model
 
 
 @dataclass(frozen=True)
 class VocabularyOptions:
-    """How a vocabulary is learnt, beside its size.
+    """How a vocabulary is trained, beside its size.
 
     Args:
-        pieces: how words are cut; see `Pieces`.
+        pieces: how words are split; see `Pieces`.
         character_coverage: share of the characters of the text that get a piece of their own; below 1 the rarest become
             unknown, which is usual for Chinese and Japanese (0.9995).
         byte_fallback: writes characters without a piece as UTF-8 bytes (256 more pieces), so that nothing is unknown.
-        split_digits: cuts numbers into digits.
+        split_digits: splits numbers into digits.
         symbols: texts that are always one piece, such as "<doc>".
 
     Raises:
-        ValueError: if a value is none of these.
+        ValueError: if a value is out of range.
     """
 
     pieces: Pieces = "bpe"
@@ -60,13 +60,13 @@ class Vocabulary:
     dropped, U+2581 (the sign sentencepiece writes for a blank) comes back as a blank, and an unknown character comes
     back as " ⁇ ".
 
-    Two vocabularies are equal when their models are byte for byte the same. Instances can be pickled.
+    Two vocabularies are equal if the bytes of their models are. Instances can be pickled.
 
     Args:
         model: the bytes of a sentencepiece model file.
 
     Raises:
-        ValueError: if the bytes are no sentencepiece model or its special ids are others.
+        ValueError: if the bytes are not a sentencepiece model with these special ids.
     """
 
     pad_id = PAD_ID
@@ -153,18 +153,18 @@ class Vocabulary:
         return str(self._processor.decode(self._until_eos(ids)))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """The written form of every id, special ones too, with "▁" where a word starts."""
+        """The piece of every id, special ones too, with "▁" where a word starts."""
         return [str(self._processor.id_to_piece(int(index))) for index in ids]
 
     @staticmethod
     def _until_eos(ids: Iterable[int]) -> list[int]:
-        kept: list[int] = []
+        found: list[int] = []
         for index in ids:
             if index == EOS_ID:
                 break
             if index not in (PAD_ID, BOS_ID):
-                kept.append(int(index))
-        return kept
+                found.append(int(index))
+        return found
 
     def __len__(self) -> int:
         return self.size
@@ -189,26 +189,26 @@ def train_vocabulary(
     options: VocabularyOptions = VocabularyOptions(),
     flag: str = "--data.vocabulary_size",
 ) -> Vocabulary:
-    """Learns a vocabulary; the same sentences, size and options always give the same bytes.
+    """Trains a vocabulary; the same sentences, size and options always give the same bytes.
 
-    With the usual options every character of the sentences gets a piece of its own (character coverage 1), so nothing
-    the trainer has seen is unknown. No sentence is left out for its length: the bound that sentencepiece applies
-    silently is lifted, so keep extreme lines away by cleaning.
+    With the default options every character of the sentences gets a piece of its own (character coverage 1), so no
+    training text has unknown characters. No sentence is skipped for its length: the limit that sentencepiece applies
+    silently is lifted, so remove extreme lines by cleaning.
 
     Args:
         sentences: text of both languages; read once, held in memory by sentencepiece.
         size: number of ids, the four special ones included.
-        options: how it is learnt.
-        flag: what the messages call the argument to change.
+        options: how it is trained.
+        flag: option that sets the size, for messages.
 
     Raises:
-        ValueError: if the sentences cannot give a vocabulary of exactly that size; says the sizes that can be had.
+        ValueError: if the sentences cannot give a vocabulary of exactly that size; the message has the possible sizes.
     """
     buffer = io.BytesIO()
     failures: list[BaseException] = []
 
     def watched() -> Iterator[str]:
-        # sentencepiece turns any exception, Ctrl-C too, into a RuntimeError of its own.
+        # sentencepiece turns any exception, also KeyboardInterrupt, into a RuntimeError of its own.
         try:
             yield from sentences
         except (Exception, KeyboardInterrupt) as error:

@@ -2,31 +2,26 @@
 
 import glob
 import hashlib
-import logging
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities import rank_zero_info
-from torch import LongTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from datamodules.sampling.planned_batches import (
-    ResumableLoader,
-    loader_options,
-    rank_and_world_size,
-    reshuffles,
-    resumable,
+from datamodules.sampling.planned_batches import planned_loader, rank_and_world_size, reshuffles
+from datamodules.sampling.token_batches import TokenBatchSampler
+from datamodules.translation.batches import (
+    LONGER_EVALUATION,
+    LongLinePolicy,
+    StandardInput,
+    TranslationBatch,
+    TranslationDataset,
+    check_lengths,
 )
-from datamodules.sampling.token_batches import Lengths, TokenBatchSampler
 from datamodules.translation.parallel_text import (
     Cleaning,
-    decode_line,
     find_pairs,
     find_source,
     is_blank,
@@ -34,220 +29,24 @@ from datamodules.translation.parallel_text import (
     read_lines,
     read_source,
 )
-from datamodules.translation.token_cache import (
-    Preparation,
-    TokenArray,
-    TokenCache,
-    default_cache_folder,
-    user_cache_folder,
-)
-from datamodules.translation.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary, VocabularyOptions
+from datamodules.translation.token_cache import Preparation, TokenCache, default_cache_folder
+from datamodules.translation.vocabulary import Vocabulary, VocabularyOptions
 from lightning_attn.errors import InputError, MissingFileError
 
-logger = logging.getLogger(__name__)
-
-LongLinePolicy = Literal["crop", "skip", "stop"]
-"""What is done about a line to translate that is longer than a batch may be.
-
-`crop` translates its beginning, `skip` gives it an empty translation, both with a word in the log; `stop` ends with an
-error.
-"""
+__all__ = ["WMT14DataModule"]
 
 # The splits that a stage reads.
 _SPLITS = {"fit": ("valid",), "validate": ("valid",), "test": ("test",), "predict": ("predict",)}
-
-_LONGER_EVALUATION = "raise --data.eval_max_tokens"
-
-# Reading at random maps about 64 KB of the cache for each sentence, some 20 MB for a batch.
-_FETCHES_BEFORE_RELEASE = 8
-
-
-@dataclass
-class TranslationBatch:
-    """Sentences padded to a common length.
-
-    Not frozen only because Lightning refuses frozen dataclasses when it converts the precision of inputs.
-
-    Args:
-        ids: index of each sentence in its split (line number minus one; for training, among the pairs that cleaning
-            kept), `[B]`.
-        source: source tokens, each row ends with eos and is padded, `[B, S]`.
-        target: target tokens, each row starts with bos, ends with eos and is padded, `[B, T]`; `[B, 0]` in prediction.
-        source_text: the source lines in evaluation and prediction; empty in training.
-        target_text: the reference lines in evaluation; empty in training and prediction.
-        prefixes: what each translation is to begin with, in prediction; usually empty.
-    """
-
-    ids: LongTensor
-    source: LongTensor
-    target: LongTensor
-    source_text: list[str] = field(default_factory=list)
-    target_text: list[str] = field(default_factory=list)
-    prefixes: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def to(self, device: torch.device | str) -> "TranslationBatch":
-        """A copy on another device."""
-        asynchronous = torch.device(device).type == "cuda"
-        ids, source, target = (
-            tensor.to(device, non_blocking=asynchronous) for tensor in (self.ids, self.source, self.target)
-        )
-        return replace(self, ids=ids, source=source, target=target)  # type: ignore[arg-type]
-
-    def pin_memory(self) -> "TranslationBatch":
-        """A copy in page-locked memory."""
-        ids, source, target = (tensor.pin_memory() for tensor in (self.ids, self.source, self.target))
-        return replace(self, ids=ids, source=source, target=target)  # type: ignore[arg-type]
-
-
-class TranslationDataset(Dataset[TranslationBatch]):
-    """Sentences as tokens, fetched a batch at a time.
-
-    Args:
-        source: source sentences.
-        target: target sentences, or none.
-        source_text: their lines, if they are to travel with the batches.
-        target_text: the lines of the targets.
-        prefixes: what each translation is to begin with.
-    """
-
-    def __init__(
-        self,
-        source: TokenArray,
-        target: TokenArray | None = None,
-        source_text: Sequence[str] = (),
-        target_text: Sequence[str] = (),
-        prefixes: Sequence[str] = (),
-    ) -> None:
-        self.source = source
-        self.target = target
-        self.source_text = source_text
-        self.target_text = target_text
-        self.prefixes = prefixes
-        self._fetched = 0
-
-    @classmethod
-    def from_text(
-        cls, vocabulary: Vocabulary, source: list[str], target: list[str] | None = None
-    ) -> "TranslationDataset":
-        """Cuts lines into tokens and keeps the lines; a blank one, of whatever white space, has no tokens."""
-        return cls(
-            TokenArray.from_lists(vocabulary.encode_batch(["" if is_blank(line) else line for line in source])),
-            None if target is None else TokenArray.from_lists(vocabulary.encode_batch(target)),
-            source,
-            target or (),
-        )
-
-    def shortened(self, what: str, max_tokens: int, policy: LongLinePolicy, first: int = 1) -> "TranslationDataset":
-        """The same, without source lines that are too long.
-
-        Args:
-            what: What is read, for messages.
-            max_tokens: Most tokens of a line, its end-of-sentence included.
-            policy: What is done about longer ones.
-            first: Number of the first line.
-
-        Raises:
-            ValueError: If there is a longer line and `policy` is "stop".
-        """
-        lengths = self.lengths()[0]
-        longer = np.flatnonzero(lengths > max_tokens)
-        if not len(longer):
-            return self
-        if policy == "stop":
-            _check_lengths(f"{what}, line", self.lengths(), max_tokens, _LONGER_EVALUATION, first)
-        for index in longer.tolist():
-            done = "only its beginning is translated" if policy == "crop" else "it has no translation"
-            logger.warning(
-                f"{what}, line {index + first} has {lengths[index]:,} tokens, more than {max_tokens:,}: {done} "
-                f"(--data.on_long_line; {_LONGER_EVALUATION} to take it whole)."
-            )
-        kept = max_tokens - 1 if policy == "crop" else 0
-        too_long = set(longer.tolist())
-        rows = [self.source[index][: kept if index in too_long else None].tolist() for index in range(len(self))]
-        tokens = TokenArray.from_lists(rows)
-        return TranslationDataset(tokens, self.target, self.source_text, self.target_text, self.prefixes)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def lengths(self) -> tuple[Lengths, Lengths]:
-        """Tokens of each source and target sentence with their eos, `[sentences]` each; 0 without a target."""
-        source = self.source.lengths + 1
-        target = np.zeros_like(source) if self.target is None else self.target.lengths + 1
-        self._release()
-        return source, target
-
-    def __getitem__(self, index: int) -> TranslationBatch:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> TranslationBatch:
-        """One batch; the DataLoader's fetcher calls this for the whole list at once."""
-        source = _pad([self.source[index] for index in indices], begin=False)
-        if self.target is None:
-            target = np.empty((len(indices), 0), dtype=np.int64)
-        else:
-            target = _pad([self.target[index] for index in indices], begin=True)
-        self._fetched += 1
-        if self._fetched % _FETCHES_BEFORE_RELEASE == 0:
-            self._release()
-        return TranslationBatch(
-            torch.tensor(indices, dtype=torch.long),  # type: ignore[arg-type]
-            torch.from_numpy(source),  # type: ignore[arg-type]
-            torch.from_numpy(target),  # type: ignore[arg-type]
-            [self.source_text[index] for index in indices] if self.source_text else [],
-            [self.target_text[index] for index in indices] if self.target_text else [],
-            [self.prefixes[index] for index in indices] if self.prefixes else [],
-        )
-
-    def _release(self) -> None:
-        self.source.release()
-        if self.target is not None:
-            self.target.release()
-
-
-class StandardInput:
-    """The lines of the standard input, each a batch of its own as soon as it is there.
-
-    Args:
-        vocabulary: cuts them into tokens.
-        max_tokens: most tokens of a line.
-        on_long_line: what is done about longer ones.
-
-    Raises:
-        ValueError: while it is read, if a line is longer and that is to stop it.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, max_tokens: int, on_long_line: LongLinePolicy = "crop") -> None:
-        self.vocabulary = vocabulary
-        self.max_tokens = max_tokens
-        self.on_long_line: LongLinePolicy = on_long_line
-
-    def __len__(self) -> int:
-        # Of a loader whose length it does not know, Lightning fetches a batch in advance: nothing would be translated
-        # until the next line is typed. It stops where the lines do.
-        return sys.maxsize
-
-    def __iter__(self) -> Iterator[TranslationBatch]:
-        for index, line in enumerate(sys.stdin.buffer):
-            text = decode_line(line, Path("/dev/stdin"), index + 1)
-            dataset = TranslationDataset.from_text(self.vocabulary, [text])
-            dataset = dataset.shortened("standard input", self.max_tokens, self.on_long_line, index + 1)
-            batch = dataset[0]
-            batch.ids.add_(index)
-            yield batch
 
 
 class WMT14DataModule(pl.LightningDataModule):
     """WMT14 English-German, or any other parallel corpus in the same layout.
 
-    ``root`` holds ``{train,valid,test}.{en,de}``, one sentence a line, or tables ``{train,valid,test}.tsv`` of source,
-    tabulator, target; each may be compressed (``.gz``). Training text is cleaned, cut into the pieces of a joint
-    vocabulary, and kept as token ids in a cache that is found again by a key of the files and settings. Validation and
-    test text is read as it is. A stage looks at its own files only; outside of training, the command takes the
-    vocabulary from the checkpoint and looks at no training text.
+    ``root`` holds ``{train,valid,test}.{en,de}``, one sentence per line, or tables ``{train,valid,test}.tsv`` of
+    source, tab, target; each may be compressed (``.gz``). Training text is cleaned, tokenised with a joint vocabulary,
+    and cached as token ids under a hash of the files and settings. Validation and test text is not cleaned. A stage
+    reads its own files only; outside of training, the command takes the vocabulary from the checkpoint and reads no
+    training text.
 
     Train with ``Trainer(use_distributed_sampler=False)``: batches are planned here for all ranks.
 
@@ -260,28 +59,28 @@ class WMT14DataModule(pl.LightningDataModule):
         train_files: name of the training files without the language, or a glob for several parts ("train*").
         valid_files: name of the validation files without the language; "" trains without validation.
         test_files: name of the test files without the language. Prediction needs the source alone.
-        vocabulary: a sentencepiece model (``.model``) or a checkpoint of a translation whose vocabulary is taken
-            instead of learning one, such as for a training that begins with its weights; "" learns one.
-        vocabulary_size: ids of the joint vocabulary, learnt from the training text.
-        vocabulary_options: how it is learnt beside its size.
+        vocabulary: a sentencepiece model (``.model``) or a checkpoint of a translation whose vocabulary is used, such
+            as for a training that starts from its weights; "" trains one.
+        vocabulary_size: ids of the joint vocabulary, trained on the training text.
+        vocabulary_options: how it is trained, beside its size.
         cleaning: which training pairs are left out.
-        seed: decides, with the epoch, what is in a batch and the order of batches.
+        seed: seed, with the epoch, of the order of samples and batches.
         eval_max_tokens: the same bound for validation, test and prediction; 0 means `max_tokens`.
         cache_dir: folder of the token cache; "" means ``root/cache``, or a folder of the user's cache
             (``$XDG_CACHE_HOME`` or ``~/.cache``, then ``lightning_attn``) when ``root`` is read-only.
-        download: fetches the official WMT14 files into ``root`` first.
-        preparation_processes: processes that cut the training text into tokens; 0 means one per core.
-        predict_file: text to translate in prediction, one sentence a line; "" means the source side of the test set,
-            and "-" the standard input, each line as soon as it is there.
-        on_long_line: what is done about lines to translate of more than `eval_max_tokens` tokens; see `LongLinePolicy`.
-        predict_prefixes: text file with what each translation of prediction is to begin with, one line for each; blank
-            lines leave it open. "" for none.
-        skip_done: prediction takes what an earlier one that was broken off has left in the run directory, and
+        download: downloads the official WMT14 files into ``root`` first.
+        preparation_processes: processes that tokenise the training text; 0 means one per core.
+        predict_file: text to translate in prediction, one sentence per line; "" means the source side of the test set,
+            and "-" the standard input, each line as soon as it is read.
+        on_long_line: how lines to translate of more than `eval_max_tokens` tokens are treated; see `LongLinePolicy`.
+        predict_prefixes: text file with the forced beginning of each translation in prediction, one per line; blank
+            lines force nothing. "" for none.
+        skip_done: prediction reuses the translations that an interrupted prediction has left in the run directory, and
             translates the rest.
 
     Attributes:
-        given_vocabulary: what validation, test and prediction use instead of the vocabulary of the training text, which
-            is not looked at then; the command sets it to the checkpoint's.
+        given_vocabulary: vocabulary of validation, test and prediction, which then read no training text; the command
+            sets it to the checkpoint's.
 
     Raises:
         ValueError: if a number is out of range or both languages are the same.
@@ -356,19 +155,19 @@ class WMT14DataModule(pl.LightningDataModule):
         self.given_vocabulary: Vocabulary | None = None
         self._vocabulary: Vocabulary | None = None
         self._cache: TokenCache | None = None
-        self._told = False  # that there is no validation
+        self._has_logged_no_validation = False
         self._splits: dict[str, TranslationDataset] = {}
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The joint vocabulary; there after ``setup``.
+        """The joint vocabulary.
 
         Raises:
             RuntimeError: before ``setup``.
         """
         if self._vocabulary is None:
             raise RuntimeError(
-                "the vocabulary is there after prepare_data() and setup(); the Trainer calls both, or do so yourself."
+                "the vocabulary is known after prepare_data() and setup(); the Trainer calls both, or do so yourself."
             )
         return self._vocabulary
 
@@ -382,12 +181,12 @@ class WMT14DataModule(pl.LightningDataModule):
             RuntimeError: If `setup` has not read that split.
         """
         if split not in self._splits:
-            raise RuntimeError(f"the sentences of {split!r} are there after prepare_data() and setup() of its stage.")
+            raise RuntimeError(f"the sentences of {split!r} are known after prepare_data() and setup() of its stage.")
         return self._splits[split]
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many training pairs cleaning left out, by reason; there after ``setup``."""
+        """How many training pairs cleaning left out, by reason; known after ``setup``."""
         return {} if self._cache is None else dict(self._cache.manifest["left_out"])
 
     @property
@@ -396,14 +195,15 @@ class WMT14DataModule(pl.LightningDataModule):
         return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder(self.root)
 
     def prepare_files(self) -> None:
-        """Puts the corpus files into ``root`` where they have to be fetched or made; runs on one process a node."""
+        """Downloads or generates the corpus in ``root``, if asked to; runs in one process per node."""
         if self.download:
             from datamodules.downloads.wmt14 import download_wmt14
 
             download_wmt14(self.root)
 
+    @override
     def prepare_data(self) -> None:
-        """Fetches the corpus if asked to, checks it, and makes the vocabulary and the token cache.
+        """Downloads the corpus if asked to, checks it, and builds the vocabulary and the token cache.
 
         Raises:
             FileNotFoundError: if a file is missing.
@@ -414,8 +214,8 @@ class WMT14DataModule(pl.LightningDataModule):
         trainer = self.trainer
         stage = trainer.state.fn.value if trainer is not None and trainer.state.fn is not None else None
         preparation = self._preparation(stage)
-        # All that may be wrong with the small files is said before the long work starts.
-        needed = self._splits_of(stage) if stage is not None else tuple(filter(self._is_there, ("valid", "test")))
+        # Errors in the small files are raised before the long work starts.
+        needed = self._splits_of(stage) if stage is not None else tuple(filter(self._exists, ("valid", "test")))
         if "predict" in needed and self.reads_standard_input and trainer is not None and trainer.world_size > 1:
             raise InputError(
                 f"predict_file: '-' is the standard input, which {trainer.world_size} processes cannot share; use one "
@@ -431,8 +231,9 @@ class WMT14DataModule(pl.LightningDataModule):
             folder = preparation.build(self.cache_folder, self.preparation_processes, show_progress)
         _report(TokenCache.open(folder).manifest)
 
+    @override
     def setup(self, stage: str) -> None:
-        """Opens what a stage needs; only reads.
+        """Opens the files that a stage needs; writes nothing.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
@@ -453,15 +254,15 @@ class WMT14DataModule(pl.LightningDataModule):
             if split not in self._splits:
                 dataset = TranslationDataset.from_text(self.vocabulary, *self._read(split))
                 if split == "predict":
-                    dataset = dataset.shortened(self._called("predict"), self.eval_max_tokens, self.on_long_line)
+                    dataset = dataset.shortened(self._name_of("predict"), self.eval_max_tokens, self.on_long_line)
                     dataset.prefixes = self._read_prefixes(len(dataset))
                 self._splits[split] = dataset
 
+    @override
     def train_dataloader(self) -> DataLoader[TranslationBatch]:
-        """Batches of the training pairs that cleaning kept."""
         dataset = self._splits["train"]
         lengths = dataset.lengths()
-        _check_lengths(
+        check_lengths(
             "training pair", lengths, self.max_tokens, "raise --data.max_tokens or lower --data.cleaning.max_tokens"
         )
         rank, world_size = rank_and_world_size(self)
@@ -474,32 +275,30 @@ class WMT14DataModule(pl.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        options = loader_options(self, self.num_workers)
-        if self.trainer is None:
-            return DataLoader(dataset, batch_sampler=sampler, **options)
-        return resumable(ResumableLoader, self.trainer, dataset, sampler, **options)
+        return planned_loader(self, dataset, sampler, self.num_workers)
 
+    @override
     def val_dataloader(self) -> "DataLoader[TranslationBatch] | list[TranslationBatch]":
-        """Batches of the validation set, longest first; none without one."""
         return self._evaluation_loader("valid") if self.valid_files else []
 
+    @override
     def test_dataloader(self) -> DataLoader[TranslationBatch]:
-        """Batches of the test set, longest first."""
         return self._evaluation_loader("test")
 
+    @override
     def predict_dataloader(self) -> "DataLoader[TranslationBatch] | StandardInput":
-        """Batches of the text to translate, longest first, without references; lines one by one if they are typed."""
+        """Batches of the text to translate, longest first, without references; single lines of the standard input."""
         if self.reads_standard_input:
             return StandardInput(self.vocabulary, self.eval_max_tokens, self.on_long_line)
         return self._evaluation_loader("predict")
 
     @property
     def reads_standard_input(self) -> bool:
-        """Whether prediction reads lines from there."""
+        """Whether prediction reads lines from the standard input."""
         return self.predict_file == "-"
 
     def _splits_of(self, stage: str) -> tuple[str, ...]:
-        """The splits that a stage reads; says so where a training has no validation.
+        """The splits that a stage reads; logs that a training has no validation.
 
         Raises:
             ValueError: If the stage needs a split that is not named.
@@ -507,22 +306,22 @@ class WMT14DataModule(pl.LightningDataModule):
         splits = _SPLITS[stage]
         for option, split in (("valid_files", "valid"), ("test_files", "test")):
             if split in splits and not getattr(self, option) and stage != "fit":
-                raise InputError(f"{option}: there is none, and {stage} needs it (--data.{option} NAME).")
+                raise InputError(f"{option}: it is empty, and {stage} needs it (--data.{option} NAME).")
         if stage == "fit" and not self.valid_files:
-            if not self._told:
+            if not self._has_logged_no_validation:
                 rank_zero_info("There is no validation text: best.ckpt is not written, and last.ckpt is the result.")
-            self._told = True
+            self._has_logged_no_validation = True
             return ()
         return splits
 
     def _evaluation_vocabulary(self) -> Vocabulary | None:
-        """What is used where no training text is looked at."""
+        """The vocabulary of stages that read no training text; None if there is none."""
         if self.given_vocabulary is None and self.vocabulary_file:
             self.given_vocabulary = Vocabulary.from_file(self.vocabulary_file)
         return self.given_vocabulary
 
     def _preparation(self, stage: str | None) -> Preparation | None:
-        """What is made of the training text; None where a stage does without."""
+        """The preparation of the training text; None if a stage needs none."""
         if stage not in (None, "fit") and self._evaluation_vocabulary() is not None:
             return None
         pairs = find_pairs(self.root, self.train_files, self.source_language, self.target_language)
@@ -537,18 +336,18 @@ class WMT14DataModule(pl.LightningDataModule):
         )
 
     def _cache_entry(self, preparation: Preparation) -> Path:
-        """Where the entry is or would be; one that lies in a read-only corpus folder is used as well."""
+        """Folder of the cache entry; one in a read-only corpus folder is used as well."""
         key = preparation.key(self.cache_folder)
         inside = self.root / "cache" / key
         return inside if not self.cache_dir and inside.is_dir() else self.cache_folder / key
 
-    def _is_there(self, split: str) -> bool:
-        """Whether any file of a split is there."""
-        name = self._called(split)
+    def _exists(self, split: str) -> bool:
+        """Whether any file of a split exists."""
+        name = self._name_of(split)
         return bool(name) and any(self.root.glob(f"{glob.escape(name)}.*"))
 
-    def _called(self, split: str) -> str:
-        """What a split is called in messages."""
+    def _name_of(self, split: str) -> str:
+        """Name of a split in messages."""
         if split == "predict" and self.predict_file:
             return self.predict_file
         return {"valid": self.valid_files, "train": self.train_files}.get(split, self.test_files)
@@ -558,15 +357,15 @@ class WMT14DataModule(pl.LightningDataModule):
         if split == "predict" and self.reads_standard_input:
             return [], None
         if split != "predict":
-            pairs = find_pairs(self.root, self._called(split), self.source_language, self.target_language)
+            pairs = find_pairs(self.root, self._name_of(split), self.source_language, self.target_language)
             return read_evaluation(pairs[0])
         if not self.predict_file:
             return read_source(find_source(self.root, self.test_files, self.source_language)), None
         path = Path(self.predict_file)
         if not path.is_file():
-            what = "a folder" if path.is_dir() else "not there"
+            problem = "is a folder" if path.is_dir() else "does not exist"
             raise MissingFileError(
-                f"predict_file: {path} is {what}. Give a text file with one sentence a line "
+                f"predict_file: {path} {problem}. Give a text file with one sentence a line "
                 '(--data.predict_file FILE), or "" for the source side of the test set.'
             )
         lines = list(read_lines(path))
@@ -575,7 +374,7 @@ class WMT14DataModule(pl.LightningDataModule):
         return lines, None
 
     def predicted_text(self) -> str:
-        """A checksum of all that prediction is to translate, with what the translations begin with."""
+        """A checksum of the text that prediction translates, with the forced beginnings."""
         dataset, digest = self._splits["predict"], hashlib.sha256()
         for lines in (dataset.source_text, dataset.prefixes):
             digest.update(f"{len(lines)}\n".encode())
@@ -584,108 +383,44 @@ class WMT14DataModule(pl.LightningDataModule):
         return digest.hexdigest()
 
     def _read_prefixes(self, count: int) -> list[str]:
-        """What the translations begin with.
+        """The forced beginnings of the translations.
 
         Raises:
-            FileNotFoundError: If the file is not there.
+            FileNotFoundError: If the file does not exist.
             ValueError: If it has another number of lines than the text.
         """
         if not self.predict_prefixes:
             return []
         if self.reads_standard_input:
-            raise InputError("predict_prefixes: the standard input has none; give the text as a file (predict_file).")
+            raise InputError(
+                "predict_prefixes: it cannot be used with the standard input; give the text as a file (predict_file)."
+            )
         path = Path(self.predict_prefixes)
         if not path.is_file():
-            raise MissingFileError(f"predict_prefixes: {path} is not there (--data.predict_prefixes FILE).")
+            raise MissingFileError(f"predict_prefixes: {path} does not exist (--data.predict_prefixes FILE).")
         lines = ["" if is_blank(line) else line for line in read_lines(path)]
         if len(lines) != count:
             raise InputError(
                 f"predict_prefixes: {path} has {len(lines):,} lines, but the text {count:,}. Give a line for each, "
-                "blank ones where nothing is asked."
+                "a blank one to force nothing."
             )
         return lines
 
     def _evaluation_loader(self, split: str) -> DataLoader[TranslationBatch]:
         dataset = self._splits[split]
         lengths = dataset.lengths()
-        _check_lengths(f"{self._called(split)}, line", lengths, self.eval_max_tokens, _LONGER_EVALUATION)
+        check_lengths(f"{self._name_of(split)}, line", lengths, self.eval_max_tokens, LONGER_EVALUATION)
         rank, world_size = rank_and_world_size(self)
-        # By the source alone, so that a test and a prediction of the same text see the same batches.
+        # By the source alone, so that a test and a prediction of the same text have the same batches.
         source = lengths[0]
         sampler = TokenBatchSampler(
             source, source, self.eval_max_tokens, shuffle=False, rank=rank, world_size=world_size
         )
-        return DataLoader(dataset, batch_sampler=sampler, **loader_options(self, self.num_workers))
-
-
-class MiniatureTranslationDataModule(WMT14DataModule):
-    """A small English-German corpus made on the spot, without a network.
-
-    It is written in the official layout into ``root``, by default a folder of the user's cache, and read like any
-    other. See `WMT14DataModule` for the arguments.
-    """
-
-    def __init__(
-        self,
-        root: str = "",
-        max_tokens: int = 4096,
-        num_workers: int = 0,
-        vocabulary_size: int = 2000,
-        cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
-        seed: int = 0,
-        eval_max_tokens: int = 0,
-        cache_dir: str = "",
-        preparation_processes: int = 0,
-        predict_file: str = "",
-        on_long_line: LongLinePolicy = "crop",
-        skip_done: bool = False,
-    ) -> None:
-        super().__init__(
-            root=root or str(user_cache_folder() / "miniature_translation"),
-            max_tokens=max_tokens,
-            num_workers=num_workers,
-            vocabulary_size=vocabulary_size,
-            cleaning=cleaning,
-            seed=seed,
-            eval_max_tokens=eval_max_tokens,
-            cache_dir=cache_dir,
-            preparation_processes=preparation_processes,
-            predict_file=predict_file,
-            on_long_line=on_long_line,
-            skip_done=skip_done,
-        )
-
-    def prepare_files(self) -> None:
-        """Writes the corpus."""
-        from datamodules.miniature.translation import write_miniature_corpus
-
-        write_miniature_corpus(self.root)
-
-
-def _pad(sentences: list[Any], begin: bool) -> Any:
-    """Rows of [bos] + ids + [eos], padded, `[B, L]` int64."""
-    first = int(begin)
-    rows = np.full((len(sentences), first + max(map(len, sentences)) + 1), PAD_ID, dtype=np.int64)
-    if begin:
-        rows[:, 0] = BOS_ID
-    for row, ids in zip(rows, sentences, strict=True):
-        row[first : first + len(ids)] = ids
-        row[first + len(ids)] = EOS_ID
-    return rows
-
-
-def _check_lengths(what: str, lengths: tuple[Lengths, Lengths], bound: int, way_out: str, first: int = 1) -> None:
-    longest = np.maximum(*lengths)
-    if len(longest) and longest.max() > bound:
-        index = int(longest.argmax())
-        raise InputError(
-            f"{what} {index + first} has {longest[index]:,} tokens with its end of sentence, more than a batch may "
-            f"hold ({bound:,}): {way_out}."
-        )
+        return planned_loader(self, dataset, sampler, self.num_workers)
 
 
 def _report(manifest: dict[str, Any]) -> None:
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in manifest["left_out"].items()) or "none"
     rank_zero_info(
-        f"Training text: {manifest['pairs_kept']:,} of {manifest['pairs_read']:,} pairs kept; left out: {left_out}."
+        f"Training text: {manifest['pairs_kept']:,} of {manifest['pairs_read']:,} pairs are used; left out: {left_out}."
     )

@@ -13,7 +13,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping
 
-from datamodules.translation.token_cache import available_cores
+from datamodules.machine import available_cores
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.scores import best_mode

@@ -5,10 +5,12 @@ from typing import Any, NoReturn
 from jsonargparse import set_parsing_settings
 from pytorch_lightning.cli import LightningArgumentParser
 
+import datamodules
 from lightning_attn.errors import InputError
 
 # A field that takes any value, such as `options` of an attention, takes data: no object is made of a class_path in it.
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
+datamodules.import_all()
 
 
 class ConfigurationError(InputError):

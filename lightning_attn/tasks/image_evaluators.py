@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
+from datamodules.images.batches import BadImage, ImageBatch
 from datamodules.images.folders import listed
-from datamodules.sampling.image_batches import BadImage, ImageBatch
 from lightning_attn.io import unused_path, write_table
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.tasks.evaluation import Evaluator

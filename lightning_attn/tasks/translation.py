@@ -12,8 +12,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from datamodules.translation.batches import TranslationBatch, TranslationDataset
 from datamodules.translation.vocabulary import Vocabulary
-from datamodules.translation.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.export.graph import ExportGraph

@@ -25,8 +25,9 @@ from datamodules.data_option import data_parser, parse_data
 from datamodules.detection.datamodule import DetectionBatch, DetectionDataModule
 from datamodules.segmentation.classes import IGNORED, SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch, SegmentationDataModule
+from datamodules.translation.batches import TranslationBatch
 from datamodules.translation.vocabulary import PAD_ID, Vocabulary
-from datamodules.translation.wmt14 import TranslationBatch, WMT14DataModule
+from datamodules.translation.wmt14 import WMT14DataModule
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_figure
 from lightning_attn.visualization.detection import draw_detections

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.translation.token_cache import user_cache_folder
+from datamodules.machine import user_cache_folder
 
 LONG = "x" * 300
 

@@ -206,7 +206,7 @@ def test_a_signal_before_the_training_leaves_nothing_half_done(run, tiny_config,
     def interrupted(*_):
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Preparation, "_learn_vocabulary", interrupted)
+    monkeypatch.setattr(Preparation, "_train_vocabulary", interrupted)
     cache = tmp_path / "new_cache"
     earlier = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, which the command respects
     try:

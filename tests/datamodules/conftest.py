@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 
@@ -49,13 +50,15 @@ def mirror(serve) -> Mirror:
 
 @pytest.fixture
 def run_on_two_ranks(tmp_path, free_port, request) -> Callable[..., None]:
-    """Runs a script as both ranks; it finds the folder of the test in its first argument."""
+    """Runs a script as both ranks; it can import the test module and its helpers."""
 
     def call(script: str, *arguments: object) -> None:
         path = tmp_path / "two_ranks.py"
         path.write_text(script)
-        command = [sys.executable, str(path), str(request.path.parent), *map(str, arguments)]
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "NODE_RANK": "0"}
+        command = [sys.executable, str(path), *map(str, arguments)]
+        tests = Path(__file__).parents[1]
+        modules = os.pathsep.join(map(str, (request.path.parent, tests, tests.parent)))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "NODE_RANK": "0", "PYTHONPATH": modules}
         processes = [
             subprocess.Popen(
                 command,

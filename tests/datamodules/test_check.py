@@ -33,7 +33,7 @@ def test_detection_data_are_counted(tmp_path):
     assert facts(train)["boxes of crowds"] == "1"
     labels = annotations.labels[~annotations.crowd].tolist()
     assert train.classes == {name: labels.count(place + 1) for place, name in enumerate(sorted_names())}
-    assert len(train.distributions["boxes of an image"]) == 11
+    assert len(train.distributions["boxes per image"]) == 11
     assert not train.problems
 
 

@@ -380,7 +380,7 @@ def test_predict_refuses_what_is_no_image(trained, tmp_path):
         task.predict([np.zeros((4, 4, 3))])
     with pytest.raises(TypeError, match="got NoneType"):
         task.predict([None])
-    with pytest.raises(FileNotFoundError, match=r"nothing\.png is not there"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png does not exist"):
         task.predict([tmp_path / "nothing.png"])
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         task.predict([], batch_size=0)

@@ -145,12 +145,12 @@ def test_tables_and_archives_that_are_damaged(corpus, tmp_path):
     (tmp_path / "test.tsv").write_text("one\teins\ntwo\n")
     module = WMT14DataModule(str(tmp_path))
     module.given_vocabulary = Vocabulary.from_file  # any: the text is read first
-    with pytest.raises(ValueError, match=r"test.tsv, line 2: there is no tabulator"):
+    with pytest.raises(ValueError, match=r"test.tsv, line 2: there is no tab between"):
         module._read("test")
     whole = gzip.compress(b"a sentence\n" * 1000)
     (tmp_path / "test.tsv").unlink()
     (tmp_path / "test.en.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"test.en.gz is no whole gzip file"):
+    with pytest.raises(ValueError, match=r"test.en.gz is not a complete gzip file"):
         module._read("predict")
 
 
@@ -334,7 +334,7 @@ def test_a_plain_script_prepares_with_many_processes(tmp_path):
     script.write_text(
         "print('begun', flush=True)\n"
         "from datamodules import WMT14DataModule, token_cache\n"
-        "token_cache._LINES_WORTH_A_POOL = token_cache._BLOCK_LINES = 1000\n"
+        "token_cache.MIN_LINES_FOR_POOL = token_cache.BLOCK_LINES = 1000\n"
         f"module = WMT14DataModule({str(tmp_path / 'corpus')!r}, vocabulary_size=300, preparation_processes=2)\n"
         "module.prepare_data()\n"
         "module.setup('fit')\n"

@@ -25,7 +25,7 @@ import datamodules
 from datamodules import Augmentation, Categories, COCODataModule, DetectionBatch, MiniatureDetectionDataModule
 from datamodules.detection import coco_files
 from datamodules.images.files import ImageError
-from datamodules.sampling.image_batches import SampleRequest
+from datamodules.sampling.grouped_batches import SampleRequest
 
 LABELS = {1: 1, 13: 2, 90: 3}
 NO_CHANGE = Augmentation(horizontal_flip=0.0)
@@ -173,9 +173,9 @@ def test_ground_truth_is_the_file(root):
         del one["segmentation"]
         expected[one["id"] + 1] = {**one, "id": one["id"] + 1}  # 0 means "no match" to the scorer
     assert {one["id"]: one for one in truth["annotations"]} == expected
-    with pytest.raises(RuntimeError, match="'test' are there after setup"):
+    with pytest.raises(RuntimeError, match="'test' are known after setup"):
         ready(root, test_split="train2018").ground_truth("test")
-    with pytest.raises(RuntimeError, match="'valid' are there after setup"):
+    with pytest.raises(RuntimeError, match="'valid' are known after setup"):
         module.ground_truth("valid")
 
 
@@ -330,8 +330,8 @@ def test_annotations_hold_no_object_per_image(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["images"].append(dict(c["images"][0])), r"image id 100 comes twice"),
-        (lambda c: c["annotations"].append(dict(c["annotations"][2])), r"annotation id 3 comes twice"),
+        (lambda c: c["images"].append(dict(c["images"][0])), r"image id 100 is repeated"),
+        (lambda c: c["annotations"].append(dict(c["annotations"][2])), r"annotation id 3 is repeated"),
         (
             lambda c: c["annotations"][1].update(image_id=7),
             r"annotation id 2 has image id 7, which is not .*\(1 such annotations\)",
@@ -388,7 +388,7 @@ def test_files_that_are_cut_off_or_no_text(root):
     text = path.read_text()
     path.write_text(text[: len(text) // 2])
     with pytest.raises(
-        ValueError, match=r"instances_train2017\.json is no whole JSON file.*It may be cut off"
+        ValueError, match=r"instances_train2017\.json is not a complete JSON file.*It may be cut off"
     ) as error:
         ready(root)
     assert f"{len(text) // 2:,}" in str(error.value)
@@ -508,7 +508,7 @@ def test_a_damaged_image_is_named_with_its_id(root, num_workers):
 def test_an_image_that_vanishes(root):
     module = ready(root)
     (root / "train2017" / f"{106:012d}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"106\.png is not there"):
+    with pytest.raises(FileNotFoundError, match=r"106\.png does not exist"):
         list(module.train_dataloader())
 
 
@@ -557,11 +557,13 @@ def test_wrong_folders_say_what_is_there(root, tmp_path):
         FileNotFoundError, match=r"train_split: .*annotations/instances_train2017\.json .* holds data/\."
     ):
         ready(tmp_path)
-    text = r"train_split: .*instances_train\.json is not there; .*annotations holds instances_train2017\.json, inst"
+    text = r"train_split: .*instances_train\.json does not exist; .*annotations holds instances_train2017\.json, inst"
     with pytest.raises(FileNotFoundError, match=text):
         ready(root, train_split="train")
     (root / "val2017").rename(root / "valid2017")
-    text = r"val_split: .*val2017 is not there; .*data holds annotations/, train2017/, valid2017/\. .*--data\.val_split"
+    text = (
+        r"val_split: .*val2017 does not exist; .*data holds annotations/, train2017/, valid2017/\. .*--data\.val_split"
+    )
     with pytest.raises(FileNotFoundError, match=text):
         ready(root)
 
@@ -598,7 +600,9 @@ def test_miniature_set_is_made_on_the_spot(tmp_path, monkeypatch):
         made.append(root)
         write_coco(root, {**COUNTS, "test2017": 3})
 
-    monkeypatch.setattr("datamodules.miniature.detection.write_miniature_detection", write_miniature_detection)
+    monkeypatch.setattr(
+        "datamodules.miniature.detection_datamodule.write_miniature_detection", write_miniature_detection
+    )
     module = MiniatureDetectionDataModule()
     module.prepare_data()
     assert made == [tmp_path / "lightning_attn" / "miniature_detection"]
@@ -725,14 +729,12 @@ def test_the_trainer_has_nothing_to_warn_about(shared_root, recwarn):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-here = Path(sys.argv[1])
-sys.path[:0] = [str(folder) for folder in (here, here.parents[1], here.parents[2])]
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from test_coco import Recorder, fit, module_of, trainer_of
 
 torch.set_num_threads(1)
-root, folder = Path(sys.argv[2]), Path(sys.argv[3])
+root, folder = Path(sys.argv[1]), Path(sys.argv[2])
 two = {"devices": 2, "strategy": "ddp"}
 checkpoint = ModelCheckpoint(folder / "checkpoints", filename="{step}", every_n_train_steps=2, save_top_k=-1)
 whole, trainer = fit(root, Recorder(), max_epochs=2, callbacks=[checkpoint], **two)

@@ -127,7 +127,7 @@ def test_annotation_files_and_folders_by_options(coco, reference, tmp_path):
         ("data.yaml", "train: train/images\n", "names is None; it must be a list"),
         ("data.yaml", "names: [a, a, b]\ntrain: train/images\n", "the ids 0, 1 all have the name 'a'"),
         ("data.yaml", "names: [a, b]\nnc: 3\ntrain: train/images\n", "nc is 3, but there are 2 names"),
-        ("data.yaml", "names: [a]\ntrain: no/such\n", "names 'no/such', and none of .* is there"),
+        ("data.yaml", "names: [a]\ntrain: no/such\n", "names 'no/such', and none of .* exists"),
         ("data.yaml", "names: [a]\ntest: train/images\n", "names no split 'train', but test"),
         ("labels", "0 0.5 0.5 0.5\n", "line 1: '0 0.5 0.5 0.5' is neither a class with"),
         ("labels", "7 0.5 0.5 0.5 0.5\n", "has the class 7, but data.yaml names the classes 0 to 2"),
@@ -147,7 +147,7 @@ def test_bad_yolo_files_are_named(coco, tmp_path, file, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<annotation>", "is no whole XML file"),
+        ("<annotation>", "is not a complete XML file"),
         ("<kml/>", "holds <kml>, not the <annotation>"),
         ("<annotation><object/></annotation>", "object 1 has no name"),
         (
@@ -168,7 +168,7 @@ def test_bad_voc_files_are_named(coco, tmp_path, text, message):
 def test_what_voc_lacks_is_named(coco, tmp_path):
     root = write_voc(coco, tmp_path / "voc", SPLITS)
     with pytest.raises(
-        FileNotFoundError, match=r"train_split: .*trainval.txt is not there; .* holds train.txt, val.txt"
+        FileNotFoundError, match=r"train_split: .*trainval.txt does not exist; .* holds train.txt, val.txt"
     ):
         ready(VOCDetectionDataModule(str(root), train_split="trainval", **SIZE))
     gone = sorted((root / "Annotations").iterdir())[0]
@@ -218,9 +218,9 @@ def test_weights_of_members_are_how_often_their_images_come(coco, tmp_path):
     loader = merged.train_dataloader()
     counts = np.zeros(22)
     for epoch in range(20):
-        for draws in loader.batch_sampler.plan(epoch, range(len(loader.batch_sampler))):
-            for draw in draws:
-                counts[draw.image] += 1
+        for batch in loader.batch_sampler.plan(epoch, range(len(loader.batch_sampler))):
+            for request in batch:
+                counts[request.index] += 1
     assert len(loader) == round(11 * 2 + 11 * 0.5)
     np.testing.assert_allclose(counts[:11] / 20, 2.0, atol=0.15)
     np.testing.assert_allclose(counts[11:].mean() / 20, 0.5, atol=0.05)
@@ -268,7 +268,7 @@ def test_yolo_keypoints_are_no_outlines(coco, tmp_path):
     (root / "data.yaml").write_text((root / "data.yaml").read_text() + "kpt_shape: [4, 2]\n")
     np.testing.assert_array_equal(ready(YOLODetectionDataModule(str(root), **SIZE)).annotations("train").bboxes, boxes)
     (root / "data.yaml").write_text((root / "data.yaml").read_text() + "kpt_shape: [5, 2]\n")
-    with pytest.raises(ValueError, match=r"has 13 numbers, but kpt_shape in data.yaml means 5 and 10"):
+    with pytest.raises(ValueError, match=r"has 13 numbers, but kpt_shape in data.yaml asks for 5 and 10"):
         ready(YOLODetectionDataModule(str(root), **SIZE))
 
 
@@ -342,7 +342,7 @@ def test_voc_names_with_blanks(coco, reference, tmp_path):
 def test_a_name_that_no_member_has_is_not_renamed(coco):
     members = [COCODataModule(str(coco), **SIZE), COCODataModule(str(coco), **SIZE)]
     name = next(iter(CATEGORIES.values()))
-    with pytest.raises(ValueError, match="rename: 'perso' is no class of the members"):
+    with pytest.raises(ValueError, match="rename: 'perso' is not a class of the members"):
         ready(MergedDetectionDataModule(members, rename={"perso": name}))
 
 

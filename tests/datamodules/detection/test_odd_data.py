@@ -114,7 +114,7 @@ def test_photos_annotated_as_they_are_stored(tmp_path, orientation):
 
 def test_turned_photos_are_counted(tmp_path, messages):
     ready(one_photo(tmp_path, 6, (40, 60), annotated=(40, 60)))
-    assert "1 of the 1 images that were looked into have an EXIF orientation and are turned upright" in messages()
+    assert "1 of the 1 images that were checked have an EXIF orientation and are turned upright" in messages()
 
 
 def test_a_size_that_only_the_other_policy_fits(tmp_path):
@@ -231,7 +231,7 @@ def test_backslashes_in_missing_names_are_explained(root):
 def test_a_16_bit_image_of_few_values_is_noticed(tmp_path, messages):
     from datamodules.images import files
 
-    files._reported_few_bits.clear()
+    files.reported_few_bits.clear()
     path = tmp_path / "scan.png"
     Image.fromarray(np.full((8, 8), 900, dtype=np.uint16)).save(path)
     files.read_image(path)
@@ -262,7 +262,7 @@ def test_a_damaged_training_image_stops_or_is_replaced(root):
 def test_nothing_but_damaged_images_stops_a_training_that_skips(root):
     for path in (root / "train2017").iterdir():
         damage(path)
-    with pytest.raises(ImageError, match="damaged, cut short, or no image"):
+    with pytest.raises(ImageError, match="damaged, cut short, or not an image"):
         list(ready(root, on_bad_image="skip").train_dataloader())
 
 
@@ -330,7 +330,7 @@ def test_boxes_without_width_are_no_targets(root):
 
     module = ready(changed(root, change))
     list(module.train_dataloader())
-    index = int(module.annotations("train").owners()[0])
+    index = int(module.annotations("train").image_indices()[0])
     assert len(module.annotations("train").targets(index)[0]) < len(module.annotations("train").bboxes)
 
 
@@ -353,12 +353,12 @@ def test_training_without_a_validation_split(root, messages):
     module = ready(root, val_split="")
     assert module.val_dataloader() == []
     assert "There is no validation split: best.ckpt is not written" in messages()
-    with pytest.raises(ValueError, match="val_split: there is none, and validate needs it"):
+    with pytest.raises(ValueError, match="val_split: it is empty, and validate needs it"):
         module.setup("validate")
 
 
 def test_an_annotation_file_that_is_nested_without_end(tmp_path):
     write_coco(tmp_path, {"train2017": 2, "val2017": 2})
     annotation_path(tmp_path, "train2017").write_text('{"images": ' + "[" * 1_000_000)
-    with pytest.raises(ValueError, match="is no annotation file: lists or objects in it are nested without end"):
+    with pytest.raises(ValueError, match="is no annotation file: lists or objects in it are nested too deeply"):
         ready(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.detection import coco_sources
+from datamodules.downloads import coco as coco_sources
 from datamodules.downloads.coco import COCO_PARTS, OFFICIAL_URL, CocoPart, download_coco
 from datamodules.downloads.transfer import DownloadError
 
@@ -119,7 +119,7 @@ def test_a_download_that_stopped_is_finished_by_the_next_call(mirror, parts, tmp
 
 
 def test_unpacking_that_stopped_goes_on_where_it_was(mirror, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(coco_sources, "_MEMBERS_AT_ONCE", 10)
+    monkeypatch.setattr(coco_sources, "MEMBERS_AT_ONCE", 10)
     extract, calls = coco_sources.extract_members, []
 
     def interrupted(archive, members, **options):
@@ -181,6 +181,6 @@ def test_somebody_elses_files_are_left_alone(mirror, parts, tmp_path):
 
 
 def test_splits_that_are_not_offered(mirror, parts, tmp_path):
-    with pytest.raises(ValueError, match="there is no split 'val2014' to fetch, only train2017 and val2017"):
+    with pytest.raises(ValueError, match="there is no split 'val2014' to download, only train2017 and val2017"):
         download_coco(tmp_path / "new", ["val2014"], mirror.url, parts, show_progress=False)
     assert not (tmp_path / "new").exists()

@@ -140,7 +140,7 @@ def test_resumes_where_the_connection_broke(server, tmp_path):
 def test_resumes_in_a_later_call(server, tmp_path):
     server.breaks = [100_000]
     with pytest.raises(
-        DownloadError, match=r"broke off 1 times.*100,000 of 600,000.*100,000 bytes are kept in .*\.part"
+        DownloadError, match=r"was interrupted 1 times.*100,000 of 600,000.*100,000 bytes are kept in .*\.part"
     ):
         get(remote(server), tmp_path, attempts=1)
     assert names(tmp_path) == ["file.bin.part", "file.bin.part.json"]
@@ -217,7 +217,7 @@ def test_chunked_answers(server, tmp_path, size):
 
 def test_gives_up_when_no_attempt_gets_further(server, tmp_path):
     server.breaks, server.ranges = [200_000] * 50, False
-    with pytest.raises(DownloadError, match=r"broke off 4 times in a row.*To fetch it by hand") as error:
+    with pytest.raises(DownloadError, match=r"was interrupted 4 times in a row.*You can also download") as error:
         get(remote(server), tmp_path, attempts=4)
     assert server.url in str(error.value)
     assert len(server.requests) == 4
@@ -237,7 +237,7 @@ def test_passing_server_errors_are_tried_again(server, tmp_path):
 
 
 def test_no_server(tmp_path):
-    with pytest.raises(DownloadError, match=r"broke off 2 times in a row.*refused"):
+    with pytest.raises(DownloadError, match=r"was interrupted 2 times in a row.*refused"):
         get(RemoteFile("http://127.0.0.1:9/file.bin", "file.bin"), tmp_path, attempts=2)
     assert names(tmp_path) == []
 
@@ -459,7 +459,7 @@ def test_archive_cut_short_leaves_nothing(tmp_path, kind):
     archive, files = tmp_path / "archive", {"first": b"1", "big": random.Random(0).randbytes(300_000)}
     _ = make_zip(archive, files) if kind == "zip" else make_tar(archive, files, kind)
     os.truncate(archive, 150_000)
-    with pytest.raises(OSError, match=r"damaged or cut short.*fetch it again"):
+    with pytest.raises(OSError, match=r"damaged or cut short.*download it again"):
         extract_members(archive, {"first": tmp_path / "1", "big": tmp_path / "2"}, show_progress=False)
     assert names(tmp_path) == ["archive"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules import wmt14_sources
+from datamodules.downloads import wmt14 as wmt14_sources
 from datamodules.downloads.transfer import DownloadError
 from datamodules.downloads.wmt14 import OFFICIAL_URL, WMT14_PARTS, CorpusPart, download_wmt14, read_sgm
 

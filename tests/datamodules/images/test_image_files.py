@@ -136,16 +136,16 @@ def test_files_that_are_cut_off(tmp_path, picture, name, part):
     picture.save(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(ImageError, match=rf"{name} is damaged, cut short, or no image .* take it out of the data"):
+    with pytest.raises(ImageError, match=rf"{name} is damaged, cut short, or not an image .* take it out of the data"):
         read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("read", [read_image, image_size])
 def test_what_is_no_image(tmp_path, read):
     (tmp_path / "a.jpg").write_text("<html>404</html>")
-    with pytest.raises(ImageError, match=r"a\.jpg is damaged, cut short, or no image"):
+    with pytest.raises(ImageError, match=r"a\.jpg is damaged, cut short, or not an image"):
         read(tmp_path / "a.jpg")
-    with pytest.raises(FileNotFoundError, match=r"b\.jpg is not there"):
+    with pytest.raises(FileNotFoundError, match=r"b\.jpg does not exist"):
         read(tmp_path / "b.jpg")
     with pytest.raises(ImageError, match="is a folder, not an image"):
         read(tmp_path)
@@ -220,9 +220,9 @@ def test_damaged_labels(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 33, (40, 60), dtype=np.uint8)).save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ImageError, match=r"a\.png is damaged, cut short, or no image"):
+    with pytest.raises(ImageError, match=r"a\.png is damaged, cut short, or not an image"):
         read_labels(tmp_path / "a.png")
-    with pytest.raises(FileNotFoundError, match=r"b\.png is not there"):
+    with pytest.raises(FileNotFoundError, match=r"b\.png does not exist"):
         label_size(tmp_path / "b.png")
 
 
@@ -241,7 +241,7 @@ def test_a_format_that_another_program_would_open_is_refused(tmp_path, monkeypat
     Image.new("RGB", (8, 8)).save(path, format="EPS")
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("started a program"))
     for read in (read_image, image_size):
-        with pytest.raises(ImageError, match="no image of JPEG, PNG, TIFF, WEBP, BMP or GIF"):
+        with pytest.raises(ImageError, match="not an image of JPEG, PNG, TIFF, WEBP, BMP or GIF"):
             read(path)
 
 

@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules import backgrounds, miniature_detection
+from datamodules.miniature import backgrounds
+from datamodules.miniature import detection as miniature_detection
 from datamodules.miniature.backgrounds import SCENES, SURFACES, background, crop, photograph
 from datamodules.miniature.detection import (
     MINIATURE_CATEGORIES,
     MINIATURE_PICTURES,
+    SIGN_SIZE,
+    draw_picture,
     write_miniature_detection,
 )
 
 COUNTS = {"train": 48, "val": 20, "test": 12}
 TINY = {"train": 3, "val": 2, "test": 1}
 FLOWERS = {MINIATURE_CATEGORIES["day_flower"], MINIATURE_CATEGORIES["night_flower"]}
-SIGN = miniature_detection._SIGN
-draw = miniature_detection._draw_picture
+FIRST_IDS = {"train": 100_001, "val": 200_001, "test": 300_001}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def sign_box(picture) -> tuple[slice, slice]:
     top, left = picture.sign
-    return slice(top, top + SIGN), slice(left, left + SIGN)
+    return slice(top, top + SIGN_SIZE), slice(left, left + SIGN_SIZE)
 
 
 # ------------------------------------------------------------------------------------------------------ determinism
@@ -138,8 +140,8 @@ def test_pycocotools_reads_it_and_finds_the_annotated_areas_and_boxes(root, caps
 
 def test_boxes_are_tight_around_what_is_visible():
     for index in range(40):
-        picture = draw("val", index)
-        for thing, annotation in zip(picture.things, miniature_detection._annotations(picture, 1), strict=True):
+        picture = draw_picture("val", index)
+        for thing, annotation in zip(picture.objects, picture.annotations(1), strict=True):
             rows, columns = (np.flatnonzero((thing.coverage > 0.5).any(axis)) for axis in (1, 0))
             left, top, width, height = annotation["bbox"]
             visible = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
@@ -198,59 +200,39 @@ def test_all_kinds_of_pictures_occur(root):
 # ---------------------------------------------------------------------------------------------------- occlusion
 
 
-def test_things_are_hidden_and_cut_but_never_too_much(monkeypatch):
-    """Compares what is annotated with whole things, which are recorded as they are placed."""
-    placed, shares = [], []
-    original = miniature_detection._Scene._add
-
-    def recorded(self, name, parts, *, crowd):
-        done = original(self, name, parts, crowd=crowd)
-        if done:
-            placed.append((name, crowd, float(parts[0][0].coverage.sum())))
-        return done
-
-    monkeypatch.setattr(miniature_detection._Scene, "_add", recorded)
+def test_things_are_hidden_and_cut_but_never_too_much():
+    shares = []
     for index in range(60):
-        placed.clear()
-        picture = draw("train", index)
-        assert [(thing.name, thing.crowd) for thing in picture.things] == [placed[:2] for placed in placed]
-        total = sum(thing.coverage for thing in picture.things)
-        if len(picture.things):
-            assert total.max() <= 1 + 1e-9  # no pixel is counted for two things
-        for thing, (_, crowd, whole) in zip(picture.things, placed, strict=True):
-            if not crowd:
-                shares.append((thing.coverage > 0.5).sum() / whole)
+        objects = draw_picture("train", index).objects
+        if objects:
+            assert sum(one.coverage for one in objects).max() <= 1 + 1e-9  # no pixel is counted for two objects
+        shares += [(one.coverage > 0.5).sum() / one.full_area for one in objects if not one.crowd]
     assert min(shares) >= 0.4
     assert sum(share < 0.85 for share in shares) > 15
     assert sum(share > 0.97 for share in shares) > 60
 
 
-def test_outlines_and_run_lengths_against_a_known_shape():
-    coverage = np.zeros((20, 30))
-    coverage[3:9, 5:25] = 1
-    coverage[4:8, 14:16] = 0.4  # not enough: a hole
-    [outline] = miniature_detection._polygons(coverage)
-    xs, ys = np.array(outline).T
-    assert (xs.min(), ys.min(), xs.max(), ys.max()) == (5, 3, 25, 9)
-    assert abs(miniature_detection._signed_area(outline)) == pytest.approx(6 * 20, abs=1)
-    coverage[:, 14:16] = 0  # in two parts now
-    outlines = miniature_detection._polygons(coverage)
-    assert sorted(min(x for x, _ in outline) for outline in outlines) == [5, 16]
-    mask = np.array([[1, 0, 1], [1, 1, 0]], bool)
-    assert miniature_detection._run_lengths(mask) == [0, 2, 1, 2, 1]
-
-
-def test_run_lengths_agree_with_pycocotools():
+def test_outlines_and_run_lengths_show_what_is_visible():
     masks = pytest.importorskip("pycocotools.mask")
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        mask = rng.random(rng.integers(1, 12, 2)) < 0.5
-        counts = miniature_detection._run_lengths(mask)
-        packed = masks.frPyObjects({"counts": counts, "size": list(mask.shape)}, *mask.shape)
-        assert np.array_equal(masks.decode(packed), mask)
+    crowds, overlaps = 0, []
+    for index in range(40):
+        picture = draw_picture("train", index)
+        size = picture.pixels.shape[:2]
+        for one, annotation in zip(picture.objects, picture.annotations(1), strict=True):
+            packed = masks.frPyObjects(annotation["segmentation"], *size)
+            found = masks.decode(packed if one.crowd else masks.merge(packed)).astype(bool)
+            visible = one.coverage > 0.5
+            if one.crowd:
+                assert np.array_equal(found, visible)
+                crowds += 1
+            else:
+                overlaps.append((found & visible).sum() / (found | visible).sum())
+    assert crowds >= 3
+    assert min(overlaps) > 0.75
+    assert np.mean(overlaps) > 0.93
 
 
-# ---------------------------------------------------------------------------------- what only far-away context tells
+# ---------------------------------------------------------------------------------- long-range context
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
@@ -258,13 +240,13 @@ def test_nothing_but_the_sign_depends_on_the_context(part):
     """Same random stream, either sign: same boxes, and same pixels everywhere outside the square of the sign."""
     flowers = 0
     for index in range(30):
-        day, night = draw(part, index, night=False), draw(part, index, night=True)
+        day, night = draw_picture(part, index, night=False), draw_picture(part, index, night=True)
         assert day.sign == night.sign
         differs = (day.pixels != night.pixels).any(-1)
-        assert differs[sign_box(day)].mean() > 0.5  # they are told apart there
+        assert differs[sign_box(day)].mean() > 0.5  # the signs differ
         differs[sign_box(day)] = False
         assert not differs.any()
-        first, second = (miniature_detection._annotations(picture, 7) for picture in (day, night))
+        first, second = (picture.annotations(7) for picture in (day, night))
         assert len(first) == len(second)
         for a, b in zip(first, second, strict=True):
             pair = (a.pop("category_id"), b.pop("category_id"))
@@ -280,17 +262,17 @@ def test_nothing_but_the_sign_depends_on_the_context(part):
 def test_a_flower_is_half_a_picture_away_from_its_sign_which_is_in_a_corner():
     distances, corners = [], Counter()
     for index in range(80):
-        picture = draw("train", index)
+        picture = draw_picture("train", index)
         shape, (top, left) = picture.pixels.shape[:2], picture.sign
         for start, limit in zip((top, left), shape, strict=True):
-            assert min(start, limit - start - SIGN) <= 6
+            assert min(start, limit - start - SIGN_SIZE) <= 6
         corners[top > shape[0] / 2, left > shape[1] / 2] += 1
         axis = int(shape[1] > shape[0])
-        for thing in picture.things:
+        for thing in picture.objects:
             assert not thing.coverage[sign_box(picture)].any()  # nothing hides the sign
             if thing.name == "flower":
                 span = np.flatnonzero(thing.coverage.any(1 - axis))
-                gap = max(picture.sign[axis] - span[-1] - 1, span[0] - picture.sign[axis] - SIGN)
+                gap = max(picture.sign[axis] - span[-1] - 1, span[0] - picture.sign[axis] - SIGN_SIZE)
                 distances.append(gap / shape[axis])
     assert len(distances) > 40
     assert min(distances) >= 0.5
@@ -305,8 +287,8 @@ def test_the_written_category_of_flowers_is_what_the_sign_says(root):
             if annotation["category_id"] in FLOWERS:
                 by_image.setdefault(annotation["image_id"], set()).add(annotation["category_id"])
         for index in range(count):
-            image_id = miniature_detection._FIRST_ID[part] + index
-            picture = draw(part, index)
+            image_id = FIRST_IDS[part] + index
+            picture = draw_picture(part, index)
             with Image.open(root / f"{part}2017/{image_id:012d}.png") as image:
                 assert np.array_equal(np.asarray(image), picture.pixels)
             # The moon's square is blue and dark, the sun's is bright: from the file alone, without knowing the bit.
@@ -366,7 +348,7 @@ def test_bad_photographs_and_sizes_are_refused(monkeypatch, tmp_path):
         photograph("coffee")
 
 
-# --------------------------------------------------------------------------------------------- whole or not at all
+# --------------------------------------------------------------------------------------------- atomic writing
 
 
 def test_second_call_does_nothing_and_other_counts_replace_the_set(tmp_path):
@@ -396,9 +378,9 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(part, index):
         if part == "val":
             raise KeyboardInterrupt
-        return draw(part, index)
+        return draw_picture(part, index)
 
-    monkeypatch.setattr(miniature_detection, "_draw_picture", interrupted)
+    monkeypatch.setattr(miniature_detection, "draw_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_miniature_detection(tmp_path, TINY)
     assert list(tmp_path.iterdir()) == []

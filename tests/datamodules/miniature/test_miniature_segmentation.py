@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamodules import miniature_segmentation
+from datamodules.miniature import segmentation as miniature_segmentation
+from datamodules.miniature.painting import SIGN_SIZE, Camera, Painting, Shape
 from datamodules.miniature.segmentation import (
     MINIATURE_CLASSES,
     MINIATURE_PICTURES,
+    draw_picture,
     write_miniature_segmentation,
 )
 from datamodules.segmentation.classes import SegmentationClasses
@@ -23,8 +25,7 @@ TINY = {"train": 3, "val": 2, "test": 1}
 SHAPE = (96, 192)
 ROAD, POLE, TRAFFIC_SIGN, SKY, TRUCK, BUS = 7, 17, 20, 23, 27, 28
 UNLABELLED, EGO = 0, 1
-SIGN = miniature_segmentation._SIGN
-draw = miniature_segmentation._draw_picture
+ENDINGS = ("leftImg8bit", "gtFine_labelIds")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def sign_box(picture) -> tuple[slice, slice]:
     top, left = picture.sign
-    return slice(top, top + SIGN), slice(left, left + SIGN)
+    return slice(top, top + SIGN_SIZE), slice(left, left + SIGN_SIZE)
 
 
 # ------------------------------------------------------------------------------------------------------ determinism
@@ -114,15 +115,9 @@ def test_classes_are_cityscapes_own_in_the_order_of_their_train_ids():
     assert train_ids == sorted(train_ids)
     assert max(train_ids) < 19
     assert len(MINIATURE_CLASSES) >= 8
-    constants = {
-        "road": "_ROAD", "sidewalk": "_SIDEWALK", "building": "_BUILDING", "pole": "_POLE", "sky": "_SKY",
-        "traffic sign": "_TRAFFIC_SIGN", "vegetation": "_VEGETATION", "terrain": "_TERRAIN", "person": "_PERSON",
-        "car": "_CAR", "truck": "_TRUCK", "bus": "_BUS", "unlabeled": "_UNLABELLED", "ego vehicle": "_EGO",
-    }  # fmt: skip
-    assert set(MINIATURE_CLASSES) < set(constants)
-    assert {name: table[name].id for name in constants} == {
-        name: getattr(miniature_segmentation, constant) for name, constant in constants.items()
-    }
+    classes = SegmentationClasses.chosen(MINIATURE_CLASSES)
+    assert [table[name].id for name in MINIATURE_CLASSES] == list(classes.ids)
+    assert (table["unlabeled"].id, table["ego vehicle"].id) == (UNLABELLED, EGO)
 
 
 def test_all_classes_occur_often_and_large_enough_to_be_learned(labels):
@@ -161,12 +156,12 @@ def test_own_car_and_thin_seams_do_not_count(labels):
 # ---------------------------------------------------------------------------------------- painting and perspective
 
 
-def painting(sign=(2, 2)) -> miniature_segmentation._Painting:
-    return miniature_segmentation._Painting(Image.new("RGB", SHAPE[::-1], (100, 150, 200)), sign)
+def painting(sign=(2, 2)) -> Painting:
+    return Painting(Image.new("RGB", SHAPE[::-1], (100, 150, 200)), sign)
 
 
 def rectangle(left, top, right, bottom, colour=(200, 10, 10), surface=0):
-    return miniature_segmentation._Shape([(left, top), (right, top), (right, bottom), (left, bottom)], colour, surface)
+    return Shape([(left, top), (right, top), (right, bottom), (left, bottom)], colour, surface)
 
 
 def test_a_label_is_what_is_at_the_centre_of_a_pixel():
@@ -227,7 +222,7 @@ def test_nothing_is_painted_that_reaches_into_the_square_of_the_sign(box, free):
 
 
 def test_perspective_halves_what_is_twice_as_far():
-    camera = miniature_segmentation._Camera(focal=110, height=1.7, column=100, row=43)
+    camera = Camera(focal=110, height=1.7, column=100, row=43)
     for x, y in ((2.0, 0.0), (-3.0, 1.0), (0.5, 4.0)):
         near, far = np.array(camera(x, y, 6)), np.array(camera(x, y, 12))
         assert np.allclose(near - (100, 43), 2 * (far - (100, 43)))
@@ -236,17 +231,17 @@ def test_perspective_halves_what_is_twice_as_far():
     assert right[0] - left[0] == pytest.approx(20)  # 2 m at 10 pixels a metre
 
 
-def test_posts_and_plates_are_wide_enough_to_be_seen_at_an_eighth():
-    camera = miniature_segmentation._Camera(focal=110, height=1.7, column=100, row=43)
-    rng = np.random.default_rng(0)
-    for z in (4.5, 7.0, 12.0):
-        shapes, width = miniature_segmentation._post(camera, rng, 0, z, 2.5, (90, 90, 90))
-        columns = [column for column, _ in shapes[1].points]
-        assert 6 <= max(columns) - min(columns) <= 8
-        assert max(columns) - min(columns) == pytest.approx(width * 110 / z)
-        for _ in range(10):
-            columns = [x for shape in miniature_segmentation._plate(camera, rng, 0, z, 2.2) for x, _ in shape.points]
-            assert 13 <= max(columns) - min(columns) <= 25
+def test_posts_and_plates_are_wide_enough_to_be_seen_at_an_eighth(labels):
+    for number, least, most in ((POLE, 5, 9), (TRAFFIC_SIGN, 13, 25)):
+        widest = [max(widths) for ids in labels if (widths := runs(ids == number))]
+        assert least <= np.median(widest) <= most
+        assert sum(width >= least for width in widest) > 0.9 * len(widest)
+
+
+def runs(mask: np.ndarray) -> list[int]:
+    """Lengths of the horizontal runs of a mask."""
+    steps = np.diff(np.pad(mask.astype(int), ((0, 0), (1, 1))), axis=1)
+    return (np.nonzero(steps == -1)[1] - np.nonzero(steps == 1)[1]).tolist()
 
 
 def test_evaluation_takes_its_surfaces_from_other_parts_of_the_photographs(monkeypatch):
@@ -259,13 +254,13 @@ def test_evaluation_takes_its_surfaces_from_other_parts_of_the_photographs(monke
 
     monkeypatch.setattr(miniature_segmentation, "crop", recorded)
     for part in COUNTS:
-        draw(part, 0)
+        draw_picture(part, 0)
     assert asked == {
         (name, held_out): 1 + held_out for name in ("brick", "grass", "gravel") for held_out in (True, False)
     }
 
 
-# ---------------------------------------------------------------------------------- what only far-away context tells
+# ---------------------------------------------------------------------------------- long-range context
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
@@ -273,10 +268,10 @@ def test_nothing_but_the_sign_depends_on_the_context(part):
     """Same random stream, either sign: same pixels outside the square of the sign, and trucks where buses were."""
     vehicles = 0
     for index in range(12, 20):
-        sun, moon = draw(part, index, moon=False), draw(part, index, moon=True)
+        sun, moon = draw_picture(part, index, moon=False), draw_picture(part, index, moon=True)
         assert sun.sign == moon.sign
         differs = (sun.pixels != moon.pixels).any(-1)
-        assert differs[sign_box(sun)].mean() > 0.5  # they are told apart there
+        assert differs[sign_box(sun)].mean() > 0.5  # the signs differ
         differs[sign_box(sun)] = False
         assert not differs.any()
         assert not (sun.label_ids == TRUCK).any()
@@ -288,25 +283,25 @@ def test_nothing_but_the_sign_depends_on_the_context(part):
 
 def test_half_a_picture_lies_between_a_sign_and_any_large_vehicle(monkeypatch):
     polygons, gaps, sides = [], [], Counter()
-    thing = miniature_segmentation._Painting.thing
+    thing = Painting.thing
 
     def recorded(self, label_id, shapes, *, seam=False):
         if label_id in (TRUCK, BUS):
             nearest = min(x for shape in shapes for x, _ in shape.points)
-            polygons.append(nearest - self._sign[1] - SIGN)
+            polygons.append(nearest - self.sign[1] - SIGN_SIZE)
         return thing(self, label_id, shapes, seam=seam)
 
-    monkeypatch.setattr(miniature_segmentation._Painting, "thing", recorded)
+    monkeypatch.setattr(Painting, "thing", recorded)
     for index in range(40):
-        picture = draw("train", index)
+        picture = draw_picture("train", index)
         top, left = picture.sign
         assert 0 <= top <= 5  # in a corner
-        assert min(left, SHAPE[1] - left - SIGN) <= 6
+        assert min(left, SHAPE[1] - left - SIGN_SIZE) <= 6
         sides[left > SHAPE[1] / 2] += 1
         assert (picture.label_ids[sign_box(picture)] == SKY).all()  # nothing hides the sign
         columns = np.flatnonzero(np.isin(picture.label_ids, (TRUCK, BUS)).any(0))
         if len(columns):
-            gaps.append(max(left - columns[-1] - 1, columns[0] - left - SIGN))
+            gaps.append(max(left - columns[-1] - 1, columns[0] - left - SIGN_SIZE))
     assert len(gaps) > 20
     assert min(gaps) >= SHAPE[1] / 2
     assert min(polygons) >= SHAPE[1] / 2 + 0.9  # so no pixel is nearer that is covered in part
@@ -314,26 +309,31 @@ def test_half_a_picture_lies_between_a_sign_and_any_large_vehicle(monkeypatch):
 
 
 def test_the_written_class_of_large_vehicles_is_what_the_sign_says(root):
-    told = Counter()
+    signs = Counter()
     for part in ("val", "test"):
+        paths = {pixels_of(path).tobytes(): path for path in (root / "leftImg8bit" / part).rglob("*.png")}
+        assert len(paths) == COUNTS[part]
         for index in range(COUNTS[part]):
-            picture, name = draw(part, index), miniature_segmentation._name(part, index)
-            city = name.split("_")[0]
-            with Image.open(root / "leftImg8bit" / part / city / f"{name}_leftImg8bit.png") as image:
-                assert np.array_equal(np.asarray(image), picture.pixels)
-            with Image.open(root / "gtFine" / part / city / f"{name}_gtFine_labelIds.png") as image:
-                ids = np.asarray(image)
-            # The middle of the sun is yellow, that of the moon is dark blue: from the file, without knowing the bit.
+            picture = draw_picture(part, index)
+            path = paths[picture.pixels.tobytes()]
+            ids = pixels_of(root / "gtFine" / part / path.parent.name / path.name.replace(*ENDINGS))
+            assert np.array_equal(ids, picture.label_ids)
+            # The middle of the sun is yellow, that of the moon is dark blue: from the pixels, without knowing the bit.
             rows, columns = sign_box(picture)
             middle = picture.pixels[rows, columns][8:14, 8:14].astype(float).reshape(-1, 3)
             red, _, blue = middle.mean(0)
             assert picture.moon == (red < 2 * blue)
-            told[picture.moon] += 1
+            signs[picture.moon] += 1
             assert not (ids == (BUS if picture.moon else TRUCK)).any()
-    assert min(told.values()) > 0.3 * told.total()
+    assert min(signs.values()) > 0.3 * signs.total()
 
 
-# --------------------------------------------------------------------------------------------- whole or not at all
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+# --------------------------------------------------------------------------------------------- atomic writing
 
 
 def test_second_call_does_nothing_and_other_counts_replace_the_set(tmp_path):
@@ -362,9 +362,9 @@ def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(part, index):
         if part == "val":
             raise KeyboardInterrupt
-        return draw(part, index)
+        return draw_picture(part, index)
 
-    monkeypatch.setattr(miniature_segmentation, "_draw_picture", interrupted)
+    monkeypatch.setattr(miniature_segmentation, "draw_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_miniature_segmentation(tmp_path, TINY)
     assert list(tmp_path.iterdir()) == []

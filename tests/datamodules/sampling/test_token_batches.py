@@ -182,7 +182,7 @@ def test_a_pair_longer_than_a_batch_is_named(shuffle):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_fewer_pairs_than_ranks(shuffle):
-    with pytest.raises(ValueError, match="2 sentences cannot be dealt out to 3 ranks; use fewer ranks"):
+    with pytest.raises(ValueError, match="2 sentences cannot be distributed over 3 ranks; use fewer ranks"):
         TokenBatchSampler(np.array([3, 4]), np.array([3, 4]), 30, shuffle=shuffle, world_size=3)
 
 

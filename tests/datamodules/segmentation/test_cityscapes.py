@@ -3,7 +3,6 @@ import logging
 import pickle
 import re
 import shutil
-import sys
 import types
 
 import numpy as np
@@ -32,7 +31,9 @@ from datamodules import (
     SegmentationClasses,
 )
 from datamodules.images.files import ImageError
-from datamodules.sampling.image_batches import SampleRequest
+from datamodules.miniature import segmentation_datamodule
+from datamodules.miniature.segmentation import MINIATURE_CLASSES
+from datamodules.sampling.grouped_batches import SampleRequest
 from datamodules.segmentation.cityscapes import read_label_ids
 from datamodules.segmentation.classes import CITYSCAPES_CLASSES, HIGHEST_ID, IGNORED
 from datamodules.segmentation.datamodule import SegmentationFiles
@@ -125,7 +126,7 @@ def test_chosen_classes():
     assert len(SegmentationClasses.chosen()) == 19
     with pytest.raises(ValueError, match=r"classes: 'street' is unknown; there are road, sidewalk, .*, bicycle\."):
         SegmentationClasses.chosen(("road", "street"))
-    with pytest.raises(ValueError, match="classes: 'road' comes twice; give each class once"):
+    with pytest.raises(ValueError, match="classes: 'road' is repeated; give each class once"):
         SegmentationClasses.chosen(("road", "road"))
     with pytest.raises(ValueError, match="two have the id 7"):
         SegmentationClasses(("a", "b"), (7, 7), ((0, 0, 0), (0, 0, 0)))
@@ -279,7 +280,7 @@ def test_prediction_needs_no_labels(tmp_path):
     assert sorted(found) == names_of("test", 4)
     with Image.open(image_path(root, "test", 2)) as image:
         assert (found[name_of("test", 2)][1] == np.asarray(image)).all()
-    with pytest.raises(FileNotFoundError, match=r"test_split: .*gtFine/test is not there; .*data holds leftImg8bit/\."):
+    with pytest.raises(FileNotFoundError, match=r"test_split: .*gtFine/test does not exist; .*holds leftImg8bit/\."):
         module.setup("test")
 
 
@@ -353,7 +354,7 @@ def test_an_image_changes_from_epoch_to_epoch_and_not_with_its_batch(shared_root
 def test_files_hold_no_object_per_image():
     """Reference counts would be written to by each worker, which copies the page that the object is in."""
     paths = [f"leftImg8bit/train/city/city_000000_{number:06d}_leftImg8bit.png" for number in range(1000)]
-    files = SegmentationFiles.of_paths(types.SimpleNamespace(), paths, paths)
+    files = SegmentationFiles.from_paths(types.SimpleNamespace(), paths, paths)
     assert len(pickle.dumps([files.images, files.labels, files.names])) < 1000 * 250
     assert not any(isinstance(value, list | tuple | dict) for value in vars(files.images).values())
     assert files.names[999] == "city_000000_000999"
@@ -380,20 +381,21 @@ def test_missing_data_say_where_they_come_from(tmp_path):
 
 
 def test_wrong_folders_say_what_is_there(root, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"train_split: .*leftImg8bit/train is not there; \S+ holds data/\."):
+    with pytest.raises(FileNotFoundError, match=r"train_split: .*leftImg8bit/train does not exist; \S+ holds data/\."):
         ready(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"val_split: .*dev is not there; .*leftImg8bit holds train/, val/\..*--data\.val_split"
+        FileNotFoundError,
+        match=r"val_split: .*dev does not exist; .*leftImg8bit holds train/, val/\..*--data\.val_split",
     ):
         ready(root, val_split="dev")
     with pytest.raises(
         FileNotFoundError,
-        match=r"coarse: .*leftImg8bit/train_extra is not there.*leftImg8bit_trainextra\.zip and gtCoarse\.zip.*"
+        match=r"coarse: .*leftImg8bit/train_extra does not exist.*leftImg8bit_trainextra\.zip and gtCoarse\.zip.*"
         r"--data\.coarse false",
     ):
         ready(root, coarse=True)
     shutil.rmtree(root / "gtFine" / "val")
-    with pytest.raises(FileNotFoundError, match=r"val_split: .*gtFine/val is not there; .*gtFine holds train/"):
+    with pytest.raises(FileNotFoundError, match=r"val_split: .*gtFine/val does not exist; .*gtFine holds train/"):
         ready(root)
 
 
@@ -450,7 +452,7 @@ def test_labels_of_another_size_are_found_at_reading(root):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (lambda ids: Image.fromarray(colours_of(ids)), r"has pixels of RGB, but a label file holds the number of"),
+        (lambda ids: Image.fromarray(colours_of(ids)), r"has pixels of RGB, but a label file holds class ids"),
         (lambda ids: Image.fromarray(ids.astype(np.uint16) * 1000), r"has 16 bits, but a label file"),
         (lambda ids: Image.fromarray(colours_of(ids)).quantize(8), r"has a palette, but a label file"),
         (lambda ids: Image.fromarray(colours_of(ids)).convert("RGBA"), r"has pixels of RGBA, but"),
@@ -486,14 +488,14 @@ def test_damaged_files_are_named(root, num_workers, path_of):
     path = path_of(root, "train", 5)
     module = ready(root, num_workers=num_workers)
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ImageError, match="^" + re.escape(str(path)) + " is damaged, cut short, or no image"):
+    with pytest.raises(ImageError, match="^" + re.escape(str(path)) + " is damaged, cut short, or not an image"):
         list(module.train_dataloader())
 
 
 def test_a_file_that_vanishes(root):
     module = ready(root)
     label_path(root, "train", 5).unlink()
-    with pytest.raises(FileNotFoundError, match=r"_labelIds\.png is not there"):
+    with pytest.raises(FileNotFoundError, match=r"_labelIds\.png does not exist"):
         list(module.train_dataloader())
 
 
@@ -528,12 +530,9 @@ def test_miniature_set_is_made_on_the_spot(tmp_path, monkeypatch):
         made.append(root)
         write_cityscapes(root, {**COUNTS, "test": 3})
 
-    stand_in = types.ModuleType("datamodules.miniature.segmentation")
-    stand_in.MINIATURE_CLASSES = ("road", "sky", "car")
-    stand_in.write_miniature_segmentation = write_miniature_segmentation
-    monkeypatch.setitem(sys.modules, "datamodules.miniature.segmentation", stand_in)
+    monkeypatch.setattr(segmentation_datamodule, "write_miniature_segmentation", write_miniature_segmentation)
     module = MiniatureSegmentationDataModule()
-    assert module.classes.names == ("road", "sky", "car")
+    assert module.classes.names == MINIATURE_CLASSES
     module.prepare_data()
     assert made == [tmp_path / "lightning_attn" / "miniature_segmentation"]
     module.setup("fit")

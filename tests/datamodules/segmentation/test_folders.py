@@ -280,7 +280,7 @@ def test_masks_of_colours_without_colours_say_what_is_missing(cityscapes, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": ()}, "classes: there is none"),
+        ({"classes": ()}, "classes: the list is empty"),
         ({"ids": (1,)}, "ids: there are 1 for 4 classes"),
         ({"ids": (1, 1, 2, 3)}, "two have the id 1"),
         ({"colours": ((1, 2, 3),) * 4}, "two classes have"),
@@ -289,7 +289,7 @@ def test_masks_of_colours_without_colours_say_what_is_missing(cityscapes, tmp_pa
         ({"mask_values": "colours"}, "'colours' needs the colours"),
         ({"train_images": "nowhere"}, "train_images: .*nowhere is not a folder; .* holds images/, masks/"),
         ({"val_masks": "images/val", "mask_suffix": "_x"}, "val_masks: 5 of the 5 images have no mask"),
-        ({"train_list": "no.txt"}, "train_list: .*no.txt is not there"),
+        ({"train_list": "no.txt"}, "train_list: .*no.txt does not exist"),
     ],
 )
 def test_bad_options_are_named(cityscapes, tmp_path, options, message):
@@ -320,7 +320,7 @@ def test_labels_without_a_class_are_refused_with_what_they_look_like(cityscapes,
     for path in root.rglob("*_labelIds.png"):
         pixels = np.array(Image.open(path))
         Image.fromarray(np.where(pixels > 10, values[1], values[0]).astype(np.uint8)).save(path)
-    with pytest.raises(ValueError, match=r"no pixel is of one of the classes road.*" + hint):
+    with pytest.raises(ValueError, match=r"no pixel belongs to one of the classes road.*" + hint):
         ready(CityscapesDataModule(str(root)))
 
 

@@ -76,10 +76,10 @@ def test_summarise_counts_as_reading_does(tmp_path, content, lines):
     assert summary.digest == hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def test_summarise_over_several_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("datamodules.translation.parallel_text._BLOCK", 7)
-    path = write_lines(tmp_path / "x", [str(number) for number in range(1000)])
-    assert summarise(path).lines == 1000
+def test_summarise_a_file_of_many_megabytes(tmp_path):
+    path = write_lines(tmp_path / "x", [str(number) * 20 for number in range(100_000)])
+    assert path.stat().st_size > 9_000_000
+    assert summarise(path).lines == 100_000
     assert summarise(path).digest == hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from parallel_corpus import write_corpus, write_lines
 
+from datamodules.machine import user_cache_folder
 from datamodules.translation import token_cache
 from datamodules.translation.parallel_text import Cleaning, FilePair, read_lines
 from datamodules.translation.token_cache import (
@@ -16,7 +17,6 @@ from datamodules.translation.token_cache import (
     TokenArray,
     TokenCache,
     default_cache_folder,
-    user_cache_folder,
 )
 
 
@@ -89,7 +89,7 @@ def test_cleaning_is_counted_by_reason(root, cache):
 
 def test_an_entry_is_built_once(root, cache, monkeypatch):
     first = build(root, cache)
-    monkeypatch.setattr(Preparation, "_write", None)
+    monkeypatch.setattr(token_cache, "read_blocks", None)  # no line is read again
     assert build(root, cache).folder == first.folder
     assert leftovers(cache) == [first.folder.name]
 
@@ -141,18 +141,18 @@ def test_a_damaged_note_is_made_anew(root, cache):
 
 
 def test_a_pool_of_processes_gives_the_same_bytes(root, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "_BLOCK_LINES", 30)
+    monkeypatch.setattr(token_cache, "BLOCK_LINES", 30)
     alone = preparation_of(root).build(cache, processes=1, show_progress=False)
-    monkeypatch.setattr(token_cache, "_LINES_WORTH_A_POOL", 0)
+    monkeypatch.setattr(token_cache, "MIN_LINES_FOR_POOL", 0)
     pool = preparation_of(root).build(tmp_path / "second", processes=2, show_progress=False)
     assert contents(pool) == contents(alone)
 
 
 @pytest.mark.slow
 def test_a_bad_line_is_named_through_the_pool_and_nothing_is_left(root, cache, monkeypatch):
-    monkeypatch.setattr(token_cache, "_BLOCK_LINES", 30)
-    monkeypatch.setattr(token_cache, "_LINES_WORTH_A_POOL", 0)
-    monkeypatch.setattr(token_cache, "_VOCABULARY_PAIRS", 20)  # so that the vocabulary does not see line 8
+    monkeypatch.setattr(token_cache, "BLOCK_LINES", 30)
+    monkeypatch.setattr(token_cache, "MIN_LINES_FOR_POOL", 0)
+    monkeypatch.setattr(token_cache, "VOCABULARY_PAIRS", 20)  # so that the vocabulary does not see line 8
     lines = (root / "train.en").read_bytes().split(b"\n")
     lines[7] = b"caf\xe9 au lait"
     (root / "train.en").write_bytes(b"\n".join(lines))
@@ -162,8 +162,8 @@ def test_a_bad_line_is_named_through_the_pool_and_nothing_is_left(root, cache, m
 
 
 def test_the_vocabulary_is_learnt_from_every_kth_pair(root, cache, monkeypatch):
-    monkeypatch.setattr(token_cache, "_VOCABULARY_PAIRS", 67)  # every third
-    monkeypatch.setattr(token_cache, "_BLOCK_LINES", 10)
+    monkeypatch.setattr(token_cache, "VOCABULARY_PAIRS", 67)  # every third
+    monkeypatch.setattr(token_cache, "BLOCK_LINES", 10)
     found = []
     learn = token_cache.train_vocabulary
     monkeypatch.setattr(
@@ -187,13 +187,12 @@ def test_a_vocabulary_too_large(root, cache):
     assert leftovers(cache) == []
 
 
-def test_cleaning_that_leaves_nothing(root, cache, monkeypatch):
+def test_cleaning_that_leaves_nothing(root, cache):
     vocabulary = build(root, cache).vocabulary
-    monkeypatch.setattr(Preparation, "_learn_vocabulary", lambda *_: vocabulary)
     with pytest.raises(
         ValueError, match=r"none of the 200 training pairs is left \(max_tokens 200\).*--data\.cleaning"
     ):
-        build(root, cache, cleaning=Cleaning(max_tokens=1))
+        build(root, cache, cleaning=Cleaning(max_tokens=1), vocabulary=vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -247,16 +246,15 @@ def test_two_processes_at_once_both_end_well(root, cache):
 
 
 def test_losing_the_race_keeps_the_winners_entry(root, cache, monkeypatch):
-    write = Preparation._write
+    preparation, sync = preparation_of(root), os.fsync
 
-    def slow(self, folder, *rest):
-        write(self, folder, *rest)
-        monkeypatch.setattr(Preparation, "_write", write)
-        winner = self.build(cache, 1, False)
-        (winner / "mark").touch()
+    def slow(descriptor):  # while the files of the entry are written
+        monkeypatch.setattr(os, "fsync", sync)
+        (preparation.build(cache, 1, False) / "mark").touch()
+        sync(descriptor)
 
-    monkeypatch.setattr(Preparation, "_write", slow)
-    folder = preparation_of(root).build(cache, 1, False)
+    monkeypatch.setattr(os, "fsync", slow)
+    folder = preparation.build(cache, 1, False)
     assert (folder / "mark").is_file()
     assert leftovers(cache) == [folder.name]
 

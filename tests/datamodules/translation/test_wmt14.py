@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 import datamodules
 from datamodules import Cleaning, MiniatureTranslationDataModule, TranslationBatch, WMT14DataModule
+from datamodules.translation.batches import TranslationDataset
 from datamodules.translation.parallel_text import read_lines
-from datamodules.translation.wmt14 import TranslationDataset
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_cleaning_counts_are_logged(root, caplog):
         german.write("leer\nsame\nlang\n")
     with caplog.at_level(logging.INFO, logger="pytorch_lightning"):
         module = ready(root, "fit")
-    for part in ("200 of 203 pairs kept", "drop_empty 1", "drop_identical 1", "max_characters 1"):
+    for part in ("200 of 203 pairs are used", "drop_empty 1", "drop_identical 1", "max_characters 1"):
         assert part in caplog.text
     assert sum(len(batch) for batch in module.train_dataloader()) == 200
 
@@ -208,7 +208,7 @@ def test_miniature_corpus_is_made_on_the_spot(tmp_path, monkeypatch):
         write_corpus(root, train=50)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("datamodules.miniature.translation.write_miniature_corpus", write_miniature_corpus)
+    monkeypatch.setattr("datamodules.miniature.translation_datamodule.write_miniature_corpus", write_miniature_corpus)
     module = MiniatureTranslationDataModule(vocabulary_size=60)
     module.prepare_data()
     module.setup("fit")
@@ -258,7 +258,7 @@ def test_a_missing_split_matters_only_to_its_stage(root):
     module = ready(root, "fit")
     with pytest.raises(FileNotFoundError, match=r"test\.en and test\.de are missing"):
         module.setup("test")
-    with pytest.raises(FileNotFoundError, match=r"test\.en is not there.*--data\.test_files"):
+    with pytest.raises(FileNotFoundError, match=r"test\.en does not exist.*--data\.test_files"):
         module.setup("predict")
 
 
@@ -302,7 +302,7 @@ def test_a_training_pair_too_long_for_a_batch(root):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (None, FileNotFoundError, r"predict_file: .*mine\.txt is not there.*--data\.predict_file"),
+        (None, FileNotFoundError, r"predict_file: .*mine\.txt does not exist.*--data\.predict_file"),
         (b"", ValueError, r"predict_file: .*mine\.txt is empty"),
         (b"ok\n\xff\n", ValueError, r"mine\.txt, line 2: not UTF-8"),
     ],
@@ -508,13 +508,12 @@ def test_a_stages_files_are_checked_before_the_long_work(root):
 SCRIPT = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from test_wmt14 import Recorder, fit, module_of, trainer_of
 
 torch.set_num_threads(1)
-root, folder, bound = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+root, folder, bound = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 two = {"devices": 2, "strategy": "ddp"}
 result = {}
 for workers, accumulate in ((0, 1), (0, 2), (2, 1), (2, 2)):

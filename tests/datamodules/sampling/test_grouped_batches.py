@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from datamodules.sampling.image_batches import GroupedBatchSampler, ImageLoader, SampleRequest
+from datamodules.sampling.grouped_batches import GroupedBatchSampler, SampleRequest
+from datamodules.sampling.planned_batches import PlannedLoader
 
 GROUPS = np.array([0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1, 1, 0])  # 5 and 8
 
@@ -15,8 +16,8 @@ def sampler(groups=GROUPS, batch_size=2, shuffle=True, epoch=0, **options):
     return made
 
 
-def images(batches):
-    return [[draw.image for draw in batch] for batch in batches]
+def indices(batches):
+    return [[request.index for request in batch] for batch in batches]
 
 
 @pytest.mark.parametrize("number", [1, 2, 5, 8, 13, 40])
@@ -28,7 +29,7 @@ def test_training_ranks_have_equal_numbers_and_each_image_once(number, batch_siz
         ranks = [
             sampler(groups, batch_size, epoch=epoch, rank=rank, world_size=world_size) for rank in range(world_size)
         ]
-        batches = [images(rank) for rank in ranks]
+        batches = [indices(rank) for rank in ranks]
         assert len({len(share) for share in batches}) == 1
         assert [len(rank) for rank in ranks] == [len(share) for share in batches]
         seen = [image for share in batches for batch in share for image in batch]
@@ -44,7 +45,7 @@ def test_training_ranks_have_equal_numbers_and_each_image_once(number, batch_siz
 
 def test_batches_are_of_one_group_but_the_leftovers():
     groups = np.random.default_rng(0).integers(0, 3, 100)
-    batches = images(sampler(groups, batch_size=8))
+    batches = indices(sampler(groups, batch_size=8))
     mixed = [batch for batch in batches if len(set(groups[batch])) > 1]
     full = sum(count // 8 for count in np.bincount(groups))
     assert len(batches) == 13
@@ -54,11 +55,11 @@ def test_batches_are_of_one_group_but_the_leftovers():
 def test_epochs_differ_and_repeat_exactly():
     first = list(sampler())
     assert first == list(sampler())
-    assert images(first) != images(sampler(epoch=1))
-    assert images(first) != images(sampler(seed=1))
+    assert indices(first) != indices(sampler(epoch=1))
+    assert indices(first) != indices(sampler(seed=1))
     made = sampler()
     assert [list(made), made.set_epoch(1), list(made)][2] == list(sampler(epoch=1))
-    assert {draw.epoch for batch in sampler(epoch=3) for draw in batch} == {3}
+    assert {request.epoch for batch in sampler(epoch=3) for request in batch} == {3}
     assert {len(list(sampler(epoch=epoch))) for epoch in range(5)} == {7}
 
 
@@ -68,7 +69,7 @@ def test_without_reshuffling_epochs_are_alike():
 
 def test_the_order_of_batches_and_of_images_in_a_group_is_drawn():
     groups = np.repeat([0, 1], 500)
-    batches = images(sampler(groups, batch_size=4))
+    batches = indices(sampler(groups, batch_size=4))
     kinds = [int(groups[batch[0]]) for batch in batches]
     assert 80 < sum(a != b for a, b in itertools.pairwise(kinds)) < 170
     flat = [image for batch in batches for image in batch if groups[batch[0]] == 0]
@@ -87,7 +88,7 @@ def test_evaluation_repeats_and_leaves_out_nothing(world_size):
     for number in (0, 1, 2, 7, 13):
         groups = GROUPS[:number]
         shares = [
-            images(sampler(groups, shuffle=False, rank=rank, world_size=world_size)) for rank in range(world_size)
+            indices(sampler(groups, shuffle=False, rank=rank, world_size=world_size)) for rank in range(world_size)
         ]
         seen = [image for share in shares for batch in share for image in batch]
         assert sorted(seen) == list(range(number))
@@ -98,7 +99,7 @@ def test_evaluation_repeats_and_leaves_out_nothing(world_size):
 
 
 def test_evaluation_keeps_the_order_within_groups():
-    assert images(sampler(shuffle=False, batch_size=3)) == [[0, 3, 7], [9, 12, 1], [2, 4, 5], [6, 8, 10], [11]]
+    assert indices(sampler(shuffle=False, batch_size=3)) == [[0, 3, 7], [9, 12, 1], [2, 4, 5], [6, 8, 10], [11]]
 
 
 @pytest.mark.parametrize("consumed", [1, 3, 6])
@@ -127,7 +128,7 @@ def test_resuming_at_the_end_begins_the_next_epoch(consumed, finished):
     [
         ({"batch_size": 3}, "batch_size 2 became 3"),
         ({"seed": 1}, "seed 0 became 1"),
-        ({"groups": GROUPS[1:]}, "images 13 became 12"),
+        ({"groups": GROUPS[1:]}, "samples 13 became 12"),
         ({"world_size": 2}, "world_size 1 became 2"),
     ],
 )
@@ -153,16 +154,16 @@ def test_bad_arguments(changes, message):
 
 
 class Numbers(Dataset):
-    def __getitems__(self, draws):
-        if any(draw.image == 5 for draw in draws):
+    def __getitems__(self, requests):
+        if any(request.index == 5 for request in requests):
             return ValueError("image 5 is broken")
-        return [draw.image for draw in draws]
+        return [request.index for request in requests]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_that_a_worker_returns_is_raised_as_it_is(num_workers):
     batches = [[SampleRequest(image, 0)] for image in range(8)]
-    loader = ImageLoader(Numbers(), batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=num_workers)
+    loader = PlannedLoader(Numbers(), batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=num_workers)
     seen = []
     with pytest.raises(ValueError, match=r"^image 5 is broken$"):
         seen.extend(iter(loader))
