@@ -30,6 +30,8 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry .
 
 format: .venv/installed-dev  ## Format the code
 	$(BIN)/ruff format .

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from lightning_attn.networks.images.segmentation import Segmenter, SegmenterSpec
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -40,7 +41,6 @@ from benchmarks.measure import (
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.io import unused_path, write_json, write_text
 from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.networks.images.segmentation import Segmenter, SegmenterSpec
 from lightning_attn.networks.images.segmentation_inference import InferenceSpec, segment
 
 ATTENTIONS: Mapping[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor  # noqa: PLC2701 - torch has no public name
 from torch.nn.modules import module as torch_module
 
 from lightning_attn.attention.cpu.linear import Linear, linear

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.export.graph import SUFFIXES, ExportGraph, write_graph
+from lightning_attn.export.networks import export_graphs
 from lightning_attn.io import unused_path, write_json, written_together
 from lightning_attn.tasks.base import BaseTask
 from lightning_attn.training.checkpoints import (
@@ -68,7 +69,7 @@ def export_checkpoint(
     graphs: dict[Path, ExportGraph] = {}
     written = [file, file.with_suffix(".json")]
     if format != "safetensors":
-        found = BaseTask.load(path, weights=weights, trust=trust).export_graphs(size)
+        found = export_graphs(BaseTask.load(path, weights=weights, trust=trust), size)
         graphs = {folder / f"{name}{SUFFIXES[format]}": graph for name, graph in found.items()}
         written += [*graphs, folder / "programs.json"]
     for one in written:

@@ -1,7 +1,7 @@
 """The networks of this package as graphs to export: their inputs, outputs and what `torch.export` needs of them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,40 @@ from torchvision.ops import boxes as box_ops
 from torchvision.ops import nms
 
 from lightning_attn.attention.cpu.linear import linear
+from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.export.graph import ExportGraph
 from lightning_attn.networks.images.network import Detector, Segmenter
 from lightning_attn.networks.translation.transformer import Transformer
+from lightning_attn.tasks import BaseTask, DetectionTask, SegmentationTask, TranslationTask
 
-__all__ = ["detection_graphs", "segmentation_graphs", "translation_graphs"]
+__all__ = ["detection_graphs", "export_graphs", "segmentation_graphs", "translation_graphs"]
+
+
+def export_graphs(task: BaseTask, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
+    """The parts of a task's network that are exported, by file name.
+
+    A task of your own has a method `export_graphs(size)` that returns them.
+
+    Args:
+        task: The task, with a network.
+        size: Height and width of images in pixels, for tasks on images; None for those that the data was resized to.
+
+    Raises:
+        ValueError: If `size` does not fit the task.
+        NotImplementedError: If the task has no graphs.
+    """
+    own: Callable[[tuple[int, int] | None], dict[str, ExportGraph]] | None = getattr(task, "export_graphs", None)
+    if own is not None:
+        return own(size)
+    if isinstance(task, DetectionTask):
+        return detection_graphs(task.built_network, task.example_image(size))
+    if isinstance(task, SegmentationTask):
+        return segmentation_graphs(task.built_network, task.example_image(size))
+    if isinstance(task, TranslationTask):
+        if size is not None:
+            raise InputError("size: it is of images; a translation's graphs are for all lengths. Leave it out.")
+        return translation_graphs(task.built_network)
+    raise MissingMethodError(f"{type(task).__name__} must define export_graphs(self, size) to be exported as one.")
 
 
 def detection_graphs(detector: Detector, image: Tensor) -> dict[str, ExportGraph]:

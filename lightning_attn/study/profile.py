@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 import torchvision.ops  # noqa: F401 - registers torchvision::deform_conv2d
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - torch has no public name
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: PLC2701 - torch has no public name
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_attn.attention.factory import build_attention

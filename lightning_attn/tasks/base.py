@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_attn.errors import InputError, MissingMethodError
-from lightning_attn.export.graph import ExportGraph
 from lightning_attn.tasks.evaluation import Evaluation, Evaluator, SampleMeans
 from lightning_attn.training.checkpoints import (
     CHECKPOINT_KEY,
@@ -366,14 +365,6 @@ class BaseTask(pl.LightningModule):
     def convert_external_weights(self, path: str) -> dict[str, Tensor] | None:
         """What `run.initial_weights` names, by this task's names, if it is no checkpoint but another library's."""
         return None
-
-    def export_graphs(self, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
-        """What `train.py export --format program` and `--format onnx` write, by file name.
-
-        Args:
-            size: Height and width of images in pixels, for tasks that look at images.
-        """
-        raise MissingMethodError(f"{type(self).__name__} must define export_graphs to be exported as one.")
 
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from what the checkpoint holds, unless the constructor does; before weights are loaded."""

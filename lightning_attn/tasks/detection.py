@@ -16,8 +16,6 @@ from datamodules.images.files import ImageArray, channels_first
 from datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
-from lightning_attn.export.graph import ExportGraph
-from lightning_attn.export.networks import detection_graphs
 from lightning_attn.metrics.detection import coco_records, image_detections
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
 from lightning_attn.networks.images.detection_inference import DetectionInferenceSpec, detect
@@ -99,10 +97,6 @@ class DetectionTask(ImageTask[Categories, Detector]):
         classes = self.known_classes
         state = read_torchvision_detector(path, head, classes.names, classes.ids)
         return {f"network.{name}": value for name, value in state.items()}
-
-    @override
-    def export_graphs(self, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
-        return detection_graphs(self.built_network, self.example_image(size))
 
     # Training, validation and test
 

@@ -16,8 +16,6 @@ from datamodules.images.files import ImageArray, channels_first
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.export.graph import ExportGraph
-from lightning_attn.export.networks import segmentation_graphs
 from lightning_attn.io import write_file, write_table
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
 from lightning_attn.networks.images.heads.segmentation import SegmenterSpec
@@ -77,10 +75,6 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Segmenter:
         built = build_backbone(backbone, self.attention, self.segmenter.output_stride)
         return Segmenter(num_classes, built, self.attention, self.segmenter)
-
-    @override
-    def export_graphs(self, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
-        return segmentation_graphs(self.built_network, self.example_image(size))
 
     # Training, validation and test
 

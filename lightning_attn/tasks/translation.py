@@ -16,8 +16,6 @@ from datamodules.translation.batches import TranslationBatch, TranslationDataset
 from datamodules.translation.vocabulary import Vocabulary
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
-from lightning_attn.export.graph import ExportGraph
-from lightning_attn.export.networks import translation_graphs
 from lightning_attn.io import unused_path, write_file
 from lightning_attn.metrics.translation import TranslationScoring, one_line
 from lightning_attn.networks.translation.beam_search import BeamSearchOptions, Hypothesis, beam_search
@@ -174,12 +172,6 @@ class TranslationTask(TokenMeanTask):
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network for the vocabulary in the checkpoint."""
         self._build(_stored_vocabulary(checkpoint))
-
-    @override
-    def export_graphs(self, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
-        if size is not None:
-            raise InputError("size: it is of images; a translation's graphs are for all lengths. Leave it out.")
-        return translation_graphs(self.built_network)
 
     # Training
 

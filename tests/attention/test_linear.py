@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_attn.attention.cpu import linear as linear_module
-from lightning_attn.attention.cpu.linear import _AVAILABLE, Linear, PackedLinear, linear
+from lightning_attn.attention.cpu.linear import HAS_ONEDNN, Linear, PackedLinear, linear
 
-one_dnn = pytest.mark.skipif(not _AVAILABLE, reason="this torch has no oneDNN: linear is F.linear")
+one_dnn = pytest.mark.skipif(not HAS_ONEDNN, reason="this torch has no oneDNN: linear is F.linear")
 
 
 def close(actual, expected):
@@ -142,7 +142,7 @@ def test_not_a_number_stays_one():
 def test_packed(dtype, bias):
     module = nn.Linear(8, 6, bias=bias, dtype=dtype)
     packed = PackedLinear(module.weight, module.bias)
-    assert packed.packed == (_AVAILABLE and dtype == torch.float32)
+    assert packed.packed == (HAS_ONEDNN and dtype == torch.float32)
     for shape in ((1, 8), (200, 8), (2, 3, 8), (0, 8), (5, 41, 8)):
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
         y = packed(x)

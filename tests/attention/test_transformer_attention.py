@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - torch has no public name
+from torch.utils._pytree import tree_leaves  # noqa: PLC2701 - torch has no public name
 
 from lightning_attn.attention import GatedResidual, TransformerAttention, reference
 from lightning_attn.attention.spec import TERM_SETS

@@ -12,11 +12,11 @@ from torch import nn
 
 from lightning_attn.attention import AttentionSpec, DeformableConv, DynamicConv, TransformerAttention
 from lightning_attn.export.graph import SUFFIXES, ExportGraph, write_graph
-from lightning_attn.export.networks import detection_graphs
+from lightning_attn.export.networks import detection_graphs, export_graphs
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
 from lightning_attn.networks.images.heads.detection import DetectorSpec
 from lightning_attn.networks.images.network import Detector
-from lightning_attn.tasks import DetectionTask, SegmentationTask, TranslationTask
+from lightning_attn.tasks import DetectionTask, OptimizerSpec, ScheduleSpec, SegmentationTask, TranslationTask
 from lightning_attn.tasks.base import BaseTask
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -262,6 +262,11 @@ def test_other_errors(run, tiny_config, in_folder, monkeypatch):
     printed = run("export", "--ckpt_path", checkpoint, "--format", "onnx", "--output", "out", status=2)
     assert "pip install 'lightning-attn[onnx]'" in printed
     assert not (in_folder / "out").exists()
-    monkeypatch.setattr(TranslationTask, "programs", BaseTask.programs)
-    printed = run("export", "--ckpt_path", checkpoint, "--format", "program", status=2)
-    assert "TranslationTask must define programs to be exported as one" in printed
+
+
+def test_a_task_without_graphs_says_what_it_must_define():
+    class Own(BaseTask):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Own must define export_graphs\(self, size\) to be exported as one"):
+        export_graphs(Own(OptimizerSpec(), ScheduleSpec()))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - torch has no public name
+from torch.utils._pytree import tree_leaves  # noqa: PLC2701 - torch has no public name
 
 from lightning_attn.attention import AttentionSpec, GatedResidual, TransformerAttention, reference
 from lightning_attn.attention.deformable import DeformableConv

@@ -19,7 +19,7 @@ from lightning_attn.attention.transforms import is_transformed
 
 # The operator that torch.compile puts in the place of a linear layer on a CPU, and the one that lays out a weight for
 # it. Both are private to torch: without either, everything here is `F.linear`.
-_AVAILABLE: bool = (
+HAS_ONEDNN: bool = (
     torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
@@ -28,7 +28,7 @@ _AVAILABLE: bool = (
 
 def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32, as oneDNN says; without oneDNN, no."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if _AVAILABLE else None
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if HAS_ONEDNN else None
     return supported is not None and bool(supported())
 
 
@@ -59,7 +59,7 @@ class PackedLinear:
         self.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         self.weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self.packed = _AVAILABLE and device == "cpu" and self.dtype == torch.float32
+        self.packed = HAS_ONEDNN and device == "cpu" and self.dtype == torch.float32
         if self.packed:
             rows = 128  # of the inputs: what the layout is best for, any number works
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
@@ -90,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         `[..., out]`.
     """
     suits = (
-        _AVAILABLE
+        HAS_ONEDNN
         and torch.backends.mkldnn.enabled
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -150,7 +150,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-if _AVAILABLE:
+if HAS_ONEDNN:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:

@@ -248,7 +248,7 @@ def _log_probabilities(
     return log_probs
 
 
-def _highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def top_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` highest values of each row of `[R, V]`, best first, and where they are.
 
     They can only lie in the `count` blocks of a row that have the highest maxima, or behind the last whole block.
@@ -370,7 +370,7 @@ def beam_search(
         # Of what follows one prefix only end-of-sentence and the beam_size best other tokens can matter; of
         # a sentence's candidates only 2 * beam_size, since each of at most beam_size prefixes ends in one way only.
         choices = 1 if beam_size == 1 else min(beam_size + 1, vocabulary)
-        best, token = _highest(log_probs, choices)
+        best, token = top_values(log_probs, choices)
         candidates = scores.unsqueeze(2) + best.view(size, width, choices)
         candidates.masked_fill_(scores.unsqueeze(2) == -math.inf, -math.inf)  # whatever the decoder says of no prefix
         scores, order = candidates.view(size, -1).topk(min(2 * beam_size, width * choices), dim=1)

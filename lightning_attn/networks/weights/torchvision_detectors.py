@@ -1,14 +1,16 @@
 """Weights of torchvision's own detectors, by the names and for the categories of ours."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torchvision.models import get_model, get_model_weights
 
 from lightning_attn.errors import InputError
-from lightning_attn.networks.images.heads.detection import Head
 from lightning_attn.networks.weights.torchvision import COUNTER, read_weights, weight_names
+
+Head = Literal["faster_rcnn", "retinanet"]
 
 _ARCHITECTURES: dict[Head, str] = {"faster_rcnn": "fasterrcnn_resnet50_fpn", "retinanet": "retinanet_resnet50_fpn"}
 _PREDICTORS: dict[Head, tuple[str, ...]] = {

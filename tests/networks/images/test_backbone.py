@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models._utils import IntermediateLayerGetter  # noqa: PLC2701 - torchvision has no public name
 from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_attn.attention import AttentionSpec, DeformableConv, DynamicConv, GatedResidual, TransformerAttention

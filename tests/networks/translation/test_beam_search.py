@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_attn.networks.translation.beam_search import BLOCK, BeamSearchOptions, Hypothesis, _highest, beam_search
+from lightning_attn.networks.translation.beam_search import (
+    BLOCK,
+    BeamSearchOptions,
+    Hypothesis,
+    beam_search,
+    top_values,
+)
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY = 6
@@ -321,7 +327,7 @@ def test_the_highest_values_are_those_of_topk(size, count):
     values[1, : size - count] = -math.inf  # what counts stands at the end
     values[2, size // 3] = math.nan
     values[3] = torch.arange(size).flip(0)  # and at the beginning
-    best, index = _highest(values, count)
+    best, index = top_values(values, count)
     torch.testing.assert_close(best, values.topk(count, dim=1).values, equal_nan=True)
     torch.testing.assert_close(values.gather(1, index), best, equal_nan=True)
     assert all(len(set(row)) == count for row in index[1:].tolist())
@@ -330,7 +336,7 @@ def test_the_highest_values_are_those_of_topk(size, count):
 def test_of_equal_values_the_first_is_the_highest():
     values = torch.zeros(2, 30 * BLOCK)
     values[1, [2 * BLOCK + 5, 2 * BLOCK + 9, 20 * BLOCK]] = 1.0
-    assert _highest(values, 1)[1].flatten().tolist() == [0, 2 * BLOCK + 5]
+    assert top_values(values, 1)[1].flatten().tolist() == [0, 2 * BLOCK + 5]
 
 
 def test_a_large_vocabulary_is_searched_like_a_small_one():
