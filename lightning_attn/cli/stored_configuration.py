@@ -21,8 +21,7 @@ from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.io import naming
 from lightning_attn.tasks import BaseTask
-from lightning_attn.training.callbacks import RUN_KEY
-from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
+from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint, stored_run
 from lightning_attn.training.trust import Trust, TrustError, argument_types, path_of, public_classes, texts_in
 
 __all__ = ["TRUST_HELP", "needed_trust", "trust_of", "value_of", "with_stored_configuration"]
@@ -82,8 +81,8 @@ def with_stored_configuration(
         yield arguments, None
         return
     is_word = checkpoint in CHECKPOINT_WORDS
-    run = None if is_word else read_checkpoint(checkpoint).get(RUN_KEY)
-    if not (isinstance(run, dict) and isinstance(run.get("configuration"), dict)):
+    run = {} if is_word else stored_run(read_checkpoint(checkpoint))
+    if "configuration" not in run:
         if configured or (value_of("--model", arguments) and value_of("--data", arguments)):
             yield arguments, None
             return

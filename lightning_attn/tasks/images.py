@@ -25,6 +25,7 @@ from lightning_attn.io import unused_path, write_json, write_table
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.tasks.base import BaseTask, evaluating, require_network
+from lightning_attn.training.checkpoint_keys import PREPROCESSING_KEY
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.training.contents import require_plain
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
@@ -42,8 +43,6 @@ class Classes(Protocol):
     def ids(self) -> tuple[int, ...]:
         """What the data calls them."""
 
-
-PREPROCESSING_KEY = "preprocessing"
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from datamodules.translation.vocabulary import Vocabulary
+from datamodules.translation.vocabulary import VOCABULARY_KEY, Vocabulary
 from datamodules.translation.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
@@ -29,8 +29,6 @@ from lightning_attn.tasks.prediction_files import PartialResults, differing_orig
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows, crc32_of
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization import draw_translation_attention
-
-VOCABULARY_KEY = "vocabulary"
 
 
 class TranslationTask(TokenMeanTask):
