@@ -20,7 +20,7 @@ from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.launching import observe_ranks, settle_collectives, watch_rendezvous
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
-from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
+from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, stored_configuration, value_of
 from lightning_attn.errors import MissingFileError
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training import run_directory
@@ -81,14 +81,18 @@ class CommandLine(LightningCLI):
         if isinstance(typed, list):
             self._typed = {option: value_of(f"--run.{option}", typed) for option in ("name", "root")}
             given = _files_first(typed)
-            with with_stored_configuration(given, self.subcommands()) as (arguments, self._stored_name):
+            stored = stored_configuration(given, self.subcommands())
+            if stored is None:
+                self.config = parser.parse_args(given)
+            else:
+                self._stored_name = stored.name
                 try:
-                    self.config = parser.parse_args(arguments)
-                except ConfigurationError as error:
-                    if arguments == given:
-                        raise
-                    stored = value_of("--ckpt_path", typed)
-                    raise ConfigurationError(f"{error}\n(The configuration in {stored} is a part of it.)") from error
+                    self._subcommand_parsers[stored.subcommand].set_defaults(_by_option(stored.defaults))
+                    self.config = parser.parse_args(given)
+                except (ConfigurationError, KeyError) as error:
+                    raise ConfigurationError(
+                        f"{error}\n(The configuration in {stored.checkpoint} is a part of it.)"
+                    ) from error
         else:
             super().parse_arguments(parser, args)
         check_values(self.config[self.config["subcommand"]])
@@ -242,6 +246,17 @@ class CommandLine(LightningCLI):
             for name, value in namespace_to_dict(self.config[self.subcommand]).items()
             if name not in _CALL_ARGUMENTS
         }
+
+
+def _by_option(sections: dict[str, Any]) -> dict[str, Any]:
+    """Options by the names that the parser has them by: those of classes as a whole, others one by one."""
+    options: dict[str, Any] = {}
+    for name, section in sections.items():
+        if name in ("trainer", "run"):
+            options |= {f"{name}.{option}": value for option, value in section.items()}
+        else:
+            options[name] = section
+    return options
 
 
 def _files_first(arguments: list[str]) -> list[str]:
