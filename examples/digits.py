@@ -49,6 +49,6 @@ class DigitsTask(BaseTask):
 
     def validation_step(self, batch, batch_idx):
         found = self(batch["image"]).argmax(1)
-        self.log_samples("accuracy", batch["ids"], found == batch["label"])
+        return {"accuracy": found == batch["label"]}
 
     test_step = validation_step

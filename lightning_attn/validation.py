@@ -1,4 +1,8 @@
-"""Checks of arguments that all mechanisms share: one rule and one message for each."""
+"""Checks of arguments that several packages share: one rule and one message for each."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +60,33 @@ def require_dropout(dropout: float) -> None:
 def is_number(value: object) -> bool:
     """Whether a value is an integer or a float; True and False are neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def refuse_unused(spec: Any, choice: str, used_by: Mapping[Any, Collection[str]]) -> None:
+    """Refuses options that the choice of a spec does not use, which would otherwise train another model in silence.
+
+    Args:
+        spec: A dataclass.
+        choice: Its field that decides.
+        used_by: By values of that field, the fields that these values alone use.
+    """
+    chosen = getattr(spec, choice)
+    used = used_by.get(chosen, ())
+    unused = {name for names in used_by.values() for name in names if name not in used}
+    given = {
+        field.name: (value, field.default)
+        for field in dataclasses.fields(spec)
+        if field.name in unused
+        and (tuple(value) if isinstance(value := getattr(spec, field.name), list) else value) != field.default
+    }
+    if given:
+        owners = [str(owner) for owner, names in used_by.items() if given.keys() & set(names)]
+        options = ", ".join(f"{name}={value!r}" for name, (value, _) in given.items())
+        defaults = ", ".join(f"{name}: {default}" for name, (_, default) in given.items())
+        raise InputError(
+            f"{options}: not used by {choice}={chosen!r}. Leave out, set to the default ({defaults}), or choose "
+            f"{choice}: {' or '.join(owners)}."
+        )
 
 
 def divisors(number: int) -> list[int]:

@@ -95,8 +95,8 @@ model:
       nms_threshold: 0.7
       roi_canonical_size: 32
       fc_dim: 16
-      proposals_train: 50
-      proposals_eval: 300
+      rpn_post_nms_top_n_train: 50
+      rpn_post_nms_top_n_test: 300
       roi_batch_size: 16
       score_threshold: 0.0
     optimizer: {{name: sgd, learning_rate: 0.05, weight_decay: 1.0e-4, base_batch_size: 8}}

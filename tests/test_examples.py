@@ -225,8 +225,11 @@ class LateNetwork(DigitsTask):
     ("stage", "message"),
     [
         ("fit", "Incomplete must define training_step(self, batch, batch_idx), and return the loss, for 'fit'"),
-        ("validate", "Incomplete must define validation_step(self, batch, batch_idx), and call self.log_samples("),
-        ("test", "Incomplete must define test_step(self, batch, batch_idx), and call self.log_samples("),
+        (
+            "validate",
+            "Incomplete must define validation_step(self, batch, batch_idx), and return a dictionary with a value",
+        ),
+        ("test", "Incomplete must define test_step(self, batch, batch_idx), and return a dictionary with a value"),
         ("predict", "Incomplete must define predict_step(self, batch, batch_idx), and keep or write what it finds"),
     ],
 )

@@ -6,7 +6,14 @@ import re
 from typing import Any, Literal, get_args
 
 from lightning_attn.errors import InputError
-from lightning_attn.validation import is_number, require_dropout, require_int, require_odd, require_window
+from lightning_attn.validation import (
+    is_number,
+    refuse_unused,
+    require_dropout,
+    require_int,
+    require_odd,
+    require_window,
+)
 
 MECHANISMS = ("transformer", "dynamic", "none")
 _CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -21,7 +28,9 @@ TERM_SETS = tuple(f"{bits:04b}" for bits in range(1, 2 ** len(TERM_NAMES)))
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What stands in an attention slot of a network (Zhu et al. 2019, Eq. 2 to 8 and Fig. 2).
+    """The attention of a network's block (Zhu et al. 2019, Eq. 2 to 8 and Fig. 2).
+
+    A field that the mechanism does not use must be left at its default, except `num_heads`, `scale` and `dropout`.
 
     Attributes:
         mechanism: `"transformer"` for the generalized Transformer attention of Eq. 2, `"dynamic"` for the dynamic
@@ -32,7 +41,7 @@ class AttentionSpec:
             E2 (query content and relative position), E3 (key content only) and E4 (relative position only).
             Quote it in YAML, where an unquoted `0010` is the number 8. Transformer attention only.
         num_heads: Number of attention heads M; must divide the width of the network. Transformer attention only.
-        convolution: What stands before the attention (Fig. 2). In a residual block of an image network it is the
+        convolution: The convolution before the attention (Fig. 2). In a residual block of an image network it is the
             kind of the 3x3 convolution: `"regular"` (Eq. 3), `"deformable"` (Eq. 4) or `"modulated_deformable"`,
             whose taps also have learned weights. In translation `"regular"` is nothing at all, and the other two put
             a deformable unit of kernel 3 in front of the attention. Self-attention only.
@@ -52,7 +61,7 @@ class AttentionSpec:
         options: Further arguments of a class of your own, as plain values.
 
     Raises:
-        ValueError: If a field has a value that no attention has; the message names the field and the way out.
+        ValueError: If a field has a value that no attention has; the message names the field and the fix.
     """
 
     mechanism: str = "transformer"
@@ -98,6 +107,11 @@ class AttentionSpec:
         require_dropout(self.dropout)
         require_int("groups", self.groups)
         require_odd("kernel_size", self.kernel_size)
+        refuse_unused(
+            self,
+            "mechanism",
+            {"transformer": ("terms", "window", "kv_stride"), "dynamic": ("groups", "kernel_size")},
+        )
         if self.algorithm not in get_args(AlgorithmName):
             raise InputError(f"algorithm must be one of {list(get_args(AlgorithmName))}, got {self.algorithm!r}.")
         if self.mechanism == "dynamic" and self.algorithm != "auto":
@@ -134,7 +148,7 @@ def parse_terms(terms: str) -> tuple[bool, bool, bool, bool]:
         )
     if terms == "0000":
         raise InputError(
-            "terms '0000' leaves no energy to attend with. "
+            "terms '0000' switches every energy off. "
             'For no attention at all ("w/o" in the paper) set mechanism: none.'
         )
     e1, e2, e3, e4 = (bit == "1" for bit in terms)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightning_attn.archives import reading_once
 from lightning_attn.errors import ExistingFileError, InputError
-from lightning_attn.export.graph import SUFFIXES, Program, write_program
+from lightning_attn.export.graph import SUFFIXES, ExportGraph, write_graph
 from lightning_attn.io import unused_path, write_json, written_together
 from lightning_attn.tasks.base import BaseTask
 from lightning_attn.training.checkpoints import (
@@ -63,26 +63,26 @@ def export_checkpoint(
         raise InputError("size: weights have none; it goes with the formats program and onnx. Leave it out.")
     folder = unused_path(Path(path).parent / "export") if output is None else Path(output)
     file = folder / f"model{SAFETENSORS}"
-    programs: dict[Path, Program] = {}
+    graphs: dict[Path, ExportGraph] = {}
     written = [file, file.with_suffix(".json")]
     with reading_once():
         checkpoint = read_checkpoint(path)
         stored_task(checkpoint, path)
         choose_weights(checkpoint, weights, path)
         if format != "safetensors":
-            found = BaseTask.load(path, weights=weights, trust=trust).programs(size)
-            programs = {folder / f"{name}{SUFFIXES[format]}": program for name, program in found.items()}
-            written += [*programs, folder / "programs.json"]
+            found = BaseTask.load(path, weights=weights, trust=trust).export_graphs(size)
+            graphs = {folder / f"{name}{SUFFIXES[format]}": graph for name, graph in found.items()}
+            written += [*graphs, folder / "programs.json"]
     for one in written:
         if one.exists():
             raise ExistingFileError(f"output: {one} is there already, and nothing is overwritten. Give another folder.")
     descriptions = {}
     with written_together(folder) as scratch:
-        for target, program in programs.items():
+        for target, graph in graphs.items():
             assert format != "safetensors"
-            difference = write_program(program, scratch / target.name, format)
-            descriptions[target.name] = program.described() | {"largest_difference": difference}
+            difference = write_graph(graph, scratch / target.name, format)
+            descriptions[target.name] = graph.described() | {"largest_difference": difference}
         if descriptions:
             write_json(scratch / "programs.json", descriptions)
         write_safetensors(checkpoint, scratch / file.name)
-    return [file, *programs]
+    return [file, *graphs]

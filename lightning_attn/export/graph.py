@@ -1,4 +1,4 @@
-"""Networks as programs of plain operations, which run without this package: `torch.export` and ONNX."""
+"""Networks as graphs of plain operations, which run without this package: `torch.export` programs and ONNX."""
 
 import dataclasses
 import io
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from lightning_attn.errors import InputError, MissingPackageError
 from lightning_attn.io import write_file
 
-ProgramFormat = Literal["program", "onnx"]
+GraphFormat = Literal["program", "onnx"]
 
-SUFFIXES: Mapping[ProgramFormat, str] = {"program": ".pt2", "onnx": ".onnx"}
+SUFFIXES: Mapping[GraphFormat, str] = {"program": ".pt2", "onnx": ".onnx"}
 _LARGEST_DIFFERENCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class ExportGraph:
     """A part of a network, from tensors to tensors.
 
     Attributes:
@@ -53,11 +53,11 @@ class Program:
         return {"inputs": inputs, "outputs": dict(self.outputs)}
 
 
-def write_program(program: Program, path: Path, kind: ProgramFormat) -> float:
+def write_graph(graph: ExportGraph, path: Path, kind: GraphFormat) -> float:
     """Exports a program, runs it beside the network, and writes it.
 
     Args:
-        program: What.
+        graph: What to write.
         path: The file; there must be none.
         kind: `"program"` for what `torch.export.load` reads, `"onnx"` for ONNX.
 
@@ -69,17 +69,17 @@ def write_program(program: Program, path: Path, kind: ProgramFormat) -> float:
         ImportError: If `onnx`, `onnxscript` or `onnxruntime` is missing.
         OSError: If the file cannot be written.
     """
-    examples = tuple(program.inputs.values())
+    examples = tuple(graph.inputs.values())
     with torch.no_grad(), _quiet():
-        wanted = _outputs(program.module(*examples))
-        exported = _export(program, path.name)
+        wanted = _outputs(graph.module(*examples))
+        exported = _export(graph, path.name)
         if kind == "onnx":
-            contents, run = _as_onnx(exported, program, path.name)
+            contents, run = _as_onnx(exported, graph, path.name)
         else:
             file = io.BytesIO()
             torch.export.save(exported, file)
             contents, run = file.getvalue(), exported.module()
-        difference = _difference(_outputs(run(*examples)), wanted, program.ordered)
+        difference = _difference(_outputs(run(*examples)), wanted, graph.ordered)
     if difference is None or not difference <= _LARGEST_DIFFERENCE:
         found = "outputs of other sizes" if difference is None else f"outputs that differ by {difference:.3g}"
         raise InputError(f"{path.name}: the exported program has {found} than the network's. It was not written.")
@@ -87,12 +87,12 @@ def write_program(program: Program, path: Path, kind: ProgramFormat) -> float:
     return difference
 
 
-def _export(program: Program, name: str) -> torch.export.ExportedProgram:
+def _export(graph: ExportGraph, name: str) -> torch.export.ExportedProgram:
     free = tuple(
-        dict.fromkeys(program.free_axes.get(input_name, {}), torch.export.Dim.AUTO) for input_name in program.inputs
+        dict.fromkeys(graph.free_axes.get(input_name, {}), torch.export.Dim.AUTO) for input_name in graph.inputs
     )
     try:
-        return torch.export.export(program.module, tuple(program.inputs.values()), dynamic_shapes=free, strict=False)
+        return torch.export.export(graph.module, tuple(graph.inputs.values()), dynamic_shapes=free, strict=False)
     except Exception as error:
         # Whatever torch raises here says that it cannot follow the network.
         raise InputError(
@@ -102,7 +102,7 @@ def _export(program: Program, name: str) -> torch.export.ExportedProgram:
 
 
 def _as_onnx(
-    exported: torch.export.ExportedProgram, program: Program, name: str
+    exported: torch.export.ExportedProgram, graph: ExportGraph, name: str
 ) -> tuple[bytes, Callable[..., list[Tensor]]]:
     """The contents of the file, and what runs it."""
     try:
@@ -117,8 +117,8 @@ def _as_onnx(
             exported,
             dynamo=True,
             verbose=False,
-            input_names=list(program.inputs),
-            output_names=list(program.outputs),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
         )
         assert converted is not None
         contents: bytes = converted.model_proto.SerializeToString()
@@ -132,7 +132,7 @@ def _as_onnx(
         ) from error
 
     def run(*inputs: Tensor) -> list[Tensor]:
-        named = {name: value.numpy() for name, value in zip(program.inputs, inputs, strict=True)}
+        named = {name: value.numpy() for name, value in zip(graph.inputs, inputs, strict=True)}
         return [torch.from_numpy(value) for value in session.run(None, named)]
 
     return contents, run

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_attn.errors import InputError, MissingMethodError
-from lightning_attn.export.graph import Program
-from lightning_attn.metrics import WeightedMean
-from lightning_attn.tasks.sample_means import SampleMeans
+from lightning_attn.export.graph import ExportGraph
+from lightning_attn.tasks.evaluation import Evaluation, Evaluator, SampleMeans
 from lightning_attn.training.checkpoint_keys import FORMAT, FORMAT_KEY, TASK_KEY, WEIGHTS_KEY, StoredTask
 from lightning_attn.training.checkpoints import (
     CheckpointError,
@@ -67,7 +66,6 @@ class BaseTask(pl.LightningModule):
         checkpoint_path: The checkpoint that the command was given, if any: what the data does not say is found there
             before Lightning loads the weights.
         stored_numbers: How many numbers the weights of that checkpoint are.
-        sample_means: What `log_samples` was given in the current pass, by name.
         fresh_optimizer_groups: Options of the optimizer's groups before a checkpoint was loaded over them.
     """
 
@@ -88,7 +86,7 @@ class BaseTask(pl.LightningModule):
         self._arguments = {name: plain_value(name, value) for name, value in self.hparams.items()}
         self.optimizer = optimizer
         self.schedule = schedule
-        self.sample_means: dict[str, WeightedMean] = {}
+        self._evaluators: list[Evaluator] | None = None
         self.fresh_optimizer_groups: list[dict[str, Any]] = []
         self._scaled_for = 0  # The global batch that the learning rate was scaled for, if it was.
 
@@ -125,7 +123,7 @@ class BaseTask(pl.LightningModule):
             returned = {
                 "fit": "and return the loss",
                 "predict": "and keep or write what it finds",
-            }.get(stage, "and call self.log_samples(name, ids, values)")
+            }.get(stage, "and return a dictionary with a value for each sample")
             raise MissingMethodError(
                 f"{cls.__name__} must define {needed[stage]}(self, batch, batch_idx), {returned}, for {stage!r}."
             )
@@ -162,7 +160,18 @@ class BaseTask(pl.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run of a task needs; a subclass that adds to it calls this too."""
-        return [ExactResume(), StopOnNonFinite(), SampleMeans()]
+        return [ExactResume(), StopOnNonFinite(), Evaluation()]
+
+    def configure_evaluators(self) -> list[Evaluator]:
+        """What scores validation and test; by default means over samples of what the steps return, `SampleMeans`."""
+        return [SampleMeans()]
+
+    @property
+    def evaluators(self) -> list[Evaluator]:
+        """What `configure_evaluators` returned, which is called once."""
+        if self._evaluators is None:
+            self._evaluators = self.configure_evaluators()
+        return self._evaluators
 
     def on_fit_start(self) -> None:
         """Logs the constructor's arguments, and warns of a batch that BatchSizeFinder has changed since."""
@@ -301,7 +310,7 @@ class BaseTask(pl.LightningModule):
         raise MissingMethodError(f"{type(self).__name__} must define predict to be used without a Trainer.")
 
     def interrupted_note(self) -> str:
-        """What is said of an evaluation that is broken off: what is done, where it is, and how to go on."""
+        """What an interrupted evaluation prints: what is done, where it is, and how to resume."""
         return ""
 
     def output_names(self) -> tuple[str, ...]:
@@ -354,28 +363,16 @@ class BaseTask(pl.LightningModule):
         """What `run.initial_weights` names, by this task's names, if it is no checkpoint but another library's."""
         return None
 
-    def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
+    def export_graphs(self, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
         """What `train.py export --format program` and `--format onnx` write, by file name.
 
         Args:
             size: Height and width of images in pixels, for tasks that look at images.
         """
-        raise MissingMethodError(f"{type(self).__name__} must define programs to be exported as one.")
+        raise MissingMethodError(f"{type(self).__name__} must define export_graphs to be exported as one.")
 
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from what the checkpoint holds, unless the constructor does; before weights are loaded."""
-
-    def log_samples(self, name: str, ids: Tensor, values: Tensor) -> None:
-        """Logs `val/<name>` or `test/<name>`, the mean over all samples of the split, the same on any number of ranks.
-
-        Args:
-            name: What is measured, such as "accuracy".
-            ids: A number for each sample that is its own in the split, `[B]`. Repeats count once.
-            values: What was measured for each sample, `[B]`; booleans count as 0 and 1.
-        """
-        stage = "test" if self.trainer.testing else "val"
-        mean = self.sample_means.setdefault(name, WeightedMean(stage))
-        mean.update(ids, values.detach().double(), torch.ones(len(ids), dtype=torch.long))
 
     def log_picture(self, name: str, picture: npt.NDArray[np.uint8]) -> None:
         """Shows a picture `[H, W, 3]` under the current step in the loggers that can: TensorBoard, W&B, MLflow."""

@@ -1,39 +1,34 @@
-"""What the tasks on images share: a network for the data's classes, stored in checkpoints, and pictures of results."""
+"""What the tasks on images share: a network for the data's classes, stored in checkpoints, and inference."""
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from PIL import Image
-from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_info
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
+from typing_extensions import override
 
 from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
-from datamodules.images.folders import listed
-from datamodules.sampling.image_batches import BadImage, ImageBatch
+from datamodules.sampling.image_batches import ImageBatch
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError, MissingMethodError
-from lightning_attn.io import unused_path, write_json, write_table
-from lightning_attn.metrics.gather import gather_by_id
+from lightning_attn.io import unused_path
 from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.tasks.base import BaseTask, evaluating, require_network
+from lightning_attn.tasks.evaluation import Evaluator
+from lightning_attn.tasks.image_evaluators import BadImages, Pictures
 from lightning_attn.training.checkpoint_keys import PREPROCESSING_KEY
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.training.contents import require_plain
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
-from lightning_attn.visualization.pictures import Picture, save_picture
+from lightning_attn.visualization.pictures import Picture
 
 
 class Classes(Protocol):
-    """What is told apart: a frozen dataclass of tuples of plain values."""
+    """The classes of a data set: a frozen dataclass of tuples of plain values."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,26 +46,26 @@ NetworkType = TypeVar("NetworkType", bound=nn.Module)
 
 
 class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
-    """Base of tasks that look at images with an attended ResNet and tell classes apart.
+    """Base of tasks that find classes in images with an attended ResNet.
 
     The classes come from the DataModule's attribute `classes_key`, or from the checkpoint when the data has none, and
-    are stored in checkpoints under the same word. A subclass sets `classes_key` and `classes_type`, and defines
-    `build_network`, `training_step`, and for validation and test `start_scoring`, `score`, `log_scores` and
-    `write_scores`.
+    are stored in checkpoints under the same key. A subclass sets `classes_key` and `classes_type`, and defines
+    `build_network`, `losses`, `infer`, `pictures` and `predict_images`; its evaluators come before those of this class.
 
     Args:
         attention: Attention of the network; `mechanism: none` leaves it out ("w/o").
         backbone: Which ResNet, its weights, and where the attention stands.
         optimizer: The optimizer.
         schedule: The learning rate's course.
-        num_pictures: How many images of a validation, test or prediction are drawn with what was found.
+        num_pictures: How many images of a validation, test or prediction are drawn with their results.
 
     Attributes:
-        classes_key: What the task calls its classes.
+        classes_key: Name of the classes in the DataModule and in checkpoints.
         classes_type: The dataclass that holds them.
         classes: They themselves, as soon as there is a network.
         preprocessing: What the DataModule does to every image first; stored in checkpoints too, for `predict`.
-        bad_images: The images that could not be used in the last stage, with the reasons.
+        bad_images: The images that could not be used in the last stage.
+        kept_pictures: The pictures of the current pass.
         network: The network, as soon as it is built.
     """
 
@@ -92,9 +87,9 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         self.num_pictures = num_pictures
         self.classes: ClassesType | None = None
         self.preprocessing: dict[str, int | str] = {}
-        self.bad_images: dict[BadImage, None] = {}
+        self.bad_images = BadImages(self)
+        self.kept_pictures = Pictures(self, num_pictures)
         self.network: NetworkType | None = None
-        self._pictures: dict[str, Callable[[], Picture]] = {}
 
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> NetworkType:
         """The network for a number of classes; `backbone` is the task's own, or the same without pretrained weights."""
@@ -159,7 +154,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     @property
     def known_classes(self) -> ClassesType:
-        """What is told apart.
+        """The classes.
 
         Raises:
             RuntimeError: As for `built_network`.
@@ -225,133 +220,68 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         pairs = [f"{name} ({number})" for name, number in zip(classes.names, classes.ids, strict=True)]
         return f"{len(pairs)} {self.classes_key}: {', '.join(pairs[:6])}{', ...' if len(pairs) > 6 else ''}"
 
-    # Images that cannot be used
+    # Training, validation and test
 
-    def note_bad_images(self, batch: ImageBatch) -> None:
-        """Keeps in mind, and says, which images of a batch could not be used."""
-        for image in batch.bad:
-            if image not in self.bad_images:
-                self.bad_images[image] = None
-                _logger.warning(f"Skipped: {image.reason}")
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """The sum of the network's losses."""
+        self.bad_images.update(batch, {})
+        losses = self.losses(batch)
+        total = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
+        if len(losses) > 1:
+            self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch))
+        return total
 
-    def report_bad_images(self, path: Path | None = None) -> None:
-        """Says at the end of a stage which images of all ranks could not be used; a collective.
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """The network's losses for a batch by name, to be summed."""
+        raise MissingMethodError(f"{type(self).__name__} must define losses.")
 
-        Args:
-            path: A CSV file to write their names and the reasons into; None for none.
-        """
-        unreadable = dict.fromkeys(getattr(self.trainer.datamodule, "unreadable", ()))  # type: ignore[attr-defined]
-        self.bad_images = gather_by_id(self.bad_images | unreadable)
-        if not self.bad_images or not self.trainer.is_global_zero:
-            return
-        where = ""
-        if path is not None:
-            where = f", which {write_table(path, ('file_name', 'reason'), self.bad_images)} lists"
-        _logger.warning(
-            f"{len(self.bad_images):,} images could not be used and were skipped{where}: "
-            f"{listed([image.name for image in self.bad_images], 20)}"
-        )
+    def infer(self, batch: Any) -> list[Any]:
+        """The network's result for each image of a batch; a rank that has no images gets an empty batch."""
+        raise MissingMethodError(f"{type(self).__name__} must define infer.")
 
+    def pictures(self, batch: Any, results: list[Any]) -> Iterator[tuple[str, Callable[[], Picture]]]:
+        """Name of each image of a batch, unique and fit for a file, and what draws it later from tensors on the CPU."""
+        raise MissingMethodError(f"{type(self).__name__} must define pictures.")
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"results": self.infer(batch)}
+
+    test_step = validation_step
+
+    @override
+    def configure_evaluators(self) -> list[Evaluator]:
+        return [self.bad_images, self.kept_pictures]
+
+    @override
     def on_fit_start(self) -> None:
-        """Forgets the images of an earlier stage."""
         super().on_fit_start()
-        self.bad_images = {}
+        self.bad_images.reset("train")
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Says which images were replaced."""
-        self.note_bad_images(batch)
-
+    @override
     def on_fit_end(self) -> None:
-        """Says which images were replaced in the whole training."""
-        self.report_bad_images()
-
-    # Validation and test
-
-    def start_scoring(self, split: str) -> None:
-        """Makes the metrics of a pass over "val" or "test"."""
-        raise MissingMethodError(f"{type(self).__name__} must define start_scoring.")
-
-    def score(self, batch: Any) -> None:
-        """Runs the network on a batch, and hands what it found to the metrics and to `keep_picture`."""
-        raise MissingMethodError(f"{type(self).__name__} must define score.")
-
-    def log_scores(self, stage: str) -> dict[str, Any]:
-        """Logs the scores of the pass under `stage/`, the same on every rank; returns them as JSON can hold them."""
-        raise MissingMethodError(f"{type(self).__name__} must define log_scores.")
-
-    def write_scores(self, results: dict[str, Any]) -> None:
-        """Writes and prints what `log_scores` returned of a test; on rank 0."""
-        raise MissingMethodError(f"{type(self).__name__} must define write_scores.")
-
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the images of an earlier pass."""
-        self.start_scoring("val")
-        self.forget_pictures()
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            self.bad_images = {}
-
-    def on_test_epoch_start(self) -> None:
-        """Forgets the images of an earlier pass."""
-        self.start_scoring("test")
-        self.forget_pictures()
-        self.bad_images = {}
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Scores a batch."""
-        self.note_bad_images(batch)
-        self.score(batch)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Scores a batch."""
-        self.note_bad_images(batch)
-        self.score(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the scores of the whole set, and shows pictures in TensorBoard."""
-        self.log_scores("val")
-        self.log_pictures("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the scores of the whole set, and writes them and pictures into the run directory."""
-        results = self.log_scores("test")
-        self.report_bad_images()
-        if self.trainer.is_global_zero:
-            self.write_scores(results)
-            self.save_pictures("test")
-
-    def write_metrics(
-        self, results: dict[str, Any], header: tuple[str, str], per_class: str, totals: Sequence[str]
-    ) -> None:
-        """Writes `test_metrics.json`, and prints a table.
-
-        Args:
-            results: Everything.
-            header: Headings of the table's columns: what a row is, and its score.
-            per_class: Which of the results, less `test/`, holds a score for each class.
-            totals: Which of them, less `test/`, follow in the table.
-        """
-        path = write_json(self.output_directory / "test_metrics.json", results)
-        table = Table(*header, title=f"Test set, {results['test/num_images']} images")
-        for name, value in results[f"test/{per_class}"].items():
-            table.add_row(escape(name), _shown(value))
-        table.add_section()
-        for name in totals:
-            table.add_row(name, _shown(results[f"test/{name}"]))
-        Console().print(table)
-        rank_zero_info(f"Scores written to {path}")
+        self.bad_images.report()
 
     # Prediction
 
     def begin_prediction(self, name: str) -> Path:
-        """Forgets an earlier pass, and chooses a folder below `predictions/`, the same for all ranks."""
-        self.bad_images = {}
-        self.forget_pictures()
+        """Begins a pass, and chooses a folder below `predictions/`, the same for all ranks."""
+        self.bad_images.reset("predict")
+        self.kept_pictures.reset("predict")
         folder = unused_path(self.output_directory / "predictions" / name)
         # Rank 0 decides: by the time that another looks, it may have begun to write.
         return Path(self.trainer.strategy.broadcast(str(folder)))
 
+    def predict_batch(self, batch: Any) -> list[Any]:
+        """The results of a batch of a prediction, of which pictures are kept."""
+        results = self.infer(batch)
+        for evaluator in (self.bad_images, self.kept_pictures):
+            evaluator.update(batch, {"results": results})
+        return results
+
     def example_image(self, size: tuple[int, int] | None) -> Tensor:
-        """A random image `[3, H, W]`, uint8, of a program's size, or of the one that the data is resized to.
+        """A random image `[3, H, W]`, uint8, of a graph's size, or of the one that the data is resized to.
 
         Raises:
             ValueError: If no size is known or it is not positive.
@@ -361,20 +291,20 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         if size is None or min(size) < 1:
             given = "none was given" if size is None else f"got {size[0]} {size[1]}"
             raise InputError(
-                f"size: a program is for images of one size, and {given}. Give height and width in pixels "
+                f"size: an exported graph is for images of one size, and {given}. Give height and width in pixels "
                 "(--size 512 1024)."
             )
         return torch.randint(256, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def predict(self, inputs: Sequence[Image.Image | ImageArray | str | Path], batch_size: int = 1) -> list[Any]:
-        """What is in some images, as plain values, without a Trainer.
+        """The results for some images, as plain values, without a Trainer.
 
         Args:
             inputs: Pillow images, paths, or RGB pixels as uint8 `[H, W, 3]`, of any sizes.
             batch_size: How many the network sees at a time. Images of a batch are padded to one size.
 
         Returns:
-            For each image what `predict_images` of the task says.
+            For each image what `predict_images` of the task returns.
 
         Raises:
             RuntimeError: If there is no network yet; `load` makes one.
@@ -399,55 +329,8 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         return cast(ExifPolicy, self.preprocessing.get("exif", "apply"))
 
     def predict_images(self, images: list[ImageArray]) -> list[Any]:
-        """What is in images `[H, W, 3]` as they were taken; `predict` calls it, in evaluation mode."""
+        """The results for images `[H, W, 3]` as they were taken; `predict` calls it, in evaluation mode."""
         raise MissingMethodError(f"{type(self).__name__} must define predict_images.")
-
-    # Pictures
-
-    @property
-    def wants_pictures(self) -> bool:
-        """Whether more pictures are to be kept: the first `num_pictures` of rank 0 are."""
-        return self.trainer.is_global_zero and len(self._pictures) < self.num_pictures
-
-    def keep_picture(self, name: str, draw: Callable[[], Picture]) -> None:
-        """Keeps a picture, if more are wanted, to be drawn at the end of the pass.
-
-        Args:
-            name: Name of the image, each once and fit for a file; see `ImageBatch.outputs`.
-            draw: Draws it; what it needs should be on the CPU.
-        """
-        if self.wants_pictures:
-            self._pictures[name] = draw
-
-    def forget_pictures(self) -> None:
-        """Forgets those of an earlier pass, which may have been broken off."""
-        self._pictures = {}
-
-    def log_pictures(self, stage: str) -> None:
-        """Shows the kept pictures in TensorBoard, unless this is Lightning's check before training."""
-        if not self.trainer.sanity_checking:
-            for name, draw in self._pictures.items():
-                self.log_picture(f"{stage}/{name}", draw())
-        self.forget_pictures()
-
-    def save_pictures(self, stage: str) -> None:
-        """Writes the kept pictures into the run directory."""
-        if not self._pictures:
-            return
-        folder = unused_path(self.output_directory / "predictions" / f"{stage}_pictures")
-        for name, draw in self._pictures.items():
-            save_picture(draw(), folder / f"{name}.png")
-        rank_zero_info(f"{len(self._pictures)} pictures drawn into {folder}")
-        self.forget_pictures()
-
-
-def number_or_none(value: Any) -> Any:
-    """A value as JSON can hold it: of what is not there, a score is NaN, which JSON has not."""
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _shown(score: float | None) -> str:
-    return "-" if score is None else f"{score:.3f}"
 
 
 def _without_weights(backbone: ResNetSpec) -> ResNetSpec:

@@ -1,29 +1,31 @@
 """Semantic segmentation with an attended ResNet whose attention is chosen by spec (paper, sections 3 and 4)."""
 
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
 from datamodules.images.files import ImageArray, channels_first
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.export.graph import Program
+from lightning_attn.export.graph import ExportGraph
+from lightning_attn.export.networks import segmentation_graphs
 from lightning_attn.io import write_file, write_table
-from lightning_attn.metrics.segmentation import SegmentationMetrics
-from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.networks.images.segmentation import Segmenter, SegmenterProgram, SegmenterSpec
+from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.heads.segmentation import SegmenterSpec
+from lightning_attn.networks.images.network import Segmenter
 from lightning_attn.networks.images.segmentation_inference import InferenceSpec, segment
-from lightning_attn.tasks.images import ImageTask, number_or_none
+from lightning_attn.tasks.evaluation import Evaluator
+from lightning_attn.tasks.images import ImageTask
+from lightning_attn.tasks.segmentation_evaluation import SegmentationEvaluator
 from lightning_attn.training.checkpoints import OutputRows
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture
@@ -37,8 +39,8 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
 
     Args:
         attention: Attention of the backbone's residual blocks and of the head; `mechanism: none` leaves it out ("w/o").
-        backbone: Which ResNet, its weights, and where the attention stands.
-        segmenter: What stands on the backbone.
+        backbone: Which ResNet, its weights, and which blocks have attention.
+        segmenter: The segmentation head.
         inference: How whole images are segmented in validation, test and prediction.
         optimizer: The optimizer.
         schedule: The learning rate's course.
@@ -69,81 +71,44 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         super().__init__(attention, backbone, optimizer, schedule, num_pictures)
         self.segmenter, self.inference = segmenter, inference
         self.check_sizes(len(segmenter.class_weights) or 1)
-        self._metrics: SegmentationMetrics | None = None
         self._label_folder: Path | None = None
 
+    @override
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Segmenter:
-        """The segmentation network."""
-        return Segmenter(num_classes, backbone, self.attention, self.segmenter)
+        built = build_backbone(backbone, self.attention, self.segmenter.output_stride)
+        return Segmenter(num_classes, built, self.attention, self.segmenter)
 
-    def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
-        """The network for one image, as a whole and at one scale."""
-        outputs = {"logits": "of the classes in model.json at every pixel, [classes, height, width]"}
-        module = SegmenterProgram(self.built_network)
-        return {"segmenter": Program(module, {"image": self.example_image(size)}, outputs)}
+    @override
+    def export_graphs(self, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
+        return segmentation_graphs(self.built_network, self.example_image(size))
 
-    # Training
+    # Training, validation and test
 
-    def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:
-        """The sum of the network's losses."""
-        losses = self.built_network(batch.images, batch.labels)
-        total = torch.stack(list(losses.values())).sum()
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
-        if len(losses) > 1:
-            parts = {f"train/{name}": loss.detach() for name, loss in losses.items() if name != "loss"}
-            self.log_dict(parts | {"train/loss_head": losses["loss"].detach()}, batch_size=len(batch))
-        return total
+    @override
+    def losses(self, batch: SegmentationBatch) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self.built_network(batch.images, batch.labels)
+        return losses
 
-    # Validation and test
+    @override
+    def infer(self, batch: SegmentationBatch) -> list[Tensor]:
+        return segment(self.built_network, batch.images, self.inference)
 
-    def start_scoring(self, split: str) -> None:
-        """Metrics of a pass."""
-        self._metrics = SegmentationMetrics(self.known_classes.names)
+    @override
+    def configure_evaluators(self) -> list[Evaluator]:
+        return [SegmentationEvaluator(self), *super().configure_evaluators()]
 
-    def score(self, batch: SegmentationBatch) -> None:
-        """Segments the images of a batch."""
-        assert self._metrics is not None
-        predicted = self._segment(batch)
-        self._keep_pictures(batch, predicted)
-        self._metrics.update(batch.ids, predicted, batch.labels)
-
-    def _segment(self, batch: SegmentationBatch) -> list[Tensor]:
-        """A label for every pixel; a rank that has no images gets an empty batch."""
-        return segment(self.built_network, batch.images, self.inference) if len(batch) else []
-
-    def _keep_pictures(self, batch: SegmentationBatch, predicted: list[Tensor]) -> None:
+    @override
+    def pictures(self, batch: SegmentationBatch, results: list[Tensor]) -> Iterator[tuple[str, Callable[[], Picture]]]:
         truths: list[Tensor | None] = [*batch.labels] or [None] * len(batch)
-        for name, image, labels, truth in zip(batch.names, batch.images, predicted, truths, strict=True):
-            if not self.wants_pictures:
-                return
+        for name, image, labels, truth in zip(batch.names, batch.images, results, truths, strict=True):
             draw = functools.partial(self._drawn, image.cpu(), labels.cpu(), None if truth is None else truth.cpu())
-            self.keep_picture(name, draw)
+            yield name, draw
 
     def _drawn(self, image: Tensor, labels: Tensor, truth: Tensor | None) -> Picture:
         classes = self.known_classes
         if truth is None:
             return draw_segmentation(image, labels, classes.colours, classes.names)
         return draw_segmentation_beside_truth(image, labels, truth, classes.colours, classes.names)
-
-    def log_scores(self, stage: str) -> dict[str, Any]:
-        """Logs the scores; returns them as plain values, with None for a class that does not occur."""
-        assert self._metrics is not None
-        scores = self._metrics.compute()
-        per_class = scores["iou_per_class"]
-        shown = {f"{stage}/miou": scores["miou"], f"{stage}/pixel_accuracy": scores["pixel_accuracy"]}
-        self.log_dict(shown, prog_bar=True, batch_size=1)
-        there = {f"{stage}/iou/{name}": value for name, value in per_class.items() if not math.isnan(value)}
-        self.log_dict(there, batch_size=1)
-        return {
-            **{name: number_or_none(value) for name, value in shown.items()},
-            f"{stage}/iou_per_class": {name: number_or_none(value) for name, value in per_class.items()},
-            f"{stage}/confusion": scores["confusion"].tolist(),
-            f"{stage}/num_images": scores["num_images"],
-        }
-
-    def write_scores(self, results: dict[str, Any]) -> None:
-        """Writes and prints the scores."""
-        self.write_metrics(results, ("class", "IoU"), "iou_per_class", ("miou", "pixel_accuracy"))
 
     # Prediction
 
@@ -159,16 +124,13 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     def predict_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
         """Segments a batch and writes `<name>_pred_labelIds.png` of each image, as Cityscapes' scorer reads them."""
         assert self._label_folder is not None
-        self.note_bad_images(batch)
-        predicted = self._segment(batch)
-        self._keep_pictures(batch, predicted)
-        for name, labels in zip(batch.names, predicted, strict=True):
+        for name, labels in zip(batch.names, self.predict_batch(batch), strict=True):
             ids = self.known_classes.to_ids(labels.cpu().numpy())
             write_file(self._label_folder / f"{name}_pred_labelIds.png", _png(ids), replace=True)
 
     def on_predict_epoch_end(self) -> None:
         """Says which images could not be used, and draws pictures."""
-        self.report_bad_images(self.output_directory / "predictions" / "bad_images.csv")
+        self.bad_images.report(self.output_directory / "predictions" / "bad_images.csv")
         if self.trainer.is_global_zero:
             classes = self.known_classes
             rows = [
@@ -178,7 +140,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
             header = ("id", "class", "red", "green", "blue")
             path = write_table(self.output_directory / "predictions" / "classes.csv", header, rows)
             rank_zero_info(f"Label ids written into {self._label_folder}; {path.name} beside it says what they mean")
-        self.save_pictures("predict")
+            self.kept_pictures.write({})
 
 
 def _png(ids: npt.NDArray[Any]) -> Callable[[BinaryIO], object]:

@@ -9,26 +9,25 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
+from typing_extensions import override
 
 from datamodules.translation.vocabulary import VOCABULARY_KEY, Vocabulary
 from datamodules.translation.wmt14 import TranslationBatch, TranslationDataset
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
-from lightning_attn.export.graph import Program
-from lightning_attn.io import unused_path, write_file, write_json, write_text
-from lightning_attn.metrics.gather import gather_by_id
-from lightning_attn.metrics.translation import CorpusTranslationMetrics, TranslationScoring, WeightedMean, one_line
+from lightning_attn.export.graph import ExportGraph
+from lightning_attn.export.networks import translation_graphs
+from lightning_attn.io import unused_path, write_file
+from lightning_attn.metrics.translation import TranslationScoring, one_line
 from lightning_attn.networks.translation.beam_search import BeamSearchOptions, Hypothesis, beam_search
-from lightning_attn.networks.translation.transformer import DecoderProgram, EncoderProgram, NormPosition, Transformer
+from lightning_attn.networks.translation.transformer import NormPosition, Transformer
 from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
+from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.prediction_files import PartialResults, differing_origin
+from lightning_attn.tasks.translation_evaluation import ScoredBatch, TranslationEvaluator
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows, crc32_of
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
-from lightning_attn.visualization import draw_translation_attention
 
 
 class TranslationTask(TokenMeanTask):
@@ -107,9 +106,6 @@ class TranslationTask(TokenMeanTask):
         self.scoring = scoring
         self.vocabulary: Vocabulary | None = None
         self.network: Transformer | None = None
-        self._scores = CorpusTranslationMetrics("valid")
-        self._loss = WeightedMean("valid")
-        self._texts: dict[int, tuple[str, str, str]] = {}
         self._results: PartialResults | None = None
         self._done: set[int] = set()  # ids of what an earlier prediction has translated
 
@@ -177,39 +173,11 @@ class TranslationTask(TokenMeanTask):
         """Builds the network for the vocabulary in the checkpoint."""
         self._build(_stored_vocabulary(checkpoint))
 
-    def programs(self, size: tuple[int, int] | None = None) -> dict[str, Program]:
-        """Encoder and decoder for any number of sentences of any length.
-
-        Raises:
-            ValueError: If `size` is given, which is of images.
-        """
+    @override
+    def export_graphs(self, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
         if size is not None:
-            raise InputError("size: it is of images; a translation's programs are for all lengths. Leave it out.")
-        network = self.built_network
-        generator = torch.Generator().manual_seed(0)
-        source, target = (
-            torch.randint(network.source_embedding.num_embeddings, (3, length), generator=generator)
-            for length in (11, 7)
-        )
-        source[1, 6:] = network.pad_id
-        encoder = EncoderProgram(network)
-        with torch.no_grad():
-            memory = encoder(source)
-        axes = {0: "sentences", 1: "source tokens"}
-        return {
-            "encoder": Program(
-                encoder,
-                {"source": source},
-                {"memory": "of the encoder, [sentences, source tokens, width]"},
-                {"source": axes},
-            ),
-            "decoder": Program(
-                DecoderProgram(network),
-                {"target": target, "memory": memory, "source": source},
-                {"logits": "of the token that follows, [sentences, vocabulary]"},
-                {"target": {0: "sentences", 1: "target tokens"}, "memory": axes, "source": axes},
-            ),
-        }
+            raise InputError("size: it is of images; a translation's graphs are for all lengths. Leave it out.")
+        return translation_graphs(self.built_network)
 
     # Training
 
@@ -221,26 +189,23 @@ class TranslationTask(TokenMeanTask):
 
     # Validation and test
 
-    def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
-        """Loss per sentence and, with `validation_beam_size`, its translation."""
-        self._score(batch, self.validation_beam_size)
+    @override
+    def configure_evaluators(self) -> list[Evaluator]:
+        return [TranslationEvaluator(self)]
 
-    def test_step(self, batch: TranslationBatch, batch_idx: int) -> None:
-        """Loss per sentence and its translation by the configured beam search."""
-        hypotheses = self._score(batch, self.decoding.beam_size)
-        texts = zip(batch.source_text, batch.target_text, hypotheses, strict=True)
-        self._texts.update(zip(batch.ids.tolist(), texts, strict=True))
+    @override
+    def validation_step(self, batch: TranslationBatch, batch_idx: int) -> ScoredBatch:
+        return self._score(batch, self.validation_beam_size)
 
-    def _score(self, batch: TranslationBatch, beam_size: int) -> list[str]:
-        """Adds a batch to the scores; its best translations, or none if the beam is 0."""
-        ids = batch.ids.tolist()
+    @override
+    def test_step(self, batch: TranslationBatch, batch_idx: int) -> ScoredBatch:
+        return self._score(batch, self.decoding.beam_size)
+
+    def _score(self, batch: TranslationBatch, beam_size: int) -> ScoredBatch:
         likelihoods, counts = self.built_network.sentence_losses(batch.source, batch.target)
-        self._loss.update(ids, likelihoods, counts)
-        if not beam_size:
-            return []
-        hypotheses = [self._text(best[0]) for best in self._search(batch.source, beam_size)]
-        self._scores.update(ids, hypotheses, batch.target_text)
-        return hypotheses
+        found = self._search(batch.source, beam_size) if beam_size else []
+        texts = [self._text(best[0]) for best in found]
+        return ScoredBatch(losses=likelihoods, counts=counts, hypotheses=texts)
 
     def _search(self, source: Tensor, beam_size: int, prefixes: Sequence[Sequence[int]] = ()) -> list[list[Hypothesis]]:
         network, vocabulary = self.built_network, self.vocabulary
@@ -276,55 +241,6 @@ class TranslationTask(TokenMeanTask):
     def _text(self, hypothesis: Hypothesis) -> str:
         assert self.vocabulary is not None
         return one_line(self.vocabulary.decode(hypothesis.tokens))
-
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the sentences of an earlier pass."""
-        self._reset_evaluation("valid")
-
-    def on_test_epoch_start(self) -> None:
-        """Forgets the sentences of an earlier pass."""
-        self._reset_evaluation("test")
-
-    def _reset_evaluation(self, split: str) -> None:
-        self._scores = CorpusTranslationMetrics(split, self.scoring)
-        self._loss = WeightedMean(split)
-        self._texts = {}
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs loss, BLEU and chrF of the whole set, the same on every rank."""
-        self._log_scores("val")
-
-    def _log_scores(self, stage: str) -> dict[str, Any]:
-        results: dict[str, Any] = {f"{stage}/loss": self._loss.compute()}
-        if stage == "test" or self.validation_beam_size:
-            scores = self._scores.compute()
-            results |= {f"{stage}/bleu": scores["bleu"], f"{stage}/chrf": scores["chrf"]}
-            results |= {"bleu_signature": scores["bleu_signature"], "chrf_signature": scores["chrf_signature"]}
-        numbers = {name: value for name, value in results.items() if isinstance(value, float)}
-        self.log_dict({name: torch.tensor(value) for name, value in numbers.items()}, prog_bar=True, batch_size=1)
-        return results
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the scores and writes them, with the translations, into the run directory."""
-        results = self._log_scores("test")
-        texts = gather_by_id(self._texts)
-        if not self.trainer.is_global_zero:
-            return
-        lines = "".join(f"{hypothesis}\n" for hypothesis in self._scores.hypotheses())
-        write_text(self.output_directory / "predictions" / "test_hypotheses.txt", lines)
-        path = write_json(self.output_directory / "test_metrics.json", results)
-        rank_zero_info(f"BLEU {results['test/bleu']:.2f} ({results['bleu_signature']}); written to {path}")
-        if self.num_examples:
-            examples = list(texts.values())[: self.num_examples]
-            _print_examples(examples)
-            self._draw_attention(*examples[0][:2])
-
-    def _draw_attention(self, source: str, target: str) -> None:
-        assert self.vocabulary is not None
-        batch = TranslationDataset.from_text(self.vocabulary, [source], [target])[0].to(self.device)
-        path = unused_path(self.output_directory / "attention.png")
-        draw_translation_attention(self.built_network, self.vocabulary, batch.source, batch.target, path)
-        rank_zero_info(f"Attention of the first sentence drawn into {path}")
 
     # Prediction
 
@@ -464,10 +380,3 @@ def _stored_vocabulary(checkpoint: dict[str, Any]) -> Vocabulary:
         return Vocabulary(stored.numpy().tobytes())
     except ValueError as error:
         raise CheckpointError(f"The checkpoint's vocabulary is damaged: {error}") from error
-
-
-def _print_examples(texts: list[tuple[str, str, str]]) -> None:
-    table = Table("source", "reference", "translation", title="First sentences of the test set", show_lines=True)
-    for row in texts:
-        table.add_row(*map(escape, row))
-    Console().print(table)

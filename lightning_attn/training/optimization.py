@@ -14,9 +14,13 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_attn.attention import offset_parameters
 from lightning_attn.errors import InputError
+from lightning_attn.validation import refuse_unused
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "inverse_sqrt", "cosine", "multistep", "poly"]
+
+
+_ADAM = ("betas", "eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,7 @@ class OptimizerSpec:
                 f"offset_lr_factor must be a positive finite number, got {self.offset_lr_factor!r}; "
                 "the paper's value is 0.1, and 1.0 trains offsets like all other parameters."
             )
+        refuse_unused(self, "name", {"adam": _ADAM, "adamw": _ADAM, "sgd": ("momentum",)})
         if self.base_batch_size < 0:
             raise InputError(
                 f"base_batch_size must be at least 0, got {self.base_batch_size}: the global batch that learning_rate "
@@ -184,6 +189,7 @@ class ScheduleSpec:
             raise InputError(f"gamma must be a factor above 0 and at most 1, got {self.gamma!r}.")
         if not (math.isfinite(self.power) and self.power > 0):
             raise InputError(f"power must be a positive finite number, got {self.power!r}.")
+        refuse_unused(self, "name", {"multistep": ("milestones", "gamma"), "poly": ("power",)})
 
     def factor(self, step: int, total_steps: float) -> float:
         """Factor on the peak learning rate for the optimizer step `step` (from 0) of `total_steps` (may be inf)."""

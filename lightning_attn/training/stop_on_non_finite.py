@@ -1,6 +1,5 @@
 """An end to a training whose numbers are not finite, before its weights are lost."""
 
-import functools
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,8 +42,7 @@ class StopOnNonFinite(Callback):
     ) -> None:
         """Remembers which samples a batch has."""
         self._place = f"batch {batch_idx + 1} of epoch {trainer.current_epoch}"
-        read = batch.get if isinstance(batch, dict) else functools.partial(getattr, batch)
-        self._samples = read("ids", None), read("names", [])
+        self._samples = batch_field(batch, "ids"), batch_field(batch, "names", [])
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Remembers the loss of the batch."""
@@ -88,6 +86,11 @@ class StopOnNonFinite(Callback):
             "warm-up, clipping (--trainer.gradient_clip_val 1) or full precision (--trainer.precision 32-true) may "
             "help, and a look at these samples."
         )
+
+
+def batch_field(batch: Any, name: str, default: Any = None) -> Any:
+    """What a batch has under a name: an entry of a dictionary, or an attribute."""
+    return batch.get(name, default) if isinstance(batch, dict) else getattr(batch, name, default)
 
 
 def _described(ids: Any, names: list[str]) -> str:

@@ -31,6 +31,25 @@ def test_a_window_on_a_dynamic_convolution_is_refused():
         AttentionSpec(mechanism="dynamic", window=31)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mechanism": "dynamic", "terms": "0010"}, "terms='0010': not used by mechanism='dynamic'.*: transformer"),
+        ({"mechanism": "none", "terms": "0010"}, "terms='0010': not used by mechanism='none'"),
+        (
+            {"mechanism": "dynamic", "kv_stride": 2},
+            r"kv_stride=2: .*, set to the default \(kv_stride: 1\)",
+        ),
+        ({"kernel_size": 5}, "kernel_size=5: not used by mechanism='transformer'.*choose mechanism: dynamic"),
+        ({"mechanism": "my_module.Mine", "groups": 4}, "groups=4: not used by mechanism='my_module.Mine'"),
+    ],
+)
+def test_options_of_another_mechanism_are_refused(fields, message):
+    """They would be ignored, and another network would be trained than the one that was asked for."""
+    with pytest.raises(ValueError, match=message):
+        AttentionSpec(**fields)
+
+
 def test_an_algorithm_for_a_dynamic_convolution_is_refused():
     with pytest.raises(ValueError, match=r"algorithm='tiled' is for mechanism: transformer.*algorithm: auto"):
         AttentionSpec(mechanism="dynamic", algorithm="tiled")

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from coco_data import CATEGORIES, write_coco
+from lightning_attn.networks.images.detection import Detector, DetectorSpec
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
@@ -32,7 +33,6 @@ from benchmarks.detection import (
 )
 from benchmarks.measure import Memory, Side, Timing
 from lightning_attn.networks.images.backbone import ResNetSpec, build_resnet
-from lightning_attn.networks.images.detection import Detector, DetectorSpec
 from lightning_attn.tasks import DetectionTask
 
 SMALL = Problem(
@@ -41,8 +41,8 @@ SMALL = Problem(
         fpn_channels=8,
         anchor_sizes=(8.0, 12.0, 16.0, 24.0, 32.0),
         fc_dim=16,
-        proposals_train=50,
-        rpn_candidates_train=60,
+        rpn_post_nms_top_n_train=50,
+        rpn_pre_nms_top_n_train=60,
         roi_batch_size=16,
     ),
     images=1,
@@ -86,8 +86,8 @@ model:
       aspect_ratios: [1.0]
       roi_canonical_size: 32
       fc_dim: 16
-      proposals_train: 50
-      proposals_eval: 50
+      rpn_post_nms_top_n_train: 50
+      rpn_post_nms_top_n_test: 50
       roi_batch_size: 16
       score_threshold: 0.0
     optimizer: {name: sgd, learning_rate: 0.02, weight_decay: 1.0e-4, base_batch_size: 8}

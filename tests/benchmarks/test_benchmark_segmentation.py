@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from lightning_attn.networks.images.segmentation import SegmenterSpec
 
 from benchmarks.measure import Memory, Side, Timing
 from benchmarks.segmentation import (
@@ -17,7 +18,6 @@ from benchmarks.segmentation import (
     training_step,
 )
 from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.networks.images.segmentation import SegmenterSpec
 
 SMALL = Problem(ResNetSpec("bottleneck14", width=8), SegmenterSpec(head_channels=16), height=33, width=41, heads=2)
 PROBLEMS = {"training": SMALL, "inference": SMALL}

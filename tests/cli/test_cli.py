@@ -24,7 +24,7 @@ from lightning_attn.tasks import TranslationTask
 from lightning_attn.tasks.base import require_network
 from lightning_attn.training.checkpoints import read_checkpoint
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "configs"
 
 

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_attn.attention import AttentionSpec, DeformableConv, DynamicConv, TransformerAttention
-from lightning_attn.export.graph import SUFFIXES, Program, write_program
-from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.networks.images.detection import Detector, DetectorProgram, DetectorSpec
+from lightning_attn.export.graph import SUFFIXES, ExportGraph, write_graph
+from lightning_attn.export.networks import detection_graphs
+from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.heads.detection import DetectorSpec
+from lightning_attn.networks.images.network import Detector
 from lightning_attn.tasks import DetectionTask, SegmentationTask, TranslationTask
 from lightning_attn.tasks.base import BaseTask
 
@@ -26,7 +28,7 @@ QUICK = ["--trainer.limit_val_batches", 0, "--trainer.max_steps", 2]
 def written(program, folder, kind="program"):
     """The program, as a file's reader has it: a function of tensors."""
     path = folder / f"one{SUFFIXES[kind]}"
-    assert write_program(program, path, kind) <= 1e-5
+    assert write_graph(program, path, kind) <= 1e-5
     return loaded(path, kind)
 
 
@@ -73,7 +75,7 @@ def test_sentences_of_any_length(terms, tmp_path):
     x, padding = torch.randn(3, 7, 8), torch.zeros(3, 7, dtype=torch.bool)
     axes = {0: "sentences", 1: "tokens"}
     run = written(
-        Program(Padded(attention), {"x": x, "padding": padding}, {"y": ""}, {"x": axes, "padding": axes}), tmp_path
+        ExportGraph(Padded(attention), {"x": x, "padding": padding}, {"y": ""}, {"x": axes, "padding": axes}), tmp_path
     )
     attention.algorithm = "reference"
     for batch, length in ((3, 7), (2, 11), (1, 4), (5, 1), (1, 1)):
@@ -87,7 +89,7 @@ def test_sentences_of_any_length(terms, tmp_path):
 def test_maps(terms, options, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_attn.attention.algorithms.dense._BLOCK_WEIGHTS", 500)  # several blocks of queries
     attention = randomised(TransformerAttention(8, 2, terms=terms, ndim=2, **options))
-    run = written(Program(attention, {"x": torch.randn(2, 8, 5, 6)}, {"y": ""}), tmp_path)
+    run = written(ExportGraph(attention, {"x": torch.randn(2, 8, 5, 6)}, {"y": ""}), tmp_path)
     x = torch.randn(2, 8, 5, 6)
     attention.algorithm = "reference"
     torch.testing.assert_close(run(x), attention(x), rtol=1e-4, atol=1e-5)
@@ -107,7 +109,7 @@ def test_maps(terms, options, tmp_path, monkeypatch):
 def test_convolutions(module, kind, tmp_path):
     convolution = randomised(module())
     shape = (2, 8, 6, 7) if convolution.ndim == 2 else (2, 9, 8)
-    run = written(Program(convolution, {"x": torch.randn(shape)}, {"y": ""}), tmp_path, kind)
+    run = written(ExportGraph(convolution, {"x": torch.randn(shape)}, {"y": ""}), tmp_path, kind)
     x = torch.randn(shape)
     found = run(x)
     convolution.algorithm = "reference"
@@ -120,11 +122,11 @@ def test_convolutions(module, kind, tmp_path):
 def drawn_detector(**fields):
     """A detector whose scores spread, so that no two are equal."""
     torch.manual_seed(0)
-    spec = DetectorSpec(fpn_channels=8, fc_dim=16, anchor_sizes=(16, 32, 64, 96, 128), **fields)
-    detector = Detector(
-        3, ResNetSpec(name="bottleneck14", width=8), AttentionSpec(terms="0011", num_heads=2), spec
-    ).eval()
-    heads = {name: value for name, value in detector.named_parameters() if "backbone" not in name}
+    second_stage = {} if fields.get("head") == "retinanet" else {"fc_dim": 16}
+    spec = DetectorSpec(fpn_channels=8, anchor_sizes=(16, 32, 64, 96, 128), **second_stage, **fields)
+    backbone = build_backbone(ResNetSpec(name="bottleneck14", width=8), AttentionSpec(terms="0011", num_heads=2))
+    detector = Detector(3, backbone, spec).eval()
+    heads = {name: value for name, value in detector.head.named_parameters() if "fpn" not in name}
     with torch.no_grad():
         for name, value in heads.items():
             if name.endswith("weight"):
@@ -146,8 +148,7 @@ def drawn_detector(**fields):
 def test_detectors(fields, kind, tmp_path):
     detector = drawn_detector(**fields)
     image = torch.randint(256, (3, 64, 96), dtype=torch.uint8)
-    program = Program(DetectorProgram(detector), {"image": image}, dict.fromkeys(("b", "l", "s"), ""), ordered=False)
-    run = written(program, tmp_path, kind)
+    run = written(detection_graphs(detector, image)["detector"], tmp_path, kind)
     for _ in range(3):
         image = torch.randint(256, (3, 64, 96), dtype=torch.uint8)
         boxes, labels, scores = run(image)
@@ -181,7 +182,7 @@ def test_a_segmentation_task(run, segmentation_config, in_folder, kind):
     run("fit", "-c", segmentation_config, *QUICK)
     export = ["export", "--ckpt_path", in_folder / "checkpoints" / "segmentation" / "tiny" / "last.ckpt"]
     export += ["--format", kind, "--output", "out"]
-    assert "size: a program is for images of one size, and none was given" in run(*export, status=2)
+    assert "size: an exported graph is for images of one size, and none was given" in run(*export, status=2)
     assert "and got 0 48. Give height and width" in run(*export, "--size", 0, 48, status=2)
     assert not (in_folder / "out").exists()
     run(*export, "--size", 33, 50)
@@ -249,7 +250,7 @@ class HasNoOperatorInONNX(nn.Module):
 )
 def test_what_has_no_program(module, kind, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        write_program(Program(module, {"x": torch.ones(3, 3)}, {"y": ""}), tmp_path / "one.pt2", kind)
+        write_graph(ExportGraph(module, {"x": torch.ones(3, 3)}, {"y": ""}), tmp_path / "one.pt2", kind)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.cli import main
 from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.networks.images.detection import DetectorSpec
+from lightning_attn.networks.images.heads.detection import DetectorSpec
 from lightning_attn.tasks import CheckpointError, DetectionTask, OptimizerSpec, ScheduleSpec
 
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from datamodules.segmentation.classes import CITYSCAPES_CLASSES
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.cli import main
-from lightning_attn.networks.images.segmentation import SegmenterSpec
+from lightning_attn.networks.images.heads.segmentation import SegmenterSpec
 from lightning_attn.tasks import SegmentationTask
 
 

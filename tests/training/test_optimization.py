@@ -110,7 +110,8 @@ def test_learning_rate_scales_with_the_global_batch():
 @pytest.mark.parametrize("fused", [False, True])
 def test_optimizers_are_torchs(name, fused):
     weights = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
-    spec = OptimizerSpec(name, learning_rate=0.1, betas=(0.8, 0.9), eps=1e-3, momentum=0.5, weight_decay=0.1)
+    own = {"momentum": 0.5} if name == "sgd" else {"betas": (0.8, 0.9), "eps": 1e-3}
+    spec = OptimizerSpec(name, learning_rate=0.1, weight_decay=0.1, **own)
     ours = spec.build([weights[0]], fused=fused)
     adam = {"betas": (0.8, 0.9), "eps": 1e-3}
     kind, options = {
@@ -202,6 +203,10 @@ def test_offsets_keep_their_factor_all_along_the_schedule_and_all_other_settings
         (lambda: ScheduleSpec(milestones=(math.nan,)), "milestones must rise"),
         (lambda: ScheduleSpec(gamma=0.0), "gamma must be a factor above 0 and at most 1, got 0.0"),
         (lambda: ScheduleSpec(power=math.inf), "power must be a positive finite number, got inf"),
+        (lambda: OptimizerSpec("sgd", betas=(0.8, 0.9)), r"betas=\(0.8, 0.9\): not used by name='sgd'. Leave out"),
+        (lambda: OptimizerSpec(momentum=0.5), "momentum=0.5: not used by name='adam'.*or choose name: sgd"),
+        (lambda: ScheduleSpec(power=2.0), "power=2.0: not used by name='inverse_sqrt'.*or choose name: poly"),
+        (lambda: ScheduleSpec("poly", gamma=0.5), "gamma=0.5: not used by name='poly'"),
         (lambda: ScheduleSpec(warmup_steps=0), "at least 1 for inverse_sqrt, got 0"),
         (lambda: ScheduleSpec(warmup_start=2), "warmup_start must be a factor between 0 and 1"),
     ],

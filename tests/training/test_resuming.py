@@ -138,7 +138,7 @@ def test_many_crashes_change_nothing(training, task, options):
 @pytest.fixture
 def process(run_process, tiny_config, in_folder, monkeypatch):
     """Runs of the command that end, are stopped, and go on."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for crashing.SignalAt
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # for crashing.SignalAt
 
     def call(name, *options, status=0):
         longer = ["--trainer.val_check_interval", 100, "--trainer.max_steps", 6]
@@ -210,8 +210,8 @@ class Killer:
         notes = [Path(f"rank{rank}.pid") for rank in range(self.ranks)]
         for note in notes:
             note.unlink(missing_ok=True)
-        command = [sys.executable, str(Path(__file__).parents[1] / "train.py"), *self.arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        command = [sys.executable, str(Path(__file__).parents[2] / "train.py"), *self.arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
         with (
             Path("output.txt").open("w") as output,
             subprocess.Popen(

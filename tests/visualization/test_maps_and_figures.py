@@ -561,7 +561,7 @@ def test_errors_of_convolutions():
 
 @pytest.mark.slow
 def test_the_figures_of_the_documentation_can_be_made(tmp_path):
-    folder = Path(__file__).parents[1] / "docs" / "figures"
+    folder = Path(__file__).parents[2] / "docs" / "figures"
     specification = importlib.util.spec_from_file_location(
         "make_attention_figures", folder / "make_attention_figures.py"
     )

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_attn.attention import AttentionSpec, build_attention
 from lightning_attn.errors import InputError
+from lightning_attn.networks.images.batching import NormalizedBatch
 from lightning_attn.networks.weights.torchvision import (
     load_weights,
     names_added_by_attention,
@@ -24,10 +25,6 @@ from lightning_attn.validation import require_int
 
 Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "bottleneck14", "bottleneck26"]
 Norm = Literal["frozen", "batch", "sync", "group"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Mean and standard deviation of RGB in 0..1, for which torchvision's weights were trained."""
 
 STAGES = ("conv2", "conv3", "conv4", "conv5")
 """The paper's names of what torchvision calls `layer1` to `layer4`."""
@@ -102,10 +99,6 @@ class ResNetSpec:
         self.places("attended_blocks")
         self.places("deformable_blocks")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, fit for YAML and for checkpoints."""
-        return dataclasses.asdict(self)
-
     def places(self, field: Literal["attended_blocks", "deformable_blocks"]) -> set[tuple[int, int]]:
         """The blocks that a field names, as (stage, block), both counted from 0.
 
@@ -137,7 +130,7 @@ class ResNetSpec:
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision publishes no types
-    """torchvision's `FrozenBatchNorm2d`, to the bit, written over its input.
+    """torchvision's `FrozenBatchNorm2d`, bitwise identical, written over its input.
 
     No backward pass needs the output of a convolution, and not taking fresh memory for it saved a tenth of a training
     step of ResNet-50 on two cores.
@@ -387,70 +380,56 @@ def build_resnet(spec: ResNetSpec, attention: AttentionSpec, output_stride: Lite
     return network
 
 
-class NormalizedBatch(nn.Module):
-    """Puts images of different sizes into one batch, normalised as ImageNet's networks were trained.
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a backbone makes of a batch of images, for any head.
+
+    Attributes:
+        maps: `c2` to `c5`, `[B, channels, H / s, W / s]`; see `ResNet.forward`.
+        image_sizes: Height and width of each image, which lies at the top left of the batch.
+        batch_size: Height and width of the padded batch.
+    """
+
+    maps: Mapping[str, Tensor]
+    image_sizes: list[tuple[int, int]]
+    batch_size: tuple[int, int]
+
+
+class Backbone(nn.Module):
+    """From images of any sizes to the features that every head reads. Made by `build_backbone`.
 
     Args:
-        multiple: Height and width of the batch leave, divided by this, the `remainder`. The width is so large that the
-            smallest map, of stride `multiple`, still has the two values of a single image that batch normalisation
-            needs.
-        remainder: 0; or 1 for batches whose first and last pixels both lie under a pixel of the smallest map, so that
-            resizing that map with `align_corners=True` puts all of its pixels where they were computed.
+        body: The ResNet.
+        stride: That of its smallest map.
+
+    Attributes:
+        channels: Number of channels of each map.
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, multiple: int = 32, remainder: Literal[0, 1] = 0) -> None:
+    def __init__(self, body: ResNet, stride: int) -> None:
         super().__init__()
-        self.multiple, self.remainder = multiple, remainder
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.body, self.stride = body, stride
+        self.channels = body.channels
+        self.batch = NormalizedBatch()
 
-    def forward(self, images: Sequence[Tensor]) -> Tensor:
-        """Normalises and pads.
+    def forward(self, images: Sequence[Tensor], *, align_corners: bool = False) -> Features:
+        """Normalises, pads and maps images.
 
         Args:
-            images: RGB, uint8, `[3, H, W]` each, on the device of this module.
-
-        Returns:
-            Float32, `[B, 3, H', W']`; images are at the top left, and the rest is zero, which is the mean colour.
+            images: RGB, uint8, `[3, H, W]` each.
+            align_corners: How they are padded; see `padded_size`.
 
         Raises:
-            ValueError: If there are no images, or one is not as it should be; the message says which.
+            ValueError: If images are not as described.
         """
-        check_images(images)
-        height, width = (self._padded(max(image.shape[axis] for image in images)) for axis in (1, 2))
-        width = max(width, self._padded(self.multiple + 1))
-        # On a CPU the whole network takes over this layout, and a training step of a detector is a sixth faster.
-        layout = torch.channels_last if self.mean.device.type == "cpu" else torch.contiguous_format
-        batch = torch.empty(
-            (len(images), 3, height, width), dtype=self.mean.dtype, device=self.mean.device, memory_format=layout
-        ).zero_()
-        for image, place in zip(images, batch, strict=True):
-            inside = place[:, : image.shape[1], : image.shape[2]]
-            torch.div(image, 255, out=inside)
-            inside.sub_(self.mean).div_(self.std)
-        return batch
-
-    def _padded(self, size: int) -> int:
-        return math.ceil((size - self.remainder) / self.multiple) * self.multiple + self.remainder
+        batch = self.batch(images, self.stride, align_corners=align_corners)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        return Features(self.body(batch), sizes, (batch.shape[2], batch.shape[3]))
 
 
-def check_images(images: Sequence[Tensor]) -> None:
-    """Refuses what is not at least one RGB image as uint8 `[3, H, W]`.
-
-    Raises:
-        ValueError: With the index and what is there instead.
-    """
-    if not images:
-        raise InputError("images is empty; give at least one.")
-    for index, image in enumerate(images):
-        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-            raise InputError(
-                f"images[{index}] must be RGB as uint8 [3, H, W], neither H nor W zero; "
-                f"got {image.dtype} {tuple(image.shape)}."
-            )
+def build_backbone(spec: ResNetSpec, attention: AttentionSpec, output_stride: Literal[8, 16, 32] = 32) -> Backbone:
+    """A backbone for detectors and segmentation networks; arguments and errors as `build_resnet`."""
+    return Backbone(build_resnet(spec, attention, output_stride), output_stride)
 
 
 def norm_factory(norm: Norm) -> Callable[[int], nn.Module]:

@@ -5,21 +5,20 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from lightning_attn.errors import InputError
-from lightning_attn.networks.images.segmentation_inference import tile_spans
-from lightning_attn.validation import is_number, require_int
+from lightning_attn.networks.images.heads.detection import Detection
+from lightning_attn.networks.images.tiling import tile_spans
+from lightning_attn.validation import is_number, refuse_unused, require_int
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["whole", "sliding"]
-Detection: TypeAlias = dict[str, Tensor]
-
 _WHOLE_SCORE = 0.5  # of a cut detection's score, from which a whole one of the same object is believed instead
 _TINY = 1e-6
 _LEAST_SIDE = 2  # pixels; torch fails on resizing to one
@@ -47,7 +46,8 @@ class DetectionInferenceSpec:
         merge_iou: Intersection over union from which the worse of two detections of a class is dropped.
         voting_iou: What is kept has the mean of all whole boxes of its class that it overlaps by this, weighted by
             their scores; 1 for its own box.
-        detections: Detections of an image at most; 0 for 100, or 1,000 with `sliding`, which is for many objects.
+        detections_per_img: Detections of an image at most; 0 for 100, or 1,000 with `sliding`, which is for many
+            objects.
 
     Raises:
         ValueError: If a field has a value that cannot be; the message names the field and the way out.
@@ -60,18 +60,19 @@ class DetectionInferenceSpec:
     scales: tuple[float, ...] = (1.0,)
     merge_iou: float = 0.5
     voting_iou: float = 0.8
-    detections: int = 0
+    detections_per_img: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise InputError(f"inference.mode must be one of {list(get_args(Mode))}, got {self.mode!r}.")
         require_int("inference.tile", self.tile)
-        require_int("inference.detections", self.detections, least=0)
+        require_int("inference.detections_per_img", self.detections_per_img, least=0)
         if not (is_number(self.overlap) and 0 <= self.overlap < 1) or math.ceil(self.tile * self.overlap) >= self.tile:
             raise InputError(
                 f"inference.overlap must be at least 0 and so far below 1 that a step is left from one tile of "
                 f"{self.tile} pixels to the next, got {self.overlap!r}."
             )
+        refuse_unused(self, "mode", {"sliding": ("tile", "overlap")})
         if not isinstance(self.flip, bool):
             raise InputError(f"inference.flip must be true or false, got {self.flip!r}.")
         for name in ("merge_iou", "voting_iou"):
@@ -95,11 +96,7 @@ class DetectionInferenceSpec:
     @property
     def most(self) -> int:
         """Detections of an image at most."""
-        return self.detections or (1000 if self.mode == "sliding" else 100)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, fit for YAML and for checkpoints."""
-        return dataclasses.asdict(self)
+        return self.detections_per_img or (1000 if self.mode == "sliding" else 100)
 
 
 @torch.no_grad()
@@ -185,11 +182,11 @@ def _merged(views: list[Detection], spec: DetectionInferenceSpec) -> Detection:
                 box = boxes[whole[0]]
                 also = _of_one_object(box, cut[whole[0]], boxes, cut, spec.merge_iou)
                 same |= alive & (labels == labels[place]) & also
-        voters = labels == labels[place]
-        voters &= ~cut & (_overlap(box, boxes) >= spec.voting_iou)
-        if voters.any():  # each view has errors of its own, which the mean has less of
-            weights = scores[voters, None]
-            box = (boxes[voters] * weights).sum(dim=0) / weights.sum()
+        overlapping = labels == labels[place]
+        overlapping &= ~cut & (_overlap(box, boxes) >= spec.voting_iou)
+        if overlapping.any():  # each view has errors of its own, which the mean has less of
+            weights = scores[overlapping, None]
+            box = (boxes[overlapping] * weights).sum(dim=0) / weights.sum()
         alive &= ~same
         alive[place] = False
         kept.append(place)
@@ -211,7 +208,7 @@ def _report_limit(most: int) -> None:
     """Says once that there was more."""
     logger.warning(
         f"There are images with more than {most:,} detections, of which the best are kept "
-        "(--model.inference.detections says how many)."
+        "(--model.inference.detections_per_img says how many)."
     )
 
 

@@ -3,14 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from lightning_attn.errors import InputError
-from lightning_attn.validation import is_number, require_int
+from lightning_attn.networks.images.tiling import tile_spans, tile_step
+from lightning_attn.validation import is_number, refuse_unused, require_int
 
 Mode = Literal["whole", "sliding"]
 
@@ -46,11 +47,12 @@ class InferenceSpec:
         require_int("tile", self.tile)
         if not (is_number(self.overlap) and 0 <= self.overlap < 1):
             raise InputError(f"overlap must be at least 0 and below 1, got {self.overlap!r}; CCNet's is 1/3.")
-        if _step(self.tile, self.overlap) < 1:
+        if tile_step(self.tile, self.overlap) < 1:
             raise InputError(
                 f"overlap={self.overlap} leaves no step from one tile of {self.tile} pixels to the next. "
                 "Set a smaller overlap or a larger tile."
             )
+        refuse_unused(self, "mode", {"sliding": ("tile", "overlap")})
         if not isinstance(self.flip, bool):
             raise InputError(f"flip must be true or false, got {self.flip!r}.")
         if not (
@@ -61,10 +63,6 @@ class InferenceSpec:
             raise InputError(
                 f"scales must be a list of positive numbers such as [0.75, 1.0, 1.25], got {self.scales!r}."
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, fit for YAML and for checkpoints."""
-        return dataclasses.asdict(self)
 
 
 @torch.no_grad()
@@ -100,23 +98,6 @@ def class_probabilities(network: Network, image: Tensor, spec: InferenceSpec) ->
         total = found if total is None else total.add_(found)
     assert total is not None  # a spec has scales
     return total.div_(len(spec.scales))
-
-
-def tile_spans(size: int, tile: int, overlap: float) -> list[slice]:
-    """Where tiles lie along an axis: a regular step apart, but the last one ends with the axis.
-
-    Args:
-        size: Length of the axis in pixels.
-        tile: That of a tile. A shorter axis is one tile.
-        overlap: Share of a tile that the next one covers again at least.
-    """
-    count = math.ceil(max(size - tile, 0) / _step(tile, overlap)) + 1
-    starts = [max(min(index * _step(tile, overlap), size - tile), 0) for index in range(count)]
-    return [slice(start, min(start + tile, size)) for start in starts]
-
-
-def _step(tile: int, overlap: float) -> int:
-    return tile - math.ceil(tile * overlap)
 
 
 def _at_one_scale(network: Network, image: Tensor, spec: InferenceSpec) -> Tensor:

@@ -270,35 +270,6 @@ class Transformer(nn.Module):
         return embedded
 
 
-class EncoderProgram(nn.Module):
-    """From source ids `[B, S]` to the memory `[B, S, C]`, as `torch.export` and ONNX want it."""
-
-    def __init__(self, network: Transformer) -> None:
-        super().__init__()
-        self.network = network.eval()
-
-    def forward(self, source: Tensor) -> Tensor:
-        """See the class."""
-        memory, _ = self.network.encode(source)
-        return memory
-
-
-class DecoderProgram(nn.Module):
-    """From target prefixes `[B, T]`, the memory `[B, S, C]` and its source ids `[B, S]` to the next token's logits.
-
-    The prefixes are read as a whole: it has no cache.
-    """
-
-    def __init__(self, network: Transformer) -> None:
-        super().__init__()
-        self.network = network.eval()
-
-    def forward(self, target: Tensor, memory: Tensor, source: Tensor) -> Tensor:
-        """See the class; `[B, V]`."""
-        states = self.network.decode(target, memory, source == self.network.pad_id)
-        return linear(states[:, -1], self.network.output_weight)
-
-
 class _DecodingLayer:
     """A decoder layer in the middle of sentences: its caches, and weights laid out for many small products."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchvision.models import get_model, get_model_weights
 
 from lightning_attn.errors import InputError
-from lightning_attn.networks.images.detection import Head
+from lightning_attn.networks.images.heads.detection import Head
 from lightning_attn.networks.weights.torchvision import COUNTER, read_weights, weight_names
 
 _ARCHITECTURES: dict[Head, str] = {"faster_rcnn": "fasterrcnn_resnet50_fpn", "retinanet": "retinanet_resnet50_fpn"}
@@ -37,7 +37,7 @@ def read_torchvision_detector(weights: str, head: Head, names: Sequence[str], id
         ids: Their ids.
 
     Returns:
-        Tensors by the names of `Detector.network`, on the CPU.
+        Tensors by the names of `Detector`, on the CPU.
 
     Raises:
         OSError: If the file cannot be read or downloaded.
@@ -63,15 +63,29 @@ def read_torchvision_detector(weights: str, head: Head, names: Sequence[str], id
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(COUNTER)}
     background = 1 if head == "faster_rcnn" else 0
     if outputs == len(ids) + background:
-        return state
+        return _renamed(state, head)
     if _are_cocos(architecture, outputs, names, ids):
         chosen = torch.tensor([*range(background), *ids])
-        return state | {
+        chosen_rows = {
             f"{layer}.{part}": _of_labels(state[f"{layer}.{part}"], outputs, chosen)
             for layer in _PREDICTORS[head]
             for part in ("weight", "bias")
         }
-    return {name: value for name, value in state.items() if not name.startswith(_PREDICTORS[head])}
+        return _renamed(state | chosen_rows, head)
+    return _renamed({name: value for name, value in state.items() if not name.startswith(_PREDICTORS[head])}, head)
+
+
+def _renamed(state: dict[str, Tensor], head: Head) -> dict[str, Tensor]:
+    """From torchvision's names to those of `Detector`: all but the backbone's own are the head's."""
+    prefix = "head.retinanet." if head == "retinanet" else "head."
+    return {
+        name
+        if name.startswith("backbone.body.")
+        else f"head.{name.removeprefix('backbone.')}"
+        if name.startswith("backbone.fpn.")
+        else f"{prefix}{name}": value
+        for name, value in state.items()
+    }
 
 
 def _are_cocos(architecture: str, outputs: int, names: Sequence[str], ids: Sequence[int]) -> bool:

@@ -1,6 +1,7 @@
 """The attended ResNet: equal to torchvision's where nothing is added, Fig. 2a where something is."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -12,13 +13,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_attn.attention import AttentionSpec, DeformableConv, DynamicConv, GatedResidual, TransformerAttention
 from lightning_attn.networks.images.backbone import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     FrozenBatchNorm,
-    NormalizedBatch,
     ResNetSpec,
     build_resnet,
 )
+from lightning_attn.networks.images.batching import IMAGENET_MEAN, IMAGENET_STD, NormalizedBatch
 
 NONE = AttentionSpec(mechanism="none")
 STAGES = {f"layer{stage}": f"c{stage + 1}" for stage in (1, 2, 3, 4)}
@@ -326,7 +325,7 @@ def test_state_survives_saving():
     attention = AttentionSpec(num_heads=2, convolution="deformable")
     network = build_resnet(small(), attention)
     file = io.BytesIO()
-    torch.save({"state": network.state_dict(), "spec": small().as_dict()}, file)
+    torch.save({"state": network.state_dict(), "spec": dataclasses.asdict(small())}, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     again = build_resnet(ResNetSpec(**loaded["spec"]), attention)
@@ -337,7 +336,7 @@ def test_state_survives_saving():
 
 def test_batch_is_normalised_and_padded():
     images = [torch.randint(256, (3, 40, 33), dtype=torch.uint8), torch.randint(256, (3, 1, 65), dtype=torch.uint8)]
-    batch = NormalizedBatch(multiple=32)(images)
+    batch = NormalizedBatch()(images, 32)
     assert batch.shape == (2, 3, 64, 96)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     for image, found in zip(images, batch, strict=True):
@@ -349,22 +348,22 @@ def test_batch_is_normalised_and_padded():
 
 def test_smallest_batch_can_be_normalised():
     """One value per channel has no variance: with a single map of 1 x 1, batch normalisation would fail in training."""
-    batch = NormalizedBatch(multiple=32)([torch.zeros(3, 1, 1, dtype=torch.uint8)])
+    batch = NormalizedBatch()([torch.zeros(3, 1, 1, dtype=torch.uint8)], 32)
     assert batch.shape == (1, 3, 32, 64)
     assert build_resnet(small(), NONE).train()(batch)["c5"].shape == (1, 256, 1, 2)
 
 
 @pytest.mark.parametrize("multiple", [8, 16, 32])
 def test_batch_may_end_under_a_pixel_of_the_map(multiple):
-    """With a remainder of 1, both ends of an axis lie under a pixel of a map of that stride."""
-    batch = NormalizedBatch(multiple, remainder=1)
+    """With aligned corners, both ends of an axis lie under a pixel of a map of that stride."""
+    batch = NormalizedBatch()
     for height, width in [(1, 1), (5, 3), (8, 9), (9, 8), (33, 65), (32, 64), (34, 66), (769, 1024)]:
         image = torch.randint(256, (3, height, width), dtype=torch.uint8)
-        found = batch([image])
+        found = batch([image], multiple, align_corners=True)
         for size, padded, least in ((height, found.shape[2], 1), (width, found.shape[3], multiple + 1)):
             assert padded % multiple == 1
             assert max(size, least) <= padded < max(size, least) + multiple
-        assert torch.equal(found[0, :, :height, :width], NormalizedBatch()([image])[0, :, :height, :width])
+        assert torch.equal(found[0, :, :height, :width], NormalizedBatch()([image], 32)[0, :, :height, :width])
         assert found[:, :, height:].count_nonzero() == found[..., width:].count_nonzero() == 0
 
 
@@ -379,6 +378,6 @@ def test_batch_may_end_under_a_pixel_of_the_map(multiple):
 )
 def test_batch_refuses(image, message):
     with pytest.raises(ValueError, match=message):
-        NormalizedBatch()([torch.zeros(3, 4, 4, dtype=torch.uint8), image])
+        NormalizedBatch()([torch.zeros(3, 4, 4, dtype=torch.uint8), image], 32)
     with pytest.raises(ValueError, match="images is empty"):
-        NormalizedBatch()([])
+        NormalizedBatch()([], 32)

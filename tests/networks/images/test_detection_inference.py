@@ -104,7 +104,9 @@ def test_a_part_that_a_tile_cuts_gives_way_to_the_whole():
 
 def test_most_detections_and_none():
     boxes = [(10 * n, 2, 10 * n + 6, 8, 1) for n in range(8)]
-    (found,) = detect(FindsRectangles(), [picture((20, 90), *boxes)], DetectionInferenceSpec(flip=True, detections=3))
+    (found,) = detect(
+        FindsRectangles(), [picture((20, 90), *boxes)], DetectionInferenceSpec(flip=True, detections_per_img=3)
+    )
     assert len(found["scores"]) == 3
     (found,) = detect(FindsRectangles(), [picture((20, 90))], DetectionInferenceSpec(flip=True))
     assert found["boxes"].shape == (0, 4)
@@ -140,7 +142,7 @@ def test_many_detections_are_merged_like_few():
     def network(images):
         return [{"boxes": boxes, "labels": labels, "scores": scores}]
 
-    spec = DetectionInferenceSpec(scales=(0.999,), detections=200, voting_iou=1.0)
+    spec = DetectionInferenceSpec(scales=(0.999,), detections_per_img=200, voting_iou=1.0)
     (found,) = detect(network, [torch.zeros(3, 400, 400, dtype=torch.uint8)], spec)
     kept = batched_nms(boxes, scores, labels, spec.merge_iou)[:200]
     torch.testing.assert_close(found["boxes"], boxes[kept])

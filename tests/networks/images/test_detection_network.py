@@ -1,6 +1,7 @@
 """The detectors: equal to torchvision's where they are the same, and right where torchvision's are not."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -14,24 +15,30 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.networks.images.backbone import IMAGENET_MEAN, IMAGENET_STD, ResNetSpec
-from lightning_attn.networks.images.detection import Detector, DetectorSpec
+from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.batching import IMAGENET_MEAN, IMAGENET_STD
+from lightning_attn.networks.images.heads.detection import DetectorSpec
+from lightning_attn.networks.images.network import Detector
 
 NONE = AttentionSpec(mechanism="none")
 LOSSES = {
     "faster_rcnn": {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"},
     "retinanet": {"classification", "bbox_regression"},
 }
-SMALL = {"fpn_channels": 16, "fc_dim": 32, "anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0)}
+SMALL = {"fpn_channels": 16, "anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0)}
 heads = pytest.mark.parametrize("head", LOSSES)
+OUR_NAMES = {
+    "faster_rcnn": lambda name: re.sub(r"^(backbone\.(?=fpn)|(?=rpn|roi_heads))", "head.", name),
+    "retinanet": lambda name: re.sub(r"^backbone\.(?=fpn)", "head.", re.sub(r"^head", "head.retinanet.head", name)),
+}
 
 
 def small_detector(head="faster_rcnn", attention=NONE, num_classes=3, detector=None, **backbone):
+    second_stage = {"fc_dim": 32} if head == "faster_rcnn" else {}
     return Detector(
         num_classes,
-        ResNetSpec(**{"name": "bottleneck14", "width": 16} | backbone),
-        attention,
-        DetectorSpec(**SMALL | {"head": head} | (detector or {})),
+        build_backbone(ResNetSpec(**{"name": "bottleneck14", "width": 16} | backbone), attention),
+        DetectorSpec(**SMALL | second_stage | {"head": head} | (detector or {})),
     )
 
 
@@ -102,14 +109,12 @@ def test_is_torchvisions_detector(head):
     peer = torchvision_peer(head, num_classes=3)
     detector = Detector(
         3,
-        ResNetSpec("resnet18", norm="frozen", trainable_layers=3),
-        NONE,
-        DetectorSpec(**SMALL | {"head": head, "fpn_channels": 32, "fc_dim": 1024}),
+        build_backbone(ResNetSpec("resnet18", norm="frozen", trainable_layers=3), NONE),
+        DetectorSpec(**SMALL | {"head": head, "fpn_channels": 32}),
     )
-    detector.network.load_state_dict(peer.state_dict())
     if head == "retinanet":  # or nothing scores above the threshold before training
-        for network in (peer, detector.network):
-            nn.init.constant_(network.head.classification_head.cls_logits.bias, -2.0)
+        nn.init.constant_(peer.head.classification_head.cls_logits.bias, -2.0)
+    detector.load_state_dict({OUR_NAMES[head](name): value for name, value in peer.state_dict().items()})
     images, targets = batch()
     peer.eval(), detector.eval()
     with torch.no_grad():
@@ -164,13 +169,13 @@ def test_every_trained_parameter_gets_a_gradient(head, mechanism):
 @heads
 def test_a_small_step_against_the_gradient_lowers_the_loss_by_its_square(head):
     torch.manual_seed(0)
-    few = {"roi_batch_size": 16, "rpn_batch_size": 32, "proposals_train": 50}
+    few = {"roi_batch_size": 16, "rpn_batch_size": 32, "rpn_post_nms_top_n_train": 50} if head == "faster_rcnn" else {}
     detector = small_detector(head, AttentionSpec(terms="0010"), detector=few, norm="group")
     image = torch.full((3, 64, 64), 90, dtype=torch.uint8)
     image[0, 10:40, 20:50] = 255
     target = {"boxes": torch.tensor([[20.0, 10, 50, 40]]), "labels": torch.tensor([3])}
     # Proposals move with what makes them, and the loss does not look through them: there only the head on them counts.
-    part = detector.network.roi_heads if head == "faster_rcnn" else detector
+    part = detector.head.roi_heads if head == "faster_rcnn" else detector
     parameters = [parameter for parameter in part.parameters() if parameter.requires_grad]
 
     def loss():
@@ -200,10 +205,10 @@ def test_nothing_is_found_above_a_score_of_one(head):
 
 def no_proposals(detector):
     """Moves all proposals far out of the image."""
-    nn.init.constant_(detector.network.rpn.head.bbox_pred.bias, 4.0)
-    nn.init.constant_(detector.network.rpn.head.bbox_pred.weight, 0.0)
+    nn.init.constant_(detector.head.rpn.head.bbox_pred.bias, 4.0)
+    nn.init.constant_(detector.head.rpn.head.bbox_pred.weight, 0.0)
     with torch.no_grad():
-        detector.network.rpn.head.bbox_pred.bias.view(-1, 4)[:, :2] = 1e4
+        detector.head.rpn.head.bbox_pred.bias.view(-1, 4)[:, :2] = 1e4
     return detector
 
 
@@ -244,9 +249,11 @@ def test_autocast_computes_boxes_in_float32(head):
         head, AttentionSpec(terms="0010"), norm="frozen", detector={"score_threshold": 0.0}
     ).eval()
     seen = {}
-    part = detector.network.rpn.head if head == "faster_rcnn" else detector.network.head
-    part.register_forward_hook(lambda module, args, output: seen.update(args=args[0], output=output))
-    generator = detector.network.rpn.anchor_generator if head == "faster_rcnn" else detector.network.anchor_generator
+    owner = detector.head.rpn if head == "faster_rcnn" else detector.head.retinanet
+    owner.head.register_forward_hook(lambda module, args, output: seen.update(args=args[0], output=output))
+    generator = (
+        detector.head.rpn.anchor_generator if head == "faster_rcnn" else detector.head.retinanet.anchor_generator
+    )
     generator.register_forward_hook(lambda module, args, output: seen.update(anchors=output))
     images, targets = [picture(40, 1001)], [{"boxes": torch.tensor([[3.0, 2, 900, 30]]), "labels": torch.tensor([2])}]
     with torch.autocast("cpu", torch.bfloat16):
@@ -268,10 +275,10 @@ def test_autocast_computes_boxes_in_float32(head):
 def test_boxes_vote(precision):
     torch.manual_seed(1)
     plain, everything, voting = (
-        small_detector(detector=settings).network.roi_heads
+        small_detector(detector=settings).head.roi_heads
         for settings in (
             {"nms_threshold": 0.4},
-            {"nms_threshold": 1.0, "detections": 10_000},
+            {"nms_threshold": 1.0, "detections_per_img": 10_000},
             {"nms_threshold": 0.4, "box_voting": 0.6},
         )
     )
@@ -331,7 +338,7 @@ def bad_targets():
     ]:
         yield [good[0], good[1] | change, good[2]], message
     yield good[:2], "targets has 2 entries for 3 images"
-    yield None, r"targets is needed in training mode; call eval\(\) for detections"
+    yield None, r"targets is needed in training mode; call eval\(\) for results"
 
 
 @pytest.mark.parametrize(("targets", "message"), [*bad_targets()])
@@ -355,9 +362,14 @@ def test_refuses_no_classes():
     [
         ({"head": "ssd"}, "head must be one of .*'retinanet'.*got 'ssd'"),
         ({"fpn_channels": 0}, "fpn_channels must be an integer of at least 1, got 0"),
-        ({"proposals_train": 0.5}, "proposals_train must be an integer of at least 1, got 0.5"),
+        ({"rpn_post_nms_top_n_train": 0.5}, "rpn_post_nms_top_n_train must be an integer of at least 1, got 0.5"),
         ({"box_voting": 2.0}, "box_voting must be a number from 0 to 1, got 2.0"),
-        ({"head": "retinanet", "box_voting": 0.8}, r"box_voting=0\.8 is for faster_rcnn; set it to 0"),
+        (
+            {"head": "retinanet", "box_voting": 0.8},
+            r"box_voting=0\.8: not used by head='retinanet'. Leave out",
+        ),
+        ({"head": "retinanet", "roi_size": 14}, "roi_size=14: not used by head='retinanet'"),
+        ({"topk_candidates": 500}, "topk_candidates=500: not used by head='faster_rcnn'.*head: retinanet"),
         ({"nms_threshold": 1.5}, "nms_threshold must be a number from 0 to 1, got 1.5"),
         ({"score_threshold": float("nan")}, "score_threshold must be a number from 0 to 1, got nan"),
         ({"anchor_sizes": (32.0, 64.0)}, r"anchor_sizes must have one size for each of the 5 levels.*got 2: \[32.0"),
@@ -372,8 +384,8 @@ def test_spec_refuses(fields, message):
 
 
 def test_the_papers_settings_are_the_defaults():
-    detector = Detector(80, ResNetSpec("bottleneck14", width=16), NONE, DetectorSpec())
-    rpn, roi_heads = detector.network.rpn, detector.network.roi_heads
+    detector = Detector(80, build_backbone(ResNetSpec("bottleneck14", width=16), NONE), DetectorSpec())
+    rpn, roi_heads = detector.head.rpn, detector.head.roi_heads
     assert rpn.anchor_generator.num_anchors_per_location() == [3] * 5
     assert rpn.anchor_generator.sizes == [(32.0,), (64.0,), (128.0,), (256.0,), (512.0,)]
     assert rpn._post_nms_top_n == {"training": 2000, "testing": 1000}

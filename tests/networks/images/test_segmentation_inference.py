@@ -1,5 +1,6 @@
 """Inference with tiles, mirror images and scales, on networks whose answers are known."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.networks.images.segmentation import Segmenter, SegmenterSpec
+from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.heads.segmentation import SegmenterSpec
+from lightning_attn.networks.images.network import Segmenter
 from lightning_attn.networks.images.segmentation_inference import (
     InferenceSpec,
     class_probabilities,
@@ -177,12 +179,9 @@ def test_tiles_and_scales_look_at_what_they_should():
 
 
 def test_a_segmenter_in_every_mode():
-    network = Segmenter(
-        4,
-        ResNetSpec("bottleneck14", width=8),
-        AttentionSpec(terms="0011", num_heads=2),
-        SegmenterSpec(head_channels=16),
-    )
+    attention = AttentionSpec(terms="0011", num_heads=2)
+    backbone = build_backbone(ResNetSpec("bottleneck14", width=8), attention, 8)
+    network = Segmenter(4, backbone, attention, SegmenterSpec(head_channels=16))
     images = [picture(25, 31), picture(21, 17), picture(25, 31)]
     with pytest.raises(ValueError, match="call eval"):
         segment(network, images, InferenceSpec())
@@ -225,4 +224,4 @@ def test_spec_refuses(fields, message):
 
 def test_spec_survives_as_plain_values():
     spec = InferenceSpec("sliding", 513, 0.5, True, (0.5, 1.0))
-    assert InferenceSpec(**spec.as_dict()) == spec
+    assert InferenceSpec(**dataclasses.asdict(spec)) == spec

@@ -1,5 +1,6 @@
 """The segmentation network: its parts against torch's functions, its losses against definitions in numpy."""
 
+import dataclasses
 import itertools
 import math
 
@@ -11,8 +12,9 @@ import torchvision
 from torch import nn
 
 from lightning_attn.attention import AttentionSpec, DeformableConv
-from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.networks.images.segmentation import Segmenter, SegmenterSpec, cross_entropy, hard_cross_entropy
+from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.heads.segmentation import SegmenterSpec, cross_entropy, hard_cross_entropy
+from lightning_attn.networks.images.network import Segmenter
 
 NONE = AttentionSpec(mechanism="none")
 MECHANISMS = {
@@ -26,12 +28,16 @@ mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS)
 
 
 def small_segmenter(attention=NONE, num_classes=3, backbone=None, **segmenter):
-    return Segmenter(
+    return built(
         num_classes,
         ResNetSpec(**{"name": "bottleneck14", "width": 8} | (backbone or {})),
         attention,
         SegmenterSpec(**{"head_channels": 16} | segmenter),
     )
+
+
+def built(num_classes, backbone, attention, segmenter):
+    return Segmenter(num_classes, build_backbone(backbone, attention, segmenter.output_stride), attention, segmenter)
 
 
 def picture(height, width):
@@ -80,16 +86,16 @@ def convolution_parameters(name, inputs, outputs):
 
 def test_the_papers_network_has_the_parameters_it_should():
     with torch.device("meta"):
-        network = Segmenter(19, ResNetSpec(), AttentionSpec(terms="1111"), SegmenterSpec(norm="sync"))
+        network = built(19, ResNetSpec(), AttentionSpec(terms="1111"), SegmenterSpec(norm="sync"))
         resnet = torchvision.models.resnet50()
     expected = {
-        f"backbone.{name}": tuple(value.shape)
+        f"backbone.body.{name}": tuple(value.shape)
         for name, value in resnet.named_parameters()
         if not name.startswith("fc.")
     }
     for stage, blocks, channels in ((3, 6, 256), (4, 3, 512)):
         for block in range(blocks):
-            expected |= attention_parameters(f"backbone.layer{stage}.{block}.attention", channels)
+            expected |= attention_parameters(f"backbone.body.layer{stage}.{block}.attention", channels)
     expected |= {
         **convolution_parameters("head.reduce", 2048, 512),
         **attention_parameters("head.attention", 512),
@@ -97,9 +103,9 @@ def test_the_papers_network_has_the_parameters_it_should():
         **convolution_parameters("head.fuse", 2048 + 512, 512),
         "head.classifier.weight": (19, 512, 1, 1),
         "head.classifier.bias": (19,),
-        **convolution_parameters("auxiliary.convolution", 1024, 512),
-        "auxiliary.classifier.weight": (19, 512, 1, 1),
-        "auxiliary.classifier.bias": (19,),
+        **convolution_parameters("head.auxiliary.convolution", 1024, 512),
+        "head.auxiliary.classifier.weight": (19, 512, 1, 1),
+        "head.auxiliary.classifier.bias": (19,),
     }
     assert {name: tuple(value.shape) for name, value in network.named_parameters()} == expected
 
@@ -110,17 +116,17 @@ def test_the_papers_network_has_the_parameters_it_should():
     total = sum(value.numel() for value in network.parameters())
     assert total == 23_508_032 + attentions + convolutions + 2 * (512 * 19 + 19)
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in network.modules()) == 4
-    assert network.head.dropout.p == network.auxiliary.dropout.p == 0.1
+    assert network.head.dropout.p == network.head.auxiliary.dropout.p == 0.1
 
 
 def test_what_is_switched_off_does_not_exist():
     """Distributed training fails on parameters without a gradient."""
     network = small_segmenter(auxiliary_weight=0)
-    assert network.auxiliary is None
+    assert network.head.auxiliary is None
     assert network.head.attention is None
     assert not [name for name in network.state_dict() if "auxiliary" in name or "attention" in name]
     images = [picture(17, 25)]
-    assert set(network(images, labels_for(images))) == {"loss"}
+    assert set(network(images, labels_for(images))) == {"loss_head"}
     norms = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm, "sync": nn.SyncBatchNorm}
     for norm, kind in norms.items():
         assert isinstance(small_segmenter(norm=norm).head.fuse[1], kind)
@@ -174,15 +180,15 @@ def test_starts_as_the_network_without_attention_bit_for_bit(mechanism):
 
 def test_backbone_is_dilated_as_torchvisions():
     peer = randomise(torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])).eval()
-    network = Segmenter(2, ResNetSpec(), AttentionSpec(terms="0010"), SegmenterSpec(head_channels=8)).eval()
+    network = built(2, ResNetSpec(), AttentionSpec(terms="0010"), SegmenterSpec(head_channels=8)).eval()
     state = {name: value for name, value in peer.state_dict().items() if not name.startswith("fc.")}
-    network.backbone.load_state_dict(state, strict=False)
-    batch = network.batch([picture(60, 73)])
+    network.backbone.body.load_state_dict(state, strict=False)
+    batch = network.backbone.batch([picture(60, 73)], 8, align_corners=True)
     assert batch.shape[2:] == (65, 73)
     x = peer.maxpool(peer.relu(peer.bn1(peer.conv1(batch))))
     expected = peer.layer4(peer.layer3(peer.layer2(peer.layer1(x))))
     assert expected.shape[2:] == (9, 10)
-    assert torch.equal(network.backbone(batch)["c5"], expected)
+    assert torch.equal(network.backbone.body(batch)["c5"], expected)
 
 
 def test_deformable_convolutions_are_dilated_too():
@@ -209,12 +215,12 @@ class Subsampled(nn.Module):
 def test_logits_lie_where_they_were_computed(height, width):
     """A ramp goes through subsampling and resizing unchanged, up to the last pixel of the map within the image."""
     network = small_segmenter().eval()
-    network.backbone, network.head = Subsampled(), nn.Identity()
+    network.backbone.body, network.head.forward = Subsampled(), lambda conv5: conv5
     ramp = (2 * torch.arange(width) + 3 * torch.arange(height)[:, None]).to(torch.uint8).expand(3, -1, -1)
     (found,) = network([ramp])
     assert found.shape == (3, height, width)
     rows, columns = (height - 1) // 8 * 8 + 1, (width - 1) // 8 * 8 + 1
-    back = (found * network.batch.std + network.batch.mean) * 255
+    back = (found * network.backbone.batch.std + network.backbone.batch.mean) * 255
     torch.testing.assert_close(back[:, :rows, :columns], ramp[:, :rows, :columns].float(), rtol=0, atol=1e-3)
 
 
@@ -245,7 +251,7 @@ def test_logits_move_with_the_image():
 def test_output_strides(output_stride):
     network = small_segmenter(output_stride=output_stride)
     images = [picture(40, 70), picture(33, 65)]
-    features = network.backbone(network.batch(images))
+    features = network.backbone(images, align_corners=True).maps
     assert features["c5"].shape[2:] == (-(-39 // output_stride) + 1, -(-69 // output_stride) + 1)
     assert all(loss.isfinite() for loss in network(images, labels_for(images)).values())
     assert [tuple(value.shape) for value in network.eval()(images)] == [(3, 40, 70), (3, 33, 65)]
@@ -286,21 +292,21 @@ def test_losses_are_means_over_the_pixels_of_the_batch(ohem_threshold):
     images = [picture(40, 30), picture(33, 57)]
     labels = labels_for(images, num_classes=4)
     found = network(images, labels)
-    features = network.backbone(network.batch(images))
+    features = network.backbone(images, align_corners=True).maps
     expected = {}
     for name, logits in (
-        ("loss", network.head(features["c5"])),
-        ("loss_auxiliary", network.auxiliary(features["c4"])),
+        ("loss_head", network.head(features["c5"])),
+        ("loss_auxiliary", network.head.auxiliary(features["c4"])),
     ):
         logits = F.interpolate(logits, (41, 57), mode="bilinear", align_corners=True)
         expected[name] = pixel_losses((logits[0, :, :40, :30], logits[1, :, :33, :57]), labels)
-    losses = np.sort(expected["loss"])[::-1]
+    losses = np.sort(expected["loss_head"])[::-1]
     if ohem_threshold:
         count = max((np.exp(-losses) < ohem_threshold).sum(), 500)
         assert 500 < count < len(losses)
         losses = losses[:count]
     assert set(found) == set(expected)
-    assert found["loss"].item() == pytest.approx(losses.mean(), rel=1e-5)
+    assert found["loss_head"].item() == pytest.approx(losses.mean(), rel=1e-5)
     assert found["loss_auxiliary"].item() == pytest.approx(0.3 * expected["loss_auxiliary"].mean(), rel=1e-5)
 
 
@@ -350,8 +356,8 @@ def test_every_parameter_gets_a_gradient(mechanism, everything_ignored):
     if everything_ignored:
         labels = [torch.full_like(label, 255) for label in labels]
     losses = network(images, labels)
-    assert set(losses) == {"loss", "loss_auxiliary"}
-    assert bool(losses["loss"] == 0) == everything_ignored
+    assert set(losses) == {"loss_head", "loss_auxiliary"}
+    assert bool(losses["loss_head"] == 0) == everything_ignored
     sum(losses.values()).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
@@ -375,7 +381,7 @@ def test_losses_and_logits_are_float32_under_autocast():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (None, r"labels is needed in training mode; call eval\(\) for logits"),
+        (None, r"targets is needed in training mode; call eval\(\) for results"),
         ([torch.zeros(4, 5, dtype=torch.uint8)], "labels has 1 entries for 2 images"),
         (
             [torch.zeros(4, 5, dtype=torch.uint8), torch.zeros(5, 4, dtype=torch.uint8)],
@@ -406,7 +412,7 @@ def test_training_refuses_unknown_labels(value):
 
 def test_as_many_classes_as_a_byte_holds():
     labels = [torch.tensor([[254, 255, 0]], dtype=torch.uint8)]
-    assert small_segmenter(num_classes=255)([picture(1, 3)], labels)["loss"] > 0
+    assert small_segmenter(num_classes=255)([picture(1, 3)], labels)["loss_head"] > 0
     with pytest.raises(ValueError, match="num_classes must be at most 255, got 256: labels are bytes"):
         small_segmenter(num_classes=256)
     with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got 0"):
@@ -421,7 +427,7 @@ def test_forward_refuses():
             network.train(mode)([picture(9, 9), torch.zeros(3, 4, 4)], [label, label] if mode else None)
         with pytest.raises(ValueError, match="images is empty"):
             network([], [] if mode else None)
-    with pytest.raises(ValueError, match="labels was given in evaluation mode"):
+    with pytest.raises(ValueError, match="targets was given in evaluation mode"):
         network([picture(4, 4)], [label])
 
 
@@ -453,7 +459,7 @@ def test_parts_must_fit():
 
 def test_spec_survives_as_plain_values():
     spec = SegmenterSpec(norm="group", ohem_threshold=0.7, output_stride=16)
-    assert SegmenterSpec(**spec.as_dict()) == spec
+    assert SegmenterSpec(**dataclasses.asdict(spec)) == spec
 
 
 def test_class_weights_weigh_the_mean():

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_attn.networks import cross_entropy
+from lightning_attn.networks.translation import cross_entropy
 from lightning_attn.networks.translation.cross_entropy import summed_cross_entropy
 
 

@@ -6,8 +6,9 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.networks.images.detection import Detector, DetectorSpec
+from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.heads.detection import DetectorSpec
+from lightning_attn.networks.images.network import Detector
 from lightning_attn.networks.weights.torchvision_detectors import is_torchvision_detector, read_torchvision_detector
 
 ARCHITECTURE = "fasterrcnn_resnet50_fpn"
@@ -31,7 +32,8 @@ def peer(num_labels, architecture=ARCHITECTURE):
 
 def detector(num_classes, attention="none", **fields):
     spec = AttentionSpec(mechanism="none") if attention == "none" else AttentionSpec(terms=attention)
-    return Detector(num_classes, ResNetSpec("resnet50", norm="frozen"), spec, DetectorSpec(**fields)).eval()
+    backbone = build_backbone(ResNetSpec("resnet50", norm="frozen"), spec)
+    return Detector(num_classes, backbone, DetectorSpec(**fields)).eval()
 
 
 def older(state):
@@ -51,7 +53,7 @@ def test_a_file_with_the_datas_classes_gives_torchvisions_detections(convert, tm
     model, path = peer(4), tmp_path / "cells.pth"
     torch.save(convert(model.state_dict()), path)
     ours = detector(3)
-    ours.network.load_state_dict(read_torchvision_detector(str(path), "faster_rcnn", ("a", "b", "c"), (7, 1, 300)))
+    ours.load_state_dict(read_torchvision_detector(str(path), "faster_rcnn", ("a", "b", "c"), (7, 1, 300)))
     image = torch.randint(256, (3, 96, 128), dtype=torch.uint8)
     (found,), (expected,) = ours([image]), model([image / 255])
     assert len(expected["scores"]) > 20
@@ -65,10 +67,11 @@ def test_labels_of_coco_become_those_of_its_categories(tmp_path):
     torch.save(model.state_dict(), path)
     state = read_torchvision_detector(str(path), "faster_rcnn", [COCO[number] for number in ids], ids)
     scores, boxes = "roi_heads.box_predictor.cls_score.weight", "roi_heads.box_predictor.bbox_pred.weight"
+    theirs = model.state_dict()
     for row, label in enumerate((0, *ids)):
-        assert torch.equal(state[scores][row], model.state_dict()[scores][label])
-        assert torch.equal(state[boxes][4 * row : 4 * row + 4], model.state_dict()[boxes][4 * label : 4 * label + 4])
-    detector(3).network.load_state_dict(state)
+        assert torch.equal(state[f"head.{scores}"][row], theirs[scores][label])
+        assert torch.equal(state[f"head.{boxes}"][4 * row : 4 * row + 4], theirs[boxes][4 * label : 4 * label + 4])
+    detector(3).load_state_dict(state)
     # Other categories under the same ids learn anew.
     state = read_torchvision_detector(str(path), "faster_rcnn", ["cell", "dog", "mug"], ids)
     assert not [name for name in state if "box_predictor" in name]
@@ -80,9 +83,10 @@ def test_retinanet_has_labels_for_each_anchor(tmp_path):
     torch.save(model.state_dict(), path)
     state = read_torchvision_detector(str(path), "retinanet", [COCO[2], COCO[90]], (2, 90))
     name = "head.classification_head.cls_logits.weight"
+    theirs = model.state_dict()[name]
     for anchor in range(9):
         for row, label in enumerate((2, 90)):
-            assert torch.equal(state[name][2 * anchor + row], model.state_dict()[name][91 * anchor + label])
+            assert torch.equal(state[f"head.retinanet.{name}"][2 * anchor + row], theirs[91 * anchor + label])
 
 
 def test_what_torchvisions_weights_are_called():

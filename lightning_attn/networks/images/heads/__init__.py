@@ -1,0 +1,1 @@
+"""Heads: from the features of a backbone and targets to losses, or from features to results."""

@@ -1,0 +1,292 @@
+"""CCNet's head with another attention, its losses and the auxiliary head (Zhu et al. 2019, section 4.1).
+
+The extra attention module replaces CCNet's criss-cross attention.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_attn.attention import AttentionSpec, build_attention
+from lightning_attn.errors import InputError
+from lightning_attn.networks.images.backbone import Features, norm_factory
+from lightning_attn.networks.images.batching import padded_labels
+from lightning_attn.validation import is_number, require_dropout, require_int
+
+HeadNorm = Literal["batch", "sync", "group"]
+OutputStride = Literal[8, 16, 32]
+
+IGNORED = 255
+"""Label of pixels that do not count."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmenterSpec:
+    """The segmentation head, and how it is trained. The defaults are CCNet's, which the paper follows.
+
+    Only `norm` is not: the paper normalises new layers with statistics over all GPUs, `"sync"`, which needs GPUs.
+
+    Attributes:
+        head_channels: Channels of the head, of the attention in it and of the auxiliary head.
+        dropout: Probability of dropping a channel before the classifiers.
+        auxiliary_weight: Factor on the loss of the auxiliary head, which reads conv4; 0 for no auxiliary head.
+        norm: Normalisation after every new 3x3 convolution: `"batch"`, `"sync"` or `"group"`, as in `ResNetSpec`.
+        output_stride: How much smaller than the image the map of conv5 is: 8 (the paper's), 16 or 32. With 8, conv4
+            is dilated by 2 and conv5 by 4.
+        ohem_threshold: With online hard example mining the loss is the mean over those pixels whose true class has a
+            lower probability than this, CCNet's is 0.7; 0 for all pixels. The auxiliary loss is over all pixels.
+        ohem_min_kept: Pixels of a batch, on each GPU, that it keeps at least: the hardest.
+        class_weights: What a pixel of each class counts in both losses, beside the others; empty for all the same.
+            Without them, a network that is trained from scratch for a short time does not find rare classes at all.
+
+    Raises:
+        ValueError: If a field has a value that no segmentation network has; the message names the field.
+    """
+
+    head_channels: int = 512
+    dropout: float = 0.1
+    auxiliary_weight: float = 0.4
+    norm: HeadNorm = "batch"
+    output_stride: OutputStride = 8
+    ohem_threshold: float = 0.0
+    ohem_min_kept: int = 100_000
+    class_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_int("head_channels", self.head_channels)
+        require_dropout(self.dropout)
+        if not (
+            is_number(self.auxiliary_weight) and math.isfinite(self.auxiliary_weight) and self.auxiliary_weight >= 0
+        ):
+            raise InputError(
+                f"auxiliary_weight must be a finite number of at least 0, got {self.auxiliary_weight!r}; "
+                "0 is for no auxiliary head."
+            )
+        if self.norm not in get_args(HeadNorm):
+            raise InputError(f"norm must be one of {list(get_args(HeadNorm))}, got {self.norm!r}.")
+        if self.output_stride not in get_args(OutputStride):
+            raise InputError(f"output_stride must be 8, 16 or 32, got {self.output_stride!r}.")
+        if not (is_number(self.ohem_threshold) and 0 <= self.ohem_threshold < 1):
+            raise InputError(
+                f"ohem_threshold must be a probability of at least 0 and below 1, got {self.ohem_threshold!r}; "
+                "0 is for the loss over all pixels."
+            )
+        require_int("ohem_min_kept", self.ohem_min_kept)
+        if not all(is_number(weight) and math.isfinite(weight) and weight > 0 for weight in self.class_weights):
+            raise InputError(
+                f"class_weights must be finite numbers above 0, got {list(self.class_weights)}; a class that "
+                "is not to be learnt is left out of the data's."
+            )
+
+
+class SegmentationHead(nn.Module):
+    """From conv5 to logits: 3x3, attention, 3x3, concatenation with the input, 3x3, dropout, 1x1.
+
+    Norm and ReLU follow each 3x3 convolution. (In CCNet's code it is a leaky ReLU of slope 0.01, the default of its
+    fused normalisation.)
+
+    Pixel i of a map of stride s is computed around pixel s i of the image, so images are padded to sides of 1 more than
+    a multiple of the stride, and logits are resized to them with `align_corners=True`: pixel i then comes to lie at s i
+    exactly, whatever the size of the image. Resizing and losses are float32 always.
+
+    Args:
+        num_classes: Number of classes K; their labels are 0 to K - 1.
+        channels: Number of channels of the backbone's maps, by name.
+        attention: Replaces criss-cross attention.
+        spec: Channels, dropout, normalisation and losses.
+
+    Attributes:
+        align_corners: How images are padded; see `padded_size`.
+        one_size: Whether images of different sizes must not be in one batch in evaluation: attention sees the padding
+            that a smaller image has beside a larger one.
+        reduce: The convolution before the attention.
+        attention: The gated attention, None for `mechanism: none`.
+        refine: The convolution after it.
+        fuse: The convolution of the input, first, and `refine`'s output.
+        classifier: The last, 1x1.
+        auxiliary: The `AuxiliaryHead`; None if its weight is 0.
+        class_weights: Those of the spec, `[K]`, or None.
+
+    Raises:
+        ValueError: If the parts do not fit one another.
+    """
+
+    align_corners = True
+    one_size = True
+    class_weights: Tensor | None
+
+    def __init__(
+        self, num_classes: int, channels: Mapping[str, int], attention: AttentionSpec, spec: SegmenterSpec
+    ) -> None:
+        super().__init__()
+        require_int("num_classes", num_classes)
+        if num_classes > IGNORED:
+            raise InputError(
+                f"num_classes must be at most {IGNORED}, got {num_classes}: labels are bytes, and {IGNORED} is ignored."
+            )
+        if len(spec.class_weights) not in (0, num_classes):
+            raise InputError(
+                f"class_weights has {len(spec.class_weights)} entries for {num_classes} classes; give one for "
+                "each, in the order of the data's classes, or none."
+            )
+        self.num_classes, self.spec = num_classes, spec
+        weights = torch.tensor(spec.class_weights, dtype=torch.float32) if spec.class_weights else None
+        self.register_buffer("class_weights", weights, persistent=False)
+        width = spec.head_channels
+        self.reduce = _convolution(channels["c5"], spec)
+        try:
+            self.attention = build_attention(attention, width, 2, role="head")
+        except ValueError as error:
+            raise InputError(f"head_channels={width} does not fit the attention: {error}") from error
+        self.refine = _convolution(width, spec)
+        self.fuse = _convolution(channels["c5"] + width, spec)
+        self.dropout = nn.Dropout2d(spec.dropout)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.auxiliary = AuxiliaryHead(channels["c4"], num_classes, spec) if spec.auxiliary_weight else None
+
+    def forward(self, conv5: Tensor) -> Tensor:
+        """Maps conv5, `[B, C, H, W]`, to logits of its pixels, `[B, K, H, W]`."""
+        context = self.reduce(conv5)
+        if self.attention is not None:
+            context = self.attention(context)
+        context = self.refine(context)
+        logits: Tensor = self.classifier(self.dropout(self.fuse(torch.cat((conv5, context), 1))))
+        return logits
+
+    def losses(self, features: Features, targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The losses by name, to be summed.
+
+        `loss_head` is the mean cross entropy of all pixels of the batch that count, 0 if none does; `loss_auxiliary`,
+        if there is an auxiliary head, is its own times its weight.
+
+        Args:
+            features: Of B images.
+            targets: For every image uint8 `[H, W]`, 0 to K - 1, or 255 where the pixel does not count.
+
+        Raises:
+            ValueError: If a label is none of these.
+        """
+        spec, size, weights = self.spec, features.batch_size, self.class_weights
+        labels = padded_labels(targets, size, IGNORED)
+        self._check_values(labels)
+        logits = _upsampled(self(features.maps["c5"]), size)
+        if spec.ohem_threshold:
+            losses = {"loss_head": hard_cross_entropy(logits, labels, spec.ohem_threshold, spec.ohem_min_kept, weights)}
+        else:
+            losses = {"loss_head": cross_entropy(logits, labels, weights)}
+        if self.auxiliary is not None:
+            auxiliary = cross_entropy(_upsampled(self.auxiliary(features.maps["c4"]), size), labels, weights)
+            losses["loss_auxiliary"] = spec.auxiliary_weight * auxiliary
+        return losses
+
+    def results(self, features: Features) -> list[Tensor]:
+        """For every image the logits of its pixels, float32 `[K, H, W]`."""
+        logits = _upsampled(self(features.maps["c5"]), features.batch_size)
+        return [one[:, :height, :width] for one, (height, width) in zip(logits, features.image_sizes, strict=True)]
+
+    def check_targets(self, images: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        """Refuses labels of other sizes than their images.
+
+        Raises:
+            ValueError: Names the first.
+        """
+        if len(targets) != len(images):
+            raise InputError(f"labels has {len(targets)} entries for {len(images)} images; give one for each image.")
+        for index, (image, label) in enumerate(zip(images, targets, strict=True)):
+            if label.dtype != torch.uint8 or label.shape != image.shape[1:]:
+                raise InputError(
+                    f"labels[{index}] must be uint8 {list(image.shape[1:])}, one label for each pixel of its image, "
+                    f"got {label.dtype} {list(label.shape)}. Cut and resize labels together with their image."
+                )
+
+    def _check_values(self, labels: Tensor) -> None:
+        # Plus 1, bytes wrap around: 255 becomes 0, and what is no label becomes the largest.
+        if int((labels + 1).amax()) <= self.num_classes:
+            return
+        index, row, column = ((labels >= self.num_classes) & (labels != IGNORED)).nonzero()[0].tolist()
+        raise InputError(
+            f"labels[{index}][{row}, {column}] is {int(labels[index, row, column])}, but the network has the labels 0 "
+            f"to {self.num_classes - 1}, and {IGNORED} for pixels that do not count. Map the data's ids to labels, and "
+            "build the network with as many classes as the data."
+        )
+
+
+class AuxiliaryHead(nn.Module):
+    """The head that trains conv4 more directly, and that evaluation leaves out: 3x3, norm, ReLU, dropout, 1x1.
+
+    Args:
+        in_channels: Channels of the map of conv4.
+        num_classes: Number of classes K.
+        spec: Channels, dropout and normalisation.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, spec: SegmenterSpec) -> None:
+        super().__init__()
+        self.convolution = _convolution(in_channels, spec)
+        self.dropout = nn.Dropout2d(spec.dropout)
+        self.classifier = nn.Conv2d(spec.head_channels, num_classes, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps conv4, `[B, in_channels, H, W]`, to logits, `[B, K, H, W]`."""
+        logits: Tensor = self.classifier(self.dropout(self.convolution(features)))
+        return logits
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross entropy of the pixels that count; 0, with a gradient of 0, if none does.
+
+    Args:
+        logits: `[B, K, H, W]`.
+        labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for pixels that do not count.
+        weights: Of the classes in the mean, `[K]`; None for all the same.
+    """
+    total = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=IGNORED, reduction="sum")
+    return total / _weight(labels, labels != IGNORED, weights)
+
+
+def hard_cross_entropy(
+    logits: Tensor, labels: Tensor, threshold: float, min_kept: int, weights: Tensor | None = None
+) -> Tensor:
+    """Mean cross entropy of hard pixels (online hard example mining); 0, with a gradient of 0, if no pixel counts.
+
+    Args:
+        logits: `[B, K, H, W]`.
+        labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for pixels that do not count.
+        threshold: Pixels whose true class has a lower probability are hard.
+        min_kept: If fewer are, the hardest of the batch that make up this number; all that count if there are not so
+            many.
+        weights: Of the classes in the mean, `[K]`, without influence on what is hard; None for all the same.
+    """
+    losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none")
+    with torch.no_grad():
+        # What does not count has a loss of 0, and ranks with the easiest.
+        easiest_kept = losses.flatten().kthvalue(max(losses.numel() - min_kept, 0) + 1).values
+        easy = (losses <= -math.log(threshold)) & (losses < easiest_kept)  # a loss that is NaN is not, and shows
+        kept = (labels != IGNORED) & ~easy
+    if weights is not None:
+        losses = losses * weights[labels.long().clamp(max=len(weights) - 1)]  # what is ignored is not kept
+    return losses.where(kept, 0).sum() / _weight(labels, kept, weights)
+
+
+def _weight(labels: Tensor, counted: Tensor, weights: Tensor | None) -> Tensor:
+    """What some pixels count together, but never 0."""
+    if weights is None:
+        return counted.sum().clamp(min=1)
+    return weights[labels[counted].long()].sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def _convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, spec.head_channels, 3, padding=1, bias=False),
+        norm_factory(spec.norm)(spec.head_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=True)

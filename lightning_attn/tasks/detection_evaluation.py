@@ -1,0 +1,119 @@
+"""How detection is scored: COCO's numbers, the detections, and what is wrong with them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from datamodules.detection.datamodule import DetectionBatch
+from datamodules.images.files import ExifPolicy, ImageArray, ImageError, read_image
+from datamodules.images.folders import unique_stems
+from lightning_attn.io import unused_path, write_json
+from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, ImageDetections
+from lightning_attn.metrics.detection_analysis import DetectionAnalysis, analyse_detections
+from lightning_attn.tasks.detection_files import write_analysis
+from lightning_attn.tasks.evaluation import Evaluator
+from lightning_attn.tasks.image_evaluators import print_scores
+from lightning_attn.visualization.detection import draw_detection_errors
+from lightning_attn.visualization.pictures import save_picture
+
+if TYPE_CHECKING:
+    from lightning_attn.tasks.detection import DetectionTask
+
+
+class DetectionEvaluator(Evaluator):
+    """COCO's twelve numbers; after a test also the detections, and an analysis of their errors.
+
+    Args:
+        task: Its steps return detections of the network.
+    """
+
+    shown: ClassVar[tuple[str, ...]] = ("ap", "ap50")
+
+    def __init__(self, task: "DetectionTask") -> None:
+        self._task = task
+
+    @override
+    def reset(self, split: str) -> None:
+        super().reset(split)
+        self._truth: Mapping[str, Any] = self._task.trainer.datamodule.ground_truth(split)  # type: ignore[attr-defined]
+        self._metrics = CocoDetectionMetrics(self._truth, split)
+
+    @override
+    def update(self, batch: DetectionBatch, outputs: Mapping[str, Any]) -> None:
+        self._metrics.update(batch.ids, self._task.in_original_pixels(batch, outputs["results"]))
+
+    @override
+    def compute(self) -> dict[str, Any]:
+        return dict(self._metrics.compute())
+
+    @override
+    def logged(self, scores: dict[str, Any]) -> dict[str, float]:
+        return {name: scores[name] for name in COCO_NUMBERS}
+
+    @override
+    def write(self, scores: dict[str, Any]) -> None:
+        if self.split != "test":
+            return
+        folder = self._task.output_directory / "predictions"
+        write_json(folder / "test_detections.json", self._metrics.records())
+        print_scores(scores, ("category", "AP"), scores["ap_per_category"], COCO_NUMBERS)
+        found = self._metrics.gathered()
+        analysis = analyse_detections(self._truth, found, min_score=self._task.picture_score)
+        errors = unused_path(folder / "test_errors")
+        write_analysis(errors, analysis, {image["id"]: image["file_name"] for image in self._truth["images"]})
+        self._draw_worst(errors / "worst_images", analysis, found)
+        rank_zero_info(f"Confusion, precision by recall and the images with most errors: {errors}")
+
+    def _draw_worst(self, folder: Path, analysis: DetectionAnalysis, found: Mapping[int, ImageDetections]) -> None:
+        """Pictures of the images with most errors, the worst first, where the data says which files they are."""
+        task, truth = self._task, self._truth
+        locate = getattr(task.trainer.datamodule, "images_folder", None)  # type: ignore[attr-defined]
+        if locate is None:
+            return
+        images = {image["id"]: image for image in truth["images"]}
+        names = {category["id"]: category["name"] for category in truth["categories"]}
+        for place, errors in enumerate(analysis.images[: task.num_pictures], start=1):
+            if not errors.errors:
+                return
+            image, detections = images[errors.image_id], found[errors.image_id]
+            shown = detections.scores >= task.picture_score
+            detected = zip(
+                map(tuple, detections.boxes[shown].tolist()),
+                [names[number] for number in detections.category_ids[shown].tolist()],
+                detections.scores[shown].tolist(),
+                errors.detections,
+                strict=True,
+            )
+            objects = [
+                ((x, y, x + width, y + height), names[one["category_id"]])
+                for one in truth["annotations"]
+                if one["image_id"] == errors.image_id
+                for x, y, width, height in [one["bbox"]]
+            ]
+            path, size = str(locate("test") / image["file_name"]), (image["height"], image["width"])
+            picture = draw_detection_errors(
+                original_image(path, size, task.exif),
+                list(detected),
+                [(*one, outcome) for one, outcome in zip(objects, errors.objects, strict=True)],
+            )
+            save_picture(picture, folder / f"{place:03d}_{unique_stems([image['file_name']])[0]}.png")
+
+
+def enlarged(batch: DetectionBatch, place: int, boxes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The boxes of an image of a batch in pixels of the image as it is stored."""
+    (height, width), image = batch.sizes[place].tolist(), batch.images[place]
+    factors = boxes["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]] * 2)
+    return boxes | {"boxes": boxes["boxes"] * factors}
+
+
+def original_image(path: str, size: tuple[int, int], exif: ExifPolicy) -> ImageArray:
+    """The pixels of an image that was read before; grey if it is gone."""
+    try:
+        return read_image(Path(path), size, exif=exif)
+    except (ImageError, OSError):
+        return np.full((*size, 3), 128, dtype=np.uint8)

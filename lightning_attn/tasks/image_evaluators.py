@@ -1,0 +1,135 @@
+"""Evaluators of every task on images: pictures of results, and images that could not be used."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities import rank_zero_info
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typing_extensions import override
+
+from datamodules.images.folders import listed
+from datamodules.sampling.image_batches import BadImage, ImageBatch
+from lightning_attn.io import unused_path, write_table
+from lightning_attn.metrics.gather import gather_by_id
+from lightning_attn.tasks.evaluation import Evaluator
+from lightning_attn.visualization.pictures import Picture, save_picture
+
+if TYPE_CHECKING:
+    from lightning_attn.tasks.images import ImageTask
+
+_logger = logging.getLogger(__name__)
+
+
+class Pictures(Evaluator):
+    """Draws the first images of rank 0: into the loggers after a validation, else into files.
+
+    Args:
+        task: Draws them.
+        number: How many.
+    """
+
+    def __init__(self, task: "ImageTask[Any, Any]", number: int) -> None:
+        self._task, self._number = task, number
+        self._kept: dict[str, Callable[[], Picture]] = {}
+
+    @override
+    def reset(self, split: str) -> None:
+        super().reset(split)
+        self._kept = {}
+
+    @override
+    def update(self, batch: Any, outputs: Mapping[str, Any]) -> None:
+        if self._task.trainer.is_global_zero and len(self._kept) < self._number:
+            for name, draw in self._task.pictures(batch, outputs["results"]):
+                self._kept[name] = draw
+                if len(self._kept) == self._number:
+                    break
+
+    @override
+    def write(self, scores: dict[str, Any]) -> None:
+        kept, self._kept = self._kept, {}
+        if self.split == "val":
+            for name, draw in kept.items():
+                self._task.log_picture(f"val/{name}", draw())
+        elif kept:
+            folder = unused_path(self._task.output_directory / "predictions" / f"{self.split}_pictures")
+            for name, draw in kept.items():
+                save_picture(draw(), folder / f"{name}.png")
+            rank_zero_info(f"{len(kept)} pictures drawn into {folder}")
+
+
+class BadImages(Evaluator):
+    """Says which images could not be used: each when it is met, and all of them at the end of a stage."""
+
+    def __init__(self, task: "ImageTask[Any, Any]") -> None:
+        self._task = task
+        self._found: dict[BadImage, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    @override
+    def reset(self, split: str) -> None:
+        super().reset(split)
+        if split != "val" or self._task.trainer.state.fn != TrainerFn.FITTING:  # a validation belongs to its training
+            self._found = {}
+
+    @override
+    def update(self, batch: ImageBatch, outputs: Mapping[str, Any]) -> None:
+        for image in batch.bad:
+            if image not in self._found:
+                self._found[image] = None
+                _logger.warning(f"Skipped: {image.reason}")
+
+    @override
+    def compute(self) -> dict[str, Any]:
+        if self.split == "test":
+            self.report()
+        return {}
+
+    def report(self, path: Path | None = None) -> None:
+        """Says which images of all ranks could not be used; a collective.
+
+        Args:
+            path: A CSV file to write their names and the reasons into; None for none.
+        """
+        unreadable = dict.fromkeys(getattr(self._task.trainer.datamodule, "unreadable", ()))  # type: ignore[attr-defined]
+        self._found = gather_by_id(self._found | unreadable)
+        if not self._found or not self._task.trainer.is_global_zero:
+            return
+        where = ""
+        if path is not None:
+            where = f", which {write_table(path, ('file_name', 'reason'), self._found)} lists"
+        _logger.warning(
+            f"{len(self._found):,} images could not be used and were skipped{where}: "
+            f"{listed([image.name for image in self._found], 20)}"
+        )
+
+
+def print_scores(
+    scores: dict[str, Any], header: tuple[str, str], per_class: dict[str, float], totals: tuple[str, ...]
+) -> None:
+    """Prints the scores of a test as a table.
+
+    Args:
+        scores: All, `num_images` among them.
+        header: Headings of the columns: what a row is, and its score.
+        per_class: A score for each class.
+        totals: Which of the scores are the last rows.
+    """
+    table = Table(*header, title=f"Test set, {scores['num_images']} images")
+    for name, value in per_class.items():
+        table.add_row(escape(name), _shown(value))
+    table.add_section()
+    for name in totals:
+        table.add_row(name, _shown(scores[name]))
+    Console().print(table)
+
+
+def _shown(score: float) -> str:
+    return f"{score:.3f}" if score == score else "-"  # NaN is not equal to itself

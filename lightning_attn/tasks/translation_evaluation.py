@@ -1,0 +1,100 @@
+"""How translation is scored: loss per token, BLEU and chrF; after a test also the translations."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from pytorch_lightning.utilities import rank_zero_info
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from typing_extensions import override
+
+from datamodules.translation.wmt14 import TranslationBatch, TranslationDataset
+from lightning_attn.io import unused_path, write_text
+from lightning_attn.metrics.gather import gather_by_id
+from lightning_attn.metrics.translation import CorpusTranslationMetrics, WeightedMean
+from lightning_attn.tasks.evaluation import Evaluator
+from lightning_attn.visualization import draw_translation_attention
+
+if TYPE_CHECKING:
+    from lightning_attn.tasks.translation import TranslationTask
+
+
+class ScoredBatch(TypedDict):
+    """What a step of validation or test returns.
+
+    `losses` are those of each sentence, summed over its tokens, `[B]`; `counts` its tokens, `[B]`; `hypotheses` the
+    best translations, none if only the loss is scored.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    hypotheses: list[str]
+
+
+class TranslationEvaluator(Evaluator):
+    """Loss per target token and, of translations, corpus BLEU and chrF.
+
+    Args:
+        task: Its steps return a `ScoredBatch`.
+    """
+
+    def __init__(self, task: "TranslationTask") -> None:
+        self._task = task
+
+    @override
+    def reset(self, split: str) -> None:
+        super().reset(split)
+        name = "valid" if split == "val" else split
+        self._metrics = CorpusTranslationMetrics(name, self._task.scoring)
+        self._loss = WeightedMean(name)
+        self._has_translations = split == "test" or self._task.validation_beam_size > 0
+        self._examples: dict[int, tuple[str, str, str]] = {}
+
+    @override
+    def update(self, batch: TranslationBatch, outputs: Mapping[str, Any]) -> None:
+        ids = batch.ids.tolist()
+        self._loss.update(ids, outputs["losses"], outputs["counts"])
+        if self._has_translations:
+            self._metrics.update(ids, outputs["hypotheses"], batch.target_text)
+        if self.split == "test":
+            texts = zip(batch.source_text, batch.target_text, outputs["hypotheses"], strict=True)
+            self._examples |= dict(zip(ids, texts, strict=True))
+            self._examples = dict(sorted(self._examples.items())[: self._task.num_examples])
+
+    @override
+    def compute(self) -> dict[str, Any]:
+        scores: dict[str, Any] = {"loss": self._loss.compute()}
+        if self._has_translations:
+            scores |= self._metrics.compute()
+        self._examples = gather_by_id(self._examples)
+        return scores
+
+    @override
+    def write(self, scores: dict[str, Any]) -> None:
+        if self.split != "test":
+            return
+        task = self._task
+        lines = "".join(f"{hypothesis}\n" for hypothesis in self._metrics.hypotheses())
+        write_text(task.output_directory / "predictions" / "test_hypotheses.txt", lines)
+        rank_zero_info(f"BLEU {scores['bleu']:.2f} ({scores['bleu_signature']})")
+        examples = list(self._examples.values())[: task.num_examples]
+        if examples:
+            _print_examples(examples)
+            self._draw_attention(*examples[0][:2])
+
+    def _draw_attention(self, source: str, target: str) -> None:
+        task = self._task
+        assert task.vocabulary is not None
+        batch = TranslationDataset.from_text(task.vocabulary, [source], [target])[0].to(task.device)
+        path = unused_path(task.output_directory / "attention.png")
+        draw_translation_attention(task.built_network, task.vocabulary, batch.source, batch.target, path)
+        rank_zero_info(f"Attention of the first sentence drawn into {path}")
+
+
+def _print_examples(texts: list[tuple[str, str, str]]) -> None:
+    table = Table("source", "reference", "translation", title="First sentences of the test set", show_lines=True)
+    for row in texts:
+        table.add_row(*map(escape, row))
+    Console().print(table)
