@@ -20,28 +20,29 @@ from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.launching import observe_ranks, settle_collectives, watch_rendezvous
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
-from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
+from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, stored_configuration, value_of
 from lightning_attn.errors import MissingFileError
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training import run_directory
 from lightning_attn.training.callbacks import (
-    RUN_KEY,
     BestCheckpoint,
     InitialWeights,
     InterruptionNote,
     SaveConfiguration,
     TopCheckpoints,
 )
+from lightning_attn.training.checkpoint_keys import LINES_KEY, OPTIMIZERS_KEY, STEP_KEY, WEIGHTS_KEY
 from lightning_attn.training.checkpoints import (
     AtomicCheckpointIO,
     CheckpointError,
     count_numbers,
     described_differences,
     read_checkpoint,
+    stored_run,
 )
 from lightning_attn.training.loggers import MetricsLogger, placed_loggers
 from lightning_attn.training.progress import ProgressLines, TrainingBar, TrainingSummary
-from lightning_attn.training.resuming import LINES_KEY, LastCheckpoint
+from lightning_attn.training.resuming import LastCheckpoint
 from lightning_attn.training.scores import best_mode
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
@@ -80,14 +81,18 @@ class CommandLine(LightningCLI):
         if isinstance(typed, list):
             self._typed = {option: value_of(f"--run.{option}", typed) for option in ("name", "root")}
             given = _files_first(typed)
-            with with_stored_configuration(given, self.subcommands()) as (arguments, self._stored_name):
+            stored = stored_configuration(given, self.subcommands())
+            if stored is None:
+                self.config = parser.parse_args(given)
+            else:
+                self._stored_name = stored.name
                 try:
-                    self.config = parser.parse_args(arguments)
-                except ConfigurationError as error:
-                    if arguments == given:
-                        raise
-                    stored = value_of("--ckpt_path", typed)
-                    raise ConfigurationError(f"{error}\n(The configuration in {stored} is a part of it.)") from error
+                    self._subcommand_parsers[stored.subcommand].set_defaults(_by_option(stored.defaults))
+                    self.config = parser.parse_args(given)
+                except (ConfigurationError, KeyError) as error:
+                    raise ConfigurationError(
+                        f"{error}\n(The configuration in {stored.checkpoint} is a part of it.)"
+                    ) from error
         else:
             super().parse_arguments(parser, args)
         check_values(self.config[self.config["subcommand"]])
@@ -107,7 +112,7 @@ class CommandLine(LightningCLI):
         run = RunOptions(**self._option("run").as_dict())
         checkpoint = self._checkpoint(run)
         stored = read_checkpoint(checkpoint) if checkpoint else {}
-        if checkpoint and self.subcommand == "fit" and "optimizer_states" not in stored:
+        if checkpoint and self.subcommand == "fit" and OPTIMIZERS_KEY not in stored:
             raise CheckpointError(
                 f"{checkpoint} holds a model, and not what a training goes on with. Begin a new one with its weights: "
                 f"--run.initial_weights {checkpoint}"
@@ -117,7 +122,7 @@ class CommandLine(LightningCLI):
         self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
         if checkpoint:
             self.model.checkpoint_path = str(checkpoint)
-            self.model.stored_numbers = count_numbers(stored["state_dict"])
+            self.model.stored_numbers = count_numbers(stored[WEIGHTS_KEY])
             if self.subcommand != "fit":
                 self.model.configure_data_from_checkpoint(self.datamodule, stored)
         self.run_path = self._run_directory(run, checkpoint)
@@ -135,13 +140,13 @@ class CommandLine(LightningCLI):
             kwargs["logger"] = _loggers(self.run_path, stored) if training else False
         elif options["logger"] and training:  # metrics.csv is there in any case
             its_own = checkpoint is not None and checkpoint.parent == self.run_path
-            ids = stored.get(RUN_KEY, {}).get("logger_ids", {}) if its_own else {}
+            ids = stored_run(stored).get("logger_ids", {}) if its_own else {}
             arguments = [namespace_to_dict(one).get("init_args", {}) for one in listed(self._option("trainer").logger)]
             placed = placed_loggers(listed(options["logger"]), arguments, self.run_path, ids)
             kwargs["logger"] = [_metrics_logger(self.run_path, stored), *placed]
         configuration = self._resolved_configuration()
-        if self.subcommand == "fit" and RUN_KEY in stored:
-            _report_differences(stored[RUN_KEY]["configuration"], configuration)
+        if self.subcommand == "fit" and (earlier := stored_run(stored).get("configuration")) is not None:
+            _report_differences(earlier, configuration)
         callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, configuration)]
         if self.subcommand == "fit" and run.initial_weights and not checkpoint:
             callbacks.append(InitialWeights(run.initial_weights, run.initial_weights_strict))
@@ -243,6 +248,17 @@ class CommandLine(LightningCLI):
         }
 
 
+def _by_option(sections: dict[str, Any]) -> dict[str, Any]:
+    """Options by the names that the parser has them by: those of classes as a whole, others one by one."""
+    options: dict[str, Any] = {}
+    for name, section in sections.items():
+        if name in ("trainer", "run"):
+            options |= {f"{name}.{option}": value for option, value in section.items()}
+        else:
+            options[name] = section
+    return options
+
+
 def _files_first(arguments: list[str]) -> list[str]:
     """Configuration files before options, which win wherever they stand."""
     files: list[str] = []
@@ -283,7 +299,7 @@ def _plain(value: Any) -> Any:
 
 def _loggers(path: Path, stored: dict[str, Any]) -> list[Any]:
     """Loggers for a run; those of one that goes on keep what was logged up to its stored checkpoint."""
-    first_step = stored.get("global_step", 0)
+    first_step = stored.get(STEP_KEY, 0)
     purge: dict[str, Any] = {"purge_step": first_step} if first_step else {}
     return [
         _metrics_logger(path, stored),
@@ -292,7 +308,7 @@ def _loggers(path: Path, stored: dict[str, Any]) -> list[Any]:
 
 
 def _metrics_logger(path: Path, stored: dict[str, Any]) -> MetricsLogger:
-    return MetricsLogger(path, stored.get("global_step", 0), stored.get(LINES_KEY, 0))
+    return MetricsLogger(path, stored.get(STEP_KEY, 0), stored.get(LINES_KEY, 0))
 
 
 def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[Callback]:

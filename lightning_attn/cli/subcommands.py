@@ -14,6 +14,7 @@ from typing import get_args
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 
+from lightning_attn.archives import reading_once
 from lightning_attn.cli.command_line import CommandLine
 from lightning_attn.cli.comparison import compare_runs
 from lightning_attn.cli.messages import configure_messages, message_of
@@ -51,19 +52,20 @@ def _run(arguments: list[str]) -> None:
         if arguments[0] in _FURTHER_COMMANDS:
             _FURTHER_COMMANDS[arguments[0]](arguments[1:])
             return
-        command = CommandLine(
-            BaseTask,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            # Tasks store their arguments themselves; see BaseTask.
-            load_from_checkpoint_support=False,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_class=Parser,
-            args=arguments,
-        )
+        with reading_once():
+            command = CommandLine(
+                BaseTask,
+                pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                # Tasks store their arguments themselves; see BaseTask.
+                load_from_checkpoint_support=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_class=Parser,
+                args=arguments,
+            )
         if command.subcommand == "predict" and getattr(command.model, "bad_images", None):
             raise SystemExit(2)  # everything else was predicted; the log says what was not
     except SystemExit as stop:

@@ -13,13 +13,13 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_attn import __version__
+from lightning_attn.archives import forget_readings
 from lightning_attn.io import write_text
 from lightning_attn.training import run_directory
-from lightning_attn.training.checkpoints import CHECKPOINT_KEY, load_initial_weights, read_checkpoint
+from lightning_attn.training.checkpoint_keys import RUN_KEY, TASK_KEY, StoredRun
+from lightning_attn.training.checkpoints import load_initial_weights, read_checkpoint
 from lightning_attn.training.loggers import logger_ids
 from lightning_attn.training.task_protocol import TrainableTask
-
-RUN_KEY = "run"
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -96,9 +96,10 @@ class InitialWeights(Callback):
         stored = None
         if foreign is None:
             checkpoint = read_checkpoint(self.path)
-            if checkpoint.get(CHECKPOINT_KEY, {}).get("name") == pl_module.task_name:
+            if checkpoint.get(TASK_KEY, {}).get("name") == pl_module.task_name:
                 stored = pl_module.matched_weights(checkpoint, self.path, strict=self.strict)
         load_initial_weights(pl_module, self.path, strict=self.strict, foreign=foreign, stored=stored)
+        forget_readings()
 
 
 class SaveConfiguration(Callback):
@@ -131,9 +132,9 @@ class SaveConfiguration(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Stores the configuration, and what it ran with."""
-        checkpoint[RUN_KEY] = {
-            "name": self.directory.name,
-            "configuration": self.configuration,
-            "origin": run_directory.origin(),
-            "logger_ids": logger_ids(trainer.loggers),
-        }
+        checkpoint[RUN_KEY] = StoredRun(
+            name=self.directory.name,
+            configuration=self.configuration,
+            origin=run_directory.origin(),
+            logger_ids=logger_ids(trainer.loggers),
+        )

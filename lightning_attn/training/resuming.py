@@ -24,12 +24,20 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_attn.training.callback_states import require_callback_states
+from lightning_attn.training.checkpoint_keys import (
+    CALLBACKS_KEY,
+    LINES_KEY,
+    LOOPS_KEY,
+    OPTIMIZERS_KEY,
+    RANDOM_STREAMS_KEY,
+    SCHEDULES_KEY,
+    STEP_KEY,
+)
 from lightning_attn.training.checkpoints import CheckpointError
 from lightning_attn.training.contents import ContentsError, require_optimizer_state, require_same_structure
 from lightning_attn.training.loggers import MetricsLogger
 
-RANDOM_STREAMS_KEY = "random_streams"
-LINES_KEY = "metrics_lines"
+_FIT_LOOP = "fit_loop"  # of LOOPS_KEY: that of the training
 
 Change = Callable[[dict[str, Any], pl.Trainer], None]
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -215,7 +223,7 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         """Adapts what is noted about the loops to the moment, and notes how many lines `metrics.csv` has."""
         if self._change is not None:
-            self._change(checkpoint["loops"]["fit_loop"], trainer)
+            self._change(checkpoint[LOOPS_KEY][_FIT_LOOP], trainer)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
                 checkpoint[LINES_KEY] = logger.lines
@@ -340,7 +348,7 @@ class ExactResume(Callback):
             CheckpointError: If one does not.
         """
         with _fitting(trainer.ckpt_path):
-            require_callback_states(checkpoint.get("callbacks", {}), trainer.callbacks)  # type: ignore[attr-defined]
+            require_callback_states(checkpoint.get(CALLBACKS_KEY, {}), trainer.callbacks)  # type: ignore[attr-defined]
         self._streams, self._resumed, self._states = checkpoint.get(RANDOM_STREAMS_KEY), True, checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -353,23 +361,23 @@ class ExactResume(Callback):
         if not states:
             return
         with _fitting(trainer.ckpt_path):
-            _require_list("optimizer_states", states, len(trainer.optimizers))
+            _require_list(OPTIMIZERS_KEY, states, len(trainer.optimizers))
             for number, optimizer in enumerate(trainer.optimizers):
-                key = f"optimizer_states[{number}]"
-                missing = require_optimizer_state(key, states["optimizer_states"][number], optimizer)
+                key = f"{OPTIMIZERS_KEY}[{number}]"
+                missing = require_optimizer_state(key, states[OPTIMIZERS_KEY][number], optimizer)
                 if missing:
                     rank_zero_info(f"The checkpoint's {key} says nothing of {missing} parameters: theirs begins anew.")
-            _require_list("lr_schedulers", states, len(trainer.lr_scheduler_configs))
+            _require_list(SCHEDULES_KEY, states, len(trainer.lr_scheduler_configs))
             for number, config in enumerate(trainer.lr_scheduler_configs):
                 current = config.scheduler.state_dict()
-                stored = states["lr_schedulers"][number]
-                require_same_structure(f"lr_schedulers[{number}]", stored, current, counts=False)
-                _require_schedule_step(f"lr_schedulers[{number}]", stored, config, states["global_step"])
+                stored = states[SCHEDULES_KEY][number]
+                require_same_structure(f"{SCHEDULES_KEY}[{number}]", stored, current, counts=False)
+                _require_schedule_step(f"{SCHEDULES_KEY}[{number}]", stored, config, states[STEP_KEY])
             plugin = trainer.precision_plugin
             scaler, current = states.get(type(plugin).__qualname__), plugin.state_dict()
             if scaler and current:
                 require_same_structure(type(plugin).__qualname__, scaler, current)
-            _require_loops(states.get("loops", {}).get("fit_loop"), trainer.fit_loop.state_dict())
+            _require_loops(states.get(LOOPS_KEY, {}).get(_FIT_LOOP), trainer.fit_loop.state_dict())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gives the optimizer the options of now, where the checkpoint had others."""
@@ -457,16 +465,16 @@ def _require_list(key: str, states: dict[str, Any], number: int) -> None:
 def _require_loops(stored: Any, current: dict[str, Any]) -> None:
     """Compares the counts of Lightning's loops; the place in the data is checked by the data's loader."""
     if not isinstance(stored, dict) or stored.keys() != current.keys():
-        raise ContentsError("is damaged: loops.fit_loop is not that of a training")
+        raise ContentsError(f"is damaged: {LOOPS_KEY}.{_FIT_LOOP} is not that of a training")
     place = stored.get("state_dict")
     if not isinstance(place, dict) or not isinstance(place.get("combined_loader", []), list):
-        raise ContentsError("is damaged: loops.fit_loop.state_dict holds no places in the data")
+        raise ContentsError(f"is damaged: {LOOPS_KEY}.{_FIT_LOOP}.state_dict holds no places in the data")
     for name, value in current.items():
         if name == "state_dict":
             continue
         if name == "epoch_loop.state_dict":  # empty before the first step
             value = {"_batches_that_stepped": 0} if stored[name] else value
-        require_same_structure(f"loops.fit_loop.{name}", stored[name], value)
+        require_same_structure(f"{LOOPS_KEY}.{_FIT_LOOP}.{name}", stored[name], value)
 
 
 def random_streams(device: torch.device) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_attn.training.checkpoint_keys import WEIGHTS_KEY
 from lightning_attn.training.checkpoints import read_checkpoint
 from lightning_attn.training.optimization import gradient_scaler, gradients_of
 
@@ -106,7 +107,7 @@ def _sound_checkpoint(trainer: pl.Trainer) -> str:
     for name in ("last.ckpt", "best.ckpt"):
         path = Path(trainer.default_root_dir) / name
         if path.is_file() and all(
-            bool(value.isfinite().all()) for value in read_checkpoint(path)["state_dict"].values()
+            bool(value.isfinite().all()) for value in read_checkpoint(path)[WEIGHTS_KEY].values()
         ):
             return f"The last good checkpoint is {path}."
     return "No good checkpoint has been written yet."
