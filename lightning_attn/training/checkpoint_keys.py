@@ -35,7 +35,7 @@ from here; those of `classes` and `categories` are the `classes_key` of the task
 
 from typing import Any, TypedDict
 
-FORMAT_KEY, FORMAT = "format", 1
+FORMAT_KEY, FORMAT = "format", 2
 """What a checkpoint of this version is marked with; a later number says that this version may misunderstand it."""
 
 TASK_KEY = "task"
