@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_other(run_process, tiny_config, in_folder, rank)
     if rank:
         process = Path("rank1.pid").read_text()
         assert f"rank 1 (process {process}) was ended by SIGKILL" in done.stderr
-        assert "go on with --ckpt_path auto" in done.stderr
+        assert "resume with --ckpt_path auto" in done.stderr
     assert step_of(in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt") in (1, 2)
 
 

@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping
 
 from datamodules.translation.token_cache import available_cores
-from lightning_attn.cli.parser import ConfigurationError, listed
+from lightning_attn.cli.parser import OPTION_ERRORS, ConfigurationError, listed
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.scores import best_mode
 from lightning_attn.training.trust import argument_types
@@ -144,7 +143,7 @@ def trainer_errors(options: Mapping[str, Any]) -> Iterator[None]:
     """Makes messages of what Lightning complains about when it makes a Trainer of options."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+    except OPTION_ERRORS as error:
         given = ", ".join(f"{name} {options[name]}" for name in ("accelerator", "devices", "strategy"))
         hint = (
             ""

@@ -55,7 +55,7 @@ class RunRecord:
             raise MissingFileError(
                 f"compare: {path} is no run directory. Give some, such as checkpoints/<task>/<name>."
             )
-        require_own_entries(path)
+        require_own_entries(path, reading=True)
         # The newest of config_fit.yaml, config_fit-2.yaml and so on is that of the training as it went on last.
         configurations = sorted(path.glob("config_fit*.yaml"), key=lambda one: one.stat().st_mtime_ns)
         if not configurations:

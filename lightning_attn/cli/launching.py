@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_attn.processes import is_running
+
 __all__ = [
     "bind_to_launcher",
     "dead_rank",
@@ -56,18 +58,8 @@ def bind_to_launcher() -> None:
     if launcher == str(os.getppid()) and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    if launcher.isdecimal() and not _is_there(int(launcher)):  # it died before that
+    if launcher.isdecimal() and not is_running(int(launcher)):  # it died before that
         os._exit(1)
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def watch_rendezvous(rank: int, ranks: int, seconds: float = RENDEZVOUS_SECONDS) -> None:
@@ -135,7 +127,7 @@ class _Observer(threading.Thread):
                 continue
             if code < 0:
                 name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-                why = ", often for want of memory: see what the system's log says of it" if code == -9 else ""
+                why = ", often for lack of memory: see the system's log" if code == -9 else ""
                 return f"rank {rank} (process {process.pid}) was ended by {name}{why}"
             return f"rank {rank} (process {process.pid}) ended with exit code {code}; what it said stands above"
         return ""
@@ -154,7 +146,8 @@ class _Observer(threading.Thread):
         if quiet:
             print(f"error: {failed}.", file=sys.stderr, flush=True)
         print(
-            "error: the other ranks wait for it and are ended. What was saved is whole; go on with --ckpt_path auto.",
+            "error: the other ranks wait for it and are ended. What was saved is complete: resume with --ckpt_path "
+            "auto.",
             file=sys.stderr,
             flush=True,
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_attn.archives import ArchiveError, forget_readings, read_archive, shared_reading
 from lightning_attn.errors import InputError, MissingFileError
-from lightning_attn.io import write_file, write_json
+from lightning_attn.io import missing_checkpoint, write_file, write_json
 from lightning_attn.networks.weights.torchvision import COUNTER, names_added_by_attention
 from lightning_attn.training.callback_states import placed_in, relative_to
 from lightning_attn.training.checkpoint_keys import (
@@ -52,15 +52,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             a later version.
     """
     path = Path(path)
-    if path.is_dir():
-        inside = ", ".join(sorted(one.name for one in path.glob("*.ckpt"))) or "no checkpoint"
-        raise MissingFileError(f"{path} is a folder, and holds {inside}. Give a file.")
-    if not path.is_file():
-        others = sorted(one.name for one in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        folder = "the current folder" if path.parent == Path() else str(path.parent)
-        there = f"{folder} holds {', '.join(others)}" if others else f"{folder} holds none"
-        why = "; best.ckpt is there after a validation" if path.name == "best.ckpt" and others else ""
-        raise MissingFileError(f"There is no checkpoint at {path}; {there}{why}.")
+    if missing := missing_checkpoint(path):
+        raise MissingFileError(missing)
     try:
         checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else read_archive(path)
     except ArchiveError as error:

@@ -10,12 +10,17 @@ from pytorch_lightning import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_attn.errors import UserError
 from lightning_attn.training.checkpoint_keys import WEIGHTS_KEY
 from lightning_attn.training.checkpoints import read_checkpoint
 from lightning_attn.training.optimization import gradient_scaler, gradients_of
 
 _Batch = tuple[str, Any, list[str], Tensor]
 """Which batch, its sample ids, names of the samples where they have some, and its loss."""
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """A training whose loss or gradient is NaN or infinite."""
 
 
 class StopOnNonFinite(Callback):
@@ -25,7 +30,7 @@ class StopOnNonFinite(Callback):
     of them end together. With the gradient scaler of fp16, which passes over such steps, only the losses are.
 
     Raises:
-        FloatingPointError: Out of the training, with the step, the samples, and the last checkpoint that is sound.
+        NonFiniteError: Out of the training, with the step, the samples, and the last checkpoint that is sound.
     """
 
     def __init__(self) -> None:
@@ -80,7 +85,7 @@ class StopOnNonFinite(Callback):
             ]
             places = ", ".join(f"{place}{_described(ids, names)}" for place, ids, names, _ in batches)
             found = [f"the loss is finite, but the gradient of {', '.join(broken[:3])} is not, after {places}"]
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"Stopped at step {trainer.global_step + 1}: {'; '.join(found)}. The weights are as they were before this "
             f"step. {_sound_checkpoint(trainer)} A lower learning rate (--model.optimizer.learning_rate), a longer "
             "warm-up, clipping (--trainer.gradient_clip_val 1) or full precision (--trainer.precision 32-true) may "
