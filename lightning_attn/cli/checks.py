@@ -1,4 +1,4 @@
-"""What is refused before anything is built: options without a value, and what of the Trainer's a task cannot do."""
+"""Checks before anything is built: options without a value, and options of the Trainer that a task cannot use."""
 
 import contextlib
 import dataclasses
@@ -67,14 +67,14 @@ def _allows_none(hint: Any) -> bool:
 
 
 def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -> None:
-    """Refuses options of the Trainer that a task cannot be run with, or that make nothing of it.
+    """Refuses options of the Trainer that a task does not support, or with which nothing would be trained.
 
     Raises:
-        ConfigurationError: Names the option, the value and the way out.
+        ConfigurationError: Names the option, the value and the fix.
     """
     if options["barebones"]:
         raise ConfigurationError(
-            "trainer.barebones: true leaves out checkpoints, scores and progress, which a run here is made of. To "
+            "trainer.barebones: true leaves out checkpoints, scores and progress, which every run here needs. To "
             "measure speed, use python -m benchmarks.<task>; to try something quickly, --trainer.fast_dev_run true."
         )
     devices = str(options["devices"])
@@ -140,7 +140,7 @@ def check_open_files(workers: int) -> None:
 
 @contextlib.contextmanager
 def trainer_errors(options: Mapping[str, Any]) -> Iterator[None]:
-    """Makes messages of what Lightning complains about when it makes a Trainer of options."""
+    """Turns Lightning's errors about the Trainer's options into messages."""
     try:
         yield
     except OPTION_ERRORS as error:

@@ -1,4 +1,4 @@
-"""What the command can say without importing torch and Lightning, which takes seconds: help, and usual mistakes."""
+"""What the command answers without importing torch and Lightning, which takes seconds: help, and common mistakes."""
 
 import difflib
 import sys
@@ -12,9 +12,9 @@ import yaml
 from lightning_attn.io import missing_checkpoint, neighbours
 
 SUBCOMMANDS = {
-    "fit": "train, or go on with a training (--ckpt_path last)",
+    "fit": "train, or resume a training (--ckpt_path last)",
     "validate": "score the validation data",
-    "test": "score the test data, and write what is found and what is wrong",
+    "test": "score the test data, and write results and errors",
     "predict": "run a trained network on images or text",
     "average": "make one checkpoint of the mean of several",
     "export": "write a model as safetensors and JSON, torch.export program or ONNX",

@@ -1,4 +1,4 @@
-"""The parser of the command, whose complaints are short."""
+"""The parser of the command, whose error messages are short."""
 
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ OPTION_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, Misconfigurat
 
 
 class ConfigurationError(InputError):
-    """Options that cannot be parsed; the message is fit to be shown."""
+    """Options that cannot be parsed."""
 
 
 class Parser(LightningArgumentParser):

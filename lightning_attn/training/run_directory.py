@@ -1,4 +1,4 @@
-"""The folder that holds everything a run leaves behind."""
+"""The folder that holds everything a run writes."""
 
 import fcntl
 import functools
@@ -98,7 +98,7 @@ def is_named(folder: Path, name: str) -> bool:
 
 
 def reopen(path: Path) -> Path:
-    """Makes the directory of a run that goes on this process's own.
+    """Takes the directory of a run that is resumed for this process.
 
     Raises:
         RunInUseError: If another process trains in it.
@@ -156,7 +156,7 @@ def require_writable(path: Path) -> Path:
 
 def _lock(path: Path) -> None:
     """Keeps other processes out of a run directory until this one ends, however it ends."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody's link, nobody's pipe
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link and no pipe of others
     file = os.fdopen(os.open(path / _LOCK, flags, 0o644), "r+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
