@@ -14,6 +14,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies.launchers import subprocess_script
 from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
 
 from lightning_attn.cli.checks import check_open_files, check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
@@ -49,8 +50,8 @@ from lightning_attn.training.scores import best_mode
 _CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions", "trust")
 
 _CHECKPOINT_HELP = (
-    "Checkpoint: a path, or of the newest run of this name 'last' or 'best'; for fit also 'auto', which is 'last' or, "
-    "where there is none, a new run. The configuration in it is taken, and changed by -c files and options."
+    "Checkpoint: a path, or 'last' or 'best' of the newest run of this name; for fit also 'auto', which is 'last' or, "
+    "if there is none, a new run. Its configuration is the default, which -c files and options change."
 )
 
 
@@ -61,17 +62,19 @@ class CommandLine(LightningCLI):
     _typed: dict[str, str | None]  # what the command line itself says of the run's name and root
     _stored_name: str | None  # of the run whose configuration the checkpoint gave
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options of the run directory, and whom to trust."""
         parser.add_class_arguments(RunOptions, "run")
         parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST_HELP)
 
+    @override
     def _parse_ckpt_path(self) -> None:
         # Lightning would let "hyper_parameters" of a checkpoint overrule the command line, and make objects of them.
         pass
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Also takes what no configuration says from the checkpoint, and checks that before anything is built."""
+        """Takes defaults from the checkpoint's configuration, and checks all values before anything is built."""
         for subparser in self._subcommand_parsers.values():
             for action in subparser._actions:
                 if action.dest == "ckpt_path":
@@ -101,8 +104,8 @@ class CommandLine(LightningCLI):
         if checkpoint and checkpoint not in CHECKPOINT_WORDS and checkpoint != named_here:
             read_checkpoint(checkpoint)  # of a configuration file; one of the command line was read for what it stores
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A Trainer whose files all lie in the run directory."""
         assert self.subcommand is not None
         self.model.require_steps(self.subcommand)
         options = self.config_init[self.subcommand]["trainer"]
@@ -114,8 +117,8 @@ class CommandLine(LightningCLI):
         stored = read_checkpoint(checkpoint) if checkpoint else {}
         if checkpoint and self.subcommand == "fit" and OPTIMIZERS_KEY not in stored:
             raise CheckpointError(
-                f"{checkpoint} holds a model, and not what a training goes on with. Begin a new one with its weights: "
-                f"--run.initial_weights {checkpoint}"
+                f"{checkpoint} holds a model without the state of a training, so it cannot be resumed. Start a new one "
+                f"with its weights: --run.initial_weights {checkpoint}"
             )
         if not checkpoint and self.subcommand != "fit":
             rank_zero_info(f"No --ckpt_path: {self.subcommand} takes the network as it is before any training.")
@@ -156,7 +159,7 @@ class CommandLine(LightningCLI):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         given = listed(options["callbacks"])
         if options["enable_progress_bar"] is None and not any(isinstance(one, ProgressBar) for one in given):
-            # Between what is typed and its answers no bar has a place.
+            # A bar would be drawn between the typed lines and their translations.
             shows_bar = sys.stdout.isatty() and not getattr(self.datamodule, "reads_standard_input", False)
             kwargs["enable_progress_bar"] = shows_bar
             callbacks.append(TrainingBar() if shows_bar else ProgressLines())
@@ -190,7 +193,7 @@ class CommandLine(LightningCLI):
         """The checkpoint that is meant, if any.
 
         Raises:
-            FileNotFoundError: If there is none to go on from.
+            FileNotFoundError: If it is missing.
         """
         checkpoint = self._option("ckpt_path")
         if not checkpoint:
@@ -204,14 +207,14 @@ class CommandLine(LightningCLI):
             raise MissingFileError(
                 f"ckpt_path: {checkpoint!r} means the newest {file} in {root / task / name}, {name}-2 and so on, and "
                 "there is none. Give the run's name (--run.name NAME, --run.root FOLDER) or the path of a checkpoint; "
-                "'auto' begins a new run where there is nothing to go on from."
+                "'auto' starts a new run where there is nothing to resume."
             )
         return found
 
     def _run_directory(self, run: RunOptions, checkpoint: Path | None) -> Path:
-        """The checkpoint's own directory for going on with its run or evaluating it; a new one for other training.
+        """The checkpoint's own directory, to resume or evaluate its run; a new one for other training.
 
-        A run goes on from its `last.ckpt`. Another name, or another root on the command line, asks for a new directory.
+        A run is resumed from its `last.ckpt`. Another name, or root on the command line, asks for a new directory.
 
         Raises:
             OSError: If it cannot be written to.
@@ -249,7 +252,7 @@ class CommandLine(LightningCLI):
 
 
 def _by_option(sections: dict[str, Any]) -> dict[str, Any]:
-    """Options by the names that the parser has them by: those of classes as a whole, others one by one."""
+    """Options by their names in the parser: model and data each as one, others singly."""
     options: dict[str, Any] = {}
     for name, section in sections.items():
         if name in ("trainer", "run"):
@@ -260,7 +263,7 @@ def _by_option(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files_first(arguments: list[str]) -> list[str]:
-    """Configuration files before options, which win wherever they stand."""
+    """Configuration files before options, so that options win whatever the order on the command line."""
     files: list[str] = []
     others: list[str] = []
     pending = list(arguments)
@@ -298,7 +301,7 @@ def _plain(value: Any) -> Any:
 
 
 def _loggers(path: Path, stored: dict[str, Any]) -> list[Any]:
-    """Loggers for a run; those of one that goes on keep what was logged up to its stored checkpoint."""
+    """Loggers for a run; those of a resumed one keep what was logged up to its checkpoint."""
     first_step = stored.get(STEP_KEY, 0)
     purge: dict[str, Any] = {"purge_step": first_step} if first_step else {}
     return [

@@ -30,7 +30,7 @@ TRUST_HELP = (
     "Classes that this call's options or -c files name need no mention."
 )
 
-# Of Lightning's classes, those that compute or watch; none that calls what it is given, or writes where it is told.
+# Of Lightning's classes, those that compute or observe; none that calls its arguments, or writes to a given path.
 _LIGHTNING_CLASSES = {
     callbacks: (
         *("BatchSizeFinder", "DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler"),
@@ -77,14 +77,14 @@ class StoredConfiguration:
 def stored_configuration(arguments: list[str], subcommands: Collection[str]) -> StoredConfiguration | None:
     """The configuration in a checkpoint, as defaults for the options and `-c` files of a call.
 
-    For training it is the run's whole configuration. For evaluation it is model, data and precision, as the hardware
+    For training it is the run's complete configuration. For evaluation it is model, data and precision, as the hardware
     may be another. Places that files are written to are left out.
 
     Returns:
         Nothing if the call names no checkpoint, or one without a configuration but another one.
 
     Raises:
-        ConfigurationError: If neither the arguments nor the checkpoint say what is to be run.
+        ConfigurationError: If neither the arguments nor the checkpoint name a model and data.
         CheckpointError: If the checkpoint is damaged, or names a class that is not to be trusted.
     """
     subcommand = next((argument for argument in arguments if argument in subcommands), None)
@@ -145,7 +145,7 @@ def _words(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _files(arguments: Sequence[str]) -> Iterator[Any]:
-    """The contents of this call's configuration files; the parser complains of one that cannot be read."""
+    """The contents of this call's configuration files; the parser refuses one that cannot be read."""
     for path in option_values(arguments, "-c", "--config"):
         with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
             yield yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def _given(arguments: list[str]) -> set[str]:
 
 
 def _classes_named(values: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Import paths of classes in nested options, and where they stand."""
+    """Import paths of classes in nested options, and the keys that they are under."""
     pending = [(values, key)]
     while pending:
         one, place = pending.pop()

@@ -34,7 +34,7 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
     """Averages checkpoints of one network, such as the last few of a run (Vaswani et al. 2017 take five).
 
     Floating-point weights and statistics are averaged in float64; integers, such as the number of batches that
-    statistics are from, are the last checkpoint's. What a training goes on with is left out.
+    statistics are from, are the last checkpoint's. What a training is resumed with is left out.
 
     Args:
         paths: Two checkpoints or more, of the same task and network, with the same classes or vocabulary.

@@ -1,4 +1,4 @@
-"""Reading checkpoints safely, with errors that say what is wrong with them, and writing them whole or not at all."""
+"""Reading checkpoints safely, with errors that name what is wrong, and writing them atomically."""
 
 import dataclasses
 import json
@@ -12,10 +12,11 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_attn.archives import ArchiveError, forget_readings, read_archive, shared_reading
 from lightning_attn.errors import InputError, MissingFileError
-from lightning_attn.io import write_file, write_json
+from lightning_attn.io import missing_checkpoint, write_file, write_json
 from lightning_attn.networks.weights.torchvision import COUNTER, names_added_by_attention
 from lightning_attn.training.callback_states import placed_in, relative_to
 from lightning_attn.training.checkpoint_keys import (
@@ -52,15 +53,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             a later version.
     """
     path = Path(path)
-    if path.is_dir():
-        inside = ", ".join(sorted(one.name for one in path.glob("*.ckpt"))) or "no checkpoint"
-        raise MissingFileError(f"{path} is a folder, and holds {inside}. Give a file.")
-    if not path.is_file():
-        others = sorted(one.name for one in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        folder = "the current folder" if path.parent == Path() else str(path.parent)
-        there = f"{folder} holds {', '.join(others)}" if others else f"{folder} holds none"
-        why = "; best.ckpt is there after a validation" if path.name == "best.ckpt" and others else ""
-        raise MissingFileError(f"There is no checkpoint at {path}; {there}{why}.")
+    if missing := missing_checkpoint(path):
+        raise MissingFileError(missing)
     try:
         checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else read_archive(path)
     except ArchiveError as error:
@@ -72,7 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         require_contents(checkpoint)
     except ContentsError as error:
         raise CheckpointError(f"{path} {error}. Use another checkpoint of the same run.") from error
-    # Several names of one tensor are several tensors to whoever computes with them.
+    # Several names of one tensor take as much memory as several tensors once they are computed with.
     claimed = sum(value.numel() * value.element_size() for value in checkpoint[WEIGHTS_KEY].values())
     if claimed > 8 * path.stat().st_size + (1 << 20):
         raise CheckpointError(
@@ -91,7 +85,7 @@ def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint as safetensors, which holds tensors and nothing else, and a JSON file of the same name.
 
     Args:
-        checkpoint: As `read_checkpoint` returns it; what a training goes on with is left out.
+        checkpoint: As `read_checkpoint` returns it; what a training is resumed with is left out.
         path: A file that ends in ".safetensors".
 
     Raises:
@@ -130,7 +124,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{described} holds no object; export it again.")
     weights = {name.removeprefix(_WEIGHTS): value for name, value in tensors.items() if name.startswith(_WEIGHTS)}
     others = {name: value for name, value in tensors.items() if not name.startswith(_WEIGHTS)}
-    for name in TRAINING_KEYS:  # an exported model has none; a training would go on with them
+    for name in TRAINING_KEYS:  # an exported model has none; a training would resume with them
         rest.pop(name, None)
     return rest | others | {WEIGHTS_KEY: weights}
 
@@ -166,7 +160,7 @@ def count_numbers(weights: Mapping[str, Tensor]) -> int:
 
 
 def crc32_of(tensors: Iterable[Tensor]) -> int:
-    """A checksum of the bytes of some tensors, to tell networks apart."""
+    """A checksum of the bytes of some tensors, to distinguish networks."""
     checksum = 0
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -271,7 +265,7 @@ def described_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor], 
 
 @dataclasses.dataclass(frozen=True)
 class OutputRows:
-    """How the rows of a tensor are shared out among what a network tells apart: `[groups, background + names, each]`.
+    """How the rows of a tensor belong to the classes or pieces of a network: `[groups, background + names, each]`.
 
     Attributes:
         each: Rows in a row for each name, such as the four numbers of a box.
@@ -354,6 +348,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def __init__(self, weights: Weights = "averaged", directory: Path | None = None) -> None:
         self.weights, self.directory = weights, directory
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Writes a checkpoint.
 
@@ -365,7 +360,7 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             write_file(Path(path), lambda file: torch.save(checkpoint, file), replace=True)
         except RuntimeError as error:
-            # Whatever breaks it off, torch's writer complains about its position in the file in the end.
+            # Whatever the cause, torch's writer ends with an error about its position in the file.
             cause = error.__context__
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
@@ -373,6 +368,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise cause from None
             raise
 
+    @override
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -389,6 +385,7 @@ class AtomicCheckpointIO(CheckpointIO):
         except ContentsError as error:
             raise CheckpointError(f"{path} {error}. Use another checkpoint of the same run.") from error
 
+    @override
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a checkpoint; nothing else, whatever a state of a callback may name."""
         if Path(path).suffix == ".ckpt":

@@ -1,4 +1,4 @@
-"""What may stand under each key of a checkpoint, and what a training that goes on may take from it."""
+"""Checks of the values of a checkpoint: the kind of each key, and whether a state fits the object that takes it."""
 
 import math
 import re
@@ -42,11 +42,11 @@ _LIKE_PARAMETER = (
 
 
 class ContentsError(InputError):
-    """Something of a checkpoint is not what belongs there; the message goes on after the file's name."""
+    """A value of a checkpoint is of a wrong kind; the message continues after the file's name."""
 
 
 def require_contents(checkpoint: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint of which a part is not of its kind; what a part means is its reader's to check.
+    """Refuses a checkpoint with a value of a wrong kind; what a value means is checked by its reader.
 
     Raises:
         ContentsError: Names the key.
@@ -106,7 +106,7 @@ def _require_count(key: str, value: Any) -> None:
 def require_plain(key: str, value: Any) -> None:
     """Refuses what is not dictionaries, lists, numbers, texts and null, or is far more than a configuration.
 
-    What stands in it several times counts as often: 60 lists that each hold the next one twice are 2^60 lists.
+    A value that occurs several times counts each time: 60 lists that each hold the next one twice are 2^60 lists.
 
     Raises:
         ContentsError: Names the key.
@@ -244,7 +244,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _require_random_streams(streams: Any) -> None:
-    """Refuses states that the generators would not check themselves, or complain of in their own words."""
+    """Refuses states that the generators would not check, or would refuse in their own words."""
     if not isinstance(streams, list) or len(streams) > 1 << 20:
         raise ContentsError(f"is damaged: {RANDOM_STREAMS_KEY} is no list of ranks")
     for rank, stream in enumerate(streams):
