@@ -67,7 +67,7 @@ _OWNER = "owner"  # file in the folder of an entry that is being built: which pr
 BLOCK_LINES = 10_000
 # Below this, starting processes takes longer than the work.
 MIN_LINES_FOR_POOL = 100_000
-# The reading process cannot feed more, and each takes as much memory as importing torch does.
+# The reading process cannot feed more.
 _MAX_PROCESSES = 32
 # Byte pair encoding hardly gains from more pairs, but takes about 1 KB of memory for every distinct word.
 VOCABULARY_PAIRS = 500_000
