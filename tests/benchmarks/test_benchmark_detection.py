@@ -94,7 +94,7 @@ def test_convolutions_alone_reach_every_parameter():
     for run in convolutions_alone(deformable, regular, FROZEN.batch()).values():
         run()
     for network, kind in ((deformable, DeformableConv), (regular, nn.Conv2d)):
-        body = network.get_submodule("network.backbone.body")
+        body = network.get_submodule("backbone.body")
         alone = [body.layer3[0].conv2, body.layer4[0].conv2]
         assert all(isinstance(module, kind) for module in alone)
         used = {id(parameter) for module in alone for parameter in module.parameters()}

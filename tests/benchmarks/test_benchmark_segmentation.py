@@ -3,7 +3,6 @@ import json
 
 import pytest
 import torch
-from lightning_attn.networks.images.segmentation import SegmenterSpec
 
 from benchmarks.case import Run, cost_in_process
 from benchmarks.report import tabulate
@@ -11,6 +10,7 @@ from benchmarks.results import Comparison, Memory, Result, Side, Timing
 from benchmarks.runner import main
 from benchmarks.segmentation import ATTENTIONS, BENCHMARK, Problem, inference_steps, training_steps
 from lightning_attn.networks.images.backbone import ResNetSpec
+from lightning_attn.networks.images.heads.segmentation import SegmenterSpec
 
 SMALL = Problem(ResNetSpec("bottleneck14", width=8), SegmenterSpec(head_channels=16), height=33, width=41, heads=2)
 SMALL_CASES = [dataclasses.replace(case, problem=SMALL) for case in BENCHMARK.cases]
