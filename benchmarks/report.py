@@ -122,7 +122,8 @@ def output_console() -> Console:
 def print_result(console: Console, case: Case, result: Result) -> None:
     """A table with its notes; red is what missed its target."""
     table = tabulate(case, result)
-    styled = StyledTable(title=f"{result.case}: {result.title}", title_justify="left")
+    console.print(f"{result.case}: {result.title}", style="italic", highlight=False, markup=False)
+    styled = StyledTable()
     for index, name in enumerate(table.header):
         first_or_words = index == 0 or not any(line[index][:1].isdigit() for line in table.cells)
         styled.add_column(name, justify="left" if first_or_words else "right")
