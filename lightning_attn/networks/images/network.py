@@ -10,11 +10,10 @@ from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.networks.images.backbone import Backbone, Features
 from lightning_attn.networks.images.batching import check_images
-from lightning_attn.networks.images.heads.detection import Detection, DetectionHead, DetectorSpec, Target
+from lightning_attn.networks.images.heads.detection import Detection, DetectionHead, DetectorSpec, Head, Target
 from lightning_attn.networks.images.heads.faster_rcnn import FasterRCNNHead
 from lightning_attn.networks.images.heads.retinanet import RetinaNetHead
 from lightning_attn.networks.images.heads.segmentation import SegmentationHead, SegmenterSpec
-from lightning_attn.networks.weights.torchvision_detectors import Head
 
 TargetType = TypeVar("TargetType")
 ResultType = TypeVar("ResultType")

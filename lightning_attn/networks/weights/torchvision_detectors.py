@@ -1,7 +1,6 @@
 """Weights of torchvision's own detectors, by the names and for the categories of ours."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,22 +9,20 @@ from torchvision.models import get_model, get_model_weights
 from lightning_attn.errors import InputError
 from lightning_attn.networks.weights.torchvision import COUNTER, read_weights, weight_names
 
-Head = Literal["faster_rcnn", "retinanet"]
-
-_ARCHITECTURES: dict[Head, str] = {"faster_rcnn": "fasterrcnn_resnet50_fpn", "retinanet": "retinanet_resnet50_fpn"}
-_PREDICTORS: dict[Head, tuple[str, ...]] = {
+_ARCHITECTURES: dict[str, str] = {"faster_rcnn": "fasterrcnn_resnet50_fpn", "retinanet": "retinanet_resnet50_fpn"}
+_PREDICTORS: dict[str, tuple[str, ...]] = {
     "faster_rcnn": ("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"),
     "retinanet": ("head.classification_head.cls_logits",),
 }
 _FILES = (".pth", ".pt")
 
 
-def is_torchvision_detector(weights: str, head: Head) -> bool:
+def is_torchvision_detector(weights: str, head: str) -> bool:
     """Whether this names torchvision's weights for a head, such as "COCO_V1", or a file as torchvision's are."""
-    return weights in weight_names(_ARCHITECTURES[head]) or weights.endswith(_FILES)
+    return head in _ARCHITECTURES and (weights in weight_names(_ARCHITECTURES[head]) or weights.endswith(_FILES))
 
 
-def read_torchvision_detector(weights: str, head: Head, names: Sequence[str], ids: Sequence[int]) -> dict[str, Tensor]:
+def read_torchvision_detector(weights: str, head: str, names: Sequence[str], ids: Sequence[int]) -> dict[str, Tensor]:
     """Reads a `fasterrcnn_resnet50_fpn` or `retinanet_resnet50_fpn`, whose labels become those of the data.
 
     A file with as many classes as the data is taken as it is. torchvision's own have a label for each of COCO's ids, 1
@@ -77,7 +74,7 @@ def read_torchvision_detector(weights: str, head: Head, names: Sequence[str], id
     return _renamed({name: value for name, value in state.items() if not name.startswith(_PREDICTORS[head])}, head)
 
 
-def _renamed(state: dict[str, Tensor], head: Head) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Tensor], head: str) -> dict[str, Tensor]:
     """From torchvision's names to those of `Detector`: all but the backbone's own are the head's."""
     prefix = "head.retinanet." if head == "retinanet" else "head."
     return {

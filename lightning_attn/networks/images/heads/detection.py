@@ -15,9 +15,9 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from lightning_attn.errors import InputError
 from lightning_attn.networks.images.backbone import Features, norm_factory
-from lightning_attn.networks.weights.torchvision_detectors import Head
 from lightning_attn.validation import is_number, refuse_unused, require_int
 
+Head = Literal["faster_rcnn", "retinanet"]
 HeadNorm = Literal["none", "batch", "sync", "group"]
 Target: TypeAlias = dict[str, Tensor]
 Detection: TypeAlias = dict[str, Tensor]
