@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from pytorch_lightning.loggers.logger import DummyLogger
 
-from datamodules.translation.token_cache import Preparation
+from datamodules.translation import token_cache
 from lightning_attn.cli.comparison import compare_runs
 from lightning_attn.tasks import SegmentationTask
 from lightning_attn.training.checkpoints import read_checkpoint
@@ -243,7 +243,7 @@ def test_a_signal_before_the_training_leaves_nothing_half_done(run, tiny_config,
     def interrupted(*_):
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Preparation, "_train_vocabulary", interrupted)
+    monkeypatch.setattr(token_cache, "train_vocabulary", interrupted)
     cache = tmp_path / "new_cache"
     earlier = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, which the command respects
     try:

@@ -13,7 +13,7 @@ import torch
 from datamodules import WMT14DataModule
 from datamodules.miniature.translation import write_miniature_corpus
 from datamodules.translation.vocabulary import Vocabulary
-from lightning_attn.networks.translation.beam_search import BeamSearchOptions
+from lightning_attn.networks.translation.beam_search import BeamSearchOptions, beam_search
 from lightning_attn.tasks import TranslationTask
 
 RUN = Path("checkpoints/translation/tiny")
@@ -177,13 +177,12 @@ def test_a_prediction_that_was_broken_off_goes_on(run, trained, monkeypatch):
     with part.open("a") as file:
         file.write('{"id": 30, "sou')  # as a kill may leave it
     done = []
-    translations = TranslationTask._translations
 
-    def counted(task, source, prefixes=()):
-        done.append(len(source))
-        return translations(task, source, prefixes)
+    def counted(decoder, sentences, *arguments, **options):
+        done.append(sentences)
+        return beam_search(decoder, sentences, *arguments, **options)
 
-    monkeypatch.setattr(TranslationTask, "_translations", counted)
+    monkeypatch.setattr("lightning_attn.tasks.translation.beam_search", counted)
     printed = run("predict", "--ckpt_path", trained, "--data.eval_max_tokens", 100, "--data.skip_done", "true")
     assert f"{sum(calls)} sentences were translated before" in printed
     assert sum(done) == 31 - sum(calls)

@@ -4,7 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from datamodules import WMT14DataModule
+from datamodules import Vocabulary, WMT14DataModule
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.tasks import BaseTask, CheckpointError, OptimizerSpec, ScheduleSpec, TranslationTask
 from lightning_attn.tasks.base import plain_value
@@ -67,7 +67,7 @@ def test_a_checkpoint_alone_is_enough(checkpoint, monkeypatch):
     assert together == [task.predict([sentence])[0] for sentence in sentences]
     assert together == task.predict(sentences, batch_size=2)
     assert task.predict([]) == []
-    monkeypatch.setattr(task, "_text", lambda hypothesis: "text")
+    monkeypatch.setattr(Vocabulary, "decode", lambda vocabulary, tokens: "text")
     assert task.predict(["", "a dog", " "]) == ["", "text", ""], "a blank line stays blank"
     with pytest.raises(TypeError, match=r"give a list, \[text\] for one"):
         task.predict("The woman reads a book.")
