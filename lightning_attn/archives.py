@@ -10,7 +10,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ _PLAIN = (bool, int, float, str, bytes, torch.Size, torch.dtype)
 
 _readings: dict[tuple[object, ...], Any] | None = None  # by reader and state of the file, within `reading_once`
 Contents = TypeVar("Contents")
-Arguments = ParamSpec("Arguments")
 
 
 class ArchiveError(InputError):
@@ -63,44 +62,43 @@ def forget_readings() -> None:
         _readings.clear()
 
 
-def shared_reading(
-    read: Callable[Concatenate[Path, Arguments], Contents],
-) -> Callable[Concatenate[Path, Arguments], Contents]:
+def shared_reading(read: Callable[[Path], Contents]) -> Callable[[Path], Contents]:
     """Makes a function that reads a file of tensors and plain values take part in `reading_once`.
 
     Every caller gets containers of its own, which it may change, and the same tensors, which it may not.
     """
 
-    def shared(path: Path, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Contents:
+    def shared(path: Path) -> Contents:
         if _readings is None:
-            return read(path, *arguments, **options)
+            return read(path)
         status = path.stat()
-        state = (status.st_ino, status.st_size, status.st_mtime_ns)
-        key = (read, path.absolute(), *state, *arguments, *sorted(options.items()))
+        key = (read, path.absolute(), status.st_ino, status.st_size, status.st_mtime_ns)
         if key not in _readings:
-            _readings[key] = read(path, *arguments, **options)
+            _readings[key] = read(path)
         contents: Contents = _readings[key]
         return copy.deepcopy(contents, {id(tensor): tensor for _, tensor in _tensors_in(contents)})
 
-    functools.update_wrapper(shared, read)
     return shared
 
 
-@shared_reading
 def read_archive(path: Path, legacy: bool = False) -> Any:
     """What `torch.save` wrote, on the CPU, its tensors mapped from the file; no code in it is run.
 
     Args:
         path: The file.
         legacy: Also reads the format of torch before 1.6, as older pretrained weights have it, into memory; what it
-            claims to hold is not checked before.
+            claims to hold is not checked before. Such a reading is not shared.
 
     Raises:
         ArchiveError: If the file is cut short, damaged, compressed, claims to hold more than it does, or holds anything
             else than tensors of ordinary numbers and plain values.
         OSError: If the system cannot read it.
     """
-    # The directory of an archive stands at the end of the file: a file that was cut short has none.
+    return _checked(path, legacy=True) if legacy else _shared_archive(path)
+
+
+def _checked(path: Path, *, legacy: bool) -> Any:
+    # The directory of an archive is at the end of the file: a file that was cut short has none.
     if zipfile.is_zipfile(path):
         load = _mapped
     elif legacy:
@@ -134,6 +132,11 @@ def read_archive(path: Path, legacy: bool = False) -> Any:
         if fault is not None:
             raise ArchiveError(f"is damaged: {key} {fault}")
     return contents
+
+
+@shared_reading
+def _shared_archive(path: Path) -> Any:
+    return _checked(path, legacy=False)
 
 
 def _mapped(path: Path) -> Any:

@@ -389,7 +389,9 @@ ERRORS = {"input": InputError("pairs: give more of them"), "value": ValueError("
 class Task(TranslationTask):
     def __init__(self, mistake: str = "", **arguments):
         super().__init__(**arguments)
-        self.mistake = mistake
+        self.mistake = mistake.removeprefix("built ")
+        if mistake.startswith("built"):
+            raise ERRORS[self.mistake]
 
     def training_step(self, batch, batch_idx):
         raise ERRORS[self.mistake]
@@ -431,6 +433,10 @@ def test_which_errors_of_a_users_class_keep_their_traceback(run, tiny_config, op
     assert printed[printed.index("error: ") :] == "error: pairs: give more of them\n"
     with pytest.raises(ValueError, match="not for users"):
         run("fit", "-c", tiny_config, *options, "value")
+    if options[0] == "--model":
+        assert "error: pairs: give more of them\n" in run("fit", "-c", tiny_config, *options, "built input", status=2)
+        with pytest.raises(ValueError, match=r"^`pairs`: not for users$"):
+            run("fit", "-c", tiny_config, *options, "built value")
     monkeypatch.setenv("LIGHTNING_ATTN_TRACEBACK", "1")
     with pytest.raises(InputError, match="give more of them"):
         run("fit", "-c", tiny_config, *options, "input")
