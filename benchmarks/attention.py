@@ -1,9 +1,8 @@
 """Time and peak memory of every attention beside its peers, forward and backward, on this machine.
 
-``python -m benchmarks.attention`` prints tables and writes JSON, Markdown and a figure. The peers are the authors'
-released module (mmcv's ``GeneralizedAttention``), the plain way of computing it, torchvision's deformable convolution,
-and as the floor torch's ``scaled_dot_product_attention`` with E1 alone between the same projections. Choose with
-``--cases`` and ``--sets``:
+The peers are the authors' released module (mmcv's ``GeneralizedAttention``), the plain way of computing it,
+torchvision's deformable convolution, and as the floor torch's ``scaled_dot_product_attention`` with E1 alone between
+the same projections. Choose with ``--cases`` and ``--sets``:
 
     python -m benchmarks.attention --cases 256x50x84s2 --sets 1111,0001 --no-memory
     python -m benchmarks.attention --cases small --threads 1
@@ -16,43 +15,26 @@ weights and gradient of the output. Memory is that of a fresh process for each s
 ``--report FILE...`` makes tables and figure again from files.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from benchmarks.attention_report import Row, Run, by_group, markdown, print_table, read_run
-from benchmarks.attention_sides import Shape, build
-from benchmarks.measure import (
-    Side,
-    Target,
-    Timing,
-    add_arguments,
-    answer_parent,
-    comma_separated,
-    describe,
-    machine,
-    output_console,
-    overlap,
-    peak_memory,
-    positive_int,
-    ratio,
-    require,
-    run_child,
-    timed_in_turn,
-)
+from benchmarks.attention_shape import Shape, terms_and_size
+from benchmarks.case import Benchmark, Case, Run, Steps, Table, costs_in_process
+from benchmarks.fresh_process import describe
+from benchmarks.measure import timed_in_turn
+from benchmarks.peers.attention import build_module
+from benchmarks.report import milliseconds
+from benchmarks.results import Comparison, Result, Side, Target, overlap, ratio
+from benchmarks.runner import comma_separated, run_as_command
 from lightning_attn.attention.spec import TERM_SETS, parse_terms
-from lightning_attn.io import unused_path, write_json, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 QUICK_SETS = ("1111", "1000", "0100", "0011", "0010", "0001")
 LARGE_CASES = ("256x50x84s2", "512x25x42s2", "256x50x84s1", "512x96x96s1", "growth", "deformable")
@@ -64,10 +46,10 @@ SMALL_CASES = (
     "sentences:64x25x512",
     "sentences:64x25x512-bf16",
 )
-CASES = LARGE_CASES + SMALL_CASES
 GROWTH_SETS = ("1111", "0011", "0010")
 GROWTH_DEFAULT, DEFORMABLE_DEFAULT = "256x25x42s2", "256x50x84"
-REPORT_WIDTH = 220  # characters
+PEERS = ("mmcv", "torchvision", "naive")
+"""The first of them that a comparison has is the one that it is about."""
 
 # The least that is asked for: mmcv's time divided by ours, by case and term set; of all others, that no peer is faster.
 SPEED = {
@@ -91,19 +73,76 @@ DEFORMABLE = 4.0
 # Of outputs and gradients, relative to the largest: float32 through thousands of sums, and eight bits of bfloat16.
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-4, 5e-2
 
-# A peer that needs more bytes runs once, alone, in a process with a limit.
-_ALONE = 2.5e9
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attention at one size.
+
+    Attributes:
+        shape: Of its input.
+        terms: Its term set, or `deformable` for a deformable convolution in its place.
+    """
+
+    shape: Shape
+    terms: str
+
+    def resized(self, shape: Shape) -> "Problem":
+        """The same at another size."""
+        return dataclasses.replace(self, shape=shape)
+
+    @property
+    def needed_by_peer(self) -> int:
+        """Roughly the bytes that mmcv adds at its peak: three to four N_q x N_k maps, save for E3 alone."""
+        return 0 if self.terms in ("deformable", "0010") else 4 * self.shape.energy_bytes
+
+    @property
+    def twin(self) -> str | None:
+        """The set that is compared with instead where mmcv fails, E2 without E4: the same with E4."""
+        if self.terms == "deformable":
+            return None
+        _, e2, _, e4 = parse_terms(self.terms)
+        return self.terms[:-1] + "1" if e2 and not e4 else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How much is measured."""
+class Plan:
+    """What a case compares.
 
-    repetitions: int = 15
-    budget: float = 12.0
-    threads: int = 2
-    memory: bool = True
+    Attributes:
+        sizes: Names of shapes.
+        sets: Term sets; of several sizes, those of `GROWTH_SETS` if there are any.
+        deformable: Whether it is about the deformable convolution in their place.
+        rounds: Of one repetition: many where steps take milliseconds.
+        large_peers: Whether peers run that need most of the machine.
+        alone_bytes: A peer that needs more runs once, alone, in a process with a limit.
+        free_bytes: How much it may need; None for what is free then.
+    """
+
+    sizes: tuple[str, ...]
+    sets: tuple[str, ...] = dataclasses.field(
+        default=tuple(reversed(TERM_SETS)),
+        metadata={"type": comma_separated, "help": "term sets with commas between; all by default"},
+    )
+    deformable: bool = False
+    rounds: int = 1
     large_peers: bool = True
+    alone_bytes: float = 2.5e9
+    free_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for terms in self.sets:
+            parse_terms(terms)
+
+    def __str__(self) -> str:
+        return ", ".join(self.sizes)
+
+    def problems(self) -> dict[str, Problem]:
+        """The attentions by the names of their comparisons."""
+        if len(self.sizes) == 1:
+            shape = Shape.parse(self.sizes[0])
+            return {terms: Problem(shape, terms) for terms in (("deformable",) if self.deformable else self.sets)}
+        sets = [terms for terms in self.sets if terms in GROWTH_SETS] or self.sets
+        return {f"{terms} at {size}": Problem(Shape.parse(size), terms) for terms in sets for size in self.sizes}
 
 
 def training_step(module: nn.Module, x: Tensor, gradient: Tensor, bfloat16: bool) -> Callable[[], tuple[Tensor, ...]]:
@@ -119,332 +158,339 @@ def training_step(module: nn.Module, x: Tensor, gradient: Tensor, bfloat16: bool
     return step
 
 
-def compare(shape: Shape, kind: str, peer: str) -> float | str:
-    """How far output and input gradient of the peer lie from ours, relative to their largest value; or its error.
-
-    On the map of the case, or one of the same form that is small enough to take no time.
-    """
-    while shape.energy_bytes > 2e8:
-        shape = shape.scaled(0.5)
+def build_steps(problem: Problem, sides: Sequence[str]) -> Steps:
+    """Steps of sides with the same input and gradient; the side `twin` is ours with another set."""
+    shape = problem.shape
     torch.manual_seed(1)
     x, gradient = shape.tensor(), shape.tensor()
-    ours = training_step(build("ours", shape, kind), x, gradient, shape.bfloat16)()[:2]
+    modules = {
+        side: build_module("ours", shape, problem.twin or "")
+        if side == "twin"
+        else build_module(side, shape, problem.terms)
+        for side in sides
+    }
+    return {side: training_step(module, x, gradient, shape.bfloat16) for side, module in modules.items()}
+
+
+def compare(build: Callable[[Any, Sequence[str]], Steps], problem: Problem, peer: str) -> float | str:
+    """How far output and input gradient of the peer lie from ours, relative to their largest value; or its error.
+
+    At the size of the problem, or one of the same form that is small enough to take no time.
+    """
+    while problem.shape.energy_bytes > 2e8:
+        problem = problem.resized(problem.shape.scaled(0.5))
+    ours: Any = build(problem, ["ours"])["ours"]()
     try:
-        theirs = training_step(build(peer, shape, kind), x, gradient, shape.bfloat16)()[:2]
+        theirs: Any = build(problem, [peer])[peer]()
     except Exception as error:  # a peer that fails is a result
         return describe(error)
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(ours[:2], theirs[:2], strict=True))
 
 
-def needed_by_peer(shape: Shape, kind: str) -> int:
-    """Roughly the bytes that the peer adds at its peak: mmcv holds three to four N_q x N_k maps, save for E3 alone."""
-    return 0 if kind in ("deformable", "0010") else 4 * shape.energy_bytes
+def measure(case: Case, run: Run) -> Iterator[Comparison]:
+    """The comparisons of a case, each once its time is measured; their memory is added in the end."""
+    plan: Plan = case.problem
+    problems = plan.problems()
+    found: dict[str, Comparison] = {}
+    for number, (name, problem) in enumerate(problems.items()):
+        run.report(f"{name} ({number + 1} of {len(problems)})")
+        same_size = (found[other].sides for other in found if problems[other].shape == problem.shape)
+        floor = next((sides["floor"] for sides in same_size), None)
+        found[name] = measure_time(case, name, problem, run, floor)
+        yield found[name]
+    if case.memory and run.memory:
+        run.report("memory")
+        for shape in dict.fromkeys(problem.shape for problem in problems.values()):
+            _add_memory(case, {problems[name]: found[name] for name in found if problems[name].shape == shape}, run)
 
 
-def twin(kind: str) -> str | None:
-    """The set that is compared with instead where mmcv fails, E2 without E4: the same with E4."""
-    if kind == "deformable":
-        return None
-    _, e2, _, e4 = parse_terms(kind)
-    return kind[:-1] + "1" if e2 and not e4 else None
-
-
-def measure(group: str, shape: Shape, kind: str, options: Options, floor: Side | None = None) -> Row:
-    """Times all sides of one case in turn, once the peer's result has been found to be ours.
+def measure_time(case: Case, name: str, problem: Problem, run: Run, floor: Side | None = None) -> Comparison:
+    """Times all sides of one attention in turn, once the peers' results have been found to be ours.
 
     Args:
-        group: The case of the command line.
-        shape: Size of the problem.
-        kind: Term set, or `deformable`.
-        options: How much is measured.
-        floor: Of the same size; on a map that is so large that the peer runs alone, it is not measured again.
+        case: Whose.
+        name: Of the comparison.
+        problem: Which attention.
+        run: How.
+        floor: Of the same size; where the peer is so large that it runs alone, it is not measured again.
     """
-    peers = _peers(shape, kind)
-    row = Row(group=group, case=str(shape), kind=kind, peer=peers[0], sides={})
-    alone = needed_by_peer(shape, kind) > _ALONE
-    names = {"ours": kind, "floor": kind}
+    plan: Plan = case.problem
+    assert case.build is not None
+    peers = _peers(plan, problem)
+    found = Comparison(name)
+    alone = problem.needed_by_peer > plan.alone_bytes
+    sides = ["ours", "floor"]
     for peer in peers:
-        difference = compare(shape, kind, peer)
+        difference = compare(case.build, problem, peer)
         if isinstance(difference, str):
-            row.sides[peer] = Side(error=f"fails: {difference}")
-        elif not difference <= (TOLERANCE_BFLOAT16 if shape.bfloat16 else TOLERANCE):  # NaN too
-            row.sides[peer] = Side(
+            found.sides[peer] = Side(error=f"fails: {difference}")
+        elif not difference <= (TOLERANCE_BFLOAT16 if problem.shape.bfloat16 else TOLERANCE):  # NaN too
+            found.sides[peer] = Side(
                 error=f"wrong: {difference:.1g} of the largest value away from ours, which the tests hold to the "
                 "definition"
             )
         else:
-            row.difference = max(difference, row.difference or 0.0)
+            found.difference = max(difference, found.difference or 0.0)
             if not alone:
-                names[peer] = kind
-    other = twin(kind)
-    if "mmcv" in row.sides and other is not None and not alone:
-        names["twin"] = other
+                sides.append(peer)
+    if "mmcv" in found.sides and problem.twin is not None and not alone:
+        sides.append("twin")
     if alone and floor is not None:
-        row.sides["floor"] = dataclasses.replace(floor)
-        del names["floor"]
-    torch.manual_seed(1)
-    x, gradient = shape.tensor(), shape.tensor()
-    modules = {name: build("ours" if name == "twin" else name, shape, what) for name, what in names.items()}
-    steps = {name: training_step(module, x, gradient, shape.bfloat16) for name, module in modules.items()}
-    if alone:  # steps of many seconds: a small map warms them up, and a few rounds tell enough
-        small = shape.smallest()
-        for module in modules.values():
-            training_step(module, small.tensor(), small.tensor(), shape.bfloat16)()
-        timings = timed_in_turn(steps, repetitions=min(2, options.repetitions), unmeasured=0)
-    elif group in SMALL_CASES:  # steps of milliseconds
-        timings = timed_in_turn(steps, repetitions=20 * options.repetitions, budget=options.budget / 3)
+        found.sides["floor"] = dataclasses.replace(floor)
+        sides.remove("floor")
+    if alone:  # steps of many seconds: a small map warms up, and a few rounds are enough
+        for step in case.build(problem.resized(problem.shape.smallest()), sides).values():
+            step()
+        rounds, unmeasured = min(2, case.repetitions), 0
     else:
-        timings = timed_in_turn(steps, repetitions=options.repetitions, budget=options.budget)
-    for name, timing in timings.items():
-        row.sides[name] = Side(timing=timing) if isinstance(timing, Timing) else Side(error=f"fails: {timing}")
-    if alone and row.peer not in row.sides:
-        row.sides[row.peer] = _measure_alone(shape, kind, row.peer, options)
-    return row
+        rounds, unmeasured = plan.rounds * case.repetitions, case.unmeasured
+    steps = case.build(problem, sides)
+    timings = timed_in_turn(
+        steps, repetitions=rounds, budget=case.budget, unmeasured=unmeasured, clock=run.clock, least=5
+    )
+    for side, timing in timings.items():
+        found.sides[side] = Side(error=f"fails: {timing}") if isinstance(timing, str) else Side(timing)
+    if alone and peers[0] not in found.sides:
+        del steps
+        found.sides[peers[0]] = _measure_alone(case, problem, peers[0], run)
+    return found
 
 
-def _peers(shape: Shape, kind: str) -> tuple[str, ...]:
-    """Who computes the same; the first is the one that the row is about."""
-    if kind == "deformable":
+def _peers(plan: Plan, problem: Problem) -> tuple[str, ...]:
+    """Who computes the same; the first is the one that the comparison is about."""
+    if problem.terms == "deformable":
         return ("torchvision",)
-    if shape.ndim == 1:
+    if problem.shape.ndim == 1:
         return ("naive",)
-    return ("mmcv",) if needed_by_peer(shape, kind) > _ALONE else ("mmcv", "naive")
+    return ("mmcv",) if problem.needed_by_peer > plan.alone_bytes else ("mmcv", "naive")
 
 
-def _measure_alone(shape: Shape, kind: str, peer: str, options: Options) -> Side:
+def _measure_alone(case: Case, problem: Problem, peer: str, run: Run) -> Side:
     """A peer that needs most of the machine: one step in the process that measures its memory, if it can fit."""
     import psutil
 
-    if not options.large_peers:
+    plan: Plan = case.problem
+    if not plan.large_peers:
         return Side(error="not run: left out of a quick run")
-    needed, free = needed_by_peer(shape, kind), int(0.9 * psutil.virtual_memory().available)
-    if needed > free:
-        return Side(error=f"does not fit: needs about {needed / 1e9:.0f} GB of {free / 1e9:.0f} GB free")
-    figures = memory_of(peer, shape, [kind], options.threads, limit=free)[kind]
-    if figures.error is not None:
-        figures.error = f"fails: {figures.error}"
-    return figures
+    free = int(0.9 * psutil.virtual_memory().available) if plan.free_bytes is None else plan.free_bytes
+    if problem.needed_by_peer > free:
+        needed = problem.needed_by_peer / 1e9
+        return Side(error=f"does not fit: needs about {needed:.0f} GB of {free / 1e9:.0f} GB free")
+    [cost] = _costs(case, [problem], peer, run, limit=free)
+    if cost.error is not None:
+        cost.error = f"fails: {cost.error}"
+    return cost
 
 
-def memory_of(side: str, shape: Shape, kinds: Sequence[str], threads: int, limit: int | None = None) -> dict[str, Side]:
-    """Peak memory of one side for several term sets, in a fresh process; also the times of the measured steps."""
-    request = {"side": side, "case": str(shape), "kinds": list(kinds)}
-    figures = run_child("benchmarks.attention", ["--child", json.dumps(request)], threads=threads, limit=limit)
-    if isinstance(figures, str):
-        return {kind: Side(error=figures) for kind in kinds}
-    return {kind: Side.from_dict(figures[kind]) for kind in kinds}
+def _costs(case: Case, problems: Sequence[Problem], peer: str, run: Run, limit: int | None = None) -> list[Side]:
+    """Peak memory of one side of several attentions, each after a step at a small size, and the steps' times."""
+    once = [problem.needed_by_peer > case.problem.alone_bytes for problem in problems]
+    asked = [
+        (problem, 1 if alone else 2, problem.resized(problem.shape.smallest()))
+        for problem, alone in zip(problems, once, strict=True)
+    ]
+    return costs_in_process(case, asked, peer, run, limit)
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What `memory_of` asks of its fresh process."""
-    shape = Shape.parse(request["case"])
-    small = shape.smallest()
-    figures = {}
-    for kind in request["kinds"]:
-        module = build(request["side"], shape, kind)
-        warm_up = training_step(module, small.tensor(), small.tensor(), shape.bfloat16)
-        step = training_step(module, shape.tensor(), shape.tensor(), shape.bfloat16)
-        memory, timing = peak_memory(step, steps=1 if needed_by_peer(shape, kind) > _ALONE else 2, warm_up=warm_up)
-        figures[kind] = dataclasses.asdict(Side(timing=timing, memory=memory))
-    return figures
+def _add_memory(case: Case, comparisons: dict[Problem, Comparison], run: Run) -> None:
+    """Measures the memory of comparisons of one size, one fresh process for each side but the plain way."""
+    for side in {name: None for found in comparisons.values() for name in found.sides if name not in ("twin", "naive")}:
+        missing = {
+            problem: found.sides[side]
+            for problem, found in comparisons.items()
+            if side in found.sides and found.sides[side].error is None and found.sides[side].memory is None
+        }
+        # The floor is the same for every set.
+        asked = list(missing)[:1] if side == "floor" else list(missing)
+        measured = _costs(case, asked, side, run) if asked else []
+        for earlier, cost in zip(missing.values(), measured * len(missing), strict=False):
+            earlier.memory, earlier.error = cost.memory, cost.error
 
 
-def add_memory(rows: Sequence[Row], options: Options) -> None:
-    """Measures the memory of all rows of one case, one fresh process for each side but the plain way."""
-    for side in {name: None for row in rows for name in row.sides if name not in ("twin", "naive")}:
-        missing = [row for row in rows if side in row.sides and row.sides[side].error is None]
-        missing = [row for row in missing if row.sides[side].memory is None]
-        if not missing:
-            continue
-        kinds = [row.kind for row in missing]
-        if side == "floor" and kinds[0] != "deformable":
-            kinds = kinds[:1]  # the floor is the same for every set
-        figures = memory_of(side, Shape.parse(missing[0].case), kinds, options.threads)
-        for row in missing:
-            found = figures.get(row.kind, figures[kinds[0]])
-            row.sides[side].memory = found.memory
-            row.sides[side].error = found.error
+def judge(result: Result) -> None:
+    """Sets figures beside what is asked for in their cases and sets."""
+    case = result.case.removeprefix("attention.")
+    for found in result.comparisons:
+        found.targets = _targets(case, found)
+    if case == "growth":
+        for _, same_set in itertools.groupby(result.comparisons, key=lambda found: terms_and_size(found.name)[0]):
+            for before, after in itertools.pairwise(same_set):
+                after.targets = _growth_targets(before, after)
 
 
-def judge(rows: Sequence[Row]) -> None:
-    """Sets the figures of rows beside what is asked for in their cases and sets."""
-    for row in rows:
-        row.targets = _targets(row)
-    growth = [row for row in rows if row.group == "growth"]
-    for kind in dict.fromkeys(row.kind for row in growth):
-        for before, after in itertools.pairwise(row for row in growth if row.kind == kind):
-            after.targets = _growth_targets(before, after)
-
-
-def _targets(row: Row) -> list[Target]:
+def _targets(case: str, found: Comparison) -> list[Target]:
+    if case not in LARGE_CASES + SMALL_CASES or case == "growth":
+        return []
     targets = []
-    ours, floor = row.sides.get("ours"), row.sides.get("floor")
+    terms, sides = found.name, found.sides
+    ours = sides.get("ours")
 
     def speed(peer: str, bound: float) -> Target:
-        return Target(f"{peer} / ours", ratio(row.sides[peer], ours, "time"), bound, at_least=True)
+        return Target(f"{peer} / ours", ratio(sides[peer], ours, "time"), bound, at_least=True)
 
-    if row.group == "deformable":
-        targets.append(speed(row.peer, DEFORMABLE))
-    elif row.group in CASES:
-        if "twin" in row.sides:
-            same, noise = ratio(row.sides["twin"], ours, "time"), overlap(row.sides["twin"], ours)
-            targets.append(Target(f"ours {twin(row.kind)} / ours", same, 1.0, at_least=True, noise=noise))
-        for peer in ("mmcv", "naive"):
-            if peer in row.sides and row.sides[peer].error is None and row.group != "growth":
-                asked = SPEED.get(row.group, {}).get(row.kind, NOT_SLOWER) if peer == "mmcv" else NOT_SLOWER
-                targets.append(speed(peer, asked))
-        if row.kind in FLOOR.get(row.group, {}):
-            bound = FLOOR[row.group][row.kind]
-            targets.append(Target("ours / floor", ratio(ours, floor, "time"), bound, at_least=False))
-        if row.kind in MEMORY.get(row.group, {}):
-            bound = MEMORY[row.group][row.kind]
-            less = ratio(row.sides.get(row.peer), ours, "memory")
-            targets.append(Target(f"memory {row.peer} / ours", less, bound, at_least=True))
-        if row.group in PEAK_GB:
-            peak = ours.memory.peak / 1e9 if ours is not None and ours.memory is not None else None
-            targets.append(Target("GB in all", peak, PEAK_GB[row.group], at_least=False))
+    if case == "deformable":
+        return [speed("torchvision", DEFORMABLE)]
+    if "twin" in sides:
+        twin = Problem(Shape.parse(case), terms).twin
+        same, noise = ratio(sides["twin"], ours, "time"), overlap(sides["twin"], ours)
+        targets.append(Target(f"ours {twin} / ours", same, 1.0, at_least=True, noise=noise))
+    for peer in ("mmcv", "naive"):
+        if peer in sides and sides[peer].error is None:
+            targets.append(speed(peer, SPEED.get(case, {}).get(terms, NOT_SLOWER) if peer == "mmcv" else NOT_SLOWER))
+    if terms in FLOOR.get(case, {}):
+        targets.append(Target("ours / floor", ratio(ours, sides.get("floor"), "time"), FLOOR[case][terms]))
+    if terms in MEMORY.get(case, {}):
+        less = ratio(sides.get("mmcv"), ours, "memory")
+        targets.append(Target("memory mmcv / ours", less, MEMORY[case][terms], at_least=True))
+    if case in PEAK_GB:
+        peak = ours.memory.peak / 1e9 if ours is not None and ours.memory is not None else None
+        targets.append(Target("GB in all", peak, PEAK_GB[case]))
     return targets
 
 
-def _growth_targets(before: Row, after: Row) -> list[Target]:
+def _growth_targets(before: Comparison, after: Comparison) -> list[Target]:
     """Compares a size with the one before, which has a quarter of the tokens."""
+    terms, _ = terms_and_size(after.name)
     limits: tuple[tuple[Literal["time", "memory"], dict[str, float]], ...]
     limits = (("time", GROWTH_TIME), ("memory", GROWTH_MEMORY))
     return [
         Target(
             f"{figure} for 4x the tokens",
             ratio(after.sides["ours"], before.sides["ours"], figure),
-            bounds[after.kind],
-            at_least=False,
+            bounds[terms],
         )
         for figure, bounds in limits
-        if after.kind in bounds
+        if terms in bounds
     ]
 
 
-def run_case(case: str, sets: Sequence[str] | None, options: Options, advance: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of a case, each once its time is measured; their memory is added in the end.
+def table(result: Result) -> Table:
+    """A line for each set; a side has columns where it was measured."""
+    rows = result.comparisons
+    measured = {name for row in rows for name in row.sides}
+    peers = [name for name in PEERS if name in measured]
+    names = ["ours", *peers, "floor"]
+    weighed = [name for name in names if any(row.sides.get(name, Side()).memory is not None for row in rows)]
+    against = peers[0] if peers and {"ours", peers[0]} <= set(weighed) else None
+    header = ["set", *(f"{name} ms" for name in names), *(f"{peer} / ours" for peer in peers), "ours / floor"]
+    header += [f"{name} MB" for name in weighed] + ([] if against is None else [f"{against} / ours MB"]) + ["targets"]
+    cells = []
+    for row in rows:
+        sides = {name: row.sides.get(name) for name in names}
+        line = [row.name, *(_milliseconds(sides[name]) for name in names)]
+        line += [_factor(ratio(sides[peer], sides["ours"], "time")) for peer in peers]
+        line.append(_factor(ratio(sides["ours"], sides["floor"], "time")))
+        line += [_megabytes(sides[name]) for name in weighed]
+        if against is not None:
+            line.append(_factor(ratio(sides[against], sides["ours"], "memory")))
+        cells.append([*line, "; ".join(map(str, row.targets))])
+    missed = [any(target.verdict in ("not met", "not measured") for target in row.targets) for row in rows]
+    return Table(header, cells, _notes(rows), frozenset(index for index, red in enumerate(missed) if red))
 
-    Args:
-        case: As on the command line.
-        sets: The term sets; None for those of the case.
-        options: How much is measured.
-        advance: Is told what comes next before each row.
-    """
-    rows: list[Row] = []
-    for group, shape, kind in plan(case, sets):
-        advance(f"{group}: {kind} at {shape}")
-        floor = next((row.sides["floor"] for row in rows if row.case == str(shape)), None)
-        rows.append(measure(group, shape, kind, options, floor))
-        yield rows[-1]
-    if options.memory and case not in SMALL_CASES:
-        advance(f"{case}: memory")
-        for size in dict.fromkeys(row.case for row in rows):
-            add_memory([row for row in rows if row.case == size], options)
+
+def _milliseconds(side: Side | None) -> str:
+    if side is None or side.timing is None:
+        return "" if side is None else (side.error or "-").split(":")[0]
+    if len(side.timing.seconds) == 1:
+        return f"{milliseconds(side.timing.median)} (once)"
+    return f"{milliseconds(side.timing.median)} ({'-'.join(map(milliseconds, side.timing.quartiles))})"
 
 
-def plan(case: str, sets: Sequence[str] | None) -> list[tuple[str, Shape, str]]:
-    """Group, shape and term set of each row of a case.
+def _megabytes(side: Side | None) -> str:
+    return "" if side is None or side.memory is None else f"{side.memory.increase / 1e6:.0f}"
+
+
+def _factor(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _notes(rows: Sequence[Comparison]) -> list[str]:
+    """What the cells have no room for."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for name, side in row.sides.items():
+            if side.error is not None:
+                reasons.setdefault(f"{name} {side.error}", []).append(terms_and_size(row.name)[0])
+    notes = [f"{', '.join(dict.fromkeys(sets))}: {reason}" for reason, sets in reasons.items()]
+    differences = [row.difference for row in rows if row.difference is not None]
+    if differences:
+        notes.append(
+            f"Output and input gradient of ours and of the peer differ by at most {max(differences):.1g} of the "
+            "largest value."
+        )
+    return notes
+
+
+def make_case(name: str) -> Case:
+    """The case of a name.
 
     Raises:
-        ValueError: If there is no such case or set.
+        ValueError: If there is none.
     """
-    for terms in sets or ():
-        parse_terms(terms)
-    group, _, size = case.partition(":")
-    if group == "growth":
+    kind, _, size = name.partition(":")
+    budget = 12.0
+    needs: tuple[str, ...] = ("mmcv", "psutil")
+    if kind == "growth":
         start = Shape.parse(size or GROWTH_DEFAULT)
-        chosen = [terms for terms in sets or GROWTH_SETS if terms in GROWTH_SETS] or sets or GROWTH_SETS
-        return [(case, start.scaled(2**step), terms) for terms in chosen for step in range(3)]
-    if group == "deformable":
-        return [(case, Shape.parse(size or DEFORMABLE_DEFAULT), group)]
-    return [(case, Shape.parse(case), terms) for terms in sets or reversed(TERM_SETS)]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cases", type=comma_separated, default=CASES, help="names with commas between; all by default"
+        plan = Plan(tuple(str(start.scaled(2**step)) for step in range(3)))
+        title = "growth with the size of the map" + (f", {size}" if size else "")
+    elif kind == "deformable":
+        plan, needs = Plan((str(Shape.parse(size or DEFORMABLE_DEFAULT)),), deformable=True), ("psutil",)
+        title = "deformable 3x3 convolution" + (f", {size}" if size else "")
+    else:
+        shape = Shape.parse(name)
+        small = name in SMALL_CASES
+        plan = Plan((name,), rounds=20 if small else 1)
+        budget = budget / 3 if small else budget  # steps of milliseconds
+        needs = needs if shape.ndim == 2 else ("psutil",)
+        title = shape.describe()
+    return Case(
+        f"attention.{name}",
+        title,
+        measure,
+        plan,
+        build=build_steps,
+        judge=judge,
+        table=table,
+        repetitions=15,
+        budget=budget,
+        memory=name not in SMALL_CASES,
+        needs=needs,
+        quick={
+            "problem": dataclasses.replace(plan, sets=QUICK_SETS, large_peers=False),
+            "repetitions": 5,
+            "budget": budget / 3,
+        },
     )
-    parser.add_argument("--sets", type=comma_separated, help="term sets with commas between; all by default")
-    parser.add_argument("--repetitions", type=positive_int, help="measured rounds of a row at most (15)")
-    parser.add_argument("--budget", type=float, help="seconds after which a row starts no further round (12)")
-    parser.add_argument("--quick", action="store_true", help="a few minutes: fewer sets and rounds, no large peers")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="no measuring: results of earlier runs")
-    add_arguments(parser)
-    chosen = parser.parse_args(arguments)
-    if chosen.child is not None:
-        answer_parent(lambda: answer(chosen.child))
-        return
-    if chosen.report:
-        try:
-            report(chosen.report, chosen.output)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-        return
-    require("mmcv", "psutil")
-    chosen.cases = [
-        case for name in chosen.cases for case in {"small": SMALL_CASES, "large": LARGE_CASES}.get(name, (name,))
-    ]
-    if chosen.sets is None and chosen.quick:
-        chosen.sets = QUICK_SETS
-    try:
-        planned = sum(len(plan(case, chosen.sets)) + (not chosen.no_memory) for case in chosen.cases)
-    except ValueError as error:
-        parser.error(str(error))
-    options = Options(
-        repetitions=chosen.repetitions or (5 if chosen.quick else 15),
-        budget=chosen.budget or (4.0 if chosen.quick else 12.0),
-        threads=chosen.threads,
-        memory=not chosen.no_memory,
-        large_peers=not chosen.quick,
-    )
-    torch.set_num_threads(options.threads)
-    run = Run(machine("torch", "mmcv-lite", "torchvision"), dataclasses.asdict(options), [])
-    console = output_console(REPORT_WIDTH)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    # Tables go to the output even where only the errors, with the bar, are a terminal.
-    bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), redirect_stdout=sys.stdout.isatty())
-    started = itertools.count()
-    try:
-        with bar:
-            task = bar.add_task("", total=planned)
-            for case in chosen.cases:
-                done = len(run.rows)
-                for row in run_case(
-                    case, chosen.sets, options, lambda text: bar.update(task, description=text, completed=next(started))
-                ):
-                    run.rows.append(row)
-                judge(run.rows)
-                print_table(console, run.rows[done:])
-    finally:
-        if run.rows:  # also of a run that was interrupted
-            judge(run.rows)
-            files = unused_path(chosen.output / "attention.json")
-            write_json(files, run.as_dict())
-            write_report([run], files)
 
 
-def write_report(runs: Sequence[Run], file: Path) -> None:
-    """Markdown and figure beside the JSON file of this name; prints where they are."""
-    from benchmarks.attention_figure import write_figure  # not in the processes whose memory is measured
-
-    write_text(file.with_suffix(".md"), markdown(runs))
-    write_figure(runs, file.with_suffix(".png"))
-    print(f"Results: {file.parent / file.stem}.*")
+def find(name: str) -> Sequence[Case]:
+    """Cases by a name of any size, or of a kind."""
+    return [make_case(one) for one in {"small": SMALL_CASES, "large": LARGE_CASES}.get(name, (name,))]
 
 
-def report(files: Sequence[Path], folder: Path) -> None:
-    """Tables and figure of earlier runs, as one."""
-    runs = [read_run(file) for file in files]
-    console = output_console(REPORT_WIDTH)
-    for rows in by_group(runs).values():
-        print_table(console, rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(runs, unused_path(folder / "attention-report.md"))
+def draw(results: Sequence[Result]) -> "Figure | None":
+    """The figure of `attention_figure`."""
+    from benchmarks.attention_figure import draw_results  # matplotlib: not in the processes whose memory is measured
 
+    return draw_results(results)
+
+
+BENCHMARK = Benchmark(
+    name="attention",
+    title="Attention: time and memory, forward and backward",
+    description=__doc__,
+    method="Median of interleaved repetitions (lower to upper quartile); memory is what the steps add at their peak to "
+    "a process that has only made the module and its input. Batch 1 and float32 unless a heading says otherwise; 8 "
+    "heads. The floor is E1 alone by torch's scaled_dot_product_attention between the same projections (for the "
+    "deformable convolution: a regular one), which computes less; naive is all energies of a set added up, one "
+    'softmax, one product. "(once)": a peer too large to run beside the others, one step in the process that measures '
+    "its memory.",
+    cases=tuple(make_case(name) for name in LARGE_CASES + SMALL_CASES),
+    packages=("mmcv-lite",),
+    find=find,
+    draw=draw,
+)
 
 if __name__ == "__main__":
-    # Ended from outside, it still ends its child and keeps what it measured.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    main()
+    run_as_command("attention")

@@ -1,7 +1,5 @@
 """The translation Transformer beside torch's and Hugging Face's, on this machine.
 
-``python -m benchmarks.translation`` prints tables and writes JSON, Markdown and a figure. Two parts:
-
 ``training`` is one step: forward pass, label-smoothed loss, backward pass, Adam. The peer is ``torch.nn.Transformer``.
 The same on both sides: sizes, batch, padding masks, dropout probabilities, one embedding shared by source, target and
 output, the loss (this project's, which is the faster one) and the optimizer. Different: ours has relative positions
@@ -14,56 +12,32 @@ torch's network with this project's dropout modules, to show their share.
 end-of-sentence token is forbidden before the last and forced there. The peer is ``transformers.MarianMTModel`` of the
 same size with random weights and its own ``generate``.
 
-Sides run in turn in one process. Memory is that of a fresh process for each side.
+A side of ours is a term set, and any can be given with ``--sides``. Sides run in turn in one process. Memory is that of
+a fresh process for each side.
 """
 
-import argparse
 import dataclasses
-import importlib
-import json
-import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measure import (
-    Memory,
-    Side,
-    Target,
-    Timing,
-    add_arguments,
-    answer_parent,
-    comma_separated,
-    machine,
-    markdown_settings,
-    markdown_table,
-    output_console,
-    peak_memory,
-    positive_int,
-    print_target,
-    ratio,
-    require,
-    run_child,
-    timed_in_turn,
-)
+from benchmarks.case import Benchmark, Case, Steps, interleaved, no_targets
+from benchmarks.peers.translation import TorchTransformer, marian_decoding
+from benchmarks.report import settings
+from benchmarks.results import Result, Target, ratio
+from benchmarks.runner import run_as_command
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.attention.spec import parse_terms
-from lightning_attn.io import unused_path, write_file, write_json, write_text
+from lightning_attn.attention.spec import TERM_SETS
 from lightning_attn.networks.translation.beam_search import BeamSearchOptions, beam_search
-from lightning_attn.networks.translation.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.translation.dropout import Dropout
 from lightning_attn.networks.translation.transformer import Transformer
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAD, BOS, EOS = 0, 2, 3
-PEERS = {"training": "torch", "decoding": "marian"}
-SETS = {"training": ("1111", "1000", "0010", "0111"), "decoding": ("1111", "0010")}
-# The bounds that are asked for: our time divided by torch's at most, Marian's time divided by ours at least.
-STEP_BOUNDS, DECODING_BOUNDS = {"1111": 1.25, "1000": 1.0}, {"1111": 1.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +72,9 @@ class Problem:
     tokens: int = 25
     beam: int = 5
 
+    def __str__(self) -> str:
+        return settings(dataclasses.asdict(self))
+
     def batch(self) -> tuple[Tensor, Tensor]:
         """Random ids of a training batch, source `[B, S]` and target `[B, T + 1]` (with begin-of-sentence)."""
         generator = torch.Generator().manual_seed(0)
@@ -119,47 +96,6 @@ class Problem:
         return torch.randint(EOS + 1, self.vocabulary, (self.decoded_sentences, self.tokens), generator=generator)
 
 
-class TorchTransformer(nn.Module):
-    """`torch.nn.Transformer` with embeddings, output and loss as this project's network has them."""
-
-    positions: Tensor
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__()
-        dim = problem.dim
-        self.embedding = nn.Embedding(problem.vocabulary, dim, padding_idx=PAD)
-        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        self.transformer = nn.Transformer(
-            dim, problem.heads, problem.layers, problem.layers, problem.hidden, problem.dropout, batch_first=True
-        )
-        for module in self.modules():
-            if isinstance(module, nn.MultiheadAttention):
-                module.dropout = 0.0
-        self.dropout = nn.Dropout(problem.dropout)
-        angles = torch.arange(problem.longest + 1).unsqueeze(1) * 10_000.0 ** (-torch.arange(0, dim, 2) / dim)
-        self.register_buffer("positions", torch.cat((angles.sin(), angles.cos()), dim=1))
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        scaled = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim)
-        embedded: Tensor = self.dropout(scaled + self.positions[: ids.shape[1]])
-        return embedded
-
-    def loss(self, source: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As `lightning_attn.networks.translation.transformer.Transformer.loss`."""
-        padding, inputs, labels = source == PAD, target[:, :-1], target[:, 1:]
-        states = self.transformer(
-            self._embed(source),
-            self._embed(inputs),
-            tgt_mask=torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool).triu(1),
-            tgt_is_causal=True,
-            src_key_padding_mask=padding,
-            memory_key_padding_mask=padding,
-        )
-        real = labels != PAD
-        loss, likelihood = summed_cross_entropy(states[real], self.embedding.weight, labels[real], label_smoothing)
-        return loss, likelihood, real.sum()
-
-
 def our_network(problem: Problem, terms: str) -> Transformer:
     """This project's Transformer with one term set everywhere."""
     spec = AttentionSpec(terms=terms, num_heads=problem.heads, scale=(problem.dim // problem.heads) ** -0.5)
@@ -176,15 +112,27 @@ def our_network(problem: Problem, terms: str) -> Transformer:
     )
 
 
-def training_step(side: str, problem: Problem) -> Callable[[], object]:
-    """One optimizer step of a side: `torch`, `torch+dropout` or a term set of ours."""
-    torch.manual_seed(0)
-    network = TorchTransformer(problem) if side.startswith("torch") else our_network(problem, side)
-    if side == "torch+dropout":
-        for module in list(network.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Dropout):
-                    setattr(module, name, Dropout(child.p))
+def torch_network(problem: Problem, *, our_dropout: bool = False) -> TorchTransformer:
+    """The network of torch, with this project's dropout modules or its own."""
+    network = TorchTransformer(
+        problem.vocabulary,
+        PAD,
+        dim=problem.dim,
+        heads=problem.heads,
+        hidden=problem.hidden,
+        layers=problem.layers,
+        dropout=problem.dropout,
+        longest=problem.longest + 1,
+    )
+    for module in list(network.modules()) if our_dropout else ():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, Dropout(child.p))
+    return network
+
+
+def training_step(network: Transformer | TorchTransformer, problem: Problem) -> Callable[[], object]:
+    """One optimizer step."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
     source, target = problem.batch()
 
@@ -197,13 +145,32 @@ def training_step(side: str, problem: Problem) -> Callable[[], object]:
     return step
 
 
-def decoding(side: str, problem: Problem) -> Callable[[], object]:
-    """Translation of all sentences by a side: `marian` or a term set of ours."""
-    torch.manual_seed(0)
+def training_steps(problem: Problem, sides: Sequence[str]) -> Steps:
+    """Steps of `torch`, `torch+dropout` and term sets of ours."""
+    steps = {}
+    for side in sides:
+        torch.manual_seed(0)
+        network = (
+            torch_network(problem, our_dropout=side == "torch+dropout")
+            if side.startswith("torch")
+            else our_network(problem, side)
+        )
+        steps[side] = training_step(network, problem)
+    return steps
+
+
+def decoding_steps(problem: Problem, sides: Sequence[str]) -> Steps:
+    """Translation of all sentences by `marian` and term sets of ours; each returns the tokens, `[B, tokens]`."""
+    steps = {}
+    for side in sides:
+        torch.manual_seed(0)
+        steps[side] = _marian(problem) if side == "marian" else _our_decoding(our_network(problem, side), problem)
+    return steps
+
+
+def _our_decoding(network: Transformer, problem: Problem) -> Callable[[], Tensor]:
+    network.eval()
     sources, words = problem.sources(), problem.tokens - 1
-    if side == "marian":
-        return _marian(sources, problem)
-    network = our_network(problem, side).eval()
     options = BeamSearchOptions(beam_size=problem.beam, min_length=words)
     limits = torch.full((len(sources),), words)
 
@@ -216,238 +183,103 @@ def decoding(side: str, problem: Problem) -> Callable[[], object]:
     return decode
 
 
-def _marian(sources: Tensor, problem: Problem) -> Callable[[], object]:
-    transformers = importlib.import_module("transformers")  # not an import statement: it need not be installed
-    config = transformers.MarianConfig(
-        vocab_size=problem.vocabulary,
-        d_model=problem.dim,
-        encoder_layers=problem.layers,
-        decoder_layers=problem.layers,
-        encoder_attention_heads=problem.heads,
-        decoder_attention_heads=problem.heads,
-        encoder_ffn_dim=problem.hidden,
-        decoder_ffn_dim=problem.hidden,
-        activation_function="relu",
-        scale_embedding=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        decoder_start_token_id=BOS,
-        forced_eos_token_id=EOS,
-    )
-    model = transformers.MarianMTModel(config).eval()
-    mask = torch.ones_like(sources)
-
-    def decode() -> Tensor:
-        with torch.inference_mode():
-            found: Tensor = model.generate(
-                sources,
-                attention_mask=mask,
-                num_beams=problem.beam,
-                min_new_tokens=problem.tokens - 1,
-                max_new_tokens=problem.tokens,
-                do_sample=False,
-            )
-        return found[:, 1:]
-
-    return decode
+def _marian(problem: Problem) -> Callable[[], Tensor]:
+    config = {
+        "vocab_size": problem.vocabulary,
+        "d_model": problem.dim,
+        "encoder_layers": problem.layers,
+        "decoder_layers": problem.layers,
+        "encoder_attention_heads": problem.heads,
+        "decoder_attention_heads": problem.heads,
+        "encoder_ffn_dim": problem.hidden,
+        "decoder_ffn_dim": problem.hidden,
+        "activation_function": "relu",
+        "scale_embedding": True,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": BOS,
+        "forced_eos_token_id": EOS,
+    }
+    return marian_decoding(problem.sources(), config, beam=problem.beam, tokens=problem.tokens)
 
 
-BUILDERS: dict[str, Callable[[str, Problem], Callable[[], object]]] = {"training": training_step, "decoding": decoding}
-
-
-@dataclasses.dataclass
-class Part:
-    """What a part of the benchmark measured.
-
-    Attributes:
-        name: `training` or `decoding`.
-        sides: What each side cost.
-        targets: Figures beside their bounds.
-    """
-
-    name: str
-    sides: dict[str, Side]
-    targets: list[Target] = dataclasses.field(default_factory=list)
-
-    def judge(self) -> None:
-        """Sets the targets from the sides."""
-        peer = self.sides.get(PEERS[self.name])
-        self.targets = [
-            Target(f"{terms} / torch", ratio(self.sides[terms], peer, "time"), bound, at_least=False)
-            for terms, bound in STEP_BOUNDS.items()
-            if self.name == "training" and terms in self.sides
-        ] + [
-            Target(f"marian / {terms}", ratio(peer, self.sides[terms], "time"), bound, at_least=True)
-            for terms, bound in DECODING_BOUNDS.items()
-            if self.name == "decoding" and terms in self.sides
+def judge_decoding(result: Result) -> None:
+    """Marian's time divided by ours is at least 1.5."""
+    for comparison in result.comparisons:
+        sides = comparison.sides
+        comparison.targets = [
+            Target("marian / 1111", ratio(sides.get("marian"), sides["1111"], "time"), 1.5, at_least=True)
+            for side in sides
+            if side == "1111"
         ]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the verdict on each target is added."""
-        return dataclasses.asdict(self) | {"targets": [target.as_dict() for target in self.targets]}
 
-
-def run_part(
-    name: str,
-    sets: Sequence[str],
-    problem: Problem,
-    *,
-    repetitions: int,
-    threads: int,
-    memory: bool,
-    report: Callable[[str], object] = lambda text: None,
-) -> Part:
-    """Measures all sides of a part."""
-    extra = ["torch+dropout"] if name == "training" else []
-    names = [PEERS[name], *extra, *sets]
-    report(f"{name}: time")
-    steps = {side: BUILDERS[name](side, problem) for side in names}
-    timings = timed_in_turn(steps, repetitions=repetitions, budget=float("inf"))
-    del steps
-    part = Part(name, {})
-    for side, timing in timings.items():
-        part.sides[side] = Side(timing=timing) if isinstance(timing, Timing) else Side(error=timing)
-        if memory and isinstance(timing, Timing):
-            report(f"{name}: memory of {side}")
-            figures = memory_of(name, side, problem, threads)
-            if isinstance(figures, str):
-                part.sides[side].error = figures
-            else:
-                part.sides[side].memory = figures
-    part.judge()
-    return part
-
-
-def memory_of(part: str, side: str, problem: Problem, threads: int) -> Memory | str:
-    """Peak memory of a side in a fresh process, or the error that it ended with."""
-    request = {"part": part, "side": side, "problem": dataclasses.asdict(problem)}
-    figures = run_child("benchmarks.translation", ["--child", json.dumps(request)], threads=threads)
-    return figures if isinstance(figures, str) else Memory(**figures)
-
-
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What `memory_of` asks of its fresh process."""
-    memory, _ = peak_memory(BUILDERS[request["part"]](request["side"], Problem(**request["problem"])))
-    return dataclasses.asdict(memory)
-
-
-def table(part: Part, problem: Problem) -> tuple[list[str], list[list[str]]]:
-    """Header and cells."""
-    peer = part.sides[PEERS[part.name]]
-    sentences = problem.sentences if part.name == "training" else problem.decoded_sentences
-    header = ["side", "ms", "quartiles", "sentences/s", f"time / {PEERS[part.name]}", "MB at the peak"]
-    if part.name == "decoding":
-        header.insert(3, "ms a token")
-    cells = []
-    for name, side in part.sides.items():
-        if side.timing is None:
-            cells.append([name, side.error or "-", *[""] * (len(header) - 2)])
-            continue
-        relative = ratio(side, peer, "time")
-        line = [
-            name,
-            f"{1e3 * side.timing.median:.0f}",
-            "-".join(f"{1e3 * quartile:.0f}" for quartile in side.timing.quartiles),
-            f"{sentences / side.timing.median:.1f}",
-            "" if relative is None else f"{relative:.2f}",
-            f"{side.memory.increase / 1e6:.0f}" if side.memory is not None else side.error or "",
-        ]
-        if part.name == "decoding":
-            line.insert(3, f"{1e3 * side.timing.median / problem.tokens:.1f}")
-        cells.append(line)
-    return header, cells
-
-
-def markdown(run: dict[str, Any], parts: Sequence[Part], problem: Problem) -> str:
-    """All tables, the machine, and how it was measured."""
-    lines = ["# Translation: time and memory", ""]
-    lines += [markdown_settings(run[name]) for name in ("machine", "options", "problem")]
-    lines += ["", "Median of interleaved repetitions, float32; memory is what the steps add at their peak.", ""]
-    for part in parts:
-        header, cells = table(part, problem)
-        lines += [f"## {part.name.capitalize()}", "", *markdown_table(header, cells)]
-        lines += ["", *(f"- {target}" for target in part.targets), ""]
-    return "\n".join(lines)
-
-
-def draw(parts: Sequence[Part], path: Path) -> None:
+def draw(results: Sequence[Result]) -> "Figure":
     """A bar for each side: median time, with the quartiles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.5 * len(parts), 3.2), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(results), 3.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        timings = {name: side.timing for name, side in part.sides.items() if side.timing is not None}
+    for axes, result in zip(figure.subplots(1, len(results), squeeze=False)[0], results, strict=True):
+        [comparison] = result.comparisons
+        timings = {name: side.timing for name, side in comparison.sides.items() if side.timing is not None}
         medians = [timing.median for timing in timings.values()]
         quartiles = [timing.quartiles for timing in timings.values()]
         spread = [[abs(median - pair[end]) for median, pair in zip(medians, quartiles, strict=True)] for end in (0, 1)]
         colors = ["#0072b2" if set(name) <= set("01") else "#d55e00" for name in timings]
         axes.barh(list(timings), medians, xerr=spread, color=colors, ecolor="#555555", capsize=3)
         axes.invert_yaxis()
-        axes.set_xlabel("seconds a step" if part.name == "training" else "seconds a batch")
-        axes.set_title(part.name)
+        axes.set_xlabel("seconds")
+        axes.set_title(result.case)
         axes.spines[["top", "right"]].set_visible(False)
-    write_file(path, lambda file: figure.savefig(file, dpi=150, format="png"), replace=True)
+    return figure
 
 
-def main(arguments: Sequence[str] | None = None, problem: Problem | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=comma_separated, default=tuple(BUILDERS), help="training,decoding")
-    parser.add_argument(
-        "--sets", type=comma_separated, help="term sets with commas between, instead of each part's own"
-    )
-    parser.add_argument("--repetitions", type=positive_int, default=9, help="measured rounds (9)")
-    add_arguments(parser)
-    chosen = parser.parse_args(arguments)
-    if chosen.child is not None:
-        answer_parent(lambda: answer(chosen.child))
-        return
-    unknown = set(chosen.parts) - set(BUILDERS)
-    if unknown:
-        parser.error(f"--parts {','.join(sorted(unknown))}: there are {','.join(BUILDERS)}")
-    for terms in chosen.sets or ():
-        try:
-            parse_terms(terms)
-        except ValueError as error:
-            parser.error(f"--sets: {error}")
-    require(*(["transformers"] if "decoding" in chosen.parts else []), *([] if chosen.no_memory else ["psutil"]))
-    problem = Problem() if problem is None else problem
-    torch.set_num_threads(chosen.threads)
-    run: dict[str, Any] = {
-        "machine": machine("torch", "transformers"),
-        "options": {"repetitions": chosen.repetitions},
-        "problem": dataclasses.asdict(problem),
-    }
-    console = output_console(width=120)
-    errors = Console(stderr=True)
-    parts: list[Part] = []
-    for name in chosen.parts:
-        with errors.status(name) as status:
-            part = run_part(
-                name,
-                chosen.sets or SETS[name],
-                problem,
-                repetitions=chosen.repetitions,
-                threads=chosen.threads,
-                memory=not chosen.no_memory,
-                report=status.update,
-            )
-        parts.append(part)
-        header, cells = table(part, problem)
-        styled = Table(*header, title=name, title_justify="left")
-        for line in cells:
-            styled.add_row(*line)
-        console.print(styled)
-        for target in part.targets:
-            print_target(console, target)
-    file = unused_path(chosen.output / "translation.json")
-    write_json(file, run | {"parts": [part.as_dict() for part in parts]})
-    write_text(file.with_suffix(".md"), markdown(run, parts, problem))
-    draw(parts, file.with_suffix(".png"))
-    print(f"Results: {file.parent / file.stem}.*")
-
+_QUICK = {"problem": Problem(layers=2, sentences=16, decoded_sentences=8), "repetitions": 3, "judge": no_targets}
+BENCHMARK = Benchmark(
+    name="translation",
+    title="Translation: time and memory",
+    description=__doc__,
+    method="Median of interleaved repetitions, float32; memory is that of a fresh process.",
+    cases=(
+        Case(
+            "translation.training",
+            "a training step beside torch.nn.Transformer",
+            interleaved,
+            Problem(),
+            build=training_steps,
+            sides=("torch+dropout", "1111", "1000", "0010", "0111"),
+            base="torch",
+            further_sides=TERM_SETS,
+            rates={"sentences/s": lambda problem, seconds: problem["sentences"] / seconds},
+            bounds={"1111": 1.25, "1000": 1.0},
+            memory=True,
+            quick=_QUICK,
+        ),
+        Case(
+            "translation.decoding",
+            "beam search beside Hugging Face's Marian",
+            interleaved,
+            Problem(),
+            build=decoding_steps,
+            sides=("1111", "0010"),
+            base="marian",
+            further_sides=TERM_SETS,
+            rates={
+                "ms a token": lambda problem, seconds: 1e3 * seconds / problem["tokens"],
+                "sentences/s": lambda problem, seconds: problem["decoded_sentences"] / seconds,
+            },
+            judge=judge_decoding,
+            memory=True,
+            needs=("transformers",),
+            quick=_QUICK,
+        ),
+    ),
+    packages=("transformers",),
+    draw=draw,
+)
 
 if __name__ == "__main__":
-    main()
+    run_as_command("translation")

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from lightning_attn.errors import NotAFolderError
+
 __all__ = ["available_cores", "user_cache_folder"]
 
 
@@ -21,7 +23,7 @@ def user_cache_folder() -> Path:
     try:
         return (Path(base) if base else Path.home() / ".cache") / "lightning_attn"
     except RuntimeError as error:
-        raise NotADirectoryError(
+        raise NotAFolderError(
             "cache_dir: this user has no home directory, where the cache would be. Set XDG_CACHE_HOME or HOME to a "
             "folder, or give one (--data.cache_dir FOLDER for text, --data.root FOLDER for miniature data)."
         ) from error

@@ -1,21 +1,23 @@
 """Reading files of `torch.save` that may come from anybody: sizes and contents are checked before memory is taken."""
 
+import contextlib
+import copy
 import functools
 import pickle
 import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_attn.errors import InputError
 
-__all__ = ["ArchiveError", "read_archive"]
+__all__ = ["ArchiveError", "forget_readings", "read_archive", "reading_once", "shared_reading"]
 
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: lengths of its name and of what else stands before its data
 _MOST_RECORDS = 1_000_000
@@ -29,10 +31,62 @@ _LARGEST_TUPLE = 100_000  # values in it, and in those that it holds
 _PLAIN = (bool, int, float, str, bytes, torch.Size, torch.dtype)
 
 
+_readings: dict[tuple[object, ...], Any] | None = None  # by reader and state of the file, within `reading_once`
+Contents = TypeVar("Contents")
+Arguments = ParamSpec("Arguments")
+
+
 class ArchiveError(InputError):
-    """A file that is no sound archive of tensors and plain values; the message goes on after the file's name."""
+    """A file that is no sound archive of tensors and plain values; the message continues after the file's name."""
 
 
+@contextlib.contextmanager
+def reading_once() -> Iterator[None]:
+    """Within it, a file is read once, however often functions that are a `shared_reading` are asked for it.
+
+    What is kept takes hardly any memory, since its tensors are mapped from the file.
+    """
+    global _readings
+    if _readings is not None:
+        yield
+        return
+    _readings = {}
+    try:
+        yield
+    finally:
+        _readings = None
+
+
+def forget_readings() -> None:
+    """Keeps nothing of what was read so far: to be called before a tensor of it is changed in place."""
+    if _readings:
+        _readings.clear()
+
+
+def shared_reading(
+    read: Callable[Concatenate[Path, Arguments], Contents],
+) -> Callable[Concatenate[Path, Arguments], Contents]:
+    """Makes a function that reads a file of tensors and plain values take part in `reading_once`.
+
+    Every caller gets containers of its own, which it may change, and the same tensors, which it may not.
+    """
+
+    def shared(path: Path, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Contents:
+        if _readings is None:
+            return read(path, *arguments, **options)
+        status = path.stat()
+        state = (status.st_ino, status.st_size, status.st_mtime_ns)
+        key = (read, path.absolute(), *state, *arguments, *sorted(options.items()))
+        if key not in _readings:
+            _readings[key] = read(path, *arguments, **options)
+        contents: Contents = _readings[key]
+        return copy.deepcopy(contents, {id(tensor): tensor for _, tensor in _tensors_in(contents)})
+
+    functools.update_wrapper(shared, read)
+    return shared
+
+
+@shared_reading
 def read_archive(path: Path, legacy: bool = False) -> Any:
     """What `torch.save` wrote, on the CPU, its tensors mapped from the file; no code in it is run.
 

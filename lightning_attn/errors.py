@@ -10,6 +10,7 @@ __all__ = [
     "MissingFileError",
     "MissingMethodError",
     "MissingPackageError",
+    "NotAFolderError",
     "UnusableFileError",
     "UserError",
 ]
@@ -33,6 +34,10 @@ class ExistingFileError(UserError, FileExistsError):
 
 class UnusableFileError(UserError, OSError):
     """A file or folder that is damaged, or cannot be read, written or fetched."""
+
+
+class NotAFolderError(UserError, NotADirectoryError):
+    """A path that must be a folder, and is not or cannot be one."""
 
 
 class MissingPackageError(UserError, ImportError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import difflib
 import errno
 import io
 import json
@@ -11,6 +12,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from lightning_attn.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # not imported at every start
@@ -170,7 +173,7 @@ def write_figure(path: Path, figure: "Figure") -> Path:
     kind = path.suffix[1:].lower()
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
-        raise ValueError(f"output: {path} ends in no format of figures; give one of .{', .'.join(sorted(known))}.")
+        raise InputError(f"output: {path} ends in no format of figures; give one of .{', .'.join(sorted(known))}.")
     return write_file(path, lambda file: figure.savefig(file, format=kind))
 
 
@@ -191,3 +194,29 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def missing_checkpoint(path: Path) -> str:
+    """What to say of a checkpoint that is not there; nothing if it is."""
+    if path.is_file():
+        return ""
+    if path.is_dir():
+        return f"{path} is a folder. {neighbours(path / '-', '*.ckpt')} Give a file."
+    why = " best.ckpt is written after a validation." if path.name == "best.ckpt" and path.parent.is_dir() else ""
+    return f"There is no checkpoint at {path}. {neighbours(path, '*.ckpt')}{why}"
+
+
+def neighbours(path: Path, pattern: str) -> str:
+    """Which files there are in the place of one that is missing, and which of them may be meant."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder}."
+    called = "The current folder" if folder == Path() else str(folder)
+    names = sorted(one.name for one in folder.glob(pattern))
+    if not names:
+        return f"{called} has no {pattern}."
+    # By the name alone: all have the same ending.
+    stems = {Path(name).stem: name for name in names}
+    close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.6)
+    hint = f" Did you mean {folder / stems[close[0]]}?" if close else ""
+    return f"{called} holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}.{hint}"

@@ -110,7 +110,7 @@ def test_a_killed_rank_ends_the_other(run_process, tiny_config, in_folder, rank)
     if rank:
         process = Path("rank1.pid").read_text()
         assert f"rank 1 (process {process}) was ended by SIGKILL" in done.stderr
-        assert "go on with --ckpt_path auto" in done.stderr
+        assert "resume with --ckpt_path auto" in done.stderr
     assert step_of(in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt") in (1, 2)
 
 
@@ -120,7 +120,7 @@ def test_a_rank_that_ends_by_itself_is_named(run_process, tiny_config, in_folder
     leave = ("LeaveAt", "{step: 2, code: 3, rank: 1}")
     done = run_process("fit", "-c", tiny_config, *EVERY_STEP, *two, *callbacks(leave), status=2)
     assert "rank 1 (process " in done.stderr
-    assert "ended with exit code 3; what it said stands above" in done.stderr
+    assert "ended with exit code 3; its own message is above" in done.stderr
     assert "Traceback" not in done.stderr
 
 

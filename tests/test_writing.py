@@ -167,11 +167,11 @@ def test_files_that_are_written_together(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["a", "c"]
 
 
-def test_messages_name_the_file_and_the_way_out(run_process, tiny_config, in_folder):
+def test_messages_name_the_file_and_the_fix(run_process, tiny_config, in_folder):
     with limited(100):
         printed = run_process("fit", "-c", tiny_config, status=2).stderr
     assert "run.json: File too large (a limit of the shell: ulimit -f). Nothing older was lost." in printed
-    assert "then go on with --ckpt_path auto" in printed
+    assert "then resume with --ckpt_path auto" in printed
     assert not list(in_folder.glob("checkpoints/*/*")), "an empty run is no run"
 
 

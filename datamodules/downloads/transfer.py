@@ -199,7 +199,7 @@ class _Partial:
         self.discard()
 
     def by_hand(self) -> str:
-        return f"You can also download that address to {self.target} by hand and run again."
+        return f"You can also download that address to {self.target} and run again."
 
     def raise_wrong_size(self, size: int) -> NoReturn:
         self.discard()

@@ -290,5 +290,10 @@ def _unchanged(batch: Any) -> Any:
 def _raising(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, Exception):
-            raise batch
+            try:
+                raise batch
+            finally:
+                # The error's traceback holds this frame. With the error in it there would be a cycle, and the garbage
+                # collector closes the queues of a loader before its workers are told to end: 10 seconds for each.
+                del batch, batches
         yield batch

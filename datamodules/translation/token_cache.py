@@ -49,7 +49,8 @@ from datamodules.translation.parallel_text import (
     summarise,
 )
 from datamodules.translation.vocabulary import Vocabulary, VocabularyOptions, train_vocabulary
-from lightning_attn.errors import InputError, MissingFileError
+from lightning_attn.errors import InputError, MissingFileError, UnusableFileError
+from lightning_attn.processes import is_running, start_of
 
 _FORMAT = 2
 _UNWRITABLE = (
@@ -66,7 +67,7 @@ _OWNER = "owner"  # file in the folder of an entry that is being built: which pr
 BLOCK_LINES = 10_000
 # Below this, starting processes takes longer than the work.
 MIN_LINES_FOR_POOL = 100_000
-# The reading process cannot feed more, and each takes as much memory as importing torch does.
+# The reading process cannot feed more.
 _MAX_PROCESSES = 32
 # Byte pair encoding hardly gains from more pairs, but takes about 1 KB of memory for every distinct word.
 VOCABULARY_PAIRS = 500_000
@@ -274,7 +275,7 @@ class Preparation:
                 shutil.rmtree(scratch, ignore_errors=True)
         except OSError as error:
             if error.errno in _UNWRITABLE:
-                raise OSError(
+                raise UnusableFileError(
                     error.errno,
                     f"the token cache in {cache} cannot be written ({error.strerror}); nothing is left half-written. "
                     "Make room or give another folder with --data.cache_dir FOLDER",
@@ -484,23 +485,16 @@ def _summarise_once(path: Path, cache: Path) -> FileSummary:
 
 
 def _this_process() -> str:
-    """This process by host, number and the moment that it began, as a number is used again."""
-    return f"{socket.gethostname()} {os.getpid()} {_began(os.getpid())}"
-
-
-def _began(process: int) -> str:
-    """When a process began, in the system's ticks; empty where that is not to be known."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
+    """This process by host, number and start."""
+    return f"{socket.gethostname()} {os.getpid()} {start_of(os.getpid())}"
 
 
 def _remove_abandoned(cache: Path) -> None:
     """Removes what processes of this host that were killed while they made an entry have left behind."""
     for path in cache.glob(f".*/{_OWNER}"):
         with contextlib.suppress(OSError, ValueError):
-            host, process, began = (*path.read_text(encoding="utf-8").split(" "), "")[:3]
-            if host == socket.gethostname() and began and began != _began(int(process)):
+            host, process, start = (*path.read_text(encoding="utf-8").split(" "), "")[:3]
+            if host == socket.gethostname() and start and not is_running(int(process), start):
                 shutil.rmtree(path.parent, ignore_errors=True)
 
 

@@ -1,9 +1,7 @@
 """The joint subword vocabulary of a language pair."""
 
 import io
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 Pieces = Literal["bpe", "unigram", "char"]
 """How words are split: byte pair encoding, the unigram language model, or single characters."""
 
-_STORED = "vocabulary"  # where checkpoints of a translation hold the model
+VOCABULARY_KEY = "vocabulary"
+"""Where checkpoints of a translation hold the model; see lightning_attn.training.checkpoint_keys."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +111,21 @@ class Vocabulary:
         try:
             if path.suffix == ".model":
                 return cls(path.read_bytes())
-            import torch
+            import torch  # not before, since it takes seconds
 
-            if not zipfile.is_zipfile(path):
-                raise InputError("it is neither")
-            # Mapped, not read: a compressed archive is not unpacked.
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[_STORED]
-            if stored.dtype != torch.uint8 or stored.ndim != 1 or not stored.is_contiguous():
-                raise InputError("its vocabulary is no bytes")
+            from lightning_attn.archives import read_archive
+
+            contents = read_archive(path)
+            if not isinstance(contents, dict) or VOCABULARY_KEY not in contents:
+                raise InputError(f"it has no {VOCABULARY_KEY!r}")
+            stored = contents[VOCABULARY_KEY]
+            if not isinstance(stored, torch.Tensor) or stored.dtype != torch.uint8 or not stored.is_contiguous():
+                raise InputError(f"its {VOCABULARY_KEY} is not bytes")
             return cls(stored.numpy().tobytes())
-        except OSError:
-            raise
-        except Exception as error:  # of whatever kind of file it is
-            kind = "it is no checkpoint of plain values" if isinstance(error, pickle.UnpicklingError) else error
+        except InputError as error:
             raise InputError(
-                f"vocabulary: {path} holds none ({kind}). Give a sentencepiece model (*.model) whose special ids are "
-                "pad 0, unk 1, bos 2, eos 3, or a checkpoint of a translation (*.ckpt)."
+                f"vocabulary: {path} holds none ({str(error).rstrip('.')}). Give a sentencepiece model (*.model) whose "
+                "special ids are pad 0, unk 1, bos 2, eos 3, or a checkpoint of a translation (*.ckpt)."
             ) from error
 
     @property

@@ -304,18 +304,7 @@ def _mechanism(
         return custom  # type: ignore[no-any-return]  # it stands in for one of the paper's
     if spec.mechanism == "dynamic":
         return DynamicConv(dim, spec.kernel_size, spec.groups, ndim, causal=causal, dropout=spec.dropout)
-    return TransformerAttention(
-        dim,
-        num_heads=spec.num_heads,
-        terms=spec.terms,
-        ndim=ndim,
-        window=spec.window,
-        kv_stride=spec.kv_stride,
-        scale=spec.scale,
-        dropout=spec.dropout,
-        causal=causal,
-        algorithm=spec.algorithm,
-    )
+    return TransformerAttention.from_spec(spec, dim, ndim, causal)
 
 
 def _custom(spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool) -> nn.Module:

@@ -30,7 +30,8 @@ TERM_SETS = tuple(f"{bits:04b}" for bits in range(1, 2 ** len(TERM_NAMES)))
 class AttentionSpec:
     """The attention of a network's block (Zhu et al. 2019, Eq. 2 to 8 and Fig. 2).
 
-    A field that the mechanism does not use must be left at its default, except `num_heads`, `scale` and `dropout`.
+    A field that the mechanism does not use must be left at its default, except `num_heads`, `scale` and `dropout`. A
+    class of your own gets `num_heads` and `options`; the other fields may have any value.
 
     Attributes:
         mechanism: `"transformer"` for the generalized Transformer attention of Eq. 2, `"dynamic"` for the dynamic
@@ -107,11 +108,9 @@ class AttentionSpec:
         require_dropout(self.dropout)
         require_int("groups", self.groups)
         require_odd("kernel_size", self.kernel_size)
-        refuse_unused(
-            self,
-            "mechanism",
-            {"transformer": ("terms", "window", "kv_stride"), "dynamic": ("groups", "kernel_size")},
-        )
+        if not self.is_custom:
+            used_by = {"transformer": ("terms", "window", "kv_stride"), "dynamic": ("groups", "kernel_size")}
+            refuse_unused(self, "mechanism", used_by)
         if self.algorithm not in get_args(AlgorithmName):
             raise InputError(f"algorithm must be one of {list(get_args(AlgorithmName))}, got {self.algorithm!r}.")
         if self.mechanism == "dynamic" and self.algorithm != "auto":

@@ -1,7 +1,7 @@
 """Transformer attention of Eq. 2 with the four switchable terms of Eq. 8."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,6 @@ class TransformerAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         # The spec holds the rules for these values; one place says what is allowed.
         spec = AttentionSpec(
             terms=terms,
@@ -92,21 +91,41 @@ class TransformerAttention(nn.Module):
             dropout=dropout,
             algorithm=algorithm,
         )
+        self._build(spec, dim, ndim, causal, device, dtype)
+
+    @classmethod
+    def from_spec(cls, spec: AttentionSpec, dim: int, ndim: Literal[1, 2] = 1, causal: bool = False) -> Self:
+        """The attention that a spec of `mechanism: transformer` describes; other arguments as in the constructor."""
+        attention = cls.__new__(cls)
+        attention._build(spec, dim, ndim, causal, None, None)
+        return attention
+
+    def _build(
+        self,
+        spec: AttentionSpec,
+        dim: int,
+        ndim: Literal[1, 2],
+        causal: bool,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        num_heads = spec.num_heads
         require_int("dim", dim)
         require_ndim(ndim)
         require_bool("causal", causal)
         if isinstance(spec.window, tuple) and ndim == 1:
-            raise InputError(f"window={window!r} is for maps; for sentences (ndim=1) give one odd number.")
+            raise InputError(f"window={spec.window!r} is for maps; for sentences (ndim=1) give one odd number.")
         if dim % num_heads:
             raise InputError(
                 f"dim={dim} cannot be divided among num_heads={num_heads}: use a number of heads in {divisors(dim)}, "
                 f"or a width that is a multiple of {num_heads}."
             )
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.terms, self.ndim, self.window, self.kv_stride = terms, ndim, spec.window, kv_stride
-        self.scale, self.dropout, self.causal, self.algorithm = scale, dropout, causal, algorithm
+        self.terms, self.ndim, self.window, self.kv_stride = spec.terms, ndim, spec.window, spec.kv_stride
+        self.scale, self.dropout, self.causal, self.algorithm = spec.scale, spec.dropout, causal, spec.algorithm
 
-        e1, e2, e3, e4 = parse_terms(terms)
+        e1, e2, e3, e4 = parse_terms(spec.terms)
         if (e2 or e4) and dim % (2 * ndim):
             raise InputError(
                 f"dim={dim} cannot hold sine and cosine of {ndim} axis/axes: E2 and E4 need a multiple of {2 * ndim}."

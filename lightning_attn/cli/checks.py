@@ -1,4 +1,4 @@
-"""What is refused before anything is built: options without a value, and what of the Trainer's a task cannot do."""
+"""Checks before anything is built: options without a value, and options of the Trainer that a task cannot use."""
 
 import contextlib
 import dataclasses
@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping
 
 from datamodules.machine import available_cores
-from lightning_attn.cli.parser import ConfigurationError, listed
+from lightning_attn.cli.parser import OPTION_ERRORS, ConfigurationError, listed
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.scores import best_mode
 from lightning_attn.training.trust import argument_types
@@ -68,14 +67,14 @@ def _allows_none(hint: Any) -> bool:
 
 
 def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -> None:
-    """Refuses options of the Trainer that a task cannot be run with, or that make nothing of it.
+    """Refuses options of the Trainer that a task does not support, or with which nothing would be trained.
 
     Raises:
-        ConfigurationError: Names the option, the value and the way out.
+        ConfigurationError: Names the option, the value and the fix.
     """
     if options["barebones"]:
         raise ConfigurationError(
-            "trainer.barebones: true leaves out checkpoints, scores and progress, which a run here is made of. To "
+            "trainer.barebones: true leaves out checkpoints, scores and progress, which every run here needs. To "
             "measure speed, use python -m benchmarks.<task>; to try something quickly, --trainer.fast_dev_run true."
         )
     devices = str(options["devices"])
@@ -141,10 +140,10 @@ def check_open_files(workers: int) -> None:
 
 @contextlib.contextmanager
 def trainer_errors(options: Mapping[str, Any]) -> Iterator[None]:
-    """Makes messages of what Lightning complains about when it makes a Trainer of options."""
+    """Turns Lightning's errors about the Trainer's options into messages."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
+    except OPTION_ERRORS as error:
         given = ", ".join(f"{name} {options[name]}" for name in ("accelerator", "devices", "strategy"))
         hint = (
             ""

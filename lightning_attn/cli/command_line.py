@@ -14,42 +14,44 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies.launchers import subprocess_script
 from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
 
 from lightning_attn.cli.checks import check_open_files, check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.launching import observe_ranks, settle_collectives, watch_rendezvous
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
-from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, value_of, with_stored_configuration
+from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, stored_configuration, value_of
 from lightning_attn.errors import MissingFileError
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training import run_directory
 from lightning_attn.training.callbacks import (
-    RUN_KEY,
     BestCheckpoint,
     InitialWeights,
     InterruptionNote,
     SaveConfiguration,
     TopCheckpoints,
 )
+from lightning_attn.training.checkpoint_keys import LINES_KEY, OPTIMIZERS_KEY, STEP_KEY, WEIGHTS_KEY
 from lightning_attn.training.checkpoints import (
     AtomicCheckpointIO,
     CheckpointError,
     count_numbers,
     described_differences,
     read_checkpoint,
+    stored_run,
 )
 from lightning_attn.training.loggers import MetricsLogger, placed_loggers
 from lightning_attn.training.progress import ProgressLines, TrainingBar, TrainingSummary
-from lightning_attn.training.resuming import LINES_KEY, LastCheckpoint
+from lightning_attn.training.resuming import LastCheckpoint
 from lightning_attn.training.scores import best_mode
 
 # Arguments of a single call, which are no part of the experiment that a configuration file describes.
 _CALL_ARGUMENTS = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions", "trust")
 
 _CHECKPOINT_HELP = (
-    "Checkpoint: a path, or of the newest run of this name 'last' or 'best'; for fit also 'auto', which is 'last' or, "
-    "where there is none, a new run. The configuration in it is taken, and changed by -c files and options."
+    "Checkpoint: a path, or 'last' or 'best' of the newest run of this name; for fit also 'auto', which is 'last' or, "
+    "if there is none, a new run. Its configuration is the default, which -c files and options change."
 )
 
 
@@ -60,17 +62,19 @@ class CommandLine(LightningCLI):
     _typed: dict[str, str | None]  # what the command line itself says of the run's name and root
     _stored_name: str | None  # of the run whose configuration the checkpoint gave
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options of the run directory, and whom to trust."""
         parser.add_class_arguments(RunOptions, "run")
         parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST_HELP)
 
+    @override
     def _parse_ckpt_path(self) -> None:
         # Lightning would let "hyper_parameters" of a checkpoint overrule the command line, and make objects of them.
         pass
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Also takes what no configuration says from the checkpoint, and checks that before anything is built."""
+        """Takes defaults from the checkpoint's configuration, and checks all values before anything is built."""
         for subparser in self._subcommand_parsers.values():
             for action in subparser._actions:
                 if action.dest == "ckpt_path":
@@ -80,14 +84,18 @@ class CommandLine(LightningCLI):
         if isinstance(typed, list):
             self._typed = {option: value_of(f"--run.{option}", typed) for option in ("name", "root")}
             given = _files_first(typed)
-            with with_stored_configuration(given, self.subcommands()) as (arguments, self._stored_name):
+            stored = stored_configuration(given, self.subcommands())
+            if stored is None:
+                self.config = parser.parse_args(given)
+            else:
+                self._stored_name = stored.name
                 try:
-                    self.config = parser.parse_args(arguments)
-                except ConfigurationError as error:
-                    if arguments == given:
-                        raise
-                    stored = value_of("--ckpt_path", typed)
-                    raise ConfigurationError(f"{error}\n(The configuration in {stored} is a part of it.)") from error
+                    self._subcommand_parsers[stored.subcommand].set_defaults(_by_option(stored.defaults))
+                    self.config = parser.parse_args(given)
+                except (ConfigurationError, KeyError) as error:
+                    raise ConfigurationError(
+                        f"{error}\n(The configuration in {stored.checkpoint} is a part of it.)"
+                    ) from error
         else:
             super().parse_arguments(parser, args)
         check_values(self.config[self.config["subcommand"]])
@@ -96,8 +104,8 @@ class CommandLine(LightningCLI):
         if checkpoint and checkpoint not in CHECKPOINT_WORDS and checkpoint != named_here:
             read_checkpoint(checkpoint)  # of a configuration file; one of the command line was read for what it stores
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """A Trainer whose files all lie in the run directory."""
         assert self.subcommand is not None
         self.model.require_steps(self.subcommand)
         options = self.config_init[self.subcommand]["trainer"]
@@ -107,17 +115,17 @@ class CommandLine(LightningCLI):
         run = RunOptions(**self._option("run").as_dict())
         checkpoint = self._checkpoint(run)
         stored = read_checkpoint(checkpoint) if checkpoint else {}
-        if checkpoint and self.subcommand == "fit" and "optimizer_states" not in stored:
+        if checkpoint and self.subcommand == "fit" and OPTIMIZERS_KEY not in stored:
             raise CheckpointError(
-                f"{checkpoint} holds a model, and not what a training goes on with. Begin a new one with its weights: "
-                f"--run.initial_weights {checkpoint}"
+                f"{checkpoint} holds a model without the state of a training, so it cannot be resumed. Start a new one "
+                f"with its weights: --run.initial_weights {checkpoint}"
             )
         if not checkpoint and self.subcommand != "fit":
             rank_zero_info(f"No --ckpt_path: {self.subcommand} takes the network as it is before any training.")
         self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
         if checkpoint:
             self.model.checkpoint_path = str(checkpoint)
-            self.model.stored_numbers = count_numbers(stored["state_dict"])
+            self.model.stored_numbers = count_numbers(stored[WEIGHTS_KEY])
             if self.subcommand != "fit":
                 self.model.configure_data_from_checkpoint(self.datamodule, stored)
         self.run_path = self._run_directory(run, checkpoint)
@@ -135,13 +143,13 @@ class CommandLine(LightningCLI):
             kwargs["logger"] = _loggers(self.run_path, stored) if training else False
         elif options["logger"] and training:  # metrics.csv is there in any case
             its_own = checkpoint is not None and checkpoint.parent == self.run_path
-            ids = stored.get(RUN_KEY, {}).get("logger_ids", {}) if its_own else {}
+            ids = stored_run(stored).get("logger_ids", {}) if its_own else {}
             arguments = [namespace_to_dict(one).get("init_args", {}) for one in listed(self._option("trainer").logger)]
             placed = placed_loggers(listed(options["logger"]), arguments, self.run_path, ids)
             kwargs["logger"] = [_metrics_logger(self.run_path, stored), *placed]
         configuration = self._resolved_configuration()
-        if self.subcommand == "fit" and RUN_KEY in stored:
-            _report_differences(stored[RUN_KEY]["configuration"], configuration)
+        if self.subcommand == "fit" and (earlier := stored_run(stored).get("configuration")) is not None:
+            _report_differences(earlier, configuration)
         callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, configuration)]
         if self.subcommand == "fit" and run.initial_weights and not checkpoint:
             callbacks.append(InitialWeights(run.initial_weights, run.initial_weights_strict))
@@ -151,7 +159,7 @@ class CommandLine(LightningCLI):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
         given = listed(options["callbacks"])
         if options["enable_progress_bar"] is None and not any(isinstance(one, ProgressBar) for one in given):
-            # Between what is typed and its answers no bar has a place.
+            # A bar would be drawn between the typed lines and their translations.
             shows_bar = sys.stdout.isatty() and not getattr(self.datamodule, "reads_standard_input", False)
             kwargs["enable_progress_bar"] = shows_bar
             callbacks.append(TrainingBar() if shows_bar else ProgressLines())
@@ -185,7 +193,7 @@ class CommandLine(LightningCLI):
         """The checkpoint that is meant, if any.
 
         Raises:
-            FileNotFoundError: If there is none to go on from.
+            FileNotFoundError: If it is missing.
         """
         checkpoint = self._option("ckpt_path")
         if not checkpoint:
@@ -199,14 +207,14 @@ class CommandLine(LightningCLI):
             raise MissingFileError(
                 f"ckpt_path: {checkpoint!r} means the newest {file} in {root / task / name}, {name}-2 and so on, and "
                 "there is none. Give the run's name (--run.name NAME, --run.root FOLDER) or the path of a checkpoint; "
-                "'auto' begins a new run where there is nothing to go on from."
+                "'auto' starts a new run where there is nothing to resume."
             )
         return found
 
     def _run_directory(self, run: RunOptions, checkpoint: Path | None) -> Path:
-        """The checkpoint's own directory for going on with its run or evaluating it; a new one for other training.
+        """The checkpoint's own directory, to resume or evaluate its run; a new one for other training.
 
-        A run goes on from its `last.ckpt`. Another name, or another root on the command line, asks for a new directory.
+        A run is resumed from its `last.ckpt`. Another name, or root on the command line, asks for a new directory.
 
         Raises:
             OSError: If it cannot be written to.
@@ -243,8 +251,19 @@ class CommandLine(LightningCLI):
         }
 
 
+def _by_option(sections: dict[str, Any]) -> dict[str, Any]:
+    """Options by their names in the parser: model and data each as one, others singly."""
+    options: dict[str, Any] = {}
+    for name, section in sections.items():
+        if name in ("trainer", "run"):
+            options |= {f"{name}.{option}": value for option, value in section.items()}
+        else:
+            options[name] = section
+    return options
+
+
 def _files_first(arguments: list[str]) -> list[str]:
-    """Configuration files before options, which win wherever they stand."""
+    """Configuration files before options, so that options win whatever the order on the command line."""
     files: list[str] = []
     others: list[str] = []
     pending = list(arguments)
@@ -282,8 +301,8 @@ def _plain(value: Any) -> Any:
 
 
 def _loggers(path: Path, stored: dict[str, Any]) -> list[Any]:
-    """Loggers for a run; those of one that goes on keep what was logged up to its stored checkpoint."""
-    first_step = stored.get("global_step", 0)
+    """Loggers for a run; those of a resumed one keep what was logged up to its checkpoint."""
+    first_step = stored.get(STEP_KEY, 0)
     purge: dict[str, Any] = {"purge_step": first_step} if first_step else {}
     return [
         _metrics_logger(path, stored),
@@ -292,7 +311,7 @@ def _loggers(path: Path, stored: dict[str, Any]) -> list[Any]:
 
 
 def _metrics_logger(path: Path, stored: dict[str, Any]) -> MetricsLogger:
-    return MetricsLogger(path, stored.get("global_step", 0), stored.get(LINES_KEY, 0))
+    return MetricsLogger(path, stored.get(STEP_KEY, 0), stored.get(LINES_KEY, 0))
 
 
 def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[Callback]:

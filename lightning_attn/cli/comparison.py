@@ -55,8 +55,8 @@ class RunRecord:
             raise MissingFileError(
                 f"compare: {path} is no run directory. Give some, such as checkpoints/<task>/<name>."
             )
-        require_own_entries(path)
-        # The newest of config_fit.yaml, config_fit-2.yaml and so on is that of the training as it went on last.
+        require_own_entries(path, reading=True)
+        # The newest of config_fit.yaml, config_fit-2.yaml and so on is from when the training was resumed last.
         configurations = sorted(path.glob("config_fit*.yaml"), key=lambda one: one.stat().st_mtime_ns)
         if not configurations:
             raise MissingFileError(f"compare: {path} holds no config_fit.yaml: nothing was trained in it.")

@@ -1,4 +1,4 @@
-"""What the command can say without importing torch and Lightning, which takes seconds: help, and usual mistakes."""
+"""What the command answers without importing torch and Lightning, which takes seconds: help, and common mistakes."""
 
 import difflib
 import sys
@@ -9,10 +9,12 @@ from typing import NoReturn
 
 import yaml
 
+from lightning_attn.io import missing_checkpoint, neighbours
+
 SUBCOMMANDS = {
-    "fit": "train, or go on with a training (--ckpt_path last)",
+    "fit": "train, or resume a training (--ckpt_path last)",
     "validate": "score the validation data",
-    "test": "score the test data, and write what is found and what is wrong",
+    "test": "score the test data, and write results and errors",
     "predict": "run a trained network on images or text",
     "average": "make one checkpoint of the mean of several",
     "export": "write a model as safetensors and JSON, torch.export program or ONNX",
@@ -71,10 +73,10 @@ def _check_files(arguments: Sequence[str]) -> None:
         _check_configuration(path)
     for path in option_values(arguments, "--ckpt_path"):
         if path and path not in CHECKPOINT_WORDS:
-            _check_checkpoint("ckpt_path", Path(path))
+            _check_checkpoint("ckpt_path", path)
     for path in option_values(arguments, "--run.initial_weights"):
         if path.endswith((".ckpt", ".safetensors", ".pth")):
-            _check_checkpoint("run.initial_weights", Path(path))
+            _check_checkpoint("run.initial_weights", path)
 
 
 def command_name() -> str:
@@ -98,6 +100,7 @@ def _help() -> str:
             "",
             f"{name} SUBCOMMAND --help lists the options of one, fit --model.help TranslationTask and",
             "fit --data.help WMT14DataModule those of a task and its data; --version says which version this is.",
+            "LIGHTNING_ATTN_TRACEBACK=1 in the environment shows where an error was raised, beside its message.",
             f"A first result: {name} fit -c configs/miniature/translation.yaml",
         ]
     )
@@ -129,7 +132,7 @@ def _check_configuration(given: str) -> None:
     if not path.is_file():
         if "\n" in given or given.lstrip().startswith("{"):
             return  # YAML itself
-        _fail(f"config: {given} is {'a folder' if path.is_dir() else 'not there'}.{_nearby(path, '*.yaml')}")
+        _fail(f"config: {given} is {'a folder' if path.is_dir() else 'not there'}. {neighbours(path, '*.yaml')}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -139,33 +142,10 @@ def _check_configuration(given: str) -> None:
         _fail(f"config: {given} holds a {type(content).__name__}, not options such as 'trainer: {{max_steps: 100}}'.")
 
 
-def _check_checkpoint(option: str, path: Path) -> None:
-    """Refuses a checkpoint that is not there."""
-    if path.is_file():
-        return
-    if path.is_dir():
-        _fail(f"{option}: {path} is a folder.{_nearby(path / '-', '*.ckpt')} Give a file.")
-    why = " best.ckpt is there after a validation." if path.name == "best.ckpt" and path.parent.is_dir() else ""
-    _fail(f"{option}: There is no checkpoint at {path}.{_nearby(path, '*.ckpt')}{why}")
-
-
-def _nearby(path: Path, pattern: str) -> str:
-    """What there is instead."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f" There is no folder {folder}."
-    names = sorted(one.name for one in folder.glob(pattern))
-    if not names:
-        return f" {_called(folder)} holds none."
-    # By the name alone: all have the same ending.
-    stems = {Path(name).stem: name for name in names}
-    close = difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.6)
-    hint = f" Did you mean {folder / stems[close[0]]}?" if close else ""
-    return f" {_called(folder)} holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}.{hint}"
-
-
-def _called(folder: Path) -> str:
-    return "The current folder" if folder == Path() else str(folder)
+def _check_checkpoint(option: str, path: str) -> None:
+    message = missing_checkpoint(Path(path))
+    if message:
+        _fail(f"{option}: {message}")
 
 
 def _fail(message: str) -> NoReturn:

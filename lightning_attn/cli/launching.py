@@ -1,6 +1,6 @@
-"""Processes of one training: they end with the one that started them, and it says which of them has died, and how.
+"""Processes of one training: they end with their launcher, and it reports which of them died, and how.
 
-Does not import torch at the start, as a process must be bound to its launcher before that takes its seconds.
+Torch is not imported here: that takes seconds, and a process must be bound to its launcher before.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from lightning_attn.processes import is_running
 
 __all__ = [
     "bind_to_launcher",
@@ -33,7 +35,7 @@ _observed: list["_Observer"] = []
 
 
 def open_standard_streams() -> None:
-    """Opens what was closed by whoever started this process, or a file of the run would get its number and lines."""
+    """Opens standard streams that are closed, or a file of the run would get their number and their lines."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -47,7 +49,7 @@ def open_standard_streams() -> None:
 def bind_to_launcher() -> None:
     """Ends this process when the one that started it as a rank of its training ends, however that ends.
 
-    Of torchrun and SLURM, which look after their processes, nothing is asked.
+    torchrun and SLURM end their processes themselves.
     """
     launcher = os.environ.get(_LAUNCHER, "")
     if os.environ.get("LOCAL_RANK", "0") in ("", "0") or "TORCHELASTIC_RUN_ID" in os.environ or not launcher:
@@ -56,18 +58,8 @@ def bind_to_launcher() -> None:
     if launcher == str(os.getppid()) and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-    if launcher.isdecimal() and not _is_there(int(launcher)):  # it died before that
+    if launcher.isdecimal() and not is_running(int(launcher)):  # it died before that
         os._exit(1)
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def watch_rendezvous(rank: int, ranks: int, seconds: float = RENDEZVOUS_SECONDS) -> None:
@@ -105,7 +97,7 @@ def settle_collectives() -> None:
 
 
 def observe_ranks(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """Watches the ranks that this process has started; stands in for Lightning's observer, which kills at once."""
+    """Watches the ranks that this process has started; replaces Lightning's observer, which kills at once."""
     observer = _Observer(processes)
     _observed[:] = [observer]
     observer.start()
@@ -135,9 +127,9 @@ class _Observer(threading.Thread):
                 continue
             if code < 0:
                 name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-                why = ", often for want of memory: see what the system's log says of it" if code == -9 else ""
+                why = ", often for lack of memory: see the system's log" if code == -9 else ""
                 return f"rank {rank} (process {process.pid}) was ended by {name}{why}"
-            return f"rank {rank} (process {process.pid}) ended with exit code {code}; what it said stands above"
+            return f"rank {rank} (process {process.pid}) ended with exit code {code}; its own message is above"
         return ""
 
     def run(self) -> None:
@@ -147,14 +139,15 @@ class _Observer(threading.Thread):
                 return
             time.sleep(0.5)
         codes = [code for process in self.processes if (code := process.poll())]
-        quiet = all(code in _OWN_ENDS for code in codes)  # this process most likely ends likewise, and says why
+        quiet = all(code in _OWN_ENDS for code in codes)  # this process probably ends the same way, and prints why
         if not quiet:
             print(f"error: {failed}.", file=sys.stderr, flush=True)
         time.sleep(_GRACE)
         if quiet:
             print(f"error: {failed}.", file=sys.stderr, flush=True)
         print(
-            "error: the other ranks wait for it and are ended. What was saved is whole; go on with --ckpt_path auto.",
+            "error: the other ranks wait for it and are ended. What was saved is complete: resume with --ckpt_path "
+            "auto.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,11 +1,14 @@
-"""What a user reads of errors, and what of others' messages is not shown."""
+"""What a user reads of errors, and which messages of other packages are not shown.
+
+A `UserError` is shown as its message alone, and so is what the parser, Lightning and the system say about options and
+files. Any other error is a bug, of this project or of a class of the user's, and keeps its traceback.
+"""
 
 import dataclasses
 import difflib
 import errno
 import inspect
 import itertools
-import linecache
 import logging
 import os
 import re
@@ -21,12 +24,21 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_attn.cli.launching import dead_rank
 from lightning_attn.cli.run_options import RunOptions
+from lightning_attn.errors import UserError
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training import run_directory
 
-_LONGEST_PATH = 200  # that is shown whole
+TRACEBACK_VARIABLE = "LIGHTNING_ATTN_TRACEBACK"  # set to anything: errors keep their traceback
 
-__all__ = ["configure_messages", "message_of"]
+_LONGEST_PATH = 200  # characters of a path that a message shows
+_RESUME = "What was saved is complete: resume with --ckpt_path auto."
+NOISE = re.compile(
+    r"^\s*(-\s*)?(Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value type: "
+    r"|Given value: |Expected a <class 'NoneType'>)"
+)
+"""Lines of the parser's messages that say nothing about the mistake."""
+
+__all__ = ["TRACEBACK_VARIABLE", "configure_messages", "message_of"]
 
 
 def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
@@ -37,37 +49,54 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
         arguments: Of the command line, the subcommand first: which options the message may name.
 
     Returns:
-        The message; None if it is a fault somewhere below, which needs its traceback.
+        The message; None if the error is a bug, which needs its traceback, or the user asks for one.
     """
-    if os.environ.get("LIGHTNING_ATTN_TRACEBACK"):
+    if os.environ.get(TRACEBACK_VARIABLE):
         return None
-    text = str(error)
+    text = _without_worker(error)
     if _is_full(error):
         return _of_full(error, arguments)
-    if isinstance(error, MisconfigurationException):
-        return text
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
         what = f"{_place(error)}: {error.strerror}"
         return f"{what}. If results cannot be written there, give another place: {_option(arguments)}."
     if re.match(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", text):
         return (
-            f"{text.splitlines()[0]} A process that makes batches has died, often for want of memory: see what the "
-            "system's log says of it, and use fewer (--data.num_workers). What was saved is whole; go on with "
-            "--ckpt_path auto."
+            f"{text.splitlines()[0]} A process that makes batches has died, often for lack of memory: see the system's "
+            f"log, and use fewer (--data.num_workers). {_RESUME}"
         )
     if _has_lost_rank(text):
-        which = dead_rank() or "another process of this training has died; what it said may stand above"
-        return f"{which}. What was saved is whole; go on with --ckpt_path auto."
+        which = dead_rank() or "another process of this training has died; its own message may be above"
+        return f"{which}. {_RESUME}"
     if isinstance(error, OSError) and error.errno and error.filename:
         return _of_file(error, arguments)
-    if _is_ours(error):
+    if isinstance(error, UserError):
         return clean_parser_message(text)
+    if isinstance(error, MisconfigurationException) or _quotes_option(error):
+        return text
     if _is_of_restoring(error):
         return (
-            f"The checkpoint cannot be restored; a part of it is damaged, or made by other classes than those of now "
-            f"({type(error).__name__}: {text}). Use another checkpoint of the same run."
+            f"The checkpoint cannot be restored: a part of it is damaged, or was written by other classes than the "
+            f"current ones ({type(error).__name__}: {text}). Use another checkpoint of the same run."
         )
     return None
+
+
+def _without_worker(error: Exception) -> str:
+    """The message of an error; torch puts the traceback of a DataLoader's worker before it."""
+    text = str(error)
+    name = f"\n{type(error).__module__}.{type(error).__qualname__}: "
+    return text.rpartition(name)[2].rstrip() if text.startswith("Caught ") and name in text else text
+
+
+def _quotes_option(error: Exception) -> bool:
+    """Whether an error is Lightning's about options that it sees while it runs: those it names in backquotes."""
+    text = str(error)
+    if not isinstance(error, ValueError | TypeError | RuntimeError):
+        return False
+    quoted = set(re.findall(r"`(?:Trainer\()?(\w+)", text))
+    return text.startswith("Early stopping conditioned on") or not quoted.isdisjoint(
+        inspect.signature(pl.Trainer).parameters
+    )
 
 
 def _of_full(error: OSError, arguments: Sequence[str]) -> str:
@@ -78,7 +107,7 @@ def _of_full(error: OSError, arguments: Sequence[str]) -> str:
     if error.filename and Path(_path(error)).parent == Path(tempfile.gettempdir()):
         return f"{kept}, or name another folder for temporary files in the variable TMPDIR, and run again."
     if "fit" in arguments[:1]:
-        return f"{kept}, then go on with --ckpt_path auto."
+        return f"{kept}, then resume with --ckpt_path auto."
     return f"{kept}, or give another place ({_option(arguments)}), and run again."
 
 
@@ -102,7 +131,7 @@ def _of_file(error: OSError, arguments: Sequence[str]) -> str:
     """What the system says of a file, and the option that named it, if one did."""
     path, place = _path(error), _place(error)
     if error.errno == errno.ENOENT and not Path(path).parent.exists():
-        return f"{place}: its folder is not there; if it was, something has removed it meanwhile."
+        return f"{place}: its folder does not exist; if it did, something has removed it meanwhile."
     if error.errno == errno.EMFILE:
         return f"{place}: {error.strerror}. Raise the limit in the shell: ulimit -n 4096."
     absolute = str(Path(path).absolute())
@@ -133,29 +162,9 @@ def _is_full(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by this project, for the user to read."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames:
-        return False
-    frame, line = frames[-1]
-    package = frame.f_globals.get("__name__", "").split(".")[0]
-    if package in ("pytorch_lightning", "lightning_fabric"):  # what these raise themselves is about options
-        return linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise")
-    if package not in ("lightning_attn", "datamodules", "jsonargparse"):
-        return False
-    # An operator of torch has no frame of its own: what it complains about is a fault of the caller.
-    source = linecache.getline(frame.f_code.co_filename, line)
-    return not isinstance(error, RuntimeError) or source.lstrip().startswith("raise")
-
-
 def clean_parser_message(message: str) -> str:
-    """Drops from a parser's message what says nothing about the mistake, and adds a way out for the usual ones."""
-    dull = re.compile(
-        r"^\s*(-\s*)?(Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value type: "
-        r"|Given value: |Expected a <class 'NoneType'>)"
-    )
-    lines = [line.rstrip() for line in message.splitlines() if line.strip() and not dull.match(line)]
+    """A parser's message without what says nothing about the mistake, and with the fix of common ones."""
+    lines = [line.rstrip() for line in message.splitlines() if line.strip() and not NOISE.match(line)]
     text = re.sub(r"^\s*-\s*", "", "\n".join(lines))
     if re.search(r"Expected a <class 'str'>. Got value: -?[0-9.]+$", text, re.MULTILINE):
         text += (
@@ -191,6 +200,7 @@ def clean_parser_message(message: str) -> str:
 def _known_options() -> set[str]:
     """Names of the arguments of everything that can be configured."""
     names = {"model", "data", "trainer", "run", "seed_everything", "ckpt_path", "class_path", "init_args"}
+    names |= {"format", "output", "size", "trust", "weights"}  # of the subcommands that run no Trainer
     pending: list[type] = [pl.Trainer, BaseTask, pl.LightningDataModule, RunOptions]
     while pending:
         configurable = pending.pop()

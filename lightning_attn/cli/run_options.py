@@ -24,8 +24,8 @@ class RunOptions:
         monitor: The logged score that `best.ckpt` is chosen by, such as val/bleu; empty for the task's own.
         monitor_mode: Whether the "max" or the "min" of `monitor` is best; empty for what is known of the score.
         initial_weights: A checkpoint whose weights a new training begins with, perhaps of a run with another attention;
-            for detection also torchvision's detector: "COCO_V1", or a .pth file of one; empty for none. A training that
-            goes on has its own.
+            for detection also torchvision's detector: "COCO_V1", or a .pth file of one; empty for none. A resumed
+            training has its own.
         initial_weights_strict: Whether all of them must fit, and mean the same classes or pieces of words; otherwise
             what fits is taken, classes and pieces by name, and the log lists the rest.
         weights: Which weights of a run with averaging are validated, tested and predicted with: `"averaged"` or

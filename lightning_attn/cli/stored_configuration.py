@@ -1,8 +1,8 @@
-"""The configuration that a checkpoint holds, put before what the command line says: data, of which nothing runs."""
+"""The configuration that a checkpoint holds, as defaults of the parser: data, of which nothing is run."""
 
 import contextlib
+import dataclasses
 import re
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,18 @@ from lightning_attn import tasks
 from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions
-from lightning_attn.io import naming
 from lightning_attn.tasks import BaseTask
-from lightning_attn.training.callbacks import RUN_KEY
-from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
+from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint, stored_run
 from lightning_attn.training.trust import Trust, TrustError, argument_types, path_of, public_classes, texts_in
 
-__all__ = ["TRUST_HELP", "needed_trust", "trust_of", "value_of", "with_stored_configuration"]
+__all__ = ["TRUST_HELP", "needed_trust", "stored_configuration", "trust_of", "value_of"]
 
 TRUST_HELP = (
     "A package of yours whose classes a checkpoint may name: task, data, mechanism, callback. Repeat it for more. "
     "Classes that this call's options or -c files name need no mention."
 )
 
-# Of Lightning's classes, those that compute or watch; none that calls what it is given, or writes where it is told.
+# Of Lightning's classes, those that compute or observe; none that calls its arguments, or writes to a given path.
 _LIGHTNING_CLASSES = {
     callbacks: (
         *("BatchSizeFinder", "DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler"),
@@ -59,34 +57,46 @@ _MINIATURE = (
 _FILENAME = re.compile(r"(?!\.\.?$)(?:[\w .,=+@%-]|\{[\w/ @-]+(?::0?\d{0,2}(?:\.\d{1,2})?[dfeg]?)?\})*")
 
 
-@contextlib.contextmanager
-def with_stored_configuration(
-    arguments: list[str], subcommands: Collection[str]
-) -> Iterator[tuple[list[str], str | None]]:
-    """Puts the configuration in a checkpoint before other arguments, which change it: options and `-c` files alike.
+@dataclasses.dataclass(frozen=True)
+class StoredConfiguration:
+    """What a call takes from the checkpoint that it names.
 
-    For training it is the run's whole configuration. For evaluation it is model, data and precision, as the hardware
+    Attributes:
+        checkpoint: The file.
+        subcommand: Of the call.
+        name: Of the run.
+        defaults: For the subcommand's options, by section: `seed_everything`, `model`, `data`, `trainer`, `run`.
+    """
+
+    checkpoint: str
+    subcommand: str
+    name: str
+    defaults: dict[str, Any]
+
+
+def stored_configuration(arguments: list[str], subcommands: Collection[str]) -> StoredConfiguration | None:
+    """The configuration in a checkpoint, as defaults for the options and `-c` files of a call.
+
+    For training it is the run's complete configuration. For evaluation it is model, data and precision, as the hardware
     may be another. Places that files are written to are left out.
 
-    Yields:
-        The arguments, and the name of the run that the configuration is from.
+    Returns:
+        Nothing if the call names no checkpoint, or one without a configuration but another one.
 
     Raises:
-        ConfigurationError: If neither the arguments nor the checkpoint say what is to be run.
+        ConfigurationError: If neither the arguments nor the checkpoint name a model and data.
         CheckpointError: If the checkpoint is damaged, or names a class that is not to be trusted.
     """
     subcommand = next((argument for argument in arguments if argument in subcommands), None)
     configured = value_of("-c", arguments) or value_of("--config", arguments)
     checkpoint = value_of("--ckpt_path", arguments)
     if subcommand is None or not checkpoint:
-        yield arguments, None
-        return
+        return None
     is_word = checkpoint in CHECKPOINT_WORDS
-    run = None if is_word else read_checkpoint(checkpoint).get(RUN_KEY)
-    if not (isinstance(run, dict) and isinstance(run.get("configuration"), dict)):
+    run = {} if is_word else stored_run(read_checkpoint(checkpoint))
+    if "configuration" not in run:
         if configured or (value_of("--model", arguments) and value_of("--data", arguments)):
-            yield arguments, None
-            return
+            return None
         found = "means the newest of a run" if is_word else "holds no configuration of a run"
         raise ConfigurationError(f"ckpt_path: {checkpoint!r} {found}. Give the configuration: -c FILE.")
     trust = trust_of(arguments)
@@ -98,11 +108,7 @@ def with_stored_configuration(
         name = RunOptions(name=str(run.get("name", ""))).name
     except ValueError as error:
         raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
-    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
-        with naming(file.name):
-            Path(file.name).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        begin = arguments.index(subcommand) + 1
-        yield [*arguments[:begin], "--config", file.name, *arguments[begin:]], name
+    return StoredConfiguration(checkpoint, subcommand, name, values)
 
 
 def trust_of(arguments: Sequence[str]) -> Trust:
@@ -139,7 +145,7 @@ def _words(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _files(arguments: Sequence[str]) -> Iterator[Any]:
-    """The contents of this call's configuration files; the parser complains of one that cannot be read."""
+    """The contents of this call's configuration files; the parser refuses one that cannot be read."""
     for path in option_values(arguments, "-c", "--config"):
         with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
             yield yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -164,7 +170,7 @@ def _given(arguments: list[str]) -> set[str]:
 
 
 def _classes_named(values: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Import paths of classes in nested options, and where they stand."""
+    """Import paths of classes in nested options, and the keys that they are under."""
     pending = [(values, key)]
     while pending:
         one, place = pending.pop()

@@ -1,29 +1,29 @@
 """Runs the subcommands."""
 
-import argparse
 import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 
+from lightning_attn.archives import reading_once
 from lightning_attn.cli.command_line import CommandLine
 from lightning_attn.cli.comparison import compare_runs
+from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.cli.messages import configure_messages, message_of
 from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.stored_configuration import TRUST_HELP
-from lightning_attn.export.checkpoint import ExportFormat, export_checkpoint
+from lightning_attn.export.checkpoint import export_checkpoint
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training import run_directory
 from lightning_attn.training.checkpoint_averaging import average_checkpoints
-from lightning_attn.training.checkpoints import Weights
 from lightning_attn.training.resuming import TrainingStopped
 
 
@@ -51,19 +51,20 @@ def _run(arguments: list[str]) -> None:
         if arguments[0] in _FURTHER_COMMANDS:
             _FURTHER_COMMANDS[arguments[0]](arguments[1:])
             return
-        command = CommandLine(
-            BaseTask,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            # Tasks store their arguments themselves; see BaseTask.
-            load_from_checkpoint_support=False,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_class=Parser,
-            args=arguments,
-        )
+        with reading_once():
+            command = CommandLine(
+                BaseTask,
+                pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                # Tasks store their arguments themselves; see BaseTask.
+                load_from_checkpoint_support=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_class=Parser,
+                args=arguments,
+            )
         if command.subcommand == "predict" and getattr(command.model, "bad_images", None):
             raise SystemExit(2)  # everything else was predicted; the log says what was not
     except SystemExit as stop:
@@ -88,46 +89,44 @@ def _run(arguments: list[str]) -> None:
         run_directory.discard_if_unused()
 
 
+def _parse(command: str, add_arguments: Callable[[Parser], object], arguments: list[str]) -> dict[str, Any]:
+    parser = Parser(prog=f"{command_name()} {command}", description=f"{command}: {SUBCOMMANDS[command]}.")
+    add_arguments(parser)
+    options: dict[str, Any] = parser.parse_args(arguments).as_dict()
+    return options
+
+
 def _average(arguments: list[str]) -> None:
     """Averages checkpoints."""
-    parser = argparse.ArgumentParser(
-        prog=f"{Path(sys.argv[0]).name} average", description="The equal mean of the weights of several checkpoints."
-    )
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--output", help="the file to write (average.ckpt beside the first)")
-    options = parser.parse_args(arguments)
-    path = average_checkpoints(options.checkpoints, options.output)
-    rank_zero_info(f"The mean of {len(options.checkpoints)} checkpoints was written to {path}")
+
+    def add_arguments(parser: Parser) -> None:
+        parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="two or more of one network")
+        parser.add_function_arguments(average_checkpoints, skip={"paths"})
+
+    options = _parse("average", add_arguments, arguments)
+    checkpoints = options.pop("checkpoints")
+    path = average_checkpoints(checkpoints, **options)
+    rank_zero_info(f"The mean of {len(checkpoints)} checkpoints was written to {path}")
 
 
 def _export(arguments: list[str]) -> None:
     """Writes a model for others."""
-    parser = argparse.ArgumentParser(
-        prog=f"{Path(sys.argv[0]).name} export",
-        description="A trained model as safetensors, and what it is as JSON; and programs of its inference.",
-    )
-    parser.add_argument("--ckpt_path", required=True, help="the checkpoint")
-    parser.add_argument("--output", help="the folder to write into (export beside the checkpoint)")
-    parser.add_argument("--weights", choices=get_args(Weights), default="averaged", help="of a run that averages")
-    parser.add_argument(
-        "--format",
-        choices=get_args(ExportFormat),
-        default="safetensors",
-        help="program: also what torch.export.load reads; onnx: also ONNX (safetensors)",
-    )
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="of the images that a program is for (those that the data was resized to)",
-    )
-    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST_HELP)
-    options = parser.parse_args(arguments)
-    size = None if options.size is None else (options.size[0], options.size[1])
-    weights, *programs = export_checkpoint(
-        options.ckpt_path, options.output, options.weights, format=options.format, size=size, trust=options.trust
-    )
+
+    def add_arguments(parser: Parser) -> None:
+        parser.add_argument("--ckpt_path", required=True, help="the checkpoint")
+        parser.add_argument(
+            "--size",
+            type=int,
+            nargs=2,
+            metavar=("HEIGHT", "WIDTH"),
+            help="of the images that a program is for (those that the data was resized to)",
+        )
+        parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST_HELP)
+        parser.add_function_arguments(export_checkpoint, skip={"path", "size", "trust"})
+
+    options = _parse("export", add_arguments, arguments)
+    size = options.pop("size")
+    weights, *programs = export_checkpoint(options.pop("ckpt_path"), size=size and (size[0], size[1]), **options)
     rank_zero_info(f"The model was written to {weights} and {weights.with_suffix('.json').name}")
     for path in programs:
         rank_zero_info(f"A program that gives what the network gives was written to {path}; see programs.json")
@@ -135,17 +134,16 @@ def _export(arguments: list[str]) -> None:
 
 def _compare(arguments: list[str]) -> None:
     """Compares runs."""
-    parser = argparse.ArgumentParser(
-        prog=f"{Path(sys.argv[0]).name} compare",
-        description="What differs between runs: configuration, scores, cost and curves.",
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, such as checkpoints/detection/bccd")
-    parser.add_argument("--output", help="a figure of the curves (.png, .pdf, .svg) or the table (.csv)")
-    options = parser.parse_args(arguments)
-    comparison = compare_runs(options.runs)
+
+    def add_arguments(parser: Parser) -> None:
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, checkpoints/<task>/<name>")
+        parser.add_argument("--output", help="a figure of the curves (.png, .pdf, .svg) or the table (.csv)")
+
+    options = _parse("compare", add_arguments, arguments)
+    comparison = compare_runs(options["runs"])
     comparison.print()
-    if options.output is not None:
-        rank_zero_info(f"Written to {comparison.write(Path(options.output))}")
+    if options["output"] is not None:
+        rank_zero_info(f"Written to {comparison.write(Path(options['output']))}")
 
 
 _FURTHER_COMMANDS = {"average": _average, "export": _export, "compare": _compare}

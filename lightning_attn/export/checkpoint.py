@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from lightning_attn.archives import reading_once
 from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.export.graph import SUFFIXES, ExportGraph, write_graph
 from lightning_attn.export.networks import export_graphs
@@ -61,17 +62,18 @@ def export_checkpoint(
     """
     if format == "safetensors" and size is not None:
         raise InputError("size: weights have none; it goes with the formats program and onnx. Leave it out.")
-    checkpoint = read_checkpoint(path)
-    stored_task(checkpoint, path)
-    choose_weights(checkpoint, weights, path)
     folder = unused_path(Path(path).parent / "export") if output is None else Path(output)
     file = folder / f"model{SAFETENSORS}"
     graphs: dict[Path, ExportGraph] = {}
     written = [file, file.with_suffix(".json")]
-    if format != "safetensors":
-        found = export_graphs(BaseTask.load(path, weights=weights, trust=trust), size)
-        graphs = {folder / f"{name}{SUFFIXES[format]}": graph for name, graph in found.items()}
-        written += [*graphs, folder / "programs.json"]
+    with reading_once():
+        checkpoint = read_checkpoint(path)
+        stored_task(checkpoint, path)
+        choose_weights(checkpoint, weights, path)
+        if format != "safetensors":
+            found = export_graphs(BaseTask.load(path, weights=weights, trust=trust), size)
+            graphs = {folder / f"{name}{SUFFIXES[format]}": graph for name, graph in found.items()}
+            written += [*graphs, folder / "programs.json"]
     for one in written:
         if one.exists():
             raise ExistingFileError(f"output: {one} is there already, and nothing is overwritten. Give another folder.")

@@ -21,10 +21,8 @@ from torch.optim import Optimizer
 
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.tasks.evaluation import Evaluation, Evaluator, SampleMeans
+from lightning_attn.training.checkpoint_keys import FORMAT, FORMAT_KEY, TASK_KEY, WEIGHTS_KEY, StoredTask
 from lightning_attn.training.checkpoints import (
-    CHECKPOINT_KEY,
-    FORMAT,
-    FORMAT_KEY,
     CheckpointError,
     OutputRows,
     Weights,
@@ -203,11 +201,9 @@ class BaseTask(pl.LightningModule):
         checkpoint.pop("hyper_parameters", None)
         checkpoint.pop("hparams_name", None)
         checkpoint[FORMAT_KEY] = FORMAT
-        checkpoint[CHECKPOINT_KEY] = {
-            "name": self.task_name,
-            "class_path": path_of(type(self)),
-            "arguments": self._arguments,
-        }
+        checkpoint[TASK_KEY] = StoredTask(
+            name=self.task_name, class_path=path_of(type(self)), arguments=self._arguments
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another task or shape, and says what differs from the current settings."""
@@ -217,7 +213,7 @@ class BaseTask(pl.LightningModule):
                 f"The checkpoint holds the task {stored['name']!r} ({stored['class_path']}), but the configuration "
                 f"asks for {self.task_name!r}. Use the configuration in the checkpoint's own run directory."
             )
-        mismatches = described_mismatches(checkpoint["state_dict"], self.state_dict())
+        mismatches = described_mismatches(checkpoint[WEIGHTS_KEY], self.state_dict())
         described = described_differences(stored["arguments"], self._arguments, "model.")
         if mismatches:
             raise CheckpointError(
@@ -255,20 +251,20 @@ class BaseTask(pl.LightningModule):
             trusted.require_values(stored["arguments"], stored_class, "task.arguments")
         except TrustError as error:
             raise CheckpointError(f"{path} {error}.") from error
-        numbers = count_numbers(checkpoint["state_dict"])
+        numbers = count_numbers(checkpoint[WEIGHTS_KEY])
         task: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides))
         task.stored_numbers = numbers
         choose_weights(checkpoint, weights, path)
         task.build_from_checkpoint(checkpoint)
-        if not task.state_dict() and checkpoint["state_dict"]:
+        if not task.state_dict() and checkpoint[WEIGHTS_KEY]:
             raise MissingMethodError(
                 f"{stored_class.__name__} must define build_from_checkpoint(self, checkpoint) for load, and build "
                 "its network there, or build it in the constructor."
             )
-        mismatches = described_mismatches(checkpoint["state_dict"], task.state_dict())
+        mismatches = described_mismatches(checkpoint[WEIGHTS_KEY], task.state_dict())
         if mismatches:
             raise CheckpointError(f"{path} does not fit the network:{mismatches}")
-        task.load_state_dict(checkpoint["state_dict"])
+        task.load_state_dict(checkpoint[WEIGHTS_KEY])
         return task.eval()
 
     @classmethod
@@ -335,7 +331,7 @@ class BaseTask(pl.LightningModule):
         Raises:
             CheckpointError: If they are not.
         """
-        weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
+        weights: dict[str, Tensor] = dict(checkpoint[WEIGHTS_KEY])
         old, new = self.stored_output_names(checkpoint), self.output_names()
         if not old or old == new:
             return weights

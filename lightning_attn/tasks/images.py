@@ -20,6 +20,7 @@ from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.tasks.base import BaseTask, evaluating, require_network
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.image_evaluators import BadImages, Pictures
+from lightning_attn.training.checkpoint_keys import PREPROCESSING_KEY
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.training.contents import require_plain
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
@@ -37,8 +38,6 @@ class Classes(Protocol):
     def ids(self) -> tuple[int, ...]:
         """What the data calls them."""
 
-
-PREPROCESSING_KEY = "preprocessing"
 
 _logger = logging.getLogger(__name__)
 

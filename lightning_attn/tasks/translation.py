@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from datamodules.translation.batches import TranslationBatch, TranslationDataset
-from datamodules.translation.vocabulary import Vocabulary
+from datamodules.translation.vocabulary import VOCABULARY_KEY, Vocabulary
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.io import unused_path, write_file
@@ -26,8 +26,6 @@ from lightning_attn.tasks.prediction_files import PartialResults, differing_orig
 from lightning_attn.tasks.translation_evaluation import ScoredBatch, TranslationEvaluator
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows, crc32_of
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
-
-VOCABULARY_KEY = "vocabulary"
 
 
 class TranslationTask(TokenMeanTask):

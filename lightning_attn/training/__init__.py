@@ -1,1 +1,1 @@
-"""What makes a training go on: the checkpoint's format, what may stand in one, and whose classes it may name."""
+"""Training: checkpoints and their contents, resuming, averaging, optimization, callbacks, loggers, run directories."""

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EarlyStopping, Timer
 from torch import Tensor
 
+from lightning_attn.training.checkpoint_keys import CALLBACKS_KEY
 from lightning_attn.training.contents import ContentsError, require_same_structure
 
 __all__ = ["placed_in", "relative_to", "require_callback_states"]
@@ -53,7 +54,7 @@ def placed_in(states: Mapping[str, Any], directory: Path) -> dict[str, Any]:
             inside = there.resolve().is_relative_to(root) or (Path(own).is_absolute() and there.is_relative_to(own))
             if ".." in there.parts or "::" in path or not inside:
                 raise ContentsError(
-                    f"is damaged: callbacks.{key.partition('{')[0]} names {path[:200]!r}, which is not in {root}"
+                    f"is damaged: {CALLBACKS_KEY}.{key.partition('{')[0]} names {path[:200]!r}, which is not in {root}"
                 )
             return str(there) if path else path
 
@@ -73,17 +74,17 @@ def _require_model_checkpoint(key: str, state: Mapping[str, Any]) -> None:
     key = key.partition("{")[0]
     for name in _PATHS:
         if not isinstance(state.get(name, ""), str) or "\0" in state.get(name, ""):
-            raise ContentsError(f"is damaged: callbacks.{key}.{name} is no path")
+            raise ContentsError(f"is damaged: {CALLBACKS_KEY}.{key}.{name} is no path")
     best = state.get(_PATH_KEYS, {})
     if not isinstance(best, dict) or not all(isinstance(path, str) for path in best):
-        raise ContentsError(f"is damaged: callbacks.{key}.{_PATH_KEYS} is no table of scores by path")
+        raise ContentsError(f"is damaged: {CALLBACKS_KEY}.{key}.{_PATH_KEYS} is no table of scores by path")
     best_step = state.get("best_step", 0)
     if type(best_step) is not int or best_step < 0:
-        raise ContentsError(f"is damaged: callbacks.{key}.best_step is {str(best_step)[:40]!r}")
+        raise ContentsError(f"is damaged: {CALLBACKS_KEY}.{key}.best_step is {str(best_step)[:40]!r}")
     scores = {name: state.get(name) for name in ("best_model_score", "current_score", "kth_value")}
     for name, score in (scores | best).items():
         if score is not None and not (isinstance(score, Tensor) and score.numel() == 1):
-            raise ContentsError(f"is damaged: callbacks.{key}: the score of {name[:80]!r} is no number")
+            raise ContentsError(f"is damaged: {CALLBACKS_KEY}.{key}: the score of {name[:80]!r} is no number")
 
 
 def require_callback_states(states: Mapping[str, Any], callbacks: Iterable[pl.Callback]) -> None:
@@ -99,4 +100,4 @@ def require_callback_states(states: Mapping[str, Any], callbacks: Iterable[pl.Ca
         )
         if state is not None and is_known and _OF_MODEL_CHECKPOINT not in state:
             # A Timer's elapsed time is the integer 0 at first, and later a float of seconds.
-            require_same_structure(f"callbacks.{callback.state_key}", state, callback.state_dict(), counts=False)
+            require_same_structure(f"{CALLBACKS_KEY}.{callback.state_key}", state, callback.state_dict(), counts=False)

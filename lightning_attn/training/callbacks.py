@@ -11,55 +11,58 @@ from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_attn import __version__
+from lightning_attn.archives import forget_readings
 from lightning_attn.io import write_text
 from lightning_attn.training import run_directory
-from lightning_attn.training.checkpoints import CHECKPOINT_KEY, load_initial_weights, read_checkpoint
+from lightning_attn.training.checkpoint_keys import RUN_KEY, TASK_KEY, StoredRun
+from lightning_attn.training.checkpoints import load_initial_weights, read_checkpoint
 from lightning_attn.training.loggers import logger_ids
 from lightning_attn.training.task_protocol import TrainableTask
 
-RUN_KEY = "run"
-
 
 class BestCheckpoint(ModelCheckpoint):
-    """`best.ckpt` by a monitored score; the latest network, with a word about it, as long as the score is not a number.
+    """`best.ckpt` by a monitored score; the latest network, with a message, as long as the score is not a number.
 
     A score is NaN where there is nothing to score, such as validation images without any object.
     """
 
-    _told = False
+    _reported = False
     best_step = 0
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Also the step of the best score."""
         return super().state_dict() | {"best_step": self.best_step}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also takes the score of the last time, which Lightning leaves out."""
+        """Also restores the last score, which Lightning leaves out."""
         super().load_state_dict(state_dict)
         if self.dirpath == state_dict.get("dirpath", self.dirpath):
             self.current_score = state_dict.get("current_score")
             self.best_step = state_dict.get("best_step", 0)
 
+    @override
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """Whether the network is to be saved."""
         if current is None or not torch.isnan(current):
             better = super().check_monitor_top_k(trainer, current)
             self.best_step = trainer.global_step if better else self.best_step
             return better
-        if not self._told:
+        if not self._reported:
             rank_zero_info(
                 f"{self.monitor} is not a number: the validation data has nothing to score, such as images without any "
                 "object. best.ckpt is the latest network until there is a score."
             )
-        self._told = True
+        self._reported = True
         return self.best_model_score is None or not bool(torch.isfinite(self.best_model_score))
 
 
 class TopCheckpoints(ModelCheckpoint):
     """The best few networks beside `best.ckpt`, as `top-<step>.ckpt`."""
 
+    @override
     @property
     def state_key(self) -> str:
         """Its own, so that others may watch the same score."""
@@ -67,10 +70,10 @@ class TopCheckpoints(ModelCheckpoint):
 
 
 class InterruptionNote(Callback):
-    """Says what a prediction or test has left when it is broken off by Ctrl-C or a signal."""
+    """Reports what a prediction or test has written when Ctrl-C or a signal interrupts it."""
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Says it."""
         assert isinstance(pl_module, TrainableTask)
         if isinstance(exception, KeyboardInterrupt | SystemExit):
             note = pl_module.interrupted_note()
@@ -79,7 +82,7 @@ class InterruptionNote(Callback):
 
 
 class InitialWeights(Callback):
-    """Begins a training with the weights of a checkpoint; see `load_initial_weights`.
+    """Starts a training with the weights of a checkpoint; see `load_initial_weights`.
 
     Args:
         path: The checkpoint, or what the task's `convert_external_weights` knows.
@@ -89,16 +92,17 @@ class InitialWeights(Callback):
     def __init__(self, path: str, strict: bool) -> None:
         self.path, self.strict = path, strict
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copies the weights."""
         assert isinstance(pl_module, TrainableTask)
         foreign = pl_module.convert_external_weights(self.path)
         stored = None
         if foreign is None:
             checkpoint = read_checkpoint(self.path)
-            if checkpoint.get(CHECKPOINT_KEY, {}).get("name") == pl_module.task_name:
+            if checkpoint.get(TASK_KEY, {}).get("name") == pl_module.task_name:
                 stored = pl_module.matched_weights(checkpoint, self.path, strict=self.strict)
         load_initial_weights(pl_module, self.path, strict=self.strict, foreign=foreign, stored=stored)
+        forget_readings()
 
 
 class SaveConfiguration(Callback):
@@ -114,8 +118,9 @@ class SaveConfiguration(Callback):
         self.directory, self.subcommand, self.configuration = directory, subcommand, configuration
         self._written = False
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Now that the checkpoint fits, writes the file once, on rank 0, unless it is there already."""
+        """Writes the file once, on rank 0, unless it exists; not before, as the checkpoint may not fit."""
         if not trainer.is_global_zero or self._written:
             return
         self._written = True
@@ -127,13 +132,13 @@ class SaveConfiguration(Callback):
 
     on_validation_start = on_test_start = on_predict_start = on_fit_start
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Stores the configuration, and what it ran with."""
-        checkpoint[RUN_KEY] = {
-            "name": self.directory.name,
-            "configuration": self.configuration,
-            "origin": run_directory.origin(),
-            "logger_ids": logger_ids(trainer.loggers),
-        }
+        checkpoint[RUN_KEY] = StoredRun(
+            name=self.directory.name,
+            configuration=self.configuration,
+            origin=run_directory.origin(),
+            logger_ids=logger_ids(trainer.loggers),
+        )

@@ -8,11 +8,17 @@ from torch import Tensor
 
 from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.io import unused_path, written_together
-from lightning_attn.training.callbacks import RUN_KEY
-from lightning_attn.training.checkpoints import (
-    CHECKPOINT_KEY,
-    SAFETENSORS,
+from lightning_attn.training.checkpoint_keys import (
+    AVERAGED_KEY,
+    EPOCH_KEY,
+    RUN_KEY,
+    STEP_KEY,
+    TASK_KEY,
     TRAINING_KEYS,
+    WEIGHTS_KEY,
+)
+from lightning_attn.training.checkpoints import (
+    SAFETENSORS,
     AtomicCheckpointIO,
     CheckpointError,
     described_differences,
@@ -28,7 +34,7 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
     """Averages checkpoints of one network, such as the last few of a run (Vaswani et al. 2017 take five).
 
     Floating-point weights and statistics are averaged in float64; integers, such as the number of batches that
-    statistics are from, are the last checkpoint's. What a training goes on with is left out.
+    statistics are from, are the last checkpoint's. What a training is resumed with is left out.
 
     Args:
         paths: Two checkpoints or more, of the same task and network, with the same classes or vocabulary.
@@ -58,7 +64,7 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
             first = checkpoint
         else:
             _check_fit(first, checkpoint, f"{paths[0]} and {one}")
-        for name, value in checkpoint["state_dict"].items():
+        for name, value in checkpoint[WEIGHTS_KEY].items():
             if not value.is_floating_point():
                 sums[name] = value.clone()
             elif number:
@@ -67,10 +73,10 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
                 sums[name] = value.double()
     weights = {
         name: (sums[name] / len(paths)).to(value.dtype) if value.is_floating_point() else sums[name]
-        for name, value in first["state_dict"].items()
+        for name, value in first[WEIGHTS_KEY].items()
     }
     kept = {name: value for name, value in first.items() if name not in TRAINING_KEYS}
-    averaged = kept | {"state_dict": weights, "averaged": [str(one) for one in paths]}
+    averaged = kept | {WEIGHTS_KEY: weights, AVERAGED_KEY: [str(one) for one in paths]}
     if path.suffix == SAFETENSORS:
         with written_together(path.parent) as scratch:
             write_safetensors(averaged, scratch / path.name)
@@ -80,13 +86,13 @@ def average_checkpoints(paths: Sequence[str | Path], output: str | Path | None =
 
 
 def _check_fit(first: dict[str, Any], other: dict[str, Any], names: str) -> None:
-    mismatches = described_mismatches(other["state_dict"], first["state_dict"])
+    mismatches = described_mismatches(other[WEIGHTS_KEY], first[WEIGHTS_KEY])
     if mismatches:
         raise CheckpointError(f"{names} hold different networks (the second's, the first's):{mismatches}")
-    of_training = {"state_dict", "epoch", "global_step", "averaged", RUN_KEY, *TRAINING_KEYS}
+    of_training = {WEIGHTS_KEY, EPOCH_KEY, STEP_KEY, AVERAGED_KEY, RUN_KEY, *TRAINING_KEYS}
     for name in sorted((first.keys() | other.keys()) - of_training):
         one, two = first.get(name), other.get(name)
-        if name == CHECKPOINT_KEY:
+        if name == TASK_KEY:
             one, two = one["name"], two["name"]  # type: ignore[index]  # learning rates may differ
         if not is_same(one, two):
             found = described_differences({name: one}, {name: two})

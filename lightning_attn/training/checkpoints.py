@@ -1,4 +1,4 @@
-"""Reading checkpoints safely, with errors that say what is wrong with them, and writing them whole or not at all."""
+"""Reading checkpoints safely, with errors that name what is wrong, and writing them atomically."""
 
 import dataclasses
 import json
@@ -12,30 +12,32 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lightning_attn.archives import ArchiveError, read_archive
+from lightning_attn.archives import ArchiveError, forget_readings, read_archive, shared_reading
 from lightning_attn.errors import InputError, MissingFileError
-from lightning_attn.io import write_file, write_json
+from lightning_attn.io import missing_checkpoint, write_file, write_json
 from lightning_attn.networks.weights.torchvision import COUNTER, names_added_by_attention
 from lightning_attn.training.callback_states import placed_in, relative_to
+from lightning_attn.training.checkpoint_keys import (
+    CALLBACKS_KEY,
+    CURRENT_WEIGHTS_KEY,
+    FORMAT,
+    FORMAT_KEY,
+    RUN_KEY,
+    TASK_KEY,
+    TRAINING_KEYS,
+    WEIGHTS_KEY,
+    StoredRun,
+    StoredTask,
+)
 from lightning_attn.training.contents import ContentsError, require_contents
 
-CHECKPOINT_KEY = "task"
-FORMAT_KEY, FORMAT = "format", 1
-"""What a checkpoint of this version is marked with; a later number says that this version may misunderstand it."""
-
-
 Weights = Literal["averaged", "current"]
-"""Of a run that averages: the average, or what training goes on with. Without averaging there is no difference."""
-
-TRAINING_KEYS = (
-    *("optimizer_states", "lr_schedulers", "loops", "callbacks", "random_streams", "metrics_lines"),
-    *("current_model_state", "averaging_state"),
-)
-"""What goes on with a training, and is no part of a model that is handed on."""
+"""Of a run that averages: the average, or the weights that are trained. Without averaging there is no difference."""
 
 SAFETENSORS = ".safetensors"
-_WEIGHTS = "state_dict/"
+_WEIGHTS = f"{WEIGHTS_KEY}/"
 
 
 class CheckpointError(InputError):
@@ -51,25 +53,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             a later version.
     """
     path = Path(path)
-    if path.is_dir():
-        inside = ", ".join(sorted(one.name for one in path.glob("*.ckpt"))) or "no checkpoint"
-        raise MissingFileError(f"{path} is a folder, and holds {inside}. Give a file.")
-    if not path.is_file():
-        others = sorted(one.name for one in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        folder = "the current folder" if path.parent == Path() else str(path.parent)
-        there = f"{folder} holds {', '.join(others)}" if others else f"{folder} holds none"
-        why = "; best.ckpt is there after a validation" if path.name == "best.ckpt" and others else ""
-        raise MissingFileError(f"There is no checkpoint at {path}; {there}{why}.")
-    checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_archive(path)
+    if missing := missing_checkpoint(path):
+        raise MissingFileError(missing)
+    try:
+        checkpoint = _read_safetensors(path) if path.suffix == SAFETENSORS else read_archive(path)
+    except ArchiveError as error:
+        advice = "" if str(error).endswith(".") else ". Use another checkpoint of the same run."
+        raise CheckpointError(f"{path} {error}{advice}") from error
+    if not isinstance(checkpoint, dict) or WEIGHTS_KEY not in checkpoint:
+        raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint: it has no {WEIGHTS_KEY!r}.")
     try:
         require_contents(checkpoint)
     except ContentsError as error:
         raise CheckpointError(f"{path} {error}. Use another checkpoint of the same run.") from error
-    # Several names of one tensor are several tensors to whoever computes with them.
-    claimed = sum(value.numel() * value.element_size() for value in checkpoint["state_dict"].values())
+    # Several names of one tensor take as much memory as several tensors once they are computed with.
+    claimed = sum(value.numel() * value.element_size() for value in checkpoint[WEIGHTS_KEY].values())
     if claimed > 8 * path.stat().st_size + (1 << 20):
         raise CheckpointError(
-            f"{path} is damaged: its state_dict claims {claimed:,} bytes, far more than the file has."
+            f"{path} is damaged: its {WEIGHTS_KEY} claims {claimed:,} bytes, far more than the file has."
         )
     found = checkpoint.get(FORMAT_KEY, FORMAT)
     if found != FORMAT:
@@ -80,23 +81,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _read_archive(path: Path) -> dict[str, Any]:
-    """A file as torch writes it."""
-    try:
-        checkpoint = read_archive(path)
-    except ArchiveError as error:
-        advice = "" if str(error).endswith(".") else ". Use another checkpoint of the same run."
-        raise CheckpointError(f"{path} {error}{advice}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is a PyTorch file, but not a checkpoint: it has no 'state_dict'.")
-    return checkpoint
-
-
 def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint as safetensors, which holds tensors and nothing else, and a JSON file of the same name.
 
     Args:
-        checkpoint: As `read_checkpoint` returns it; what a training goes on with is left out.
+        checkpoint: As `read_checkpoint` returns it; what a training is resumed with is left out.
         path: A file that ends in ".safetensors".
 
     Raises:
@@ -105,7 +94,7 @@ def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
     """
     kept = {name: value for name, value in checkpoint.items() if name not in TRAINING_KEYS}
     # Each its own copy: tied weights have one memory, which safetensors refuse.
-    named = {f"{_WEIGHTS}{name}": value for name, value in kept.pop("state_dict").items()}
+    named = {f"{_WEIGHTS}{name}": value for name, value in kept.pop(WEIGHTS_KEY).items()}
     named |= {name: kept.pop(name) for name, value in list(kept.items()) if isinstance(value, Tensor)}
     tensors = {name: value.clone(memory_format=torch.contiguous_format) for name, value in named.items()}
     for name, value in kept.items():
@@ -117,6 +106,7 @@ def write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:
     write_file(path, lambda file: file.write(safetensors.torch.save(tensors)))
 
 
+@shared_reading
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """What `write_safetensors` wrote."""
     described = path.with_suffix(".json")
@@ -134,12 +124,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{described} holds no object; export it again.")
     weights = {name.removeprefix(_WEIGHTS): value for name, value in tensors.items() if name.startswith(_WEIGHTS)}
     others = {name: value for name, value in tensors.items() if not name.startswith(_WEIGHTS)}
-    for name in TRAINING_KEYS:  # an exported model has none; a training would go on with them
+    for name in TRAINING_KEYS:  # an exported model has none; a training would resume with them
         rest.pop(name, None)
-    return rest | others | {"state_dict": weights}
+    return rest | others | {WEIGHTS_KEY: weights}
 
 
-def stored_task(checkpoint: dict[str, Any], what: str | Path) -> dict[str, Any]:
+def stored_task(checkpoint: dict[str, Any], what: str | Path) -> StoredTask:
     """Name, class and arguments of the task that wrote a checkpoint.
 
     Args:
@@ -149,13 +139,19 @@ def stored_task(checkpoint: dict[str, Any], what: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If none of ours did, or what it says of it is damaged.
     """
-    if CHECKPOINT_KEY not in checkpoint:
+    if TASK_KEY not in checkpoint:
         raise CheckpointError(f"{what} was not written by a task of lightning_attn: it names no task.")
-    task: dict[str, Any] = checkpoint[CHECKPOINT_KEY]
+    task: StoredTask = checkpoint[TASK_KEY]
     kinds = {"name": str, "class_path": str, "arguments": dict}
-    if not isinstance(task, dict) or not all(isinstance(task.get(name), kind) for name, kind in kinds.items()):
+    if not all(isinstance(task.get(name), kind) for name, kind in kinds.items()):
         raise CheckpointError(f"{what} is damaged: what it says of its task is not a name, a class and its arguments.")
     return task
+
+
+def stored_run(checkpoint: Mapping[str, Any]) -> StoredRun:
+    """The run that wrote a checkpoint; empty if none of ours did."""
+    run: StoredRun | None = checkpoint.get(RUN_KEY)
+    return {} if run is None else run
 
 
 def count_numbers(weights: Mapping[str, Tensor]) -> int:
@@ -164,7 +160,7 @@ def count_numbers(weights: Mapping[str, Tensor]) -> int:
 
 
 def crc32_of(tensors: Iterable[Tensor]) -> int:
-    """A checksum of the bytes of some tensors, to tell networks apart."""
+    """A checksum of the bytes of some tensors, to distinguish networks."""
     checksum = 0
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -188,11 +184,11 @@ def choose_weights(checkpoint: dict[str, Any], weights: Weights, path: str | Pat
         raise InputError(f"weights must be 'averaged' or 'current', got {weights!r}.")
     if weights == "averaged":
         return
-    if "current_model_state" not in checkpoint:
+    if CURRENT_WEIGHTS_KEY not in checkpoint:
         raise CheckpointError(
             f"{path} holds one set of weights: it was trained without averaging. Use weights='averaged', the default."
         )
-    checkpoint["state_dict"] = checkpoint["current_model_state"]
+    checkpoint[WEIGHTS_KEY] = checkpoint[CURRENT_WEIGHTS_KEY]
 
 
 def described_differences(stored: dict[str, Any], current: dict[str, Any], prefix: str = "") -> str:
@@ -269,7 +265,7 @@ def described_mismatches(stored: dict[str, Tensor], current: dict[str, Tensor], 
 
 @dataclasses.dataclass(frozen=True)
 class OutputRows:
-    """How the rows of a tensor are shared out among what a network tells apart: `[groups, background + names, each]`.
+    """How the rows of a tensor belong to the classes or pieces of a network: `[groups, background + names, each]`.
 
     Attributes:
         each: Rows in a row for each name, such as the four numbers of a box.
@@ -315,7 +311,7 @@ def load_initial_weights(
     """
     current = module.state_dict()
     if stored is None:
-        stored = read_checkpoint(path)["state_dict"] if foreign is None else foreign
+        stored = read_checkpoint(path)[WEIGHTS_KEY] if foreign is None else foreign
     stored = dict(stored)
     new = set() if foreign is None else names_added_by_attention(module) - stored.keys()
     counters = {name for name in current if foreign is not None and name.endswith(COUNTER)}
@@ -352,18 +348,19 @@ class AtomicCheckpointIO(CheckpointIO):
     def __init__(self, weights: Weights = "averaged", directory: Path | None = None) -> None:
         self.weights, self.directory = weights, directory
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Writes a checkpoint.
 
         Raises:
             OSError: If it cannot be written; the older one is still there.
         """
-        if self.directory is not None and "callbacks" in checkpoint:
-            checkpoint = checkpoint | {"callbacks": relative_to(checkpoint["callbacks"], self.directory)}
+        if self.directory is not None and CALLBACKS_KEY in checkpoint:
+            checkpoint = checkpoint | {CALLBACKS_KEY: relative_to(checkpoint[CALLBACKS_KEY], self.directory)}
         try:
             write_file(Path(path), lambda file: torch.save(checkpoint, file), replace=True)
         except RuntimeError as error:
-            # Whatever breaks it off, torch's writer complains about its position in the file in the end.
+            # Whatever the cause, torch's writer ends with an error about its position in the file.
             cause = error.__context__
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error
@@ -371,6 +368,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise cause from None
             raise
 
+    @override
     def load_checkpoint(
         self, path: str | Path, map_location: object = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -380,12 +378,14 @@ class AtomicCheckpointIO(CheckpointIO):
             CheckpointError: Also if a state of a callback names files outside of the checkpoint's directory.
         """
         checkpoint = read_checkpoint(path)
+        forget_readings()  # a training changes the states of its optimizer in place
         choose_weights(checkpoint, self.weights, path)
         try:
-            return checkpoint | {"callbacks": placed_in(checkpoint.get("callbacks", {}), Path(path).parent)}
+            return checkpoint | {CALLBACKS_KEY: placed_in(checkpoint.get(CALLBACKS_KEY, {}), Path(path).parent)}
         except ContentsError as error:
             raise CheckpointError(f"{path} {error}. Use another checkpoint of the same run.") from error
 
+    @override
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a checkpoint; nothing else, whatever a state of a callback may name."""
         if Path(path).suffix == ".ckpt":

@@ -1,4 +1,4 @@
-"""What may stand under each key of a checkpoint, and what a training that goes on may take from it."""
+"""Checks of the values of a checkpoint: the kind of each key, and whether a state fits the object that takes it."""
 
 import math
 import re
@@ -11,6 +11,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_attn.errors import InputError
+from lightning_attn.training.checkpoint_keys import (
+    AVERAGING_KEY,
+    CALLBACKS_KEY,
+    CURRENT_WEIGHTS_KEY,
+    EPOCH_KEY,
+    LIGHTNING_VERSION_KEY,
+    LINES_KEY,
+    LOOPS_KEY,
+    OPTIMIZERS_KEY,
+    RANDOM_STREAMS_KEY,
+    RUN_KEY,
+    SCHEDULES_KEY,
+    STEP_KEY,
+    TASK_KEY,
+    WEIGHTS_KEY,
+)
 
 __all__ = ["ContentsError", "require_contents", "require_optimizer_state", "require_plain", "require_same_structure"]
 
@@ -26,11 +42,11 @@ _LIKE_PARAMETER = (
 
 
 class ContentsError(InputError):
-    """Something of a checkpoint is not what belongs there; the message goes on after the file's name."""
+    """A value of a checkpoint is of a wrong kind; the message continues after the file's name."""
 
 
 def require_contents(checkpoint: Mapping[str, Any]) -> None:
-    """Refuses a checkpoint of which a part is not of its kind; what a part means is its reader's to check.
+    """Refuses a checkpoint with a value of a wrong kind; what a value means is checked by its reader.
 
     Raises:
         ContentsError: Names the key.
@@ -38,35 +54,35 @@ def require_contents(checkpoint: Mapping[str, Any]) -> None:
     wrong = next((name for name in checkpoint if not _is_text(name)), None)
     if wrong is not None:
         raise ContentsError(f"is damaged: it has {str(wrong)[:80]!a} for a name")
-    _require_weights("state_dict", checkpoint["state_dict"])
-    for key in ("current_model_state", "averaging_state"):
+    _require_weights(WEIGHTS_KEY, checkpoint[WEIGHTS_KEY])
+    for key in (CURRENT_WEIGHTS_KEY, AVERAGING_KEY):
         if key in checkpoint:
             _require_weights(key, checkpoint[key])
-    if "current_model_state" in checkpoint:
-        require_same_structure("current_model_state", checkpoint["current_model_state"], checkpoint["state_dict"])
-    for key in ("global_step", "epoch", "metrics_lines"):
+    if CURRENT_WEIGHTS_KEY in checkpoint:
+        require_same_structure(CURRENT_WEIGHTS_KEY, checkpoint[CURRENT_WEIGHTS_KEY], checkpoint[WEIGHTS_KEY])
+    for key in (STEP_KEY, EPOCH_KEY, LINES_KEY):
         if key in checkpoint:
             _require_count(key, checkpoint[key])
-    for key, kind in (("loops", dict), ("callbacks", dict), ("optimizer_states", list), ("lr_schedulers", list)):
+    for key, kind in ((LOOPS_KEY, dict), (CALLBACKS_KEY, dict), (OPTIMIZERS_KEY, list), (SCHEDULES_KEY, list)):
         if not isinstance(checkpoint.get(key, kind()), kind):
             raise ContentsError(f"is damaged: {key} is no {kind.__name__}")
-    for name, state in checkpoint.get("callbacks", {}).items():
+    for name, state in checkpoint.get(CALLBACKS_KEY, {}).items():
         if not isinstance(name, str) or not isinstance(state, dict):
-            raise ContentsError(f"is damaged: callbacks.{name} is no state of a callback")
-    version = checkpoint.get("pytorch-lightning_version", "2.0.0")
+            raise ContentsError(f"is damaged: {CALLBACKS_KEY}.{name} is no state of a callback")
+    version = checkpoint.get(LIGHTNING_VERSION_KEY, "2.0.0")
     if not isinstance(version, str) or not re.fullmatch(r"[2-9]\.\d+(\.\d+)?[\w.+-]*", version):
         raise ContentsError(f"is of PyTorch Lightning {str(version)[:40]!r}, whose checkpoints cannot be read")
-    _require_random_streams(checkpoint.get("random_streams", []))
-    run = checkpoint.get("run")
+    _require_random_streams(checkpoint.get(RANDOM_STREAMS_KEY, []))
+    run = checkpoint.get(RUN_KEY)
     if run is not None:
-        require_plain("run", run)
+        require_plain(RUN_KEY, run)
         configuration = run.get("configuration", {}) if isinstance(run, dict) else None
         parts = [run.get("name", ""), run.get("logger_ids", {})] if isinstance(run, dict) else []
         if not isinstance(configuration, dict) or not _is_text(parts[0]) or not isinstance(parts[1], dict):
-            raise ContentsError("is damaged: run is not a name and a configuration")
-    if "task" in checkpoint:
-        require_plain("task", checkpoint["task"])
-        if not isinstance(checkpoint["task"], dict):
+            raise ContentsError(f"is damaged: {RUN_KEY} is not a name and a configuration")
+    if TASK_KEY in checkpoint:
+        require_plain(TASK_KEY, checkpoint[TASK_KEY])
+        if not isinstance(checkpoint[TASK_KEY], dict):
             raise ContentsError("is damaged: what it says of its task is not a name, a class and its arguments")
 
 
@@ -90,7 +106,7 @@ def _require_count(key: str, value: Any) -> None:
 def require_plain(key: str, value: Any) -> None:
     """Refuses what is not dictionaries, lists, numbers, texts and null, or is far more than a configuration.
 
-    What stands in it several times counts as often: 60 lists that each hold the next one twice are 2^60 lists.
+    A value that occurs several times counts each time: 60 lists that each hold the next one twice are 2^60 lists.
 
     Raises:
         ContentsError: Names the key.
@@ -228,9 +244,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _require_random_streams(streams: Any) -> None:
-    """Refuses states that the generators would not check themselves, or complain of in their own words."""
+    """Refuses states that the generators would not check, or would refuse in their own words."""
     if not isinstance(streams, list) or len(streams) > 1 << 20:
-        raise ContentsError("is damaged: random_streams is no list of ranks")
+        raise ContentsError(f"is damaged: {RANDOM_STREAMS_KEY} is no list of ranks")
     for rank, stream in enumerate(streams):
         try:
             version, words, gauss = stream["python"]
@@ -249,4 +265,4 @@ def _require_random_streams(streams: Any) -> None:
         except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError):
             fine = False
         if not fine:
-            raise ContentsError(f"is damaged: random_streams[{rank}] is no state of random generators")
+            raise ContentsError(f"is damaged: {RANDOM_STREAMS_KEY}[{rank}] is no state of random generators")

@@ -1,4 +1,4 @@
-"""`metrics.csv`, which a resumed run goes on with."""
+"""`metrics.csv`, which a resumed run appends to."""
 
 import csv
 import io
@@ -11,6 +11,7 @@ from typing import Any
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from typing_extensions import override
 
 from lightning_attn.errors import InputError
 from lightning_attn.io import naming, sync, write_file
@@ -19,12 +20,12 @@ from lightning_attn.io import naming, sync, write_file
 class MetricsLogger(CSVLogger):
     """Lightning's CSVLogger for `metrics.csv` in a folder, which appends to what is there.
 
-    What a run that goes on logs again is dropped first: all lines that were written after its checkpoint, and lines of
-    steps that it had not done.
+    What a resumed run will log again is dropped first: lines that were written after its checkpoint, and lines of steps
+    that it had not done.
 
     Args:
         folder: The run directory.
-        first_step: The optimizer step, from 0, that the run begins or goes on with.
+        first_step: The optimizer step, from 0, that the run starts or resumes with.
         lines: How many lines had been written when the checkpoint was.
     """
 
@@ -32,17 +33,17 @@ class MetricsLogger(CSVLogger):
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=50)
         self._first_step, self._lines = first_step, lines
 
+    @override
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """What writes, made when it is first asked for."""
         if self._experiment is None:
             self._experiment = _Writer(Path(self.log_dir), self._first_step, self._lines)
         return self._experiment
 
     @property
     def lines(self) -> int:
-        """How many have been logged, those before a run went on included; 0 on other ranks than 0."""
+        """How many have been logged, those before a run was resumed included; 0 on other ranks than 0."""
         experiment = self.experiment
         return experiment.lines if isinstance(experiment, _Writer) else 0
 
@@ -61,13 +62,13 @@ def logger_ids(loggers: Iterable[Logger]) -> dict[str, str]:
 def placed_loggers(
     loggers: Sequence[Logger], arguments: Sequence[Mapping[str, Any]], directory: Path, ids: Mapping[str, Any]
 ) -> list[Logger]:
-    """Loggers whose files lie in the run directory, and which go on with the run of a service.
+    """Loggers whose files lie in the run directory, and which continue the run of a service.
 
     Args:
         loggers: As they were made.
         arguments: What each was made with; what is not the default stays.
         directory: The run directory.
-        ids: Of a training that goes on, what `logger_ids` returned; else nothing.
+        ids: Of a resumed training, what `logger_ids` returned; else nothing.
     """
     placed = []
     for logger, given in zip(loggers, arguments, strict=True):
@@ -84,7 +85,7 @@ def placed_loggers(
 
 
 class _Writer(ExperimentWriter):
-    """Appends to a file, and rewrites it whole or not at all."""
+    """Appends to a file, and rewrites it atomically."""
 
     def __init__(self, folder: Path, first_step: int, number: int) -> None:
         super().__init__(str(folder))
@@ -100,8 +101,8 @@ class _Writer(ExperimentWriter):
                 raise InputError("a line has not as many values as there are names")
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise InputError(
-                f"{path} is damaged ({type(error).__name__}: {error}), and the training would go on in it. Move it "
-                "away: a new one is begun."
+                f"{path} is damaged ({type(error).__name__}: {error}), and the training would append to it. Move it "
+                "away: a new one is started."
             ) from error
         self.metrics_keys = [str(name) for name in lines.fieldnames or ()]
         self.lines = len(kept)
@@ -111,11 +112,12 @@ class _Writer(ExperimentWriter):
             self.metrics_keys = []
             path.unlink()
 
+    @override
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Adds a line."""
         super().log_metrics(metrics_dict, step)
         self.lines += 1
 
+    @override
     def save(self) -> None:
         """Appends what was logged since the last time, and waits until it is on the disk."""
         if not self.metrics:
@@ -124,10 +126,12 @@ class _Writer(ExperimentWriter):
             super().save()
         sync(Path(self.metrics_file_path))
 
+    @override
     def _check_log_dir_exists(self) -> None:
         # Lightning's would delete what is there.
         pass
 
+    @override
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         with Path(self.metrics_file_path).open(newline="") as file:
             rows = list(csv.DictReader(file))

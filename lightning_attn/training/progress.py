@@ -1,4 +1,4 @@
-"""What a training says about itself: a progress bar or lines with the time left, and a summary at its end."""
+"""Progress of a training: a bar or lines with the time left, and a summary at its end."""
 
 import shlex
 import sys
@@ -12,6 +12,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import RichProgressBar, Timer
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from typing_extensions import override
 
 from lightning_attn.training.callbacks import BestCheckpoint
 
@@ -33,21 +34,21 @@ class _Clock:
 
 
 class TrainingBar(RichProgressBar):
-    """Lightning's progress bar with the time that is left of the whole training, not of the epoch alone."""
+    """Lightning's progress bar with the time left for the training, not only for the epoch."""
 
     def __init__(self) -> None:
         super().__init__()
         self._clock = _Clock()
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
         self._clock.start(trainer)
         super().on_train_start(trainer, pl_module)
 
+    @override
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """The logged values, the step and the time left."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         if trainer.training:
@@ -55,6 +56,7 @@ class TrainingBar(RichProgressBar):
             items["ETA"] = self._clock.left(trainer)
         return items
 
+    @override
     def _get_train_description(self, current_epoch: int) -> str:
         # Lightning writes "Epoch 0/-2" where the number of epochs follows from the number of steps.
         return f"Epoch {current_epoch}"
@@ -72,15 +74,15 @@ class ProgressLines(Callback):
         self._clock = _Clock()
         self._printed = 0.0
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
         self._clock.start(trainer)
         self._printed = time.perf_counter()
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prints step, metrics of the progress bar, and the time that is left."""
         now = time.perf_counter()
         if now - self._printed < self.every_seconds:
             return
@@ -88,8 +90,8 @@ class ProgressLines(Callback):
         step = f"{trainer.global_step}/{trainer.estimated_stepping_batches}"
         self._print(f"epoch {trainer.current_epoch} step {step} ETA {self._clock.left(trainer)} {_metrics(trainer)}")
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prints the metrics of a validation."""
         if not trainer.sanity_checking:
             # An evaluation of its own does not count steps.
             step = f" at step {trainer.global_step}" if trainer.state.fn == TrainerFn.FITTING else ""
@@ -107,7 +109,7 @@ def _metrics(trainer: pl.Trainer) -> str:
 
 
 class TrainingSummary(Callback):
-    """Says at the end of a training why it ended, what the best score is, and what to do next.
+    """Reports at the end of a training why it ended, the best score, and the next commands.
 
     Args:
         directory: The run directory.
@@ -118,8 +120,8 @@ class TrainingSummary(Callback):
     def __init__(self, directory: Path, command: str, trust: Sequence[str] = ()) -> None:
         self.directory, self.command, self.trust = directory, command, trust
 
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says it."""
         lines = [f"Training ended at step {trainer.global_step}: {_why_it_ended(trainer)}."]
         best = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)), None)
         file = "last.ckpt"

@@ -1,4 +1,4 @@
-"""Stopping a training so that it goes on as if nothing had happened: `last.ckpt`, random streams, signals."""
+"""Stopping and resuming a training, with bitwise identical results: `last.ckpt`, random streams, signals."""
 
 import contextlib
 import os
@@ -22,14 +22,23 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.types import LRSchedulerConfig
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
 
 from lightning_attn.training.callback_states import require_callback_states
+from lightning_attn.training.checkpoint_keys import (
+    CALLBACKS_KEY,
+    LINES_KEY,
+    LOOPS_KEY,
+    OPTIMIZERS_KEY,
+    RANDOM_STREAMS_KEY,
+    SCHEDULES_KEY,
+    STEP_KEY,
+)
 from lightning_attn.training.checkpoints import CheckpointError
 from lightning_attn.training.contents import ContentsError, require_optimizer_state, require_same_structure
 from lightning_attn.training.loggers import MetricsLogger
 
-RANDOM_STREAMS_KEY = "random_streams"
-LINES_KEY = "metrics_lines"
+_FIT_LOOP = "fit_loop"  # of LOOPS_KEY: that of the training
 
 Change = Callable[[dict[str, Any], pl.Trainer], None]
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -48,7 +57,7 @@ class TrainingStopped(Exception):  # noqa: N818 - no error: it was asked for
         self.signal_number, self.checkpoint, self.step = signal_number, checkpoint, step
         name = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
         super().__init__(
-            f"Stopped by {name} after step {step}; its state is in {checkpoint}. To go on, give the same command "
+            f"Stopped by {name} after step {step}; its state is in {checkpoint}. To resume, give the same command "
             "with --ckpt_path last."
         )
 
@@ -119,10 +128,10 @@ class StopRequests:
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, the newest state: around validations, at ends of epochs, every n steps, when asked to stop.
 
-    What is saved goes on to the bit as if nothing had happened, with every value logged once. That decides about the
-    moments: a step's values are logged after the hooks at its end, so it is saved before the next step begins; the
+    A run resumed from it is bitwise identical to one without interruption, with every value logged once. That decides
+    the moments: a step's values are logged after the hooks at its end, so it is saved before the next step begins; the
     gradients of half a step are in no checkpoint, so a validation between accumulated batches is no moment; and an
-    epoch that `max_steps` breaks off is not marked as done. What Lightning notes about its loops is set to what it
+    epoch that `max_steps` cuts short is not marked as done. What Lightning notes about its loops is set to what it
     would note after the previous step.
 
     Args:
@@ -130,7 +139,7 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: Also save at every so many optimizer steps; 0 for not.
 
     Raises:
-        TrainingStopped: Out of the training, once a request to stop has been followed.
+        TrainingStopped: Once a request to stop has been followed.
     """
 
     def __init__(self, directory: Path, every_n_steps: int = 0) -> None:
@@ -144,19 +153,20 @@ class LastCheckpoint(Checkpoint):
 
     # Moments
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins to watch for signals."""
         self._due, self._postponed, self._saved_step = False, False, trainer.global_step
         self.requests.watch(trainer)
 
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Ends watching."""
         self.requests.forget()
 
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes whether this step is to be saved; accumulated batches before it are none."""
+        """Notes whether this step is to be saved; accumulated batches before it are no step."""
         if _within_step(trainer):
             return
         periodic = bool(self.every_n_steps) and trainer.global_step % self.every_n_steps == 0
@@ -165,6 +175,7 @@ class LastCheckpoint(Checkpoint):
         before_last = trainer.global_step == trainer.max_steps - 1
         self._due, self._postponed = periodic or asked or before_last or self._postponed, False
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -172,16 +183,18 @@ class LastCheckpoint(Checkpoint):
         if self._due:
             self._save(trainer, _before_batch)
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves before a validation, which may fail or take longer than there is time; going on, it is done."""
+        """Saves before a validation, which may fail or take too long; when resumed, it is run."""
         if not _is_training(trainer) or _within_step(trainer):
             return
-        # A validation that was begun, saved and repeated is to be counted once.
+        # A validation that was started, saved and repeated counts once.
         trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
         # Lightning ends at once when a run that has reached its last step is resumed.
         if trainer.global_step != trainer.max_steps:
             self._save(trainer, _before_validation)
 
+    @override
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -196,8 +209,8 @@ class LastCheckpoint(Checkpoint):
         if _is_training(trainer) and trainer.world_size == 1 and self.requests.received and saved:
             self._stop(trainer)
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves after a validation."""
         if not _is_training(trainer):
             return
         if _within_step(trainer):
@@ -205,17 +218,18 @@ class LastCheckpoint(Checkpoint):
         else:
             self._save(trainer)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves at the end of an epoch."""
         whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        self._save(trainer, _between_epochs if whole else _broken_off)
+        self._save(trainer, _between_epochs if whole else _cut_short)
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Adapts what is noted about the loops to the moment, and notes how many lines `metrics.csv` has."""
         if self._change is not None:
-            self._change(checkpoint["loops"]["fit_loop"], trainer)
+            self._change(checkpoint[LOOPS_KEY][_FIT_LOOP], trainer)
         for logger in trainer.loggers:
             if isinstance(logger, MetricsLogger):
                 checkpoint[LINES_KEY] = logger.lines
@@ -255,7 +269,7 @@ def _within_step(trainer: pl.Trainer) -> bool:
 
 
 def _before_batch(loops: dict[str, Any], trainer: pl.Trainer) -> None:
-    """The next batch is there already, and noted as begun."""
+    """The next batch has been fetched, and is noted as started."""
     progress = loops["epoch_loop.batch_progress"]
     for count in (progress["current"], progress["total"]):
         count["ready"] -= 1
@@ -264,14 +278,14 @@ def _before_batch(loops: dict[str, Any], trainer: pl.Trainer) -> None:
 
 
 def _before_validation(loops: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Lightning goes back to a validation of which a batch was begun and not finished, and takes it from its start."""
+    """Lightning repeats a validation, from its start, of which a batch was started and not finished."""
     total = loops["epoch_loop.val_loop.batch_progress"]["total"]
     total["ready"] += 1
     total["started"] += 1
 
 
 def _between_epochs(loops: dict[str, Any], trainer: pl.Trainer) -> None:
-    """The next epoch has begun: Lightning trains on in one that is over if no validation was due at its end."""
+    """The next epoch has started: Lightning continues in one that is over if no validation was due at its end."""
     for count in (loops["epoch_progress"]["current"], loops["epoch_progress"]["total"]):
         count["completed"] = count["processed"]
         count["ready"] += 1
@@ -286,7 +300,7 @@ def _between_epochs(loops: dict[str, Any], trainer: pl.Trainer) -> None:
     _pass_over_validation(loops, trainer)
 
 
-def _broken_off(loops: dict[str, Any], trainer: pl.Trainer) -> None:
+def _cut_short(loops: dict[str, Any], trainer: pl.Trainer) -> None:
     """The epoch is noted as done."""
     for count in (loops["epoch_progress"]["current"], loops["epoch_progress"]["total"]):
         count["processed"] -= 1
@@ -294,7 +308,7 @@ def _broken_off(loops: dict[str, Any], trainer: pl.Trainer) -> None:
 
 
 def _pass_over_validation(loops: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Lightning passes over a validation that would be due after these batches, and then counts their step again."""
+    """Lightning skips a validation that would be due after these batches, and then counts their step again."""
     batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]["current"]
     every_n_epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
     if not trainer.enable_validation or every is None or every == float("inf"):
@@ -310,39 +324,41 @@ def _pass_over_validation(loops: dict[str, Any], trainer: pl.Trainer) -> None:
 class ExactResume(Callback):
     """Restores what Lightning does not: random streams of all ranks, and options of the optimizer that were changed.
 
-    And refuses what does not fit before Lightning restores it: states of optimizer, schedule, loops and callbacks.
+    It also refuses states of optimizer, schedule, loops and callbacks that do not fit, before Lightning restores them.
     Every task brings it. Random streams are those of Python, NumPy and torch on the CPU and on the rank's GPU; they are
-    restored right before training goes on. With another number of ranks they are not, and a message says so.
+    restored right before training continues. With another number of ranks they are not, and a message says so.
     """
 
     def __init__(self) -> None:
         self._streams: list[dict[str, Any]] | None = None
         self._resumed = False
-        self._told = False
+        self._reported = False
         self._states: dict[str, Any] = {}
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Stores the random streams of all ranks; all of them save together."""
         streams: list[Any] = [random_streams(pl_module.device)]
         if trainer.world_size > 1:
             streams *= trainer.world_size
             dist.all_gather_object(streams, streams[0])
         checkpoint[RANDOM_STREAMS_KEY] = streams
 
+    @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keeps the random streams until training goes on, and refuses states of callbacks that do not fit.
+        """Keeps the random streams until training continues, and refuses states of callbacks that do not fit.
 
         Raises:
             CheckpointError: If one does not.
         """
         with _fitting(trainer.ckpt_path):
-            require_callback_states(checkpoint.get("callbacks", {}), trainer.callbacks)  # type: ignore[attr-defined]
+            require_callback_states(checkpoint.get(CALLBACKS_KEY, {}), trainer.callbacks)  # type: ignore[attr-defined]
         self._streams, self._resumed, self._states = checkpoint.get(RANDOM_STREAMS_KEY), True, checkpoint
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses states that do not fit; Lightning restores them next.
 
@@ -353,26 +369,27 @@ class ExactResume(Callback):
         if not states:
             return
         with _fitting(trainer.ckpt_path):
-            _require_list("optimizer_states", states, len(trainer.optimizers))
+            _require_list(OPTIMIZERS_KEY, states, len(trainer.optimizers))
             for number, optimizer in enumerate(trainer.optimizers):
-                key = f"optimizer_states[{number}]"
-                missing = require_optimizer_state(key, states["optimizer_states"][number], optimizer)
+                key = f"{OPTIMIZERS_KEY}[{number}]"
+                missing = require_optimizer_state(key, states[OPTIMIZERS_KEY][number], optimizer)
                 if missing:
-                    rank_zero_info(f"The checkpoint's {key} says nothing of {missing} parameters: theirs begins anew.")
-            _require_list("lr_schedulers", states, len(trainer.lr_scheduler_configs))
+                    rank_zero_info(f"The checkpoint's {key} has none for {missing} parameters: theirs starts anew.")
+            _require_list(SCHEDULES_KEY, states, len(trainer.lr_scheduler_configs))
             for number, config in enumerate(trainer.lr_scheduler_configs):
                 current = config.scheduler.state_dict()
-                stored = states["lr_schedulers"][number]
-                require_same_structure(f"lr_schedulers[{number}]", stored, current, counts=False)
-                _require_schedule_step(f"lr_schedulers[{number}]", stored, config, states["global_step"])
+                stored = states[SCHEDULES_KEY][number]
+                require_same_structure(f"{SCHEDULES_KEY}[{number}]", stored, current, counts=False)
+                _require_schedule_step(f"{SCHEDULES_KEY}[{number}]", stored, config, states[STEP_KEY])
             plugin = trainer.precision_plugin
             scaler, current = states.get(type(plugin).__qualname__), plugin.state_dict()
             if scaler and current:
                 require_same_structure(type(plugin).__qualname__, scaler, current)
-            _require_loops(states.get("loops", {}).get("fit_loop"), trainer.fit_loop.state_dict())
+            _require_loops(states.get(LOOPS_KEY, {}).get(_FIT_LOOP), trainer.fit_loop.state_dict())
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gives the optimizer the options of now, where the checkpoint had others."""
+        """Gives the optimizer the current options, where the checkpoint had others."""
         fresh = getattr(pl_module, "fresh_optimizer_groups", None)
         if not self._resumed or not fresh:
             return
@@ -390,29 +407,29 @@ class ExactResume(Callback):
             group["lr"] = rate
         scheduler._last_lr = rates
 
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores the random streams."""
         self._restore(trainer, pl_module)
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restores the random streams."""
         self._restore(trainer, pl_module)
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores the random streams."""
         if _is_training(trainer):
             self._restore(trainer, pl_module)
 
     def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         streams, self._streams = self._streams, None
         if streams is None:
-            if self._resumed and not self._told:
+            if self._resumed and not self._reported:
                 rank_zero_info("The checkpoint holds no states of random generators: new ones are used.")
-            self._told = self._resumed
+            self._reported = self._resumed
             return
-        self._told = True
+        self._reported = True
         if len(streams) != trainer.world_size:
             rank_zero_info(
                 f"The checkpoint holds the random streams of {len(streams)} ranks, and there are {trainer.world_size}: "
@@ -457,16 +474,16 @@ def _require_list(key: str, states: dict[str, Any], number: int) -> None:
 def _require_loops(stored: Any, current: dict[str, Any]) -> None:
     """Compares the counts of Lightning's loops; the place in the data is checked by the data's loader."""
     if not isinstance(stored, dict) or stored.keys() != current.keys():
-        raise ContentsError("is damaged: loops.fit_loop is not that of a training")
+        raise ContentsError(f"is damaged: {LOOPS_KEY}.{_FIT_LOOP} is not that of a training")
     place = stored.get("state_dict")
     if not isinstance(place, dict) or not isinstance(place.get("combined_loader", []), list):
-        raise ContentsError("is damaged: loops.fit_loop.state_dict holds no places in the data")
+        raise ContentsError(f"is damaged: {LOOPS_KEY}.{_FIT_LOOP}.state_dict holds no places in the data")
     for name, value in current.items():
         if name == "state_dict":
             continue
         if name == "epoch_loop.state_dict":  # empty before the first step
             value = {"_batches_that_stepped": 0} if stored[name] else value
-        require_same_structure(f"loops.fit_loop.{name}", stored[name], value)
+        require_same_structure(f"{LOOPS_KEY}.{_FIT_LOOP}.{name}", stored[name], value)
 
 
 def random_streams(device: torch.device) -> dict[str, Any]:
@@ -488,7 +505,7 @@ def random_streams(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_streams(streams: dict[str, Any], device: torch.device) -> None:
-    """Makes the random streams of this process go on from what `random_streams` returned."""
+    """Sets the random streams of this process to what `random_streams` returned."""
     version, words, gauss = streams["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = streams["numpy"]

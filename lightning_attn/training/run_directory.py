@@ -1,4 +1,4 @@
-"""The folder that holds everything a run leaves behind."""
+"""The folder that holds everything a run writes."""
 
 import fcntl
 import functools
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from pytorch_lightning.utilities import rank_zero_only
 
 import lightning_attn
-from lightning_attn.errors import ExistingFileError, UnusableFileError
+from lightning_attn.errors import ExistingFileError, NotAFolderError, UnusableFileError, UserError
 from lightning_attn.io import remove_parts, write_json
 
 MARKER = "run.json"
@@ -23,6 +23,10 @@ _VARIABLE = "LIGHTNING_ATTN_RUN_DIRECTORY"
 _LOCK = ".lock"
 _claimed: list[Path] = []
 _locks: list[TextIO] = []
+
+
+class RunInUseError(UserError, BlockingIOError):
+    """Another process trains in a run directory."""
 
 
 def claim(root: Path, task_name: str, name: str) -> Path:
@@ -40,7 +44,7 @@ def claim(root: Path, task_name: str, name: str) -> Path:
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(
+        raise NotAFolderError(
             f"run.root: {wanted.parent} cannot be a folder, since a part of its path is a file. Give a folder "
             "(--run.root FOLDER)."
         ) from error
@@ -94,10 +98,10 @@ def is_named(folder: Path, name: str) -> bool:
 
 
 def reopen(path: Path) -> Path:
-    """Makes the directory of a run that goes on this process's own.
+    """Takes the directory of a run that is resumed for this process.
 
     Raises:
-        BlockingIOError: If another process trains in it.
+        RunInUseError: If another process trains in it.
     """
     if is_rank_zero():
         require_own_entries(path)
@@ -107,24 +111,29 @@ def reopen(path: Path) -> Path:
     return path
 
 
-def require_own_entries(path: Path) -> None:
-    """Refuses a run directory in which something leads elsewhere, or would wait for another program.
+def require_own_entries(path: Path, *, reading: bool = False) -> None:
+    """Refuses a run directory that holds a link to elsewhere, or what is neither a file nor a folder, such as a pipe.
+
+    Args:
+        path: The directory.
+        reading: Whether files in it are only to be read.
 
     Raises:
         FileExistsError: Names what is in it.
     """
+    if reading:
+        why = "and files of a run are read from its own directory only. Remove it, or put a copy in its place."
+    else:
+        why = "and results would be written there. Remove it, or give another place: --run.root FOLDER."
     root = path.resolve()
     for one in sorted(path.iterdir()):
         what = ""
         if one.is_symlink() and not (one.exists() and one.resolve().is_relative_to(root)):
-            what = f"is a link that leads out of it (to {one.readlink()})"
+            what = f"is a link out of the directory (to {one.readlink()})"
         elif not (one.is_file() or one.is_dir()):
-            what = "is no file and no folder"
+            what = "is neither a file nor a folder"
         if what:
-            raise ExistingFileError(
-                f"{path}: {one.name} in it {what}, and results would be written there. Remove it, or give another "
-                "place: --run.root FOLDER."
-            )
+            raise ExistingFileError(f"{path}: {one.name} in it {what}, {why}")
 
 
 def require_writable(path: Path) -> Path:
@@ -147,13 +156,13 @@ def require_writable(path: Path) -> Path:
 
 def _lock(path: Path) -> None:
     """Keeps other processes out of a run directory until this one ends, however it ends."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # nobody's link, nobody's pipe
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link and no pipe of others
     file = os.fdopen(os.open(path / _LOCK, flags, 0o644), "r+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise BlockingIOError(
+        raise RunInUseError(
             f"Another process is training in {path}. Wait for it or end it, or begin a new run, without --ckpt_path."
         ) from error
     except OSError:  # a file system without locks

@@ -9,7 +9,10 @@ import torch.distributed as dist
 from pytorch_lightning import Callback
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
+from lightning_attn.errors import UserError
+from lightning_attn.training.checkpoint_keys import WEIGHTS_KEY
 from lightning_attn.training.checkpoints import read_checkpoint
 from lightning_attn.training.optimization import gradient_scaler, gradients_of
 
@@ -17,14 +20,18 @@ _Batch = tuple[str, Any, list[str], Tensor]
 """Which batch, its sample ids, names of the samples where they have some, and its loss."""
 
 
+class NonFiniteError(UserError, FloatingPointError):
+    """A training whose loss or gradient is NaN or infinite."""
+
+
 class StopOnNonFinite(Callback):
     """Ends a training whose gradient is NaN or infinite before that gets into the weights; every task brings it.
 
     The gradients are looked at, once an optimizer step, and not the loss: they are the same on all ranks, so that all
-    of them end together. With the gradient scaler of fp16, which passes over such steps, only the losses are.
+    of them end together. With the gradient scaler of fp16, which skips such steps, only the losses are.
 
     Raises:
-        FloatingPointError: Out of the training, with the step, the samples, and the last checkpoint that is sound.
+        NonFiniteError: Out of the training, with the step, the samples, and the last checkpoint that is sound.
     """
 
     def __init__(self) -> None:
@@ -32,25 +39,25 @@ class StopOnNonFinite(Callback):
         self._samples: tuple[Any, list[str]] = None, []
         self._batches: list[_Batch] = []  # of this step
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets the batches of an earlier training."""
         self._batches = []
 
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remembers which samples a batch has."""
         self._place = f"batch {batch_idx + 1} of epoch {trainer.current_epoch}"
         self._samples = batch_field(batch, "ids"), batch_field(batch, "names", [])
 
+    @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Remembers the loss of the batch."""
         self._batches.append((self._place, *self._samples, loss.detach()))
 
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Looks at the gradients."""
         batches, self._batches = self._batches, []
         if gradient_scaler(trainer) is not None:
             if all(bool(loss.isfinite()) for *_, loss in batches):
@@ -79,7 +86,7 @@ class StopOnNonFinite(Callback):
             ]
             places = ", ".join(f"{place}{_described(ids, names)}" for place, ids, names, _ in batches)
             found = [f"the loss is finite, but the gradient of {', '.join(broken[:3])} is not, after {places}"]
-        raise FloatingPointError(
+        raise NonFiniteError(
             f"Stopped at step {trainer.global_step + 1}: {'; '.join(found)}. The weights are as they were before this "
             f"step. {_sound_checkpoint(trainer)} A lower learning rate (--model.optimizer.learning_rate), a longer "
             "warm-up, clipping (--trainer.gradient_clip_val 1) or full precision (--trainer.precision 32-true) may "
@@ -106,7 +113,7 @@ def _sound_checkpoint(trainer: pl.Trainer) -> str:
     for name in ("last.ckpt", "best.ckpt"):
         path = Path(trainer.default_root_dir) / name
         if path.is_file() and all(
-            bool(value.isfinite().all()) for value in read_checkpoint(path)["state_dict"].values()
+            bool(value.isfinite().all()) for value in read_checkpoint(path)[WEIGHTS_KEY].values()
         ):
             return f"The last good checkpoint is {path}."
     return "No good checkpoint has been written yet."

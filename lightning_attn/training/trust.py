@@ -1,6 +1,6 @@
 """Whose classes a checkpoint may name: those that are listed, and what the user of this call names or trusts.
 
-A stored configuration is data from somebody. Nothing in it is imported or made an object of unless it is one of these.
+A stored configuration may come from anyone. Nothing else in it is imported or instantiated.
 """
 
 import collections.abc
@@ -49,7 +49,7 @@ _MECHANISM = "mechanism"  # of an AttentionSpec: a word, or the import path of a
 
 
 class TrustError(InputError):
-    """A checkpoint names a class that nobody has allowed; the message goes on after the file's name.
+    """A checkpoint names a class that is not allowed; the message continues after the file's name.
 
     Attributes:
         package: What would have to be trusted, if that would help.
@@ -154,7 +154,7 @@ class Trust:
         Args:
             values: Plain values by argument.
             owner: The class.
-            key: Where they stand in the checkpoint.
+            key: Where the checkpoint has them.
 
         Raises:
             TrustError: Names the class and the key.
@@ -185,7 +185,7 @@ class Trust:
                 self.require_value(one, described, f"{key}[{place}]")
             return
         if described is not None and isinstance(value, str):
-            # The parser would read a file of that name, about which nobody has been asked.
+            # The parser would read a file of that name.
             raise TrustError(f"is damaged: {key} is {value[:80]!r}, and no section of options")
         self._require_no_class(value, key)
         if hint is _UNKNOWN or _is_imported(hint):

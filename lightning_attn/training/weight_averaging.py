@@ -7,18 +7,19 @@ import torch
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
+from typing_extensions import override
 
 from lightning_attn.errors import InputError
 
 
 class _Averaging(WeightAveraging):
-    """Lightning's averaging of weights and buffers, in a second copy of the module, with three things mended.
+    """Lightning's averaging of weights and buffers, in a second copy of the module, with three things changed.
 
-    Lightning swaps the average in for validation, saves it as a checkpoint's `state_dict` (and what training goes on
-    with as `current_model_state`), and leaves it in the module after training. But until the first step that counts its
-    copy has the weights from before the training; here it follows the current ones. It makes the copy before the module
-    is moved to its device, and then fetches all weights to the CPU at every step; here the copy moves too. And it
-    averages integers and, with rounding errors, what is frozen.
+    Lightning swaps the average in for validation, saves it as a checkpoint's `state_dict` (and the weights that are
+    trained as `current_model_state`), and leaves it in the module after training. But until the first step that counts
+    its copy has the weights from before the training; here it follows the current ones. It makes the copy before the
+    module is moved to its device, and then fetches all weights to the CPU at every step; here the copy moves too. And
+    it averages integers and, with rounding errors, what is frozen.
     """
 
     def __init__(self) -> None:
@@ -35,26 +36,26 @@ class _Averaging(WeightAveraging):
         else:
             torch._foreach_copy_(averages, currents)
 
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Moves the average to where the module is by now."""
         self._average.to(pl_module.device)
 
+    @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Swaps the average in."""
         if self._average_model is not None:
             self._follow(pl_module)
         super().on_validation_epoch_start(trainer, pl_module)
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Makes the average the checkpoint's `state_dict`."""
         if self._average_model is not None:
             self._follow(pl_module)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the average in the module."""
         self._follow(pl_module)
         super().on_train_end(trainer, pl_module)
 
@@ -78,8 +79,8 @@ class ExponentialAveraging(_Averaging):
     `EMAWeightAveraging` has d = `decay` from the second step on.
 
     Statistics of BatchNorm are averaged like weights; integers, such as the number of batches they are from, are the
-    current ones. What is frozen stays as it is, to the last bit. Validation, tests and checkpoints use the average;
-    training goes on with its own weights.
+    current ones. What is frozen stays bitwise identical. Validation, tests and checkpoints use the average;
+    training continues with the current weights.
 
     Args:
         decay: Largest decay; 0.999 averages over about the last 1,000 steps.
@@ -95,8 +96,8 @@ class ExponentialAveraging(_Averaging):
         super().__init__()
         self.decay, self.warmup = decay, warmup
 
+    @override
     def share(self, number: int) -> float:
-        """1 - d for the update that follows `number` others."""
         return 1 - (min(self.decay, (1 + number) / (10 + number)) if self.warmup else self.decay)
 
 
@@ -104,7 +105,7 @@ class UniformWeightAveraging(_Averaging):
     """The equal mean of the weights at some steps, as "averaging the last checkpoints" without keeping them.
 
     Validation, tests and checkpoints use the mean from the first of these steps on, and the current weights before;
-    training goes on with its own weights. Vaswani et al. 2017 average the last five checkpoints.
+    training continues with the current weights. Vaswani et al. 2017 average the last five checkpoints.
 
     Args:
         start_step: The first optimizer step whose weights count.
@@ -120,11 +121,12 @@ class UniformWeightAveraging(_Averaging):
         super().__init__()
         self.start_step, self.every_n_steps = start_step, every_n_steps
 
+    @override
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether the weights after the optimizer step `step_idx` (from 0) count."""
         since = -1 if step_idx is None else step_idx + 1 - self.start_step
         return since >= 0 and since % self.every_n_steps == 0
 
+    @override
     def share(self, number: int) -> float:
-        """The same for all."""
         return 1 / (number + 1)

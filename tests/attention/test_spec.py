@@ -41,7 +41,6 @@ def test_a_window_on_a_dynamic_convolution_is_refused():
             r"kv_stride=2: .*, set to the default \(kv_stride: 1\)",
         ),
         ({"kernel_size": 5}, "kernel_size=5: not used by mechanism='transformer'.*choose mechanism: dynamic"),
-        ({"mechanism": "my_module.Mine", "groups": 4}, "groups=4: not used by mechanism='my_module.Mine'"),
     ],
 )
 def test_options_of_another_mechanism_are_refused(fields, message):

@@ -1,17 +1,30 @@
 """The translation benchmark runs, compares like with like, and reports what it measured."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import translation
-from benchmarks.measure import Memory, Side, Timing
-from benchmarks.translation import EOS, PAD, Part, Problem, TorchTransformer, decoding, table, training_step
+from benchmarks.case import Run, cost_in_process
+from benchmarks.report import tabulate
+from benchmarks.results import Comparison, Memory, Result, Side, Timing
+from benchmarks.runner import main
+from benchmarks.translation import (
+    BENCHMARK,
+    EOS,
+    PAD,
+    Problem,
+    decoding_steps,
+    our_network,
+    torch_network,
+    training_steps,
+)
 from lightning_attn.networks.translation.dropout import Dropout
 
 SMALL = Problem(16, 2, 32, 1, 0.1, 40, sentences=3, shortest=3, longest=5, decoded_sentences=2, tokens=4, beam=2)
+TRAINING, DECODING = (dataclasses.replace(case, problem=SMALL) for case in BENCHMARK.cases)
 
 
 def test_batch_has_padding_and_the_sizes_asked_for():
@@ -30,7 +43,7 @@ def test_a_step_trains(side, monkeypatch):
     networks = []
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda p, lr: networks.append(list(p)) or adam(networks[-1], lr=lr))
-    step = training_step(side, SMALL)
+    step = training_steps(SMALL, [side])[side]
     before = [parameter.detach().clone() for parameter in networks[0]]
     step()
     changed = [not torch.equal(a, b) for a, b in zip(before, networks[0], strict=True)]
@@ -38,7 +51,7 @@ def test_a_step_trains(side, monkeypatch):
 
 
 def test_torchs_side_hides_padding_and_later_tokens():
-    network = TorchTransformer(SMALL).eval()
+    network = torch_network(SMALL).eval()
     source, target = SMALL.batch()
     loss, _, number = network.loss(source, target, 0.0)
     assert int(number) == int((target[:, 1:] != PAD).sum())
@@ -47,7 +60,7 @@ def test_torchs_side_hides_padding_and_later_tokens():
 
 
 def test_the_sides_drop_alike():
-    ours, theirs = translation.our_network(SMALL, "1000"), TorchTransformer(SMALL)
+    ours, theirs = our_network(SMALL, "1000"), torch_network(SMALL)
     assert {module.p for module in ours.modules() if isinstance(module, Dropout)} == {0.1}
     assert {module.p for module in theirs.modules() if isinstance(module, nn.Dropout)} == {0.1}
     attentions = [module for module in theirs.modules() if isinstance(module, nn.MultiheadAttention)]
@@ -59,53 +72,53 @@ def test_the_sides_drop_alike():
 def test_all_translations_have_the_length_asked_for(side):
     if side == "marian":
         pytest.importorskip("transformers")
-    found = decoding(side, SMALL)()
+    found = decoding_steps(SMALL, [side])[side]()
     assert found.shape == (2, 4)
     assert (found[:, -1] == EOS).all()
     assert (found[:, :-1] != EOS).all()
+
+
+def judged(case, sides):
+    result = Result(case.name, case.title, problem=dataclasses.asdict(SMALL), comparisons=[Comparison(sides=sides)])
+    case.set_targets(result)
+    return result, [(target.value, target.verdict) for target in result.comparisons[0].targets]
 
 
 def test_targets():
     def side(seconds):
         return Side(timing=Timing((seconds,)))
 
-    part = Part("training", {"torch": side(2.0), "1111": side(2.4), "1000": side(2.1), "0010": side(9.0)})
-    part.judge()
-    assert [(target.value, target.verdict) for target in part.targets] == [(1.2, "met"), (1.05, "not met")]
-    part = Part("decoding", {"marian": side(3.0), "1111": side(2.0)})
-    part.judge()
-    assert [(target.value, target.verdict) for target in part.targets] == [(1.5, "met")]
-    part = Part("decoding", {"marian": Side(error="ImportError"), "1111": side(2.0)})
-    part.judge()
-    assert [target.verdict for target in part.targets] == ["not measured"]
+    sides = {"torch": side(2.0), "1111": side(2.4), "1000": side(2.1), "0010": side(9.0)}
+    assert judged(TRAINING, sides)[1] == [(1.2, "met"), (1.05, "not met")]
+    assert judged(DECODING, {"marian": side(3.0), "1111": side(2.0)})[1] == [(1.5, "met")]
+    assert judged(DECODING, {"marian": Side(error="ImportError"), "1111": side(2.0)})[1] == [(None, "not measured")]
 
 
 def test_table():
     sides = {
         "marian": Side(timing=Timing((2.0, 4.0, 3.0)), memory=Memory(0, 5_000_000)),
-        "1111": Side(timing=Timing((1.5, 1.5, 1.5)), error="ended by signal 9"),
+        "1111": Side(timing=Timing((0.5, 0.5, 0.5)), error="ended by signal 9"),
         "0010": Side(error="RuntimeError: no"),
     }
-    header, cells = table(Part("decoding", sides), SMALL)
-    assert header == ["side", "ms", "quartiles", "ms a token", "sentences/s", "time / marian", "MB at the peak"]
-    assert cells == [
-        ["marian", "3000", "2500-3500", "750.0", "0.7", "1.00", "5"],
-        ["1111", "1500", "1500-1500", "375.0", "1.3", "0.50", "ended by signal 9"],
-        ["0010", "RuntimeError: no", "", "", "", "", ""],
+    table = tabulate(DECODING, judged(DECODING, sides)[0])
+    assert table.header == [
+        *("side", "ms", "quartiles", "ms a token", "sentences/s", "time / marian", "GB in all", "MB added")
+    ]
+    assert table.cells == [
+        ["marian", "3000", "2500-3500", "750.0", "0.7", "1.000", "0.01", "5"],
+        ["1111", "500", "500-500", "125.0", "4.0", "0.167", "ended by signal 9", ""],
+        ["0010", "RuntimeError: no", "", "", "", "", "", ""],
     ]
 
 
 def test_a_run_leaves_its_files(tmp_path, capsys):
-    threads = torch.get_num_threads()
-    arguments = ["--parts", "training", "--sets", "1000", "--repetitions", "2", "--no-memory", "--threads", "1"]
-    try:
-        translation.main([*arguments, "--output", str(tmp_path)], SMALL)
-    finally:
-        torch.set_num_threads(threads)
+    arguments = ["--cases", "training", "--sides", "torch+dropout,1000", "--repetitions", "2", "--no-memory"]
+    benchmark = dataclasses.replace(BENCHMARK, cases=(TRAINING, DECODING))
+    main(benchmark, [*arguments, "--threads", "1", "--output", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {f"translation.{kind}" for kind in ("json", "md", "png")}
-    figures = json.loads((tmp_path / "translation.json").read_text(encoding="utf-8"))
-    assert figures["problem"]["vocabulary"] == 40
-    [part] = figures["parts"]
+    [result] = json.loads((tmp_path / "translation.json").read_text(encoding="utf-8"))["results"]
+    assert result["problem"]["vocabulary"] == 40
+    [part] = result["comparisons"]
     assert set(part["sides"]) == {"torch", "torch+dropout", "1000"}
     assert len(part["sides"]["1000"]["timing"]["seconds"]) == 2
     assert [target["name"] for target in part["targets"]] == ["1000 / torch"]
@@ -113,22 +126,21 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     assert "1000 / torch" in capsys.readouterr().out
 
 
-def test_memory_is_measured_in_a_fresh_process():
-    memory = translation.memory_of("training", "1000", SMALL, threads=1)
-    assert isinstance(memory, Memory)
-    assert memory.peak >= memory.before > 50_000_000
+@pytest.mark.parametrize("case", [TRAINING, DECODING], ids=["training", "decoding"])
+def test_memory_is_measured_of_each_side(case, here):
+    cost = cost_in_process(case, "1000", Run(threads=1, isolate=here))
+    assert cost.memory.peak >= cost.memory.before > 50_000_000
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "decode"], "--parts decode: there are training,decoding"),
-        (["--sets", "11"], "--sets: terms must be four bits"),
-        (["--repetitions", "0"], "0 is less than 1"),
+        (["--cases", "decode"], "translation has no case decode: there are training,decoding"),
+        (["--sides", "11"], "--sides 11: there are torch+dropout,1111"),
     ],
 )
 def test_bad_arguments_are_named(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        translation.main(arguments)
+        main(BENCHMARK, arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err

@@ -20,8 +20,8 @@ import yaml
 from lightning_attn.attention.cpu.linear import linear
 from lightning_attn.cli import main
 from lightning_attn.cli.messages import message_of
+from lightning_attn.errors import InputError
 from lightning_attn.tasks import TranslationTask
-from lightning_attn.tasks.base import require_network
 from lightning_attn.training.checkpoints import read_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def test_callbacks_of_overlays_are_appended_and_ours_stay(run, tiny_config, in_f
 
 def test_moving_average_is_what_a_test_uses(run, tiny_config, in_folder):
     Path("average.yaml").write_text(
-        "trainer:\n  callbacks:\n    - class_path: lightning_attn.training.callbacks.UniformWeightAveraging\n"
+        "trainer:\n  callbacks:\n    - class_path: lightning_attn.callbacks.UniformWeightAveraging\n"
         "      init_args: {start_step: 2, every_n_steps: 2}\n"
     )
     run("fit", "-c", tiny_config, "-c", "average.yaml", "--run.checkpoint_every_n_steps", 1)
@@ -377,9 +377,66 @@ def test_the_other_names_of_the_command():
     assert "Did you mean 'max_steps'?" in done.stderr
 
 
-def test_errors_from_below_keep_their_traceback(run, tiny_config, monkeypatch):
-    """Only what this project raises for the user to read is shortened."""
+MISTAKES = """
+from datamodules import WMT14DataModule
+from lightning_attn.errors import InputError
+from lightning_attn.errors import InputError
+from lightning_attn.tasks import TranslationTask
 
+ERRORS = {"input": InputError("pairs: give more of them"), "value": ValueError("`pairs`: not for users")}
+
+
+class Task(TranslationTask):
+    def __init__(self, mistake: str = "", **arguments):
+        super().__init__(**arguments)
+        self.mistake = mistake
+
+    def training_step(self, batch, batch_idx):
+        raise ERRORS[self.mistake]
+
+
+class Batches:
+    def __init__(self, mistake):
+        self.mistake = mistake
+
+    def __call__(self, samples):
+        raise ERRORS[self.mistake]
+
+
+class Data(WMT14DataModule):
+    def __init__(self, mistake: str = "", **arguments):
+        super().__init__(**arguments)
+        self.mistake = mistake
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        loader.collate_fn = Batches(self.mistake)
+        return loader
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model", "mistakes.Task", "--model.mistake"],
+        ["--data.num_workers", 1, "--data", "mistakes.Data", "--data.mistake"],
+    ],
+    ids=["task", "worker"],
+)
+def test_which_errors_of_a_users_class_keep_their_traceback(run, tiny_config, options, monkeypatch):
+    Path("mistakes.py").write_text(MISTAKES)
+    monkeypatch.delitem(sys.modules, "mistakes", raising=False)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    printed = run("fit", "-c", tiny_config, *options, "input", status=2)
+    assert printed[printed.index("error: ") :] == "error: pairs: give more of them\n"
+    with pytest.raises(ValueError, match="not for users"):
+        run("fit", "-c", tiny_config, *options, "value")
+    monkeypatch.setenv("LIGHTNING_ATTN_TRACEBACK", "1")
+    with pytest.raises(InputError, match="give more of them"):
+        run("fit", "-c", tiny_config, *options, "input")
+
+
+def test_errors_from_below_keep_their_traceback(run, tiny_config, monkeypatch):
     def broken(self, *args, **kwargs):
         raise ValueError("not for users")
 
@@ -389,13 +446,54 @@ def test_errors_from_below_keep_their_traceback(run, tiny_config, monkeypatch):
 
 
 def test_faults_within_an_operator_keep_theirs_too():
-    """The operator has no frame of its own: the last one is ours."""
     with pytest.raises(RuntimeError) as caught:
         linear(torch.zeros(2, 3), torch.zeros(4, 5))
     assert message_of(caught.value) is None
-    with pytest.raises(RuntimeError) as caught:
-        require_network(None)
-    assert message_of(caught.value) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.val_check_interval", 10**6], "`val_check_interval` (1000000) must be less than or equal"),
+        (["--trainer.callbacks", "LearningRateFinder", "--trainer.callbacks.mode", "x"], "`mode` should be either of"),
+        (
+            ["--trainer.callbacks", "GradientAccumulationScheduler", "--trainer.callbacks.scheduling", "{}"],
+            "Empty dict",
+        ),
+    ],
+)
+def test_what_lightning_says_of_options(run, tiny_config, options, message):
+    assert message in run("fit", "-c", tiny_config, "--trainer.check_val_every_n_epoch", 1, *options, status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["average", "one.ckpt", "two.ckpt", "--outptu", "x"], "Did you mean 'output'?"),
+        (["average"], "arguments are required: checkpoints"),
+        (["export"], "arguments are required: ckpt_path"),
+        (
+            ["export", "--ckpt_path", "one.ckpt", "--format", "zip"],
+            "One of 'safetensors', 'program', 'onnx' is expected",
+        ),
+        (["export", "--ckpt_path", "one.ckpt", "--size", "3"], "expected 2 arguments"),
+        (["compare", "--out", "x", "one", "two"], "unrecognized arguments: --out"),
+    ],
+)
+def test_mistakes_in_commands_without_a_trainer(run, arguments, message):
+    Path("one.ckpt").touch()
+    printed = run(*arguments, status=2)
+    assert message in printed
+    assert "Traceback" not in printed
+    assert len(printed.splitlines()) <= 4
+
+
+@pytest.mark.parametrize("command", ["average", "export", "compare"])
+def test_help_of_commands_without_a_trainer(run, command):
+    printed = run(command, "--help")
+    assert printed.startswith(f"usage: python train.py {command} ")
+    assert "--output OUTPUT" in printed
+    assert "(type: " in printed or command == "compare"
 
 
 def test_a_checkpoint_alone_is_enough(run, tiny_config, in_folder):

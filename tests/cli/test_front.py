@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
         (["fit", "-c", "list.yaml"], "list.yaml holds a list, not options"),
         (
             ["test", "--ckpt_path", "best.ckpt"],
-            "no checkpoint at best.ckpt. The current folder holds last.ckpt.* best.ckpt is there",
+            "no checkpoint at best.ckpt. The current folder holds last.ckpt.* best.ckpt is written after",
         ),
         (["test", "--ckpt_path=none/x.ckpt"], "no checkpoint at none/x.ckpt. There is no folder none"),
     ],

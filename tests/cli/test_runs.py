@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from datamodules.translation.token_cache import Preparation
 from lightning_attn.cli.comparison import compare_runs
 from lightning_attn.tasks import SegmentationTask
+from lightning_attn.training.checkpoints import read_checkpoint
 
 RUN = Path("checkpoints/translation/tiny")
 
@@ -199,6 +201,41 @@ def test_runs_are_compared(run, tiny_config):
     run("compare", folder / "one", folder / "two", "--output", "table.csv")
     with Path("table.csv").open() as file:
         assert next(csv.reader(file)) == ["", "one", "two"]
+
+
+@pytest.fixture(scope="module")
+def count_opens():
+    """Calls a function and returns how often Python opened a file for reading meanwhile."""
+    opened = []
+    watching = []
+
+    def watch(event, arguments):
+        if watching and event == "open" and not set("wxa") & set(str(arguments[1])):
+            opened.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes | Path) else "")
+
+    sys.addaudithook(watch)  # which cannot be removed
+
+    def call(path, function, *arguments):
+        opened.clear()
+        watching.append(True)
+        try:
+            function(*arguments)
+        finally:
+            watching.clear()
+        return opened.count(str(path))
+
+    return call
+
+
+def test_a_command_reads_a_checkpoint_once(run, tiny_config, count_opens):
+    run("fit", "-c", tiny_config)
+    copies = [Path(shutil.copy(RUN / "best.ckpt", f"{number}.ckpt")).absolute() for number in range(4)]
+    once = count_opens(copies[0], read_checkpoint, copies[0])
+    assert once > 0
+    assert count_opens(copies[1], run, "test", "--ckpt_path", copies[1]) == once
+    assert count_opens(copies[2], run, "fit", "-c", tiny_config, "--ckpt_path", copies[2]) == once
+    initial = ["--run.initial_weights", copies[3], "--data.vocabulary", copies[3]]
+    assert count_opens(copies[3], run, "fit", "-c", tiny_config, *initial) == once
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -65,7 +65,7 @@ def test_the_mean_of_checkpoints(run, two, in_folder):
     )
     for model in (path, "mean.safetensors"):
         printed = run("fit", "--ckpt_path", model, status=2)
-        assert "holds a model, and not what a training goes on with" in printed
+        assert "holds a model without the state of a training" in printed
         assert f"--run.initial_weights {in_folder / model}" in printed
 
 

@@ -333,7 +333,7 @@ def test_a_plain_script_prepares_with_many_processes(tmp_path):
     script = tmp_path / "prepare.py"
     script.write_text(
         "print('begun', flush=True)\n"
-        "from datamodules import WMT14DataModule, token_cache\n"
+        "from datamodules import WMT14DataModule\nfrom datamodules.translation import token_cache\n"
         "token_cache.MIN_LINES_FOR_POOL = token_cache.BLOCK_LINES = 1000\n"
         f"module = WMT14DataModule({str(tmp_path / 'corpus')!r}, vocabulary_size=300, preparation_processes=2)\n"
         "module.prepare_data()\n"

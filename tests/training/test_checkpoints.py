@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from lightning_attn.tasks import CheckpointError, TranslationTask
-from lightning_attn.training.checkpoints import FORMAT, FORMAT_KEY, choose_weights, read_checkpoint
+from lightning_attn.training.checkpoint_averaging import average_checkpoints
+from lightning_attn.training.checkpoint_keys import FORMAT, FORMAT_KEY
+from lightning_attn.training.checkpoints import choose_weights, read_checkpoint
 
 
 class Calls:
@@ -185,3 +187,13 @@ def test_a_checkpoint_of_a_later_version(in_folder):
     torch.save(checkpoint() | {FORMAT_KEY: FORMAT + 1}, "later.ckpt")
     with pytest.raises(CheckpointError, match=f"its format is {FORMAT + 1}, and this version reads {FORMAT}"):
         read_checkpoint("later.ckpt")
+
+
+def test_a_mean_leaves_the_states_of_the_trainings_out(in_folder):
+    for number in (1, 3):
+        state = {"MixedPrecision": {"scale": float(number)}, "global_step": number, "random_streams": []}
+        weights = {"state_dict": {"weight": torch.full((2,), float(number))}}
+        torch.save(checkpoint() | state | weights, f"{number}.ckpt")
+    mean = read_checkpoint(average_checkpoints(["1.ckpt", "3.ckpt"]))
+    assert mean["state_dict"]["weight"].tolist() == [2.0, 2.0]
+    assert mean.keys() == {"state_dict", "task", "global_step", "averaged"}

@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 
+from datamodules.translation.vocabulary import Vocabulary
+from lightning_attn.errors import InputError
 from lightning_attn.tasks import BaseTask, CheckpointError, TranslationTask
 from lightning_attn.training.checkpoints import read_checkpoint
 
@@ -518,6 +520,28 @@ def test_records_that_are_shorter_than_a_tensor(trained, in_folder):
         assert archive.testzip() is None
     with pytest.raises(CheckpointError, match=r"is damaged: of .* it holds [\d,]+ bytes, and not [\d,]+"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored: stored.to_sparse(), "a tensor in it is sparse"),
+        (lambda stored: stored.flatten()[:1].expand(10**9), "claims .* more than there are"),
+        (lambda stored: stored.float(), "its vocabulary is not bytes"),
+        (lambda stored: stored.numpy().tobytes(), "its vocabulary is not bytes"),
+        (lambda stored: Path("somewhere"), "holds objects other than tensors and plain values"),
+    ],
+    ids=["sparse", "expanded", "floats", "no tensor", "an object"],
+)
+def test_vocabularies_of_checkpoints_are_read_with_care(trained, in_folder, change, message):
+    checkpoint = torch.load(trained / "last.ckpt", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):
+        torch.save(checkpoint | {"vocabulary": change(checkpoint["vocabulary"])}, "some.ckpt")
+    with pytest.raises(InputError, match=rf"vocabulary: some.ckpt holds none \(.*{message}"):
+        Vocabulary.from_file("some.ckpt")
+    compressed = rewritten(Path(shutil.copy(trained / "last.ckpt", "sound.ckpt")), zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match="in it is compressed"):
+        Vocabulary.from_file(compressed)
 
 
 def test_compressed_records_are_not_unpacked(trained, in_folder):

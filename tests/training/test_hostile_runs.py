@@ -148,7 +148,9 @@ def test_entries_that_lead_elsewhere(run, received, in_folder, name, kind):
         printed = run(stage, "--ckpt_path", received / "last.ckpt", *(GO_ON if stage == "fit" else []), status=2)
         assert f"{received}: {name} in it is" in printed
         assert "--run.root FOLDER" in printed
-    assert name in run("compare", received, received, status=2)
+    printed = run("compare", received, received, status=2)
+    assert f"{received}: {name} in it is" in printed
+    assert "files of a run are read from its own directory only" in printed
     assert victim.exists() == (kind == "link")
     assert kind != "link" or victim.read_text() == "precious"
 

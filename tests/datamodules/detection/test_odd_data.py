@@ -360,5 +360,5 @@ def test_training_without_a_validation_split(root, messages):
 def test_an_annotation_file_that_is_nested_without_end(tmp_path):
     write_coco(tmp_path, {"train2017": 2, "val2017": 2})
     annotation_path(tmp_path, "train2017").write_text('{"images": ' + "[" * 1_000_000)
-    with pytest.raises(ValueError, match="is no annotation file: lists or objects in it are nested too deeply"):
+    with pytest.raises(ValueError, match="is not an annotation file: lists or objects in it are nested too deeply"):
         ready(tmp_path)

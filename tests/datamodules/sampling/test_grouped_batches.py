@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -164,9 +165,10 @@ class Numbers(Dataset):
 def test_an_error_that_a_worker_returns_is_raised_as_it_is(num_workers):
     batches = [[SampleRequest(image, 0)] for image in range(8)]
     loader = PlannedLoader(Numbers(), batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=num_workers)
-    seen = []
+    seen, before = [], multiprocessing.active_children()
     with pytest.raises(ValueError, match=r"^image 5 is broken$"):
         seen.extend(iter(loader))
+    assert set(multiprocessing.active_children()) <= set(before), "workers wait for the garbage collector"
     iterator = iter(loader)
     assert [next(iterator) for _ in range(5)] == [[image] for image in range(5)]
     assert len(loader) == 8

@@ -174,7 +174,7 @@ def test_binary_masks_without_their_ids_are_refused(tmp_path):
 
 def test_ids_that_jpeg_blurs_into_each_other_are_refused(tmp_path):
     root = binary(tmp_path, (3, 7), ending=".jpg")
-    with pytest.raises(ImageError, match=r"is a JPEG file, whose compression blurs values, and 3 and 7 are too near"):
+    with pytest.raises(ImageError, match=r"is a JPEG file, whose compression blurs values, and 3 and 7 are too close"):
         ready(SegmentationFolderDataModule(str(root), ("a", "b"), ids=(3, 7), **PLAIN))
 
 

@@ -60,7 +60,7 @@ def test_missing_files_name_layout_documents_and_download(root):
 @pytest.mark.parametrize("pattern", ["train", "train*"])
 def test_a_file_without_counterpart_is_named(root, pattern):
     (root / "train.de").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train\.de is missing, but .*train\.en is there"):
+    with pytest.raises(FileNotFoundError, match=r"train\.de is missing, but .*train\.en exists"):
         find_pairs(root, pattern, "en", "de")
 
 
@@ -175,7 +175,7 @@ def test_summarise_refuses_an_empty_file(tmp_path):
 @pytest.mark.parametrize("empty", ["", "  ", "\u00a0"])
 def test_evaluation_names_file_and_line_of_an_empty_line(root, empty):
     write_lines(root / "valid.de", ["a", "b", empty, "d"])
-    with pytest.raises(ValueError, match=r"valid\.de, line 3: the line is empty.*take line 3 out of both"):
+    with pytest.raises(ValueError, match=r"valid\.de, line 3: the line is empty.*remove line 3 from both"):
         read_evaluation(pair_of(root))
 
 
