@@ -1,4 +1,4 @@
-"""The digits of scikit-learn, told apart by the attended ResNet: a task of its own and its data."""
+"""The digits of scikit-learn, classified by the attended ResNet: a task of its own and its data."""
 
 import pytorch_lightning as pl
 import torch
