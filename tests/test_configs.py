@@ -1,5 +1,6 @@
 """Every shipped YAML is parsed and run for two steps through the real command."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from datamodules.miniature.detection import write_miniature_detection
 from datamodules.miniature.segmentation import write_miniature_segmentation
 from datamodules.miniature.translation import write_miniature_corpus
+from lightning_attn.attention import AttentionSpec
 from lightning_attn.attention.spec import TERM_SETS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -156,6 +158,17 @@ def test_there_is_an_overlay_for_every_row_of_the_paper_s_tables(slot):
     rows = [*TERM_SETS, "none", *(f"deformable_{row}" for row in with_deformable)]
     rows += [f"{kind}_{size}" for kind in ("0100_window", "dynamic") for size in (31, 25, 19, 13)]
     assert {f"{slot}_{row}" for row in rows} <= {path.stem for path in paths("attention")}
+
+
+@pytest.mark.parametrize("slot", ["attention", "self", "cross"])
+def test_an_overlay_replaces_any_other_of_its_slot(slot):
+    """Whatever the first one sets, the second one is valid and decides every field of the attention."""
+    overlays = []
+    for path in sorted((CONFIGS / "attention").glob(f"{slot}_*.yaml")):
+        (fields,) = yaml.safe_load(path.read_text())["model"]["init_args"].values()
+        overlays.append(fields)
+    for first, second in itertools.permutations(overlays, 2):
+        assert AttentionSpec(**first | second) == AttentionSpec(**second)
 
 
 @pytest.mark.parametrize("path", paths("trainer"), ids=lambda path: path.stem)

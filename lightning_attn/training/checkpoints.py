@@ -76,7 +76,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if found != FORMAT:
         raise CheckpointError(
             f"{path} was written by another version of lightning_attn: its format is {found!r}, and this version reads "
-            f"{FORMAT}. Use the version that the checkpoint's run directory names, or a later one."
+            f"{FORMAT}. Use the version that the run directory names (run.json)."
         )
     return checkpoint
 
