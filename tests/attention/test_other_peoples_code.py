@@ -308,7 +308,7 @@ def test_inputs_of_another_dtype_and_layers_of_another_width_are_named(ndim):
     with torch.autocast("cpu", torch.bfloat16):
         attention(x.bfloat16())
     attention.key_proj = nn.Linear(16, 12)
-    with pytest.raises(ValueError, match=r"key_proj gives 12 features, but dim=16"):
+    with pytest.raises(ValueError, match=r"key_proj returns 12 features, but dim=16"):
         attention(x)
 
 
