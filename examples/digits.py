@@ -1,4 +1,4 @@
-"""The digits of scikit-learn, classified by the attended ResNet: a task of its own and its data."""
+"""Example of a custom task and DataModule: classification of scikit-learn's digits by a ResNet with attention."""
 
 import pytorch_lightning as pl
 import torch

@@ -1,4 +1,4 @@
-"""Translation data of one's own: pairs in one file, a tab between the two sentences, become the layout that is read."""
+"""Example of a custom DataModule: converts tab-separated sentence pairs to the layout of `WMT14DataModule`."""
 
 from pathlib import Path
 
@@ -7,19 +7,19 @@ from datamodules.translation.parallel_text import read_lines
 
 
 class TabSeparatedDataModule(WMT14DataModule):
-    """Makes `{train,valid,test}.{en,de}` in `root` of `pairs`: every tenth is for validation, the next for test."""
+    """Writes `{train,valid,test}.{en,de}` in `root` from `pairs`: one in ten is for validation, and one for test."""
 
     def __init__(self, pairs: str, root: str, max_tokens: int = 4096, vocabulary_size: int = 8000) -> None:
         super().__init__(root, max_tokens=max_tokens, vocabulary_size=vocabulary_size)
         self.pairs = Path(pairs)
 
     def prepare_files(self) -> None:
-        """Runs once a node, before anything is read."""
+        """Runs once per node, before the data is read."""
         splits = {"train": [], "valid": [], "test": []}
-        for number, line in enumerate(read_lines(self.pairs)):  # at "\n" alone: text holds other separators too
+        for number, line in enumerate(read_lines(self.pairs)):  # splits at "\n" only, not at other separators
             pair = line.split("\t")
             if len(pair) < 2:
-                raise ValueError(f"{self.pairs}, line {number + 1}: there is no tab. Correct the line.")
+                raise ValueError(f"{self.pairs}, line {number + 1} has no tab. Correct the line.")
             splits[{0: "valid", 1: "test"}.get(number % 10, "train")].append(pair)
         self.root.mkdir(parents=True, exist_ok=True)
         for split, pairs in splits.items():

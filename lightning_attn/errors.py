@@ -1,7 +1,7 @@
-"""Errors for the user: the command shows them as one message, without a traceback.
+"""Errors that the command line shows as one message, without a traceback.
 
-Each is also the built-in error that a Python caller expects, so `except ValueError` works. Mistakes of a programmer,
-such as a tensor of the wrong shape, stay built-in errors.
+Each is also the built-in error that a Python caller expects, so that `except ValueError` works. Programming errors,
+such as a tensor of the wrong shape, are built-in errors.
 """
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
 
 
 class UserError(Exception):
-    """What a user can mend; the message names the argument or file, the value, and what to do."""
+    """An error that the user can fix; the message names the argument or file, the value, and the fix."""
 
 
 class InputError(UserError, ValueError):
@@ -25,7 +25,7 @@ class InputError(UserError, ValueError):
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder that does not exist."""
 
 
 class ExistingFileError(UserError, FileExistsError):
@@ -33,7 +33,7 @@ class ExistingFileError(UserError, FileExistsError):
 
 
 class UnusableFileError(UserError, OSError):
-    """A file or folder that is damaged, or cannot be read, written or fetched."""
+    """A file or folder that is damaged, or cannot be read, written or downloaded."""
 
 
 class NotAFolderError(UserError, NotADirectoryError):
@@ -45,4 +45,4 @@ class MissingPackageError(UserError, ImportError):
 
 
 class MissingMethodError(UserError, NotImplementedError):
-    """A method that a subclass of the user's has left out."""
+    """A required method that a user's subclass does not define."""

@@ -1,4 +1,4 @@
-"""Files: written atomically, never over another unless that is asked for; manifests; errors that name the file."""
+"""Atomic writing of files, without overwriting by default, and reading of manifests."""
 
 import contextlib
 import csv
@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from lightning_attn.errors import InputError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # not imported at every start
+    from matplotlib.figure import Figure  # slow to import
 
-# Ending of files that are being written; a killed process leaves them behind.
+# Suffix of temporary files, which remain only if the process is killed.
 _PART = ".part"
 
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Names a file in the errors of writing it, which the system raises without a name, as when a disk is full.
+    """Adds a file's name to errors of writing it that the system raises without one, such as for a full disk.
 
     Raises:
-        OSError: What is raised inside, of the same kind, with `filename`.
+        OSError: The error raised inside, of the same kind, with `filename`.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def unused_path(path: Path) -> Path:
-    """`path`, or `<stem>-2<suffix>`, `-3` and so on if it is taken."""
+    """`path`, or `<stem>-2<suffix>`, `-3` and so on if it exists."""
     candidate, number = path, 2
     while os.path.lexists(candidate):
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
@@ -50,15 +50,15 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
     """Writes a file atomically.
 
     Args:
-        path: Its name; missing folders are made.
-        write: Writes the contents into the open file.
-        replace: Whether a file of that name is replaced; else it stays, and the new one gets an `unused_path`.
+        path: The file; missing folders are created.
+        write: Writes the contents to the open file.
+        replace: Replace an existing file; otherwise it stays, and the new file gets an `unused_path`.
 
     Returns:
-        Where the file is.
+        The path of the written file.
 
     Raises:
-        OSError: If the folder cannot be written to or is full; nothing is left behind, and `filename` is the path.
+        OSError: If the folder cannot be written to or is full; no partial file remains, and `filename` is the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -71,7 +71,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
-        path = _replaced(Path(temporary), path) if replace else _numbered(Path(temporary), path)
+        path = _replace(Path(temporary), path) if replace else _rename_unused(Path(temporary), path)
         sync(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -79,27 +79,27 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, replace: bool
     return path
 
 
-def _replaced(temporary: Path, path: Path) -> Path:
+def _replace(temporary: Path, path: Path) -> Path:
     temporary.replace(path)
     return path
 
 
-def _numbered(temporary: Path, path: Path) -> Path:
-    """Gives a file a name that no other has, also where another process looks for one at the same time."""
+def _rename_unused(temporary: Path, path: Path) -> Path:
+    """Renames a file to an unused path, without races between processes."""
     while True:
         candidate = unused_path(path)
         try:
             os.link(temporary, candidate)
         except FileExistsError:
             continue
-        except OSError:  # a file system without links
-            return _replaced(temporary, candidate)
+        except OSError:  # a file system without hard links
+            return _replace(temporary, candidate)
         temporary.unlink()
         return candidate
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's contents, or the names in a folder, would survive a power cut."""
+    """Waits until a file's contents, or a folder's entries, are on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -109,11 +109,11 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def written_together(folder: Path) -> Iterator[Path]:
-    """A folder for new files that come to lie in `folder` when all of them are written, and none of them otherwise.
+    """Yields a temporary folder, whose files are moved to `folder` on success, and removed on an error.
 
     Raises:
-        FileExistsError: If `folder` has a file of such a name by then, which stays as it is.
-        OSError: If a file cannot be written; nothing is left behind.
+        FileExistsError: If `folder` then has a file of the same name, which is not replaced.
+        OSError: If a file cannot be written; no file remains.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=_PART))
@@ -123,24 +123,24 @@ def written_together(folder: Path) -> Iterator[Path]:
         for path in sorted(scratch.iterdir()):
             target = folder / path.name
             if target.exists():
-                raise FileExistsError(errno.EEXIST, "is there already, and nothing is overwritten", str(target))
+                raise FileExistsError(errno.EEXIST, "already exists and is not overwritten", str(target))
             moved.append(path.rename(target))
         sync(folder)
     except BaseException as error:
         for path in moved:
             path.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and str(error.filename).startswith(f"{scratch}/"):
-            there = str(folder / Path(str(error.filename)).relative_to(scratch))
-            raise OSError(error.errno, error.strerror, there) from error
+            target = folder / Path(str(error.filename)).relative_to(scratch)
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it holds files
+        with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes what processes that were killed while they wrote into a folder have left behind."""
+    """Removes temporary files that killed processes have left in a folder."""
     for path in folder.glob(f".*{_PART}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -149,9 +149,9 @@ def remove_parts(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, replace: bool = False) -> Path:
-    """Writes a file in UTF-8, line ends as they are in `text`; as `write_file`.
+    """Writes a text file in UTF-8, with the line breaks of `text`; as `write_file`.
 
-    Bytes of file names that are no text become question marks: they must not lose all the rest.
+    Undecodable bytes of file names become question marks instead of an error.
     """
     return write_file(path, lambda file: file.write(text.encode("utf-8", errors="replace")), replace=replace)
 
@@ -164,16 +164,16 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
 
 
 def write_figure(path: Path, figure: "Figure") -> Path:
-    """Writes a new file in the format of its ending; as `write_file`, without `replace`.
+    """Writes a figure to a new file in the format of its suffix; as `write_file`, without `replace`.
 
     Raises:
-        ValueError: If the ending is no format of figures.
-        OSError: If it cannot be written; nothing is left behind.
+        ValueError: If the suffix is not a format of figures.
+        OSError: If it cannot be written; no partial file remains.
     """
     kind = path.suffix[1:].lower()
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
-        raise InputError(f"output: {path} ends in no format of figures; give one of .{', .'.join(sorted(known))}.")
+        raise InputError(f"output: {path} has no suffix of a figure format; use one of .{', .'.join(sorted(known))}.")
     return write_file(path, lambda file: figure.savefig(file, format=kind))
 
 
@@ -183,9 +183,9 @@ def write_json(path: Path, value: Any, *, replace: bool = False) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The content of a manifest; `{}` if it is damaged, None if it does not exist.
+    """The contents of a manifest; `{}` if it is damaged, None if it does not exist.
 
-    A damaged one marks the folder as ours all the same: every file is then checked again.
+    A damaged one still marks the folder as ours: every file is then checked again.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Checks of arguments that several packages share: one rule and one message for each."""
+"""Validation of arguments, with one rule and one message for each kind, for all packages."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from lightning_attn.errors import InputError
 
 
 def require_int(name: str, value: object, least: int = 1) -> None:
-    """Refuses what is not an integer of at least `least`.
+    """Raises an error unless a value is an integer of at least `least`.
 
     Raises:
         ValueError: With the argument's name and the value; so do all functions here.
@@ -21,7 +21,7 @@ def require_int(name: str, value: object, least: int = 1) -> None:
 
 
 def require_odd(name: str, value: object, otherwise: str = "") -> None:
-    """Refuses what is not a positive odd integer; `otherwise` is a further way out that the message names."""
+    """Raises an error unless a value is a positive odd integer; `otherwise` is a further fix for the message."""
     require_int(name, value)
     assert isinstance(value, int), "checked above"
     if value % 2 == 0:
@@ -31,7 +31,7 @@ def require_odd(name: str, value: object, otherwise: str = "") -> None:
 
 
 def require_window(window: object) -> None:
-    """Refuses what is neither a positive odd integer nor two of them, for y and for x."""
+    """Raises an error unless a value is a positive odd integer, or two of them, for y and for x."""
     sizes = window if isinstance(window, tuple | list) else (window,)
     if len(sizes) not in (1, 2) or (len(sizes) == 1 and isinstance(window, tuple | list)):
         raise InputError(f"window must be one odd number, or two (n_y, n_x), got {window!r}; null for all keys.")
@@ -40,21 +40,21 @@ def require_window(window: object) -> None:
 
 
 def require_bool(name: str, value: object) -> None:
-    """Refuses what is not True or False."""
+    """Raises an error unless a value is True or False."""
     if not isinstance(value, bool):
         raise InputError(f"{name} must be True or False, got {value!r}.")
 
 
 def require_ndim(ndim: int) -> None:
-    """Refuses what is neither 1 nor 2."""
+    """Raises an error unless a value is 1 or 2."""
     if ndim not in (1, 2):
         raise ValueError(f"ndim must be 1 (sequences) or 2 (maps), got {ndim!r}.")
 
 
 def require_dropout(dropout: float) -> None:
-    """Refuses what is not a probability below one."""
+    """Raises an error unless a value is a probability below one."""
     if not is_number(dropout) or not 0 <= dropout < 1:
-        raise InputError(f"dropout must be at least 0 and below 1, got {dropout!r}; 0.0 switches it off.")
+        raise InputError(f"dropout must be at least 0 and below 1, got {dropout!r}; use 0.0 for no dropout.")
 
 
 def is_number(value: object) -> bool:
@@ -63,12 +63,12 @@ def is_number(value: object) -> bool:
 
 
 def refuse_unused(spec: Any, choice: str, used_by: Mapping[Any, Collection[str]]) -> None:
-    """Refuses options that the choice of a spec does not use, which would otherwise train another model in silence.
+    """Raises an error for options that the choice of a spec does not use, which would silently have no effect.
 
     Args:
         spec: A dataclass.
-        choice: Its field that decides.
-        used_by: By values of that field, the fields that these values alone use.
+        choice: Its field with the choice.
+        used_by: By values of that field, the fields that only these values use.
     """
     chosen = getattr(spec, choice)
     used = used_by.get(chosen, ())
@@ -90,15 +90,15 @@ def refuse_unused(spec: Any, choice: str, used_by: Mapping[Any, Collection[str]]
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, for messages that say what would divide."""
+    """All divisors of a number, for messages with the valid values."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def check_input(name: str, x: Tensor, ndim: int, channels: int, channels_name: str = "dim") -> None:
-    """Refuses what is not floating-point of the layout `[B, L, C]` (`ndim=1`) or `[B, C, H, W]` (`ndim=2`).
+    """Raises an error unless a tensor is floating-point, `[B, L, C]` (`ndim=1`) or `[B, C, H, W]` (`ndim=2`).
 
     Args:
-        name: What `x` is called.
+        name: Name of `x` in messages.
         x: The tensor.
         ndim: 1 or 2.
         channels: C.
@@ -106,7 +106,7 @@ def check_input(name: str, x: Tensor, ndim: int, channels: int, channels_name: s
     """
     layout = "[B, L, C]" if ndim == 1 else "[B, C, H, W]"
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor {layout}, got {type(x).__name__}; torch.as_tensor makes one.")
+        raise ValueError(f"{name} must be a torch.Tensor {layout}, got {type(x).__name__}; use torch.as_tensor.")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be of a floating-point type, got {x.dtype}.")
     if x.dim() != ndim + 2:
@@ -116,12 +116,12 @@ def check_input(name: str, x: Tensor, ndim: int, channels: int, channels_name: s
 
 
 def check_mask(mask: Tensor | None, x: Tensor, owner: str) -> None:
-    """Refuses a `key_padding_mask` that is not a bool tensor with one element for each position of `x`.
+    """Raises an error unless a `key_padding_mask` is a bool tensor with one element for each position of `x`.
 
     Args:
-        mask: The mask; None is none.
-        x: What is masked, `[B, L, C]` or `[B, C, H, W]`.
-        owner: Whose positions they are, for the message.
+        mask: The mask; None for none.
+        x: The masked tensor, `[B, L, C]` or `[B, C, H, W]`.
+        owner: A name for `x` in the message.
     """
     if mask is None:
         return
@@ -132,11 +132,11 @@ def check_mask(mask: Tensor | None, x: Tensor, owner: str) -> None:
 
 
 def require_mask(name: str, mask: object, meaning: str) -> None:
-    """Refuses what is not a bool tensor."""
+    """Raises an error unless a value is a bool tensor."""
     if not isinstance(mask, Tensor):
         raise ValueError(
             f"{name} must be a torch.Tensor of bool, True where {meaning}, got {type(mask).__name__}; "
-            "torch.as_tensor makes one."
+            "use torch.as_tensor."
         )
     if mask.dtype != torch.bool:
         raise ValueError(f"{name} must be bool, True where {meaning}, got {mask.dtype}.")

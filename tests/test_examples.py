@@ -148,15 +148,15 @@ class Flat(WithoutCache):
     [
         ("nowhere.Attention", "self", r"'nowhere\.Attention' cannot be imported \(No module named 'nowhere'\)"),
         ("examples.mean_attention.Other", "self", "cannot be imported .*has no attribute 'Other'"),
-        ("examples.digits.DigitsDataModule", "self", r"is no torch\.nn\.Module class"),
-        ("test_examples.Fixed", "self", r"cannot be made: .*It is called with dim, ndim, num_heads, causal"),
-        ("test_examples.WithoutCache", "causal", r"must define new_cache\(\) to stand in a decoder"),
+        ("examples.digits.DigitsDataModule", "self", r"is not a subclass of torch\.nn\.Module"),
+        ("test_examples.Fixed", "self", r"cannot be constructed: .*It is called with dim, ndim, num_heads, causal"),
+        ("test_examples.WithoutCache", "causal", r"must define new_cache\(\) for use in a decoder"),
         (
             "test_examples.WithoutMask",
             "self",
             "cannot be called: .*'key_padding_mask'. Its forward takes x, and the key",
         ),
-        ("examples.mean_attention.MeanAttention", "cross", "cannot stand in encoder-decoder attention"),
+        ("examples.mean_attention.MeanAttention", "cross", "cannot be used as encoder-decoder attention"),
     ],
 )
 def test_mechanisms_that_cannot_be_used(mechanism, role, message):
@@ -166,12 +166,14 @@ def test_mechanisms_that_cannot_be_used(mechanism, role, message):
 
 def test_a_mechanism_that_changes_the_shape():
     head = build_attention(AttentionSpec(mechanism="test_examples.Flat"), 8, 2, role="head")
-    with pytest.raises(ValueError, match=r"'test_examples.Flat' made \(1, 8, 6\) of \(1, 8, 2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"'test_examples.Flat' returned \(1, 8, 6\) for an input of shape \(1, 8, 2, 3\)"
+    ):
         head(torch.randn(1, 8, 2, 3))
 
 
 def test_options_are_for_mechanisms_of_one_s_own():
-    with pytest.raises(ValueError, match="are for a mechanism of your own; mechanism='transformer'"):
+    with pytest.raises(ValueError, match="are for a custom mechanism; for mechanism='transformer'"):
         AttentionSpec(options={"dropout": 0.1})
     with pytest.raises(ValueError, match=r"mechanism must be one of .* or the import path of a class"):
         AttentionSpec(mechanism="dynamik")
@@ -193,7 +195,7 @@ def test_data_of_one_s_own(run, tiny_config, corpus, in_folder):
     Path("pairs.tsv").write_text(Path("pairs.tsv").read_text().replace("\t", "\u2028\t", 1))
     run("fit", "-c", "mine.yaml", "--trainer.max_steps", 1)
     Path("pairs.tsv").write_text("no tab\n")
-    with pytest.raises(ValueError, match=r"pairs.tsv, line 1: there is no tab"):
+    with pytest.raises(ValueError, match=r"pairs.tsv, line 1 has no tab"):
         run("fit", "-c", "mine.yaml")
     assert (in_folder / "checkpoints/translation/mine/last.ckpt").is_file()
 
@@ -230,7 +232,7 @@ class LateNetwork(DigitsTask):
             "Incomplete must define validation_step(self, batch, batch_idx), and return a dictionary with a value",
         ),
         ("test", "Incomplete must define test_step(self, batch, batch_idx), and return a dictionary with a value"),
-        ("predict", "Incomplete must define predict_step(self, batch, batch_idx), and keep or write what it finds"),
+        ("predict", "Incomplete must define predict_step(self, batch, batch_idx), and return or write the results"),
     ],
 )
 def test_missing_steps_are_named(run, stage, message):

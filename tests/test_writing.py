@@ -159,7 +159,7 @@ def write_texts(folder, names):
 def test_files_that_are_written_together(tmp_path):
     folder = tmp_path / "folder"
     write_texts(folder, "ac")
-    with pytest.raises(FileExistsError, match=r"nothing is overwritten: '.*/c'"):
+    with pytest.raises(FileExistsError, match=r"is not overwritten: '.*/c'"):
         write_texts(folder, "bcd")
     assert {str(path): content for path, content in contents(folder).items()} == {"a": b"ac", "c": b"ac"}
     (folder / ".killed.part").mkdir()

@@ -1,7 +1,7 @@
-"""Deformable convolution of Eq. 4: each tap of the kernel reads where the query's content tells it to.
+"""Deformable convolution of Eq. 4: each tap of the kernel reads at an offset predicted from the query's content.
 
-Exactly: tap m of query q reads at q + p_m + offset_m(q), between the grid points by linear interpolation in each axis,
-and zero outside the input. That is A_m(q, k) = G(k, q + p_m + offset_m(q)) with the bilinear kernel
+Tap m of query q reads at q + p_m + offset_m(q), between the grid points by linear interpolation in each axis, and zero
+outside the input. That is A_m(q, k) = G(k, q + p_m + offset_m(q)) with the bilinear kernel
 G(a, b) = prod over axes of max(0, 1 - |a - b|). Offsets come from a convolution of the same kernel.
 """
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d
+from typing_extensions import override
 
 from lightning_attn.attention import reference
 from lightning_attn.attention.decoding import DeformableConvCache
@@ -36,14 +37,14 @@ Algorithm = Literal["auto", "gather", "torchvision", "reference"]
 Sizes = int | Sequence[int]
 """One number for every axis, or one for each: (y, x) in maps."""
 
-_BLOCK_ELEMENTS = 4_000_000
-"""Sampled values that are held at once, 16 MB: larger blocks cost fresh memory pages, smaller ones more calls."""
+BLOCK_ELEMENTS = 4_000_000
+"""Sampled values in memory at once, 16 MB: larger blocks cost new memory pages, smaller ones more calls."""
 
-_FAR = 1e7
-"""Further outside than any map is wide, and exact in float32."""
+_MAX_OFFSET = 1e7
+"""Larger than any map, and exact in float32."""
 
 _MMCV_NAMES = {"conv_offset.": "offset.", "conv_offset_mask.": "offset."}
-"""What mmcv's modules call the convolution that gives offsets: today, and in early releases of the modulated one."""
+"""mmcv's names of the offset convolution: the current one, and that of early releases of the modulated module."""
 
 
 class DeformableConv(nn.Module):
@@ -51,17 +52,17 @@ class DeformableConv(nn.Module):
 
     The offsets of a query come from `offset`, a convolution of the same kernel, stride, dilation and padding. It starts
     at zero, so that the plain form starts as the regular convolution of the same `weight`. The modulated form has one
-    more output per tap, whose sigmoid scales what the tap reads; as in the published models it starts at zero too, so
-    that every tap counts half at the start.
+    more output per tap, whose sigmoid scales the sampled value; as in the published models it starts at zero too, so
+    that every tap has the factor one half at the start.
 
     Weights are exchangeable with the published modules. `load_state_dict` reads those of mmcv's `DeformConv2dPack` and
-    `ModulatedDeformConv2dPack`, whose `conv_offset` is our `offset`; those of `torchvision.ops.DeformConv2d`, which is
-    given its offsets, with `strict=False`. Channels of `offset`, for each group of offsets: `2 m` and `2 m + 1` move
-    tap m in y and in x (in one dimension, channel m moves tap m); the modulation's channels come last.
+    `ModulatedDeformConv2dPack`, whose `conv_offset` is our `offset`; those of `torchvision.ops.DeformConv2d`, which
+    takes its offsets as an input, with `strict=False`. Channels of `offset`, for each group of offsets: `2 m` and
+    `2 m + 1` move tap m in y and in x (in one dimension, channel m moves tap m); the modulation's channels come last.
 
-    The causal form, for a decoder, is a choice of ours since the paper names none: the taps of query q start at
-    `q - (kernel_size - 1) * dilation, ..., q - dilation, q`, and Omega_q holds the positions up to q only. The share of
-    a later position in the interpolation is dropped, whatever the offset; the offsets are computed causally as well.
+    The causal form, for a decoder, is our choice since the paper defines none: the taps of query q start at
+    `q - (kernel_size - 1) * dilation, ..., q - dilation, q`, and Omega_q holds the positions up to q only. Later
+    positions have no weight in the interpolation, whatever the offset; the offsets are computed causally as well.
 
     Args:
         in_channels: Channels of the input.
@@ -79,18 +80,18 @@ class DeformableConv(nn.Module):
             `"torchvision"` is torchvision's operator, for maps; `"reference"` is the equation in plain loops, for
             tests; `"auto"` is torchvision's operator for maps on CUDA and the gather elsewhere. All give the same
             numbers.
-        groups: Groups of channels that are convolved apart, as in torch's convolutions.
-        offset_groups: Groups of input channels that each have offsets (and modulation) of their own.
-        device: Where the parameters are made, as in torch's own modules.
-        dtype: Of the parameters, as in torch's own modules.
+        groups: Groups of channels that are convolved separately, as in torch's convolutions.
+        offset_groups: Groups of input channels with separate offsets (and modulation).
+        device: Of the parameters, as in torch's modules.
+        dtype: Of the parameters, as in torch's modules.
 
     Attributes:
         weight: `[out_channels, in_channels / groups, k(_y, k_x)]`.
         bias: `[out_channels]`, or None.
-        offset: The convolution that gives offsets and modulation. See `offset_parameters`.
+        offset: The convolution that predicts offsets and modulation. See `offset_parameters`.
 
     Raises:
-        ValueError: If an argument is out of range or does not fit the others; the message names it and the way out.
+        ValueError: If an argument is out of range or does not fit the others; the message names it and the fix.
     """
 
     bias: nn.Parameter | None
@@ -124,7 +125,8 @@ class DeformableConv(nn.Module):
         _check_algorithm(algorithm, ndim)
         if algorithm == "reference" and (groups, offset_groups) != (1, 1):
             raise InputError(
-                f"algorithm='reference' has one group; use another with groups={groups}, offset_groups={offset_groups}."
+                f"algorithm='reference' supports one group only; use 'auto' with groups={groups}, "
+                f"offset_groups={offset_groups}."
             )
         self.in_channels, self.out_channels, self.ndim = in_channels, out_channels, ndim
         self.kernel_size, self.stride = geometry.kernel_size, geometry.stride
@@ -152,7 +154,7 @@ class DeformableConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weight and bias as torch's convolutions start; offsets and modulation at zero."""
+        """Initialises weight and bias as torch's convolutions do, offsets and modulation with zeros."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())
@@ -160,8 +162,8 @@ class DeformableConv(nn.Module):
         for parameter in self.offset.parameters():
             nn.init.zeros_(parameter)
 
+    @override
     def extra_repr(self) -> str:
-        """The settings that the parameters do not show."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, ndim={self.ndim}, "
             f"stride={self.stride}, dilation={self.dilation}, padding={self.padding}, modulated={self.modulated}, "
@@ -180,8 +182,8 @@ class DeformableConv(nn.Module):
 
         Args:
             x: `[B, L, C]` or `[B, C, H, W]`.
-            key_padding_mask: Bool, `[B, L]` or `[B, H, W]`, True where `x` is padding. Padding reads as zero, so that a
-                padded sentence gives, at its valid positions, what it gives alone.
+            key_padding_mask: Bool, `[B, L]` or `[B, H, W]`, True where `x` is padding. Padding counts as zero, so that
+                the valid positions of a padded sentence get the same outputs as without padding.
             cache: From `new_cache`; `x` then holds the next tokens of sequences that are decoded step by step. Always
                 computed by the gather.
 
@@ -214,10 +216,10 @@ class DeformableConv(nn.Module):
         )
 
     def new_cache(self) -> DeformableConvCache:
-        """A cache for decoding step by step, which gives the numbers of the full pass.
+        """Creates a cache for decoding step by step, with the same results as the full pass.
 
         Raises:
-            ValueError: If the convolution is not causal, so that a step would change what earlier ones gave.
+            ValueError: If the convolution is not causal, so that a step would change earlier outputs.
         """
         if not self.causal:
             raise ValueError("new_cache: only a causal convolution is decoded step by step; build it with causal=True.")
@@ -233,7 +235,7 @@ class DeformableConv(nn.Module):
     def _offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Offsets and modulation, in the layout of `deformable_conv`.
 
-        In the dtype of `offset` also under autocast: an offset of 5 has steps of 1/32 in bfloat16.
+        In the dtype of `offset` also under autocast: in bfloat16 an offset of 5 has a resolution of 1/32.
         """
         with without_autocast(x.device):
             dtype = next((p.dtype for p in self.offset.parameters() if p.is_floating_point()), x.dtype)
@@ -250,9 +252,9 @@ class DeformableConv(nn.Module):
         if not self.causal:
             raise ValueError("cache: only a causal convolution is decoded step by step; build it with causal=True.")
         if key_padding_mask is not None:
-            raise ValueError("cache: key_padding_mask is not for decoding step by step; pass None.")
+            raise ValueError("cache: decoding step by step supports no key_padding_mask; pass None.")
         if not isinstance(cache, DeformableConvCache):
-            raise ValueError(f"cache: it must be made by new_cache() of this module, got a {type(cache).__name__}.")
+            raise ValueError(f"cache: it must come from new_cache() of this module, got a {type(cache).__name__}.")
         first, past = cache.length, self._past()
         cache.append(x)
         offset, mask = self._offsets(cache.read(first - past))
@@ -274,7 +276,7 @@ class DeformableConv(nn.Module):
 def offset_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of the offset (and modulation) convolutions of every `DeformableConv` in `module`.
 
-    The paper trains them at 0.1 times the learning rate; here is what to put into that parameter group.
+    The paper trains them at 0.1 times the learning rate: put them into a parameter group with that rate.
     """
     convolutions = (child for child in module.modules() if isinstance(child, DeformableConv))
     return [parameter for convolution in convolutions for parameter in convolution.offset.parameters()]
@@ -295,18 +297,18 @@ def deformable_conv(
 ) -> Tensor:
     """Deformable convolution with given offsets (Eq. 4), in one or two dimensions by the rank of `x`.
 
-    The gather holds, besides its inputs and output, a copy of `x` with one more position and, for the backward pass,
+    The gather needs, besides its inputs and output, a copy of `x` with one more position and, for the backward pass,
     an index and a weight per tap and corner: with K taps and N queries 48 K N bytes in two dimensions, 1.8 MB for 3 x 3
-    at 50 x 84. What the taps read (C K N values, 39 MB there with 256 channels) exists in blocks of about 16 MB only,
-    and is read again in the backward pass.
+    at 50 x 84. The sampled values (C K N values, 39 MB there with 256 channels) exist in blocks of about 16 MB only,
+    and are sampled again in the backward pass.
 
     Args:
         x: `[B, L, C]` or `[B, C, H, W]`.
         offset: `[B, L', G k]`, or `[B, G 2 k_y k_x, H', W']`, for G groups of offsets: in each, channels `2 m` and
-            `2 m + 1` move tap m in y and x. NaN gives NaN; an infinite offset lies outside and reads zero.
-        weight: `[out, C / groups, k]` or `[out, C / groups, k_y, k_x]`; how many groups there are follows.
+            `2 m + 1` move tap m in y and x. NaN gives NaN; an infinite offset is outside and reads zero.
+        weight: `[out, C / groups, k]` or `[out, C / groups, k_y, k_x]`; determines the number of groups.
         bias: `[out]`.
-        mask: Factor on what a tap reads, `[B, L', G k]` or `[B, G k_y k_x, H', W']`; None for one.
+        mask: Factor on the sampled values, `[B, L', G k]` or `[B, G k_y k_x, H', W']`; None for one.
         stride: See `DeformableConv`.
         dilation: See `DeformableConv`.
         padding: See `DeformableConv`.
@@ -370,15 +372,15 @@ def deformable_conv(
     if ndim == 1:
         return product
     result = torch.unflatten(product.transpose(1, 2), 2, outputs)
-    # In the memory format of x: what follows is slow on formats that alternate.
-    if is_transformed():  # formats are not known there
+    # In the memory format of x: later layers are slow if formats alternate.
+    if is_transformed():  # the memory format is unknown there
         return result
     return result if x.is_contiguous(memory_format=torch.channels_last) else result.contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Geometry:
-    """Where taps lie before they move; one number for each axis, y before x."""
+    """The positions of the taps before offsets are added; one number for each axis, y before x."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -399,7 +401,7 @@ class _Geometry:
         """The grid of queries for `[B, L, C]` or `[B, C, H, W]`.
 
         Raises:
-            ValueError: If there is not a single query.
+            ValueError: If `x` is too small for any query.
         """
         sizes = list(x.shape[1:2] if x.dim() == 3 else x.shape[2:])
         reaches = [self.reach(axis) for axis in range(len(sizes))]
@@ -414,9 +416,9 @@ class _Geometry:
             ]
         if any(size < needed for size, needed in zip(sizes, least, strict=True)):
             raise ValueError(
-                f"x must have at least {_shown(least)} positions along each axis for "
-                f"kernel_size={_shown(self.kernel_size)}, dilation={_shown(self.dilation)} and "
-                f"padding={_shown(self.padding)}, got shape {tuple(x.shape)}."
+                f"x must have at least {_format_sizes(least)} positions along each axis for "
+                f"kernel_size={_format_sizes(self.kernel_size)}, dilation={_format_sizes(self.dilation)} and "
+                f"padding={_format_sizes(self.padding)}, got shape {tuple(x.shape)}."
             )
         return outputs
 
@@ -432,11 +434,9 @@ def _geometry(
     reaches = tuple(d * (k - 1) for d, k in zip(dilations, kernel, strict=True))
     if causal:
         if ndim != 1:
-            raise ValueError("causal=True needs ndim=1: a map has no order in which its positions become known.")
+            raise ValueError("causal=True needs ndim=1: the positions of a map have no order; set causal=False.")
         if strides != (1,):
-            raise ValueError(
-                f"causal=True needs stride=1, got {strides[0]}: with a stride there is no output for every token."
-            )
+            raise ValueError(f"causal=True needs stride=1, got {strides[0]}: a larger stride skips tokens.")
         if padding is not None:
             raise ValueError(
                 f"causal=True pads {reaches[0]} zeros on the left only; leave padding=None, got {padding}."
@@ -458,8 +458,8 @@ def _sizes(name: str, value: Sizes, ndim: int, least: int) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _shown(values: Sequence[int]) -> str:
-    """One number if all are the same."""
+def _format_sizes(values: Sequence[int]) -> str:
+    """One number if all are equal, else all of them."""
     return str(values[0]) if len(set(values)) == 1 else str(tuple(values))
 
 
@@ -478,11 +478,11 @@ def _check_algorithm(algorithm: str, ndim: int) -> None:
     if algorithm not in get_args(Algorithm):
         raise InputError(f"algorithm must be one of {list(get_args(Algorithm))}, got {algorithm!r}.")
     if algorithm == "torchvision" and ndim == 1:
-        raise InputError("algorithm='torchvision' knows maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
+        raise InputError("algorithm='torchvision' supports maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
 
 
 def _rename_from_mmcv(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state is loaded: the names that mmcv's modules use."""
+    """A hook before `load_state_dict` that renames the entries of mmcv's modules in place."""
     for theirs, ours in _MMCV_NAMES.items():
         for name in [name for name in state if name.startswith(prefix + theirs)]:
             state[prefix + ours + name.removeprefix(prefix + theirs)] = state.pop(name)
@@ -494,7 +494,7 @@ def _by_tap(channels: Tensor, groups: int) -> Tensor:
 
 
 def _axis_taps(count: int, kernel_size: int, stride: int, dilation: int, left: int, like: Tensor) -> Tensor:
-    """Where the taps of each query start along one axis, `[count, k]`, in float32 or better."""
+    """Positions of the taps of each query along one axis before offsets, `[count, k]`, in float32 or better."""
     queries = torch.arange(count, device=like.device) * stride - left
     taps = torch.arange(kernel_size, device=like.device) * dilation
     return (queries[:, None] + taps).to(computation_dtype(like))
@@ -519,7 +519,8 @@ def _corners(
     inside = torch.ones((), dtype=torch.bool, device=positions[0].device)
     weights = positions[0].new_ones(()) if mask is None else mask[..., None]
     for position, size in zip(positions, sizes, strict=True):
-        # Further outside is no different, and must not overflow the integer. At -1 itself the slope is still that of 0.
+        # Any position further outside gives the same and must not overflow the integer. At -1 itself the slope is that
+        # of position 0.
         position = position.clamp(-2, size)
         lower = position.detach().floor()
         fraction = position - lower
@@ -529,24 +530,24 @@ def _corners(
         index = (index[..., None] * size + corner.long()[..., None, :]).flatten(-2)
         bilinear = torch.stack((1 - fraction, fraction), dim=-1)
         weights = (weights[..., None] * bilinear[..., None, :]).flatten(-2)
-    # NaN is never inside; its weight stays NaN.
+    # NaN positions are never inside; their weights stay NaN.
     return torch.where(inside, index + 1, 0), weights
 
 
 def _convolve(rows: Tensor, index: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`_sampled_product` in blocks, whose samples are not kept for the backward pass but read again.
+    """`_sampled_product` in blocks, whose samples are not saved for the backward pass but recomputed.
 
-    Small blocks are faster as well: sampled values do not go through main memory. A program has one, since it may not
-    know the lengths yet; so has what a transform looks into, which cannot make things again.
+    Small blocks are faster as well: sampled values stay in the caches. Exported programs, whose lengths may be
+    symbolic, and transforms, which support no recomputation, use one block.
     """
     batch, queries, taps = index.shape[:3]
     if torch.compiler.is_exporting() or is_transformed() or 0 in index.shape:
         return _sampled_product(rows, index, weights, weight, bias)
-    queries_at_once = max(1, _BLOCK_ELEMENTS // (taps * rows.shape[2]))
-    samples_at_once = max(1, queries_at_once // queries)
-    parts = math.ceil(queries / queries_at_once)
+    block_queries = max(1, BLOCK_ELEMENTS // (taps * rows.shape[2]))
+    block_samples = max(1, block_queries // queries)
+    parts = math.ceil(queries / block_queries)
     outputs = []
-    for samples in zip(*(torch.split(t, samples_at_once) for t in (rows, index, weights)), strict=True):
+    for samples in zip(*(torch.split(t, block_samples) for t in (rows, index, weights)), strict=True):
         for part in zip(samples[1].chunk(parts, dim=1), samples[2].chunk(parts, dim=1), strict=True):
             arguments = (samples[0], *part, weight, bias)
             if torch.is_grad_enabled():
@@ -558,10 +559,10 @@ def _convolve(rows: Tensor, index: Tensor, weights: Tensor, weight: Tensor, bias
 
 
 def _sampled_product(rows: Tensor, index: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Reads the taps of each query and multiplies them with the weights of the convolution.
+    """Samples the taps of each query and multiplies them with the weights of the convolution.
 
     Args:
-        rows: What can be read, `[B, R, C]`; row 0 of each sample is zero.
+        rows: The contents to sample from, `[B, R, C]`; row 0 of each sample is zero.
         index: Rows to read, of the same sample, `[B, N, K, groups of offsets, corners]`.
         weights: Their bilinear weights, in the dtype of `rows`.
         weight: `[out, C / groups, k(_y, k_x)]`, K in all.
@@ -572,7 +573,7 @@ def _sampled_product(rows: Tensor, index: Tensor, weights: Tensor, weight: Tenso
     """
     batch, queries, taps, offset_groups, corners = index.shape
     channels = rows.shape[2]
-    # A row of each group of channels alone, one after the other.
+    # One row for each group of channels, one after the other.
     table = rows.reshape(-1, channels // offset_groups)
     first = torch.arange(batch, device=index.device)[:, None, None, None, None] * rows.shape[1]
     bags = (index + first) * offset_groups
@@ -581,14 +582,14 @@ def _sampled_product(rows: Tensor, index: Tensor, weights: Tensor, weight: Tenso
     sampled = _weighted_rows(table, bags.view(-1, corners), weights.reshape(-1, corners))
     sampled = sampled.view(batch * queries, taps, channels).to(weight.dtype)
     groups = channels // weight.shape[1]
-    matrix = weight.flatten(2).transpose(1, 2)  # [out, K, C / groups]: the channels of a tap lie together, as sampled
+    matrix = weight.flatten(2).transpose(1, 2)  # [out, K, C / groups]: channels of a tap are contiguous, as sampled
     if groups > 1:
         by_group = torch.unflatten(sampled, 2, (groups, -1))
         product = torch.einsum("nkgc,gokc->ngo", by_group, torch.unflatten(matrix, 0, (groups, -1))).flatten(1)
         product = product if bias is None else product + bias.to(product.dtype)
     elif sampled.is_cpu and sampled.shape[0] and not (torch.compiler.is_compiling() or is_transformed()):
-        # The same product as a 1x1 convolution, whose library is the faster one on the CPU (26 against 44 ms for a map
-        # of 50 x 84 with 256 channels).
+        # The same product as a 1x1 convolution, which is faster on the CPU (26 against 44 ms for a map of 50 x 84 with
+        # 256 channels).
         image = sampled.flatten(1)[None, :, None].permute(0, 3, 1, 2)
         product = F.conv2d(image, matrix.flatten(1)[:, :, None, None], bias)[0, :, :, 0].T
     else:
@@ -597,7 +598,7 @@ def _sampled_product(rows: Tensor, index: Tensor, weights: Tensor, weight: Tenso
 
 
 def _weighted_rows(table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
-    """The sum of rows of a table `[R, C]`, by number and with weights, `[n, corners]` each: `[n, C]`."""
+    """Weighted sums of rows of a table `[R, C]`, with row indices and weights `[n, corners]`: `[n, C]`."""
     if is_transformed() or 0 in bags.shape:
         return torch.einsum("nkc,nk->nc", table[bags], weights)
     if torch.compiler.is_compiling():
@@ -648,12 +649,16 @@ def _by_reference(
     geometry: _Geometry,
     offset_groups: int,
 ) -> Tensor:
-    """The equation in loops, which has one group and one number for all axes."""
+    """The equation in loops, for one group and the same sizes along both axes.
+
+    Raises:
+        ValueError: For anything else.
+    """
     uneven = [
         n for n in (geometry.kernel_size, geometry.stride, geometry.dilation, geometry.padding) if len(set(n)) > 1
     ]
     if offset_groups > 1 or weight.shape[1] != x.shape[2 if x.dim() == 3 else 1] or uneven:
-        raise ValueError("algorithm='reference' has one group and the same sizes along both axes; use 'gather'.")
+        raise ValueError("algorithm='reference' supports one group and equal sizes along both axes; use 'gather'.")
     return reference.deformable_convolution(
         x,
         offset,
@@ -670,10 +675,10 @@ def _by_reference(
 def _torchvision(
     x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, geometry: _Geometry
 ) -> Tensor:
-    """The operator of torchvision in float32 or better, guarded: with a NaN offset it reads outside the memory of x."""
+    """The operator of torchvision in float32 or better, without NaN offsets, for which it reads out of bounds."""
     dtype = computation_dtype(x)
     nan_offsets = offset.detach().isnan()
-    clamped = offset.nan_to_num(0.0, _FAR, -_FAR).clamp(-_FAR, _FAR)
+    clamped = offset.nan_to_num(0.0, _MAX_OFFSET, -_MAX_OFFSET).clamp(-_MAX_OFFSET, _MAX_OFFSET)
     tensors = [t if t is None else t.to(dtype) for t in (x, clamped, weight, bias, mask)]
     result: Tensor = deform_conv2d(
         *tensors[:4],

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from lightning_attn.attention import reference
 from lightning_attn.attention.decoding import DynamicConvCache
@@ -30,12 +31,13 @@ DynamicAlgorithm = Literal["auto", "band", "taps", "reference"]
 
 _ALGORITHMS = {1: ("auto", "band", "reference"), 2: ("auto", "taps", "reference")}
 
-# Elements of the predicted kernels, N x G x N_k, that are kept for the backward pass (64 MiB in float32). More are made
-# block by block and once more in the backward pass.
+# Maximum elements of the predicted kernels, N x G x N_k, that are saved for the backward pass (64 MiB in float32).
+# Larger kernels are computed block by block and recomputed in the backward pass.
 KERNEL_ELEMENTS = 1 << 24
 # Elements of such a block: few enough to stay in cache, enough rows for matrix products at full speed.
 BLOCK_ELEMENTS = 1 << 23
-# Queries of one band matrix, or as many as the kernel has taps. Longer sentences are cut: a long band is mostly zeros.
+# Minimum queries of one band matrix, if the kernel has fewer taps. Longer sentences are split: a long band is mostly
+# zeros.
 BAND_QUERIES = 64
 
 
@@ -46,16 +48,17 @@ class DynamicConv(nn.Module):
     for each of the G channel groups, which a softmax over its N_k positions normalises. At q, channel c of x in the
     window is weighted with the kernel of group ceil(c / (C / G)) and summed. A linear layer C -> C follows.
 
-    Where the paper is silent, this is the design that it takes over (Wu et al. 2019): the linear layers before and
+    Where the paper is silent, this follows the design that it builds on (Wu et al. 2019): the linear layers before and
     after have biases, the predictor has none; kernel positions outside the input or on padding read zero, and the
-    kernel is not normalised anew without them.
+    kernel is not renormalised without them.
 
     Parameters: `input_proj` (C -> 2C, value before gate), `kernel_proj` (C -> G * N_k, all taps of one group before the
     next group, taps of a map row by row), `out_proj` (W), and with `conv_bias=True` a vector `conv_bias`. Projections
     may be replaced, wrapped, parametrised or hooked; such a layer is called, once in each pass.
 
-    The unfolded input N x C x N_k never exists. Sentences multiply with band matrices, maps add shifted copies tap by
-    tap. Kernels of more than `KERNEL_ELEMENTS` elements are made in blocks and again in the backward pass.
+    The unfolded input N x C x N_k never exists. Sentences are multiplied with band matrices, maps summed over shifted
+    copies tap by tap. Kernels of more than `KERNEL_ELEMENTS` elements are computed in blocks and recomputed in the
+    backward pass.
 
     Args:
         dim: Width C of input and output.
@@ -64,16 +67,16 @@ class DynamicConv(nn.Module):
         ndim: 1 for sequences `[B, L, C]`, 2 for maps `[B, C, H, W]`.
         causal: The kernel covers the positions q - n_k + 1 to q instead of those around q. Sequences only.
         dropout: Probability of dropping an element of the normalised kernel in training.
-        algorithm: `"auto"` or the one for `ndim`, which are equal today: `"band"` for sequences, `"taps"` for maps;
+        algorithm: `"auto"` or the one for `ndim`, which are the same today: `"band"` for sequences, `"taps"` for maps;
             `"reference"` runs the literal loops of `reference.py`, without dropout.
         weight_softmax: Normalise the kernel by a softmax (Eq. 7). This and the next two are named as in fairseq.
         conv_bias: Add a learned vector to the convolution's output, before `out_proj`.
         renorm_padding: Normalise over the kernel positions only that lie inside the input and not on padding.
-        device: Where the parameters are made, as in torch's own modules.
-        dtype: Of the parameters, as in torch's own modules.
+        device: Of the parameters, as in torch's modules.
+        dtype: Of the parameters, as in torch's modules.
 
     Raises:
-        ValueError: If an argument is out of range or does not fit the others; the message names the way out.
+        ValueError: If an argument is out of range or does not fit the others; the message names the fix.
     """
 
     conv_bias: nn.Parameter | None
@@ -99,7 +102,7 @@ class DynamicConv(nn.Module):
             require_bool(name, flag)
         require_bool("renorm_padding", renorm_padding)
         if renorm_padding and not weight_softmax:
-            raise InputError("renorm_padding=True needs weight_softmax=True: what is not normalised cannot be anew.")
+            raise InputError("renorm_padding=True needs weight_softmax=True: without it there is no normalisation.")
         self.dim, self.kernel_size, self.groups, self.ndim = dim, kernel_size, groups, ndim
         self.causal, self.dropout, self.algorithm = causal, dropout, algorithm
         self.weight_softmax, self.renorm_padding = weight_softmax, renorm_padding
@@ -119,8 +122,8 @@ class DynamicConv(nn.Module):
         if self.conv_bias is not None:
             nn.init.zeros_(self.conv_bias)
 
+    @override
     def extra_repr(self) -> str:
-        """The settings that the parameters do not show."""
         return (
             f"kernel_size={self.kernel_size}, groups={self.groups}, ndim={self.ndim}, causal={self.causal}, "
             f"dropout={self.dropout:g}, weight_softmax={self.weight_softmax}, "
@@ -128,10 +131,10 @@ class DynamicConv(nn.Module):
         )
 
     def new_cache(self) -> DynamicConvCache:
-        """A cache for decoding step by step, which gives the numbers of the full pass.
+        """Creates a cache for decoding step by step, with the same results as the full pass.
 
         Raises:
-            ValueError: If the module is not causal: its outputs need tokens that are not there yet.
+            ValueError: If the module is not causal, so that its outputs depend on later tokens.
         """
         if not self.causal:
             raise ValueError(
@@ -147,9 +150,9 @@ class DynamicConv(nn.Module):
 
         Args:
             x: `[B, L, C]` or `[B, C, H, W]`.
-            key_padding_mask: Bool, `[B, L]` or `[B, H, W]`, True where a position is padding: what it holds, even NaN,
-                is never read. It counts as zero, before the GLU for itself and after it for others, so that a padded
-                sentence gets the outputs it would get alone.
+            key_padding_mask: Bool, `[B, L]` or `[B, H, W]`, True where a position is padding. Its content, even NaN, is
+                never read. It counts as zero, before the GLU for itself and after it for others, so that the valid
+                positions of a padded sentence get the same outputs as without padding.
             cache: From `new_cache`; `x` then holds the next tokens of a sequence that is decoded step by step.
 
         Returns:
@@ -159,7 +162,7 @@ class DynamicConv(nn.Module):
             ValueError: If a shape or dtype does not fit; the message names the argument.
         """
         self._check_input(x, key_padding_mask, cache)
-        if 0 in x.shape[1:]:  # no position at all
+        if 0 in x.shape[1:]:  # no position
             return x.clone()
         channel = -1 if self.ndim == 1 else 1
         padding = None if key_padding_mask is None else key_padding_mask.unsqueeze(channel)
@@ -168,9 +171,9 @@ class DynamicConv(nn.Module):
         if self.algorithm == "reference":
             return self._by_reference(x, key_padding_mask, cache)
         projected = self._project(self.input_proj, x)
-        if is_transformed():  # torch's operator has no forward derivative of its forward derivative
-            kept, gate = projected.chunk(2, dim=channel)
-            content = (kept * torch.sigmoid(gate)).contiguous()
+        if is_transformed():  # F.glu has no forward-mode derivative of second order
+            linear, gate = projected.chunk(2, dim=channel)
+            content = (linear * torch.sigmoid(gate)).contiguous()
         else:
             content = F.glu(projected, dim=channel).contiguous()
         value = content if padding is None else content.masked_fill(padding, 0.0)
@@ -192,21 +195,24 @@ class DynamicConv(nn.Module):
         return torch.unflatten(project_map(projection, x.flatten(2)), 2, x.shape[2:]).contiguous()
 
     def _logits(self, content: Tensor) -> Callable[[int, int], Tensor]:
-        """What makes the kernels before they are normalised, `[B, L, G, N_k]` or `[B, G, N_k, H, W]`, of some rows."""
+        """A function that gives the logits of the kernels of rows `start:stop`.
+
+        They are `[B, L, G, N_k]` or `[B, G, N_k, H, W]`.
+        """
         axis, rows = (-1, 1) if self.ndim == 1 else (1, 2)
 
-        def of(part: Tensor) -> Tensor:
+        def predict(part: Tensor) -> Tensor:
             return torch.unflatten(self._project(self.kernel_proj, part), axis, (self.groups, -1))
 
         if is_plain(self.kernel_proj):
-            return lambda start, stop: of(content.narrow(rows, start, stop - start))
-        whole = of(content)  # such a layer is called once
-        return lambda start, stop: whole.narrow(1 if self.ndim == 1 else 3, start, stop - start)
+            return lambda start, stop: predict(content.narrow(rows, start, stop - start))
+        logits = predict(content)  # a modified layer is called once
+        return lambda start, stop: logits.narrow(1 if self.ndim == 1 else 3, start, stop - start)
 
     def _kernel(self, logits: Tensor, outside: Tensor | None) -> Tensor:
         """The kernels of Eq. 6 and 7 from logits, in float32 or better; `outside` is True where there is no key."""
         axis = -1 if self.ndim == 1 else 2
-        # Half precision holds the logits, but not the sum of hundreds of exponentials.
+        # Half precision is enough for the logits, but not for the sum of hundreds of exponentials.
         logits = logits.to(computation_dtype(logits))
         if not self.weight_softmax:
             kernel = logits
@@ -233,7 +239,7 @@ class DynamicConv(nn.Module):
             outside = self._outside_of_sequence(start, stop, first, value, padding, seen)
             kernel = self._kernel(logits(start, stop), outside).to(value.dtype)
             if torch.compiler.is_compiling():
-                # Sizes of bands follow from lengths by divisions that the compiler takes minutes for.
+                # Band sizes are quotients of symbolic lengths, which the compiler needs minutes for.
                 return _aggregate_by_shifts(kernel, value, start + first)
             return aggregate_with_bands(kernel, value[:, low:high], start + first - low)
 
@@ -242,22 +248,22 @@ class DynamicConv(nn.Module):
     def _outside_of_sequence(
         self, start: int, stop: int, first: int, value: Tensor, padding: Tensor | None, seen: int
     ) -> Tensor | None:
-        """True at kernel positions without a key, `[B or 1, stop - start, 1, N_k]`, if these are to be left out."""
+        """True at kernel positions without a key, `[B or 1, stop - start, 1, N_k]`; None without `renorm_padding`."""
         if not self.renorm_padding:
             return None
         length, device = value.shape[1], value.device
-        places = torch.arange(start, stop, device=device)[:, None] + first
-        places = places + torch.arange(self.kernel_size, device=device)
-        if self.causal and first == 0:  # the values begin with those of earlier steps, and with zeros before these
-            return (places < self.kernel_size - 1 - seen)[None, :, None]
-        outside = ((places < 0) | (places >= length))[None]
+        positions = torch.arange(start, stop, device=device)[:, None] + first
+        positions = positions + torch.arange(self.kernel_size, device=device)
+        if self.causal and first == 0:  # the values begin with zeros, then those of earlier steps
+            return (positions < self.kernel_size - 1 - seen)[None, :, None]
+        outside = ((positions < 0) | (positions >= length))[None]
         if padding is not None:
-            outside = outside | padding[:, places.clamp(0, length - 1)]
+            outside = outside | padding[:, positions.clamp(0, length - 1)]
         return outside.unsqueeze(2)
 
     def _aggregate_map(self, content: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
         radius = self.kernel_size // 2
-        # The sum has up to N_k terms, so it is made in the precision of the kernels.
+        # The sum has up to N_k terms, so it is computed in the precision of the kernels.
         value = torch.unflatten(value.to(computation_dtype(value)), 1, (self.groups, -1))
         logits = self._logits(content)
 
@@ -274,7 +280,7 @@ class DynamicConv(nn.Module):
         return aggregated.flatten(1, 2).to(content.dtype)
 
     def _outside_of_map(self, start: int, stop: int, content: Tensor, padding: Tensor | None) -> Tensor | None:
-        """True at kernel positions without a key, `[B or 1, 1, N_k, rows, W]`, if these are to be left out."""
+        """True at kernel positions without a key, `[B or 1, 1, N_k, rows, W]`; None without `renorm_padding`."""
         if not self.renorm_padding:
             return None
         height, width = content.shape[2:]
@@ -285,20 +291,20 @@ class DynamicConv(nn.Module):
         return ~taps.flatten(1, 2).unsqueeze(1)
 
     def _in_blocks(self, block: Callable[[int, int], Tensor], rows: int, positions: int, dim: int) -> Tensor:
-        """`block(start, stop)` for `rows` rows of `positions` each, joined along `dim`; in pieces if that is much."""
+        """`block(start, stop)` for `rows` rows of `positions` each, joined along `dim`; in pieces for large kernels."""
         row_elements = max(1, positions * self.groups * self.kernel_size**self.ndim)
-        if rows * row_elements <= KERNEL_ELEMENTS or is_transformed():  # what transforms look into is not made again
+        if rows * row_elements <= KERNEL_ELEMENTS or is_transformed():  # transforms support no recomputation
             return block(0, rows)
-        run = _recomputed(block, self.training and self.dropout > 0.0) if torch.is_grad_enabled() else block
+        run = _checkpointed(block, self.training and self.dropout > 0.0) if torch.is_grad_enabled() else block
         step = max(1, BLOCK_ELEMENTS // row_elements)
         return torch.cat([run(start, min(start + step, rows)) for start in range(0, rows, step)], dim=dim)
 
     def _by_reference(self, x: Tensor, padding: Tensor | None, cache: DynamicConvCache | None) -> Tensor:
         if cache is not None:
-            raise ValueError("cache: algorithm='reference' has no cache; use algorithm='auto'.")
+            raise ValueError("cache: algorithm='reference' supports no cache; use algorithm='auto'.")
         if self.training and self.dropout > 0:
             raise ValueError(
-                f"algorithm='reference' drops nothing, but dropout={self.dropout}: use eval(), dropout=0.0 or 'auto'."
+                f"algorithm='reference' has no dropout, got dropout={self.dropout}: use eval(), dropout=0.0 or 'auto'."
             )
         return reference.dynamic_convolution(
             x,
@@ -322,11 +328,11 @@ class DynamicConv(nn.Module):
         check_input("x", x, self.ndim, self.dim)
         if cache is not None:
             if not self.causal:
-                self.new_cache()  # says why there is no cache
+                self.new_cache()  # raises the error
             if mask is not None:
                 raise ValueError("key_padding_mask: a sequence that is decoded step by step has no padding; pass None.")
             if not isinstance(cache, DynamicConvCache) or cache.owner is not self:
-                raise ValueError("cache: it was made by another module; take new_cache() of this one.")
+                raise ValueError("cache: another module created it; use new_cache() of this module.")
             if cache.value is not None and cache.value.shape[0] != x.shape[0]:
                 raise ValueError(
                     f"x has batch size {x.shape[0]}, the cache has {cache.value.shape[0]}: they must be equal."
@@ -349,18 +355,18 @@ def aggregate_with_bands(kernel: Tensor, value: Tensor, first: int) -> Tensor:
         `[B, L, G, d]`.
     """
     batch, length, groups, _ = kernel.shape
-    # Taps that lie outside for every query.
+    # Without the taps that are outside the sequence for every query.
     low, high = max(0, -first - (length - 1)), min(kernel.shape[3], value.shape[1] - first)
     kernel, first, taps = kernel[..., low:high], first + low, high - low
 
     pieces = math.ceil(length / max(BAND_QUERIES, taps))
     queries = math.ceil(length / pieces)
     keys = queries + taps - 1
-    # Rows of keys + 1 numbers, kernel first, read as rows of keys numbers: each starts one place further right.
+    # Rows of keys + 1 numbers, kernel first, viewed as rows of keys numbers: each is shifted right by one.
     rows = F.pad(kernel, (0, queries, 0, 0, 0, pieces * queries - length))
     rows = rows.view(batch, pieces, queries, groups, keys + 1).transpose(2, 3)
     band = torch.unflatten(rows.flatten(3)[..., : queries * keys], 3, (queries, keys))
-    if pieces == 1:  # keys that exist are enough
+    if pieces == 1:  # without padding of the keys
         band = band[..., -first : value.shape[1] - first]
         windows = value.transpose(1, 2).unsqueeze(1)
     else:
@@ -374,7 +380,7 @@ def _aggregate_by_shifts(kernel: Tensor, value: Tensor, first: int) -> Tensor:
     """`aggregate_with_bands` as a sum over taps of shifted values."""
     rows, taps = kernel.shape[1], kernel.shape[3]
     after = rows - 1 + first + taps - value.shape[1]
-    padded = F.pad(value, (0, 0, 0, 0, -first, after))  # a negative number cuts off
+    padded = F.pad(value, (0, 0, 0, 0, -first, after))  # a negative number crops
     total = kernel[..., 0, None] * padded[:, :rows]
     for tap in range(1, taps):
         total = total + kernel[..., tap, None] * padded[:, tap : tap + rows]
@@ -387,7 +393,7 @@ def aggregate_by_taps(kernel: Tensor, value: Tensor, first: int) -> Tensor:
 
     Tap (i, j) of the query in row y and column x reads row y + i + first and column x + j - n_x // 2.
 
-    An operator of its own, so that `torch.compile` does not unroll up to 31 x 31 taps.
+    A custom operator, so that `torch.compile` does not unroll up to 31 x 31 taps.
 
     Args:
         kernel: `[B, G, n_y, n_x, H, W]`.
@@ -398,19 +404,19 @@ def aggregate_by_taps(kernel: Tensor, value: Tensor, first: int) -> Tensor:
         `[B, G, d, H, W]`.
     """
     out = value.new_zeros(*value.shape[:3], *kernel.shape[-2:])
-    seen = _seen(_padded(value, kernel.shape[3]), kernel.shape[3])
+    windows = _tap_windows(_padded(value, kernel.shape[3]), kernel.shape[3])
     for i in range(kernel.shape[2]):
         rows, read_rows = _overlap(kernel.shape[4], value.shape[3], i + first)
         target = out[:, :, :, rows]
         for weight, shifted in zip(
-            kernel[:, :, None, i, :, rows].unbind(3), seen[:, :, :, :, read_rows].unbind(3), strict=True
+            kernel[:, :, None, i, :, rows].unbind(3), windows[:, :, :, :, read_rows].unbind(3), strict=True
         ):
             target.addcmul_(weight, shifted)
     return out
 
 
 def _aggregate_in_plain_operations(kernel: Tensor, value: Tensor, first: int) -> Tensor:
-    """`aggregate_by_taps`, for programs that run where this package is not installed: an addition for each tap."""
+    """`aggregate_by_taps` for exported programs, which run without this package: one addition for each tap."""
     rows, columns = kernel.shape[-2:]
     padded = F.pad(_padded(value, kernel.shape[3]), (0, 0, -first, kernel.shape[2] + rows + first - 1 - value.shape[3]))
     out = value.new_zeros(*value.shape[:3], rows, columns)
@@ -425,16 +431,16 @@ def _taps_backward(grad: Tensor, kernel: Tensor, value: Tensor, first: int) -> t
     taps = kernel.shape[3]
     padded = _padded(value, taps)
     grad_kernel, padded_grad = kernel.new_zeros(kernel.shape), torch.zeros_like(padded)
-    seen, grad_seen = _seen(padded, taps), _seen(padded_grad, taps)
+    windows, grad_windows = _tap_windows(padded, taps), _tap_windows(padded_grad, taps)
     for i in range(kernel.shape[2]):
         rows, read_rows = _overlap(kernel.shape[4], value.shape[3], i + first)
         for weight, target in zip(
-            kernel[:, :, None, i, :, rows].unbind(3), grad_seen[:, :, :, :, read_rows].unbind(3), strict=True
+            kernel[:, :, None, i, :, rows].unbind(3), grad_windows[:, :, :, :, read_rows].unbind(3), strict=True
         ):
             target.addcmul_(weight, grad[:, :, :, rows])
         target = grad_kernel[:, :, i, :, rows]
         for channel, shifted in zip(
-            grad[:, :, :, None, rows].unbind(2), seen[:, :, :, :, read_rows].unbind(2), strict=True
+            grad[:, :, :, None, rows].unbind(2), windows[:, :, :, :, read_rows].unbind(2), strict=True
         ):
             target.addcmul_(channel, shifted)
     return grad_kernel, padded_grad[..., taps // 2 : taps // 2 + value.shape[4]].contiguous()
@@ -444,13 +450,13 @@ def _padded(value: Tensor, taps: int) -> Tensor:
     return F.pad(value, (taps // 2, taps // 2))
 
 
-def _seen(padded: Tensor, taps: int) -> Tensor:
-    """What each tap of a row of the kernel reads, `[B, G, d, n_x, H', W]`, as a view of the padded map."""
+def _tap_windows(padded: Tensor, taps: int) -> Tensor:
+    """The inputs of each tap of a row of the kernel, `[B, G, d, n_x, H', W]`, as a view of the padded map."""
     return padded.unfold(4, padded.shape[4] - taps + 1, 1).transpose(3, 4)
 
 
 def _overlap(queries: int, values: int, shift: int) -> tuple[slice, slice]:
-    """The queries q for which q + shift is a value, and those values."""
+    """The range of queries q for which q + shift is a value, and the range of those values."""
     start, stop = max(0, -shift), max(0, min(queries, values - shift))
     return slice(start, max(start, stop)), slice(start + shift, max(start, stop) + shift)
 
@@ -485,8 +491,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 aggregate_by_taps.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _recomputed(block: Callable[[int, int], Tensor], random: bool) -> Callable[[int, int], Tensor]:
-    """The block without what its backward pass needs, which is computed again there; the same dropout if `random`."""
+def _checkpointed(block: Callable[[int, int], Tensor], random: bool) -> Callable[[int, int], Tensor]:
+    """The block with activation checkpointing; with `random` the recomputation drops the same elements."""
 
     def run(start: int, stop: int) -> Tensor:
         result = checkpoint(block, start, stop, use_reentrant=False, preserve_rng_state=random)
@@ -497,12 +503,12 @@ def _recomputed(block: Callable[[int, int], Tensor], random: bool) -> Callable[[
 
 
 def _extend(cache: DynamicConvCache, value: Tensor, memory: int) -> Tensor:
-    """The last `memory` values and the new ones, `[B, memory + L, C]`; leaves the last `memory` of these behind."""
+    """The cached `memory` values and the new ones, `[B, memory + L, C]`; the last `memory` of these are cached."""
     before = value.new_zeros(value.shape[0], memory, value.shape[2]) if cache.value is None else cache.value
-    together = torch.cat((before, value), dim=1)
-    cache.value = together[:, together.shape[1] - memory :]
+    values = torch.cat((before, value), dim=1)
+    cache.value = values[:, values.shape[1] - memory :]
     cache.length += value.shape[1]
-    return together
+    return values
 
 
 def _check_arguments(
@@ -524,5 +530,5 @@ def _check_arguments(
     if algorithm not in _ALGORITHMS[ndim]:
         raise ValueError(
             f"algorithm must be one of {list(_ALGORITHMS[ndim])} for ndim={ndim}, got {algorithm!r}; "
-            "'auto' takes the fastest."
+            "'auto' selects the fastest."
         )

@@ -1,4 +1,4 @@
-"""The energies E1 to E4 of Eq. 2: the one place that computes them, for training and for pictures.
+"""The energies E1 to E4 of Eq. 2, computed in this file only, for training, decoding and visualization.
 
 Shapes: B samples, M heads, d features of a head; N_q queries and N_k keys on grids, flattened row by row.
 """
@@ -18,7 +18,7 @@ from lightning_attn.attention.transforms import is_transformed
 
 @dataclasses.dataclass(frozen=True)
 class Energies:
-    """What the energies that are switched on are made of; what a term that is off needs is None.
+    """The parts of the energies of the terms that are on; parts that only other terms need are None.
 
     E1 + E3 = (U z_q + u) . (V^C x_k) and E2 + E4 = (U z_q + v) . (V^R R): one query projection serves both.
 
@@ -41,16 +41,16 @@ class Energies:
 
     @property
     def position_is_shared(self) -> bool:
-        """Whether the position energy is the same for every query of an offset: E4 without E2."""
+        """Whether the position energy depends on the offset alone, not on the query: E4 without E2."""
         return self.position_query is not None and tuple(self.position_query.shape[::2]) == (1, 1)
 
     def along_axes(self) -> list[Tensor | None]:
-        """E2 + E4 as a sum over axes: of rows, and of columns.
+        """E2 + E4 as a sum over axes: the part along rows, and the part along columns.
 
         Returns:
             `[B, M, rows, columns, key rows]` (None for sentences and without these terms) and
-            `[B, M, rows, columns, key columns]`, float32 or better. For E4 alone, what does not depend on an index has
-            size 1 there.
+            `[B, M, rows, columns, key columns]`, float32 or better. For E4 alone, dimensions that the energy does not
+            depend on have size 1.
         """
         return [self.along(axis) for axis in (0, 1)]
 
@@ -75,7 +75,7 @@ class Energies:
         """V^R R of every pair along one axis of a map, `[queries along it, keys along it, M, d]`."""
         assert self.relative_keys is not None, "E2 or E4 is on"
         relative_keys = self.relative_keys[axis]
-        assert relative_keys is not None, "maps have both"
+        assert relative_keys is not None, "maps have both axes"
         column = self.layout.offsets(axis, relative_keys.device) - self.layout.offset_range(axis)[0]
         return torch.unflatten(relative_keys.index_select(0, column.flatten()), 0, column.shape)
 
@@ -93,18 +93,18 @@ class Energies:
         position = self.rows_of_position(start, stop)
         if position is not None:
             total = position if total is None else total + position
-        assert total is not None, "a term string switches at least one energy on"
+        assert total is not None, "at least one term is on"
         return total.expand(-1, -1, stop - start, -1)
 
     def rows_of_position(self, start: int, stop: int) -> Tensor | None:
-        """E2 + E4 of the queries `start:stop`, `[B or 1, M, stop - start, N_k]`; for E4 alone of size 1 if all are."""
+        """E2 + E4 of the queries `start:stop`, `[B or 1, M, stop - start, N_k]`; None without E2 and E4."""
         if self.position_query is None or self.relative_keys is None:
             return None
         layout, (keys_y, keys_x) = self.layout, self.relative_keys
         if keys_y is None and not self.position_is_shared:
             with without_autocast(keys_x.device):
                 query = self.position_query[:, :, start:stop].to(keys_x.dtype)
-                first = layout.query_sizes[1] - stop  # where the offset of the last of these queries to key 0 is
+                first = layout.query_sizes[1] - stop  # index of the offset from the last of these queries to key 0
                 count = stop - start + (layout.key_sizes[1] - 1) * layout.stride + 1
                 return sentence_position_energy(query, keys_x[first : first + count], layout)
         if (start, stop) == (0, layout.num_queries):
@@ -116,18 +116,18 @@ class Energies:
         return both.flatten(-2).flatten(2, 3)
 
     def _along_axes_of_queries(self, start: int, stop: int) -> list[Tensor | None]:
-        """`along_axes` of the queries `start:stop` as if they were one row, query by query."""
+        """`along_axes` of the queries `start:stop`, arranged as one row."""
         assert self.position_query is not None, "E2 or E4 is on"
         assert self.relative_keys is not None, "E2 or E4 is on"
         query = self.position_query if self.position_is_shared else self.position_query[:, :, start:stop]
-        places = row_and_column(torch.arange(start, stop, device=query.device), self.layout.query_sizes[1])
+        positions = row_and_column(torch.arange(start, stop, device=query.device), self.layout.query_sizes[1])
         along: list[Tensor | None] = []
         with without_autocast(query.device):
-            for axis, (relative_keys, place) in enumerate(zip(self.relative_keys, places, strict=True)):
+            for axis, (relative_keys, position) in enumerate(zip(self.relative_keys, positions, strict=True)):
                 if relative_keys is None:
                     along.append(None)
                     continue
-                column = self.layout.offsets(axis, query.device)[place] - self.layout.offset_range(axis)[0]
+                column = self.layout.offsets(axis, query.device)[position] - self.layout.offset_range(axis)[0]
                 keys = torch.unflatten(relative_keys.index_select(0, column.flatten()), 0, column.shape)
                 by_query = query.to(keys.dtype).expand(-1, -1, stop - start, -1)
                 along.append(torch.einsum("bmqd,qkmd->bmqk", by_query, keys).unsqueeze(2))
@@ -144,7 +144,7 @@ def content_energy(query: Tensor, key: Tensor) -> Tensor:
 
 
 class _ContentEnergy(torch.autograd.Function):
-    """Products of half precision tensors that are not rounded to it; their gradients are."""
+    """Products of half precision tensors in float32, with gradients in half precision."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class _ContentEnergy(torch.autograd.Function):
 
 
 def multiplies_fast_in_half(tensor: Tensor) -> bool:
-    """Whether a tensor is of a half precision in which products are faster than in float32."""
+    """Whether a tensor has a half precision dtype whose products are faster than in float32 on its device."""
     if tensor.device.type == "cpu":
         return tensor.dtype == torch.bfloat16 and has_fast_bfloat16()
     return tensor.dtype in (torch.bfloat16, torch.float16)
@@ -175,10 +175,11 @@ def shared_position_energy(query: Tensor, relative_keys: Tensor, layout: Layout,
 def sentence_position_energy(query: Tensor, relative_keys: Tensor, layout: Layout) -> Tensor:
     """E2 (+ E4) in a sentence, `[B, M, L_q, L_k]`, of queries `[B, M, L_q, d]` and V^R R `[offsets + 1, M, d]`.
 
-    The first offset is that of the last of these queries to the first key.
+    The first offset is that from the last of these queries to the first key.
 
-    The energies of all offsets are one product. What a query needs of them starts one place earlier than what the query
-    before it needs: with rows that are one element shorter, the same memory has a key in every column.
+    One product gives the energies of all offsets; each query needs a range that starts one element before that of the
+    previous query. Viewed with rows that are one element shorter, the same memory has one key per column (the "relative
+    shift" of Transformer-XL).
     """
     length, num_keys, stride = query.shape[2], layout.key_sizes[1], layout.stride
     by_offset = torch.einsum("bmqd,omd->bmqo", query, relative_keys)

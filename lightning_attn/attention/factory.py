@@ -1,4 +1,4 @@
-"""From a spec to a module: the one place that knows which mechanism is which class, and where it stands (Fig. 2)."""
+"""Builds the attention module of an `AttentionSpec` for a layer of a network (Fig. 2)."""
 
 import importlib
 import inspect
@@ -25,24 +25,24 @@ CONVOLUTION_SIZE = 3
 
 
 class SelfAttention(Protocol):
-    """What stands in a self-attention slot of a network for sequences, whatever its mechanism."""
+    """The interface of self-attention modules in networks for sequences, whatever their mechanism."""
 
     def __call__(self, x: Tensor, /, *, key_padding_mask: Tensor | None = None, cache: Any = None) -> Tensor:
         """Maps `[B, L, C]` to the same shape; the mask `[B, L]` is True where padded, `cache` is from `new_cache`."""
 
     def new_cache(self) -> DecodingCache:
-        """A cache for decoding step by step, which gives the numbers of the full causal pass."""
+        """Creates a cache for decoding step by step, with the same results as the full causal pass."""
 
 
 class DeformableAttention(nn.Module):
     """A deformable unit in front of the attention of a sequence (paper, section 3 and Fig. 2c).
 
     With u = deformable(x) the output is u + attention(u), or u alone without attention ("w/o + deformable" in Table 2).
-    The attention keeps a residual connection of its own; that of the network spans both.
+    The attention has its own residual connection; that of the network spans both.
 
     Args:
         convolution: The unit, width C in and out.
-        attention: What stands behind it; None for nothing.
+        attention: The attention after it; None for none.
     """
 
     def __init__(self, convolution: DeformableConv, attention: TransformerAttention | DynamicConv | None) -> None:
@@ -68,7 +68,7 @@ class DeformableAttention(nn.Module):
         return unit + attended
 
     def new_cache(self) -> "DeformableAttentionCache":
-        """A cache for decoding step by step, which gives the numbers of the full causal pass.
+        """Creates a cache for decoding step by step, with the same results as the full causal pass.
 
         Raises:
             ValueError: If the unit is not causal.
@@ -112,10 +112,10 @@ class GatedResidual(nn.Module):
 
 
 class AttendedConvolution(nn.Module):
-    """The 3 x 3 convolution of an attended residual block and the attention on its output (Fig. 2a).
+    """The 3 x 3 convolution of a residual block with attention, and the attention on its output (Fig. 2a).
 
-    A network that names its own parts, such as a ResNet's `conv2` and `bn2`, takes `convolution` and `attention` from
-    here and runs them itself.
+    A network with fixed parameter names, such as a ResNet's `conv2` and `bn2`, uses `convolution` and `attention` as
+    its own submodules instead of calling this module.
 
     Args:
         convolution: Regular or deformable.
@@ -136,8 +136,8 @@ class AttendedConvolution(nn.Module):
 
         Args:
             x: The maps.
-            key_padding_mask: Bool, `[B, H', W']`, True where the attention may not look. The convolution reads there
-                all the same, as convolutions of padded images do.
+            key_padding_mask: Bool, `[B, H', W']`, True where the attention must not read. The convolution does read
+                there, as convolutions of padded images do.
         """
         x = self.convolution(x)
         if self.norm is not None:
@@ -194,47 +194,47 @@ def build_attention(
     bias: bool = False,
     norm: Callable[[int], nn.Module] | None = None,
 ) -> nn.Module | None:
-    """Builds what stands in an attention slot of width `dim`: every combination of Fig. 2.
+    """Builds an attention module of width `dim`: every combination of Fig. 2.
 
-    Sequences (`ndim=1`), roles `"self"` and `"causal"`: Transformer attention, or a dynamic convolution in its place;
-    with `convolution: deformable` (or `modulated_deformable`) a `DeformableAttention`, which puts a unit in front.
-    Role `"cross"`: Transformer attention only.
+    Sequences (`ndim=1`), roles `"self"` and `"causal"`: Transformer attention or a dynamic convolution; with
+    `convolution: deformable` (or `modulated_deformable`) a `DeformableAttention`, which puts a deformable unit before
+    it. Role `"cross"`: Transformer attention only.
 
     Maps (`ndim=2`), role `"self"`: the `AttendedConvolution` of a residual block. Role `"head"`: the gated attention
-    alone, on a map that something else has convolved, as in the segmentation head; `spec.convolution` says how the
-    residual blocks convolve and does not matter here.
+    alone, on the output of another convolution, as in the segmentation head; `spec.convolution` is for the residual
+    blocks and has no effect here.
 
-    A class of your own, which `spec.mechanism` names by its import path, is an `nn.Module` made by
+    A custom class, which `spec.mechanism` names by its import path, is an `nn.Module` constructed by
     `Class(dim, ndim=..., num_heads=..., causal=..., **spec.options)`. Its `forward(x, *, key_padding_mask=None)` maps
     `[B, C, H, W]`, or `[B, L, C]` for `ndim=1`, to the same shape; the mask is True where padded. For decoders it also
-    takes `cache`, what its `new_cache()` returned: see `SelfAttention`.
+    takes `cache`, an object from its `new_cache()`: see `SelfAttention`.
 
     Args:
         spec: Description of the attention.
-        dim: Width C of the slot.
+        dim: Number of channels C.
         ndim: 1 for sequences `[B, L, C]`, 2 for maps `[B, C, H, W]`.
         role: `"self"`, `"causal"` (a decoder's self-attention), `"cross"` (encoder-decoder attention) or `"head"`.
-        in_channels: Channels that the 3 x 3 convolution reads; None for `dim`. This and what follows is for `ndim=2`,
-            role `"self"`.
+        in_channels: Input channels of the 3 x 3 convolution; None for `dim`. This and the following arguments are for
+            `ndim=2`, role `"self"`.
         stride: Of the 3 x 3 convolution.
         dilation: Of the 3 x 3 convolution, padded so that stride 1 keeps the size.
         bias: Whether the 3 x 3 convolution has a bias.
-        norm: Makes the normalisation between convolution and attention from a number of channels, such as
+        norm: Constructor of the normalisation between convolution and attention from a number of channels, such as
             `nn.BatchNorm2d`; a ReLU follows it. None for neither.
 
     Returns:
-        The module, or None for `mechanism: none` where nothing else is left: the network then leaves the slot out.
+        The module, or None for `mechanism: none` without any other part: the network then omits the layer.
 
     Raises:
-        ValueError: If the spec does not fit the slot; the message says why.
+        ValueError: If the spec does not fit the role; the message says why.
     """
-    _check_slot(spec, ndim, role)
+    _check_role(spec, ndim, role)
     if (ndim, role) != (2, "self") and (in_channels, stride, dilation, bias, norm) != (None, 1, 1, False, None):
         raise InputError(
             "in_channels, stride, dilation, bias and norm belong to the 3x3 convolution of ndim=2, role='self'; "
             f"leave them out for ndim={ndim}, role={role!r}."
         )
-    attention = _mechanism(spec, dim, ndim, causal=role == "causal")
+    attention = _build_mechanism(spec, dim, ndim, causal=role == "causal")
     is_deformable, modulated = spec.convolution != "regular", spec.convolution == "modulated_deformable"
     if ndim == 1:
         if role == "cross" or not is_deformable:
@@ -257,7 +257,7 @@ def build_attention(
     return AttendedConvolution(convolution, gated, None if norm is None else norm(dim))
 
 
-def _check_slot(spec: AttentionSpec, ndim: int, role: str) -> None:
+def _check_role(spec: AttentionSpec, ndim: int, role: str) -> None:
     if role not in ("self", "causal", "cross", "head"):
         raise InputError(f"role must be 'self', 'causal', 'cross' or 'head', got {role!r}.")
     require_ndim(ndim)
@@ -265,71 +265,73 @@ def _check_slot(spec: AttentionSpec, ndim: int, role: str) -> None:
         raise InputError("role 'head' is for maps (ndim=2); in a sequence use 'self', 'causal' or 'cross'.")
     if role in ("causal", "cross") and ndim == 2:
         raise InputError(
-            f"role {role!r} is for sequences (ndim=1): the paper decodes text, and attends to another set of keys only "
-            "there. For maps use role 'self' or 'head', or TransformerAttention itself, which takes causal and key."
+            f"role {role!r} is for sequences (ndim=1): the paper has decoders and encoder-decoder attention for text "
+            "only. For maps use role 'self' or 'head', or TransformerAttention itself, which takes causal and key."
         )
     if role != "cross":
         return
     if spec.mechanism == "none":
         raise InputError(
-            "mechanism 'none' in encoder-decoder attention would cut the decoder off from its source; "
+            "mechanism 'none' in encoder-decoder attention would disconnect the decoder from its source; "
             "the paper has no such setting. Use mechanism: transformer."
         )
     if spec.is_custom:
         raise InputError(
-            f"mechanism {spec.mechanism!r} cannot stand in encoder-decoder attention, whose keys are another "
-            "sentence's. Use mechanism: transformer there."
+            f"mechanism {spec.mechanism!r} cannot be used as encoder-decoder attention, whose keys are those of "
+            "another sentence. Use mechanism: transformer there."
         )
     if spec.mechanism == "dynamic":
-        raise InputError(_only_among_neighbours(f"mechanism {spec.mechanism!r}", "mechanism: transformer"))
+        raise InputError(_self_attention_only(f"mechanism {spec.mechanism!r}", "mechanism: transformer"))
     if spec.convolution != "regular":
-        raise InputError(_only_among_neighbours(f"convolution {spec.convolution!r}", "convolution: regular"))
+        raise InputError(_self_attention_only(f"convolution {spec.convolution!r}", "convolution: regular"))
 
 
-def _only_among_neighbours(what: str, way_out: str) -> str:
+def _self_attention_only(setting: str, fix: str) -> str:
     return (
-        f"{what} cannot stand in encoder-decoder attention: it reads the neighbours of a query, but the keys are "
-        f"another sentence there, without positions in common. The paper (Fig. 2b) has it in self-attention only. "
-        f"Use {way_out}."
+        f"{setting} cannot be used in encoder-decoder attention: it reads the neighbours of a query, but there the "
+        f"keys are another sentence, without common positions. The paper (Fig. 2b) has it in self-attention only. "
+        f"Use {fix}."
     )
 
 
-def _mechanism(
+def _build_mechanism(
     spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool
 ) -> TransformerAttention | DynamicConv | None:
     if spec.mechanism == "none":
         return None
     if spec.is_custom:
-        custom: Any = _custom(spec, dim, ndim, causal)
-        return custom  # type: ignore[no-any-return]  # it stands in for one of the paper's
+        custom: Any = _build_custom(spec, dim, ndim, causal)
+        return custom  # type: ignore[no-any-return]  # it has the interface of the paper's mechanisms
     if spec.mechanism == "dynamic":
         return DynamicConv(dim, spec.kernel_size, spec.groups, ndim, causal=causal, dropout=spec.dropout)
     return TransformerAttention.from_spec(spec, dim, ndim, causal)
 
 
-def _custom(spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool) -> nn.Module:
-    """A module of a class that the spec names."""
+def _build_custom(spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool) -> nn.Module:
+    """An instance of the custom class that the spec names."""
     module, _, name = spec.mechanism.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module), name)
+        custom_class = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"mechanism {spec.mechanism!r} cannot be imported ({error}). Give the path of a class in an installed "
-            "package, or in a file of the folder that you start from."
+            "package, or in a file of the current working directory."
         ) from error
-    if not (isinstance(made, type) and issubclass(made, nn.Module)):
-        raise InputError(f"mechanism {spec.mechanism!r} is no torch.nn.Module class.")
+    if not (isinstance(custom_class, type) and issubclass(custom_class, nn.Module)):
+        raise InputError(
+            f"mechanism {spec.mechanism!r} is not a subclass of torch.nn.Module. Give the path of such a class."
+        )
     try:
-        attention: nn.Module = made(dim, ndim=ndim, num_heads=spec.num_heads, causal=causal, **spec.options)
+        attention: nn.Module = custom_class(dim, ndim=ndim, num_heads=spec.num_heads, causal=causal, **spec.options)
     except TypeError as error:
         raise InputError(
-            f"mechanism {spec.mechanism!r} cannot be made: {error}. It is called with dim, ndim, num_heads, causal, "
-            f"and what options has ({', '.join(spec.options) or 'nothing'})."
+            f"mechanism {spec.mechanism!r} cannot be constructed: {error}. It is called with dim, ndim, num_heads, "
+            f"causal, and the entries of options ({', '.join(spec.options) or 'none'})."
         ) from error
     if causal and not hasattr(attention, "new_cache"):
         raise InputError(
-            f"mechanism {spec.mechanism!r} must define new_cache() to stand in a decoder, which asks for one token "
-            "at a time; lightning_attn.attention.PrefixCache is one that fits any module."
+            f"mechanism {spec.mechanism!r} must define new_cache() for use in a decoder, which decodes one token "
+            "at a time; lightning_attn.attention.PrefixCache is a cache that fits any module."
         )
     keywords = dict.fromkeys(["key_padding_mask", *(["cache"] if causal else [])])
     try:
@@ -344,7 +346,10 @@ def _custom(spec: AttentionSpec, dim: int, ndim: Literal[1, 2], causal: bool) ->
 
 
 def _check_output(mechanism: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """A forward hook that refuses outputs of another shape than the input's."""
+    """A forward hook that refuses outputs whose shape is not the input's."""
     found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if inputs and found != tuple(inputs[0].shape):
-        raise InputError(f"mechanism {mechanism!r} made {found} of {tuple(inputs[0].shape)}; the shape must be kept.")
+        raise InputError(
+            f"mechanism {mechanism!r} returned {found} for an input of shape {tuple(inputs[0].shape)}; it must return "
+            "the same shape."
+        )

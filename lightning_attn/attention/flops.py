@@ -1,20 +1,20 @@
-"""The cost of an attention as the paper counts it: multiply-adds by arithmetic, nothing is run.
+"""The FLOPs of an attention as the paper counts them: multiply-adds by arithmetic, without running anything.
 
-The paper prints GFLOPs (Tables 2 and 3, Fig. 3) without saying how they come about. The count here is the one that its
-figures imply: with the "w/o" of the table as printed, it gives every printed difference to "w/o" of COCO and Cityscapes
-within 1 %, and nearly all of them within the rounding of the print. What our algorithms really do is far less for most
-term sets; `lightning_attn.study.profile` measures that.
+The paper gives GFLOPs (Tables 2 and 3, Fig. 3) without the counting rules. These rules are the ones that its figures
+imply: added to the "w/o" row of the table, they give every difference to "w/o" of COCO and Cityscapes within 1 %, and
+nearly all of them within the rounding of the tables. Our algorithms need far fewer operations for most term sets;
+`lightning_attn.study.profile` measures these.
 
-What is counted and what is not:
+The rules:
 
 - One multiply-add is one FLOP. Softmax, encoding, biases, gates and residuals are free.
-- The projections of query and key are there only if a term needs them, those of value and output always. The paper's
-  networks do not thin out the keys (`kv_stride` 1).
+- The projections of query and key exist only if a term needs them, those of value and output always. The paper's
+  networks do not subsample the keys (`kv_stride` 1).
 - The position projection V^R applies to each distinct offset once, and costs C^2 for each.
-- E2 in two dimensions is computed along x and along y and added, N_q (H + W) C. Beside E1 it is free: with the query
+- E2 in two dimensions is computed along x and along y and added, N_q (H + W) C. With E1 it is free: with the query
   factored out, z^T U^T (V^C x + V^R R), both terms share E1's product.
 - A window is counted in full at the borders too, even where it is larger than the map.
-- A deformable convolution in the place of a regular one (images) costs nothing more: the branch that predicts the
+- A deformable convolution that replaces a regular one (images) costs nothing more: the branch that predicts the
   offsets is not counted. The deformable unit that is added in translation counts as a convolution of three taps.
 """
 
@@ -64,22 +64,22 @@ class PaperCount:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """The sum of all parts."""
         return sum(dataclasses.astuple(self))
 
 
 def paper_count(
     spec: AttentionSpec, dim: int, size: Sequence[int], key_size: Sequence[int] | None = None
 ) -> PaperCount:
-    """Multiply-adds of one attention slot for one input, as the paper counts them (Tables 1 to 3).
+    """Multiply-adds of one attention layer for one input, as the paper counts them (Tables 1 to 3).
 
     Causal attention costs the same as any other.
 
     Args:
-        spec: What stands in the slot.
-        dim: Width C of the slot.
+        spec: The attention.
+        dim: Number of channels C.
         size: Extent of the queries: `(L,)` for a sequence, `(H, W)` for a map.
-        key_size: Extent of another set of keys, for encoder-decoder attention, before `kv_stride` thins them out;
+        key_size: Extent of another set of keys, for encoder-decoder attention, before subsampling by `kv_stride`;
             None for self-attention.
 
     Raises:
@@ -101,7 +101,7 @@ def paper_count(
                 "transformer."
             )
     if spec.is_custom:
-        raise ValueError(f"mechanism={spec.mechanism!r} is none of the paper's, which has no formula for it.")
+        raise ValueError(f"mechanism={spec.mechanism!r} is not one of the paper's, so there is no formula for it.")
     deformable_unit = 0
     if spec.convolution != "regular" and len(size) == 1:
         deformable_unit = math.prod(size) * CONVOLUTION_SIZE * dim**2
@@ -119,7 +119,7 @@ def _transformer(spec: AttentionSpec, dim: int, size: Sequence[int], key_size: S
     queries, keys = math.prod(size), math.prod(strided)
     if spec.window is None:
         region = strided  # keys that a query sees, along each axis
-        # k - q for k = 0, s, 2 s, ...: one run of integers, or one for each key if the stride leaves gaps.
+        # k - q for k = 0, s, 2 s, ...: one range of integers, or one for each key if the stride leaves gaps.
         offsets = sum(min(q + (k - 1) * spec.kv_stride, q * k) for q, k in zip(size, strided, strict=True))
     else:
         window = spec.window if isinstance(spec.window, tuple) else (spec.window,) * len(size)
@@ -161,10 +161,10 @@ def _check_size(name: str, size: Sequence[int]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSlots:
-    """Equal attention slots of a network of the paper.
+    """Attention layers of equal size in a network of the paper.
 
     Attributes:
-        count: How many there are.
+        count: Their number.
         dim: Their width C.
         size: Extent of the queries; the keys of encoder-decoder attention have the same.
         cross: Whether they are encoder-decoder attention.
@@ -178,25 +178,25 @@ class AttentionSlots:
 
 @dataclasses.dataclass(frozen=True)
 class PaperNetwork:
-    """Where the attention stands in a network of the paper (section 4.1 and Fig. 2), and what the rest costs.
+    """The attention layers of a network of the paper (section 4.1 and Fig. 2), and the cost of the rest.
 
     Attributes:
-        slots: Its attention slots.
-        rest_gflops: 10^9 multiply-adds of everything that is not attention.
+        slots: Its attention layers.
+        rest_gflops: 10^9 multiply-adds of everything except attention.
     """
 
     slots: tuple[AttentionSlots, ...]
     rest_gflops: float
 
     def gflops(self, self_attention: AttentionSpec, cross_attention: AttentionSpec | None = None) -> float:
-        """10^9 multiply-adds of the network for one input: what Tables 2 and 3 and Fig. 3 print.
+        """10^9 multiply-adds of the network for one input, as in Tables 2 and 3 and Fig. 3.
 
         Args:
-            self_attention: What stands in the slots of self-attention.
-            cross_attention: What stands in the slots of encoder-decoder attention; only for a network that has them.
+            self_attention: The self-attention layers.
+            cross_attention: The encoder-decoder attention layers; only for a network that has them.
 
         Raises:
-            ValueError: If `cross_attention` is missing, or the network has no place for it.
+            ValueError: If `cross_attention` is missing, or the network has no encoder-decoder attention.
         """
         has_cross = any(slots.cross for slots in self.slots)
         if has_cross and cross_attention is None:
@@ -216,13 +216,13 @@ class PaperNetwork:
 DETECTION_NETWORK = PaperNetwork(
     slots=(AttentionSlots(6, 256, (50, 84)), AttentionSlots(3, 512, (25, 42))), rest_gflops=213.7
 )
-"""Faster R-CNN with ResNet-50 and FPN on COCO, 800 x 1344 pixels: conv4 and conv5. The rest is "w/o" as printed."""
+"""Faster R-CNN with ResNet-50 and FPN on COCO, 800 x 1344 pixels: conv4 and conv5. The rest is the paper's "w/o"."""
 
 SEGMENTATION_NETWORK = PaperNetwork(
     slots=(AttentionSlots(6, 256, (96, 96)), AttentionSlots(3, 512, (96, 96)), AttentionSlots(1, 512, (96, 96))),
     rest_gflops=449.5,
 )
-"""ResNet-50 on Cityscapes, 768 x 768 pixels at stride 8: conv4, conv5 and the head. The rest is "w/o" as printed."""
+"""ResNet-50 on Cityscapes, 768 x 768 pixels at stride 8: conv4, conv5 and the head. The rest is the paper's "w/o"."""
 
 _LENGTH, _WIDTH = 50, 512
 
@@ -232,7 +232,7 @@ TRANSLATION_NETWORK = PaperNetwork(
 )
 """Transformer base, 50 source and 50 target tokens, without embedding and softmax. The rest is the feed-forward layers.
 
-The paper prints translation to one decimal only (Tables 2 and 3). The count is within 0.02 of the points of Fig. 3 and,
-beyond the rounding, of the tables. That takes the points 0110 and 0010 + deformable of Fig. 3c as swapped, which
-Table 2 says too.
+The paper gives translation to one decimal only (Tables 2 and 3). The count is within 0.02 of the points of Fig. 3 and,
+beyond the rounding, of the tables. This takes the points 0110 and 0010 + deformable of Fig. 3c as swapped, in agreement
+with Table 2.
 """

@@ -1,4 +1,4 @@
-"""Where queries and keys lie, and which keys a query may see."""
+"""Positions of queries and keys on their grids, and the masks that follow from positions alone."""
 
 import dataclasses
 import math
@@ -47,11 +47,11 @@ class Layout:
 
     @property
     def aligned(self) -> bool:
-        """Whether key i lies where query i does, so that "later" means a larger number."""
+        """Whether key i has the position of query i, so that later keys have larger indices."""
         return self.query_sizes == self.key_sizes and self.stride == 1
 
     def axis(self, axis: int) -> "Layout":
-        """One axis (0 for y, 1 for x) as a sentence of its own."""
+        """The layout of one axis (0 for y, 1 for x), as a sentence."""
         window = None if self.window is None else (self.window[axis],) * 2
         return Layout((1, self.query_sizes[axis]), (1, self.key_sizes[axis]), self.stride, self.causal, window)
 
@@ -62,7 +62,7 @@ class Layout:
         return keys - queries.unsqueeze(1)
 
     def offset_range(self, axis: int) -> tuple[int, int]:
-        """The lowest offset along one axis, and how many integers there are up to the highest."""
+        """The lowest offset along one axis, and the number of integers up to the highest."""
         queries, keys = self.query_sizes[axis], self.key_sizes[axis]
         return 1 - queries, max(0, queries + (keys - 1) * self.stride)
 
@@ -72,7 +72,7 @@ class Layout:
         Args:
             queries: A rectangle of the queries.
             keys: A rectangle of the keys.
-            device: Where the mask is made.
+            device: Of the mask.
         """
         if not self.masked:
             return None
@@ -82,7 +82,7 @@ class Layout:
         return self._hidden(query_y[:, None, None, None], query_x[None, :, None, None], key_y[:, None], key_x)
 
     def hidden_from(self, queries: Tensor) -> Tensor:
-        """True where a key is hidden from a query, `[queries, N_k]`, for queries by number."""
+        """True where a key is hidden from a query, `[queries, N_k]`, for the indices of queries."""
         keys = torch.arange(self.num_keys, device=queries.device)
         query_y, query_x = (part.unsqueeze(1) for part in row_and_column(queries, self.query_sizes[1]))
         hidden = self._hidden(query_y, query_x, *row_and_column(keys, max(1, self.key_sizes[1])))
@@ -99,7 +99,7 @@ class Layout:
         return hidden
 
     def visible_keys(self, queries: Spans) -> Spans:
-        """The smallest rectangle that holds every key that some query of a rectangle can see."""
+        """The bounding rectangle of all keys that any query of a rectangle can see."""
         visible = []
         for axis, (span, size) in enumerate(zip(queries, self.key_sizes, strict=True)):
             lowest, highest = 0, (size - 1) * self.stride
@@ -115,21 +115,21 @@ class Layout:
 
 
 def row_and_column(numbers: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Row and column of places by number in rows of `width`; no `%`, which ONNX lacks for a width not known yet."""
+    """Rows and columns of flattened indices; without `%`, which ONNX lacks for a symbolic width."""
     rows = numbers // width
     return rows, numbers - rows * width
 
 
 def masked_softmax(energy: Tensor, hidden: Tensor | None) -> Tensor:
-    """Softmax over the last axis of what is not hidden; zeros, not NaN, where everything is.
+    """Softmax over the visible keys of the last axis; zeros, not NaN, where all are hidden.
 
     Args:
         energy: `[..., keys]`, finite or NaN.
-        hidden: True where hidden, of a shape that broadcasts to that of `energy`; None for nothing.
+        hidden: True where hidden, broadcastable to the shape of `energy`; None if all are visible.
     """
     if hidden is None:
         return torch.softmax(energy, dim=-1)
-    # The most negative finite number: -inf would make a row that is hidden completely NaN.
+    # The most negative finite number: -inf would make a fully masked row NaN.
     weights = torch.softmax(energy.masked_fill(hidden, torch.finfo(energy.dtype).min), dim=-1)
     return weights.masked_fill(hidden, 0.0)
 

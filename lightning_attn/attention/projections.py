@@ -1,8 +1,8 @@
-"""Linear layers of an attention, by the fastest product that gives what calling the layer gives.
+"""Applies the linear layers of an attention by the fastest product that equals calling the layer.
 
-Other people replace, wrap and hook these layers: adapters (LoRA), quantisation, pruning, weight and spectral
-normalisation, FSDP, recorders of activations. Such a layer is always called; only an unmodified `nn.Linear` may have
-its weight multiplied directly.
+Users replace, wrap and hook these layers: adapters (LoRA), quantisation, pruning, weight and spectral normalisation,
+FSDP, recorders of activations. Such a layer is always called; only the weight of an unmodified `nn.Linear` is
+multiplied directly.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks would notice a call of a module, or its `forward` is not that of its class."""
+    """Whether a module has hooks, or a `forward` that is not that of its class."""
     return (
         "forward" in vars(module)
         or any(getattr(module, name, None) for name in _HOOKS)
@@ -31,9 +31,9 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling a layer does nothing but multiply with its weight: an `nn.Linear` without hooks of any kind.
+    """Whether calling a layer only multiplies with its weight: an `nn.Linear` without hooks of any kind.
 
-    Weights that are subclasses of tensors, as those of quantised layers, multiply in their own way.
+    Tensor subclasses as weights, such as those of quantised layers, override the multiplication and are not plain.
     """
     if type(layer) not in (nn.Linear, Linear) or is_hooked(layer):
         return False
@@ -41,7 +41,7 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def has_only_weight(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is plain and adds no bias, so that its weight says all."""
+    """Whether a layer is plain and has no bias, so that it is a product with its weight."""
     return is_plain(layer) and getattr(layer, "bias", None) is None
 
 
@@ -54,17 +54,17 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def project_map(layer: nn.Module, x: Tensor) -> Tensor:
-    """Applies a layer to the features of `[B, in, N]`: `[B, out, N]`, in the memory layout that is fastest to make."""
+    """Applies a layer to the features of `[B, in, N]`: `[B, out, N]`, in the memory layout that is fastest."""
     if is_plain(layer) and x.shape[2] >= 4 * x.shape[1]:
         weight = layer.weight.expand(x.shape[0], -1, -1)
         return torch.bmm(weight, x) if layer.bias is None else torch.baddbmm(layer.bias[:, None], weight, x)
-    # Of many features at few places, torch's layer is faster, also where the features of a place lie apart.
+    # For many features at few positions the layer is faster, even if the features of a position are not contiguous.
     projected: Tensor = layer(x.transpose(1, 2))
     return projected.transpose(1, 2)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Switches autocast off, on devices that have it (meta does not)."""
+    """Disables autocast on devices that support it (meta does not)."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """The attentions of the paper as written, Eq. 1 to 8: Transformer attention and the convolutions as attention.
 
-Plain loops over heads, queries and keys; only the batch and the features are tensor dimensions. This is the text that
-every faster algorithm of this package is tested against, in any floating dtype, so it is written to be read next to the
-paper and shares no code with the others. It is far too slow for anything else.
+Plain loops over heads, queries and keys; only the batch and the features are tensor dimensions. Every faster algorithm
+of this package is tested against it, in any floating dtype, so it follows the notation of the paper and shares no code
+with the others. It is far too slow for anything but tests.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Position = tuple[int, ...]
-"""A place on the grid of queries or keys: `(i,)` in a sentence, `(x, y)` on a map, in tokens or pixels."""
+"""A position on the grid of queries or keys: `(i,)` in a sentence, `(x, y)` on a map, in tokens or pixels."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class AttentionParameters:
     """The learnable matrices and vectors of Eq. 1 and 2, for all heads at once.
 
     Matrices have the layout of `torch.nn.Linear`, `[out, in]`. With `dim` features, `M` heads and `d = dim // M`, head
-    `m` owns the rows `m * d .. (m + 1) * d` of every matrix but W, of which it owns these columns. What only terms that
-    are off need may be left out.
+    `m` has the rows `m * d .. (m + 1) * d` of every matrix but W, of which it has these columns. Parameters that only
+    terms that are off need may be None.
 
     Attributes:
         value_weight: W', `[dim, dim]`.
@@ -56,10 +56,10 @@ class AttentionParameters:
 
 
 def parameters_of(attention: Any) -> AttentionParameters:
-    """The parameters of a `TransformerAttention`, or of a module that names its own alike.
+    """The parameters of a `TransformerAttention`, or of a module with the same parameter names.
 
     These are linear layers `value_proj`, `out_proj` (with a bias), `query_proj`, `key_proj` and `position_proj`, and
-    the vectors `key_bias` and `position_bias`; those after `out_proj` may be missing. Nothing is copied.
+    the vectors `key_bias` and `position_bias`; all but the first two are optional. Nothing is copied.
 
     Raises:
         AttributeError: If it has no `value_proj` or `out_proj`.
@@ -83,12 +83,12 @@ def parameters_of(attention: Any) -> AttentionParameters:
 def _needed(parameters: AttentionParameters, name: str) -> Tensor:
     value = getattr(parameters, name)
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is {value!r}, but a term that is on needs it: give a tensor")
+        raise ValueError(f"{name} is {value!r}, but a term that is on needs it: pass a tensor.")
     return value
 
 
 def relative_encoding(offset: Sequence[float], dim: int) -> Tensor:
-    """R_{k-q}: the sinusoidal encoding of where a key lies as seen from a query.
+    """R_{k-q}: the sinusoidal encoding of a key's position relative to a query.
 
     With D features for an axis, the offset `o` along it becomes `[sin(o / 1000^(2i/D)) ..., cos(o / 1000^(2i/D)) ...]`,
     `i = 0 .. D/2 - 1`. In two dimensions each axis has half of `dim`, x before y (footnote to Eq. 2).
@@ -104,7 +104,7 @@ def relative_encoding(offset: Sequence[float], dim: int) -> Tensor:
         ValueError: If `dim` does not divide into sine and cosine halves for each axis.
     """
     if dim < 1 or dim % (2 * len(offset)):
-        raise ValueError(f"dim is {dim}, but {len(offset)} axes need a positive multiple of {2 * len(offset)}")
+        raise ValueError(f"dim is {dim}, but {len(offset)} axes need a positive multiple of {2 * len(offset)}.")
     axis_dim = dim // len(offset)
     features: list[float] = []
     for o in offset:
@@ -121,11 +121,11 @@ def _elements(x: Tensor) -> tuple[list[Tensor], list[Position]]:
         height, width = x.shape[2:]
         positions = [(col, row) for row in range(height) for col in range(width)]
         return [x[:, :, row, col] for col, row in positions], [(col, row) for col, row in positions]
-    raise ValueError(f"expected [B, L, dim] or [B, dim, H, W], got a tensor of shape {tuple(x.shape)}")
+    raise ValueError(f"expected [B, L, dim] or [B, dim, H, W], got a tensor of shape {tuple(x.shape)}.")
 
 
-def _kept(positions: Sequence[Position], kv_stride: int) -> list[int]:
-    """Indices of the keys that subsampling leaves: those at multiples of the stride along each axis."""
+def _subsampled(positions: Sequence[Position], kv_stride: int) -> list[int]:
+    """Indices of the subsampled keys: those at multiples of the stride along each axis."""
     return [k for k, position in enumerate(positions) if all(p % kv_stride == 0 for p in position)]
 
 
@@ -149,15 +149,15 @@ def term_energies(
         num_heads: M.
         terms: Four switches in the order E1 E2 E3 E4, such as `"0110"`.
         scale: Factor on every energy. The paper has none.
-        kv_stride: Only keys at multiples of it along each axis take part; their positions are those of the full grid.
+        kv_stride: Only keys at multiples of it along each axis are used; their positions are those of the full grid.
 
     Returns:
-        `{"E1": [B, M, Nq, Nk], ...}` of the terms that are on, elements in raster order, Nk counting the keys that take
-        part. In two dimensions E2 and E4 are divided by sqrt(2), as in the released code.
+        `{"E1": [B, M, Nq, Nk], ...}` of the terms that are on, elements in raster order, Nk counting the subsampled
+        keys. In two dimensions E2 and E4 are divided by sqrt(2), as in the released code.
     """
     z, query_positions = _elements(query)
     x, key_positions = _elements(key)
-    keys = _kept(key_positions, kv_stride)
+    keys = _subsampled(key_positions, kv_stride)
     names = [name for name, switch in zip(("E1", "E2", "E3", "E4"), terms, strict=True) if switch == "1"]
     position_factor = scale / math.sqrt(2) if query.dim() == 4 else scale
 
@@ -178,21 +178,21 @@ def term_energies(
         for m in range(num_heads):
             # The left side of each inner product: U_m z_q, u_m or v_m ...
             if name in ("E1", "E2"):
-                asking = [z_q @ parameters.head_rows("query_weight", m, num_heads).T for z_q in z]
+                left = [z_q @ parameters.head_rows("query_weight", m, num_heads).T for z_q in z]
             else:
                 vector = parameters.head_vector("key_bias" if name == "E3" else "position_bias", m)
-                asking = [vector.expand(query.shape[0], -1)] * len(z)
+                left = [vector.expand(query.shape[0], -1)] * len(z)
             # ... and its right side: V_m^C x_k or V_m^R R_{k-q}.
             rows = []
             if name in ("E1", "E3"):
                 content = {k: x[k] @ parameters.head_rows("key_weight", m, num_heads).T for k in keys}
                 for q in range(len(z)):
-                    rows.append([scale * torch.linalg.vecdot(asking[q], content[k]) for k in keys])
+                    rows.append([scale * torch.linalg.vecdot(left[q], content[k]) for k in keys])
             else:
                 matrix = parameters.head_rows("position_weight", m, num_heads)
                 position = {offset: matrix @ encoding for offset, encoding in encodings.items()}
                 for q in range(len(z)):
-                    rows.append([position_factor * (asking[q] @ position[offsets[q, k]]) for k in keys])
+                    rows.append([position_factor * (left[q] @ position[offsets[q, k]]) for k in keys])
             heads.append(torch.stack([torch.stack(row, dim=-1) for row in rows], dim=1))
         energies[name] = torch.stack(heads, dim=1)
     return energies
@@ -219,7 +219,7 @@ def supporting_keys(
         key_padding_mask: True where a key is padding, `[B, Lk]` or `[B, Hk, Wk]`, over all keys before the stride.
 
     Returns:
-        `[b][q]` is the list of allowed keys, numbered among those that `kv_stride` leaves.
+        `[b][q]` is the list of allowed keys, as indices among the subsampled keys.
     """
     _, query_positions = _elements(query)
     _, key_positions = _elements(key)
@@ -232,7 +232,7 @@ def supporting_keys(
         regions = []
         for query_position in query_positions:
             region = []
-            for number, k in enumerate(_kept(key_positions, kv_stride)):
+            for number, k in enumerate(_subsampled(key_positions, kv_stride)):
                 distances = [abs(kp - qp) for kp, qp in zip(key_positions[k], query_position, strict=True)]
                 outside = any(distance > reach for distance, reach in zip(distances, reaches, strict=False))
                 later = key_positions[k][::-1] > query_position[::-1]  # (y, x) against (y, x)
@@ -251,7 +251,7 @@ def normalised_weights(
     Args:
         energies: From `term_energies`.
         regions: From `supporting_keys`.
-        attention_mask: True at pairs that do not take part, `[B, M, Nq, Nk]`.
+        attention_mask: True at excluded pairs, `[B, M, Nq, Nk]`.
 
     Returns:
         `[B, M, Nq, Nk]`. Zero at keys outside the region; a query whose region is empty has only zeros.
@@ -300,7 +300,7 @@ def weighted_values(
     Args:
         query: As in `term_energies`.
         key: As in `term_energies`.
-        value: What W' is applied to; in the paper the key.
+        value: The input of W'; in the paper the key.
         parameters: The learnable matrices and vectors.
         num_heads: As in `term_energies`; so are the next two.
         terms: See there.
@@ -309,7 +309,7 @@ def weighted_values(
         kv_stride: See there.
         causal: See there.
         key_padding_mask: See there.
-        attention_mask: True at pairs of a query and a key that do not take part, `[B, M, Nq, keys before the stride]`.
+        attention_mask: True at excluded pairs of a query and a key, `[B, M, Nq, keys before the stride]`.
 
     Returns:
         `[B, M, Nq, d]`.
@@ -319,7 +319,7 @@ def weighted_values(
         query, key, window=window, kv_stride=kv_stride, causal=causal, key_padding_mask=key_padding_mask
     )
     x, positions = _elements(value)
-    keys = _kept(positions, kv_stride)
+    keys = _subsampled(positions, kv_stride)
     weights = normalised_weights(energies, regions, None if attention_mask is None else attention_mask[..., keys])
     heads = []
     for m in range(num_heads):
@@ -342,7 +342,7 @@ def transformer_attention(
         query: As in `term_energies`.
         key: As in `term_energies`.
         parameters: The learnable matrices and vectors.
-        value: What W' is applied to; None for the keys.
+        value: The input of W'; None for the keys.
         **settings: Those of `weighted_values`.
 
     Returns:
@@ -366,9 +366,9 @@ def _convolution(
     padding: int,
     causal: bool,
 ) -> Tensor:
-    """Eq. 1 with a head per tap, W' the identity and W_m what `weight` has for tap m.
+    """Eq. 1 with a head per tap, W' the identity and W_m the matrix of tap m in `weight`.
 
-    `attention(q, m, q + p_m, k)` is A_m(q, k), `[B]`: the number of the query, that of the tap, two places on the grid.
+    `attention(q, m, q + p_m, k)` is A_m(q, k), `[B]`, of the indices of query and tap and two positions on the grid.
     """
     contents, positions = _elements(x)
     sizes = x.shape[1:2] if x.dim() == 3 else x.shape[2:]  # y before x, for raster order
@@ -438,11 +438,11 @@ def deformable_convolution(
     """Deformable convolution as attention, Eq. 4: A_m(q, k) = G(k, q + p_m + offset_m(q)).
 
     G is the bilinear kernel, the product over the axes of max(0, 1 - |a - b|). The offset, w_m^T x_q in the paper, is
-    given; it comes from a convolution of its own.
+    an argument; another convolution predicts it.
 
     Args:
         x: As in `regular_convolution`.
-        offset: `[B, L', n]`, or `[B, 2 n n, H', W']` with channels `2 m` and `2 m + 1` the move of tap m in y and in x.
+        offset: `[B, L', n]`, or `[B, 2 n n, H', W']`; channels `2 m` and `2 m + 1` are those of tap m in y and in x.
         weight: As in `regular_convolution`.
         bias: As in `regular_convolution`.
         mask: The modulated form: factor on A_m, `[B, L', n]` or `[B, n n, H', W']`.
@@ -491,7 +491,7 @@ class DynamicParameters:
             map go row by row.
         out_weight: W, whose columns are the W_c of Eq. 5, `[dim, dim]`.
         out_bias: Added to every output, `[dim]`. The paper has none; Wu et al. (2019) do.
-        conv_bias: Added before W, `[dim]`; None, as in the paper, for nothing.
+        conv_bias: Added before W, `[dim]`; None, as in the paper, for none.
     """
 
     input_weight: Tensor
@@ -515,8 +515,8 @@ def dynamic_convolution(
 ) -> Tensor:
     """Dynamic convolution as attention, Eq. 5 to 7: every channel a head, A_c(q, k) the weight of the tap at k - q.
 
-    The x of these equations is the output of the gated linear unit, for the keys and for the query that its kernel is
-    predicted from. Taps at which there is no key count in the normalisation all the same, unless it is renormalised.
+    The x of these equations is the output of the gated linear unit, for the keys and for the query that predicts the
+    kernel. Taps without a key still count in the normalisation, unless `renorm_padding` is set.
 
     Args:
         x: Input of the gated linear unit, `[B, L, dim]` or `[B, dim, H, W]`.
@@ -526,7 +526,7 @@ def dynamic_convolution(
         causal: The last tap is at the query, the others before it; else the middle one is.
         key_padding_mask: True where a key is padding and so not in Omega_q, `[B, L]` or `[B, H, W]`.
         weight_softmax: Normalise the kernels by a softmax (Eq. 7); else they are d^T x.
-        renorm_padding: Normalise over the taps only at which there is a key.
+        renorm_padding: Normalise over the taps with a key only.
 
     Returns:
         y in the shape of `x`.
@@ -559,11 +559,11 @@ def dynamic_convolution(
                 continue
             exponentials = [torch.exp(logit) for logit in logits]
             if renorm_padding:
-                places = [tuple(a + b for a, b in zip(q, p_j, strict=True)) for p_j in taps]
-                nothing = x.new_zeros(x.shape[0])
-                exponentials = [e * present.get(k, nothing) for e, k in zip(exponentials, places, strict=True)]
+                tap_positions = [tuple(a + b for a, b in zip(q, p_j, strict=True)) for p_j in taps]
+                absent = x.new_zeros(x.shape[0])
+                exponentials = [e * present.get(k, absent) for e, k in zip(exponentials, tap_positions, strict=True)]
             total = torch.stack(exponentials).sum(0)
-            total = total + (total == 0)  # without any key there is nothing to divide
+            total = total + (total == 0)  # avoids 0 / 0 without any key
             kernels.append([exponential / total for exponential in exponentials])
         y = parameters.out_bias.expand(x.shape[0], -1)
         for c in range(1, dim + 1):

@@ -1,4 +1,4 @@
-"""The typed description of an attention: the only thing that configuration files talk about."""
+"""`AttentionSpec`, the typed and validated description of an attention in configuration files."""
 
 import dataclasses
 import math
@@ -35,17 +35,16 @@ class AttentionSpec:
 
     Attributes:
         mechanism: `"transformer"` for the generalized Transformer attention of Eq. 2, `"dynamic"` for the dynamic
-            convolution of Eq. 5 to 7 in its place (Table 3), `"none"` for no attention at all, which is the row
-            "w/o" of the paper's tables; or the import path of a class of your own, such as `"my_module.MyAttention"`,
-            which `build_attention` describes.
+            convolution of Eq. 5 to 7 instead (Table 3), `"none"` for no attention, the row "w/o" of the paper's
+            tables; or the import path of a custom class, such as `"my_module.MyAttention"`; see `build_attention`.
         terms: Which energies are switched on, as the paper writes it: one bit each for E1 (query and key content),
             E2 (query content and relative position), E3 (key content only) and E4 (relative position only).
             Quote it in YAML, where an unquoted `0010` is the number 8. Transformer attention only.
         num_heads: Number of attention heads M; must divide the width of the network. Transformer attention only.
         convolution: The convolution before the attention (Fig. 2). In a residual block of an image network it is the
             kind of the 3x3 convolution: `"regular"` (Eq. 3), `"deformable"` (Eq. 4) or `"modulated_deformable"`,
-            whose taps also have learned weights. In translation `"regular"` is nothing at all, and the other two put
-            a deformable unit of kernel 3 in front of the attention. Self-attention only.
+            whose taps also have learned weights. In translation `"regular"` adds nothing, and the other two add a
+            deformable unit of kernel 3 before the attention. Self-attention only.
         window: Odd width n_k of the region around a query that its keys come from, along each axis (Table 3), or
             null for all keys. For maps also two widths `[n_y, n_x]`. Transformer attention only.
         kv_stride: Keys and values are taken at every `kv_stride`-th position along each axis; 1 is the paper's.
@@ -57,12 +56,13 @@ class AttentionSpec:
         groups: Number of groups N_g of channels that share a kernel (Eq. 7); must divide the width of the network.
             16 is the paper's. Dynamic convolution only.
         kernel_size: Odd width n_k of the kernel along each axis (Table 3). Dynamic convolution only.
-        algorithm: How it is computed, not what: `"auto"` takes the fastest that fits, `"reference"` is the slow text of
-            the equations, and `lightning_attn.attention.algorithms` describes the others. Transformer attention only.
-        options: Further arguments of a class of your own, as plain values.
+        algorithm: The algorithm, which does not change the results: `"auto"` selects the fastest that is suitable,
+            `"reference"` is the slow, literal form of the equations, and `lightning_attn.attention.algorithms`
+            describes the others. Transformer attention only.
+        options: Further arguments of a custom class, as plain values.
 
     Raises:
-        ValueError: If a field has a value that no attention has; the message names the field and the fix.
+        ValueError: If a field has an invalid value; the message names the field and the fix.
     """
 
     mechanism: str = "transformer"
@@ -86,7 +86,7 @@ class AttentionSpec:
             )
         if self.options and not self.is_custom:
             raise InputError(
-                f"options={self.options} are for a mechanism of your own; mechanism={self.mechanism!r} has the other "
+                f"options={self.options} are for a custom mechanism; for mechanism={self.mechanism!r} use the other "
                 "fields."
             )
         parse_terms(self.terms)
@@ -95,7 +95,7 @@ class AttentionSpec:
             raise InputError(f"convolution must be one of {list(get_args(Convolution))}, got {self.convolution!r}.")
         if self.window is not None:
             require_window(self.window)
-            if not isinstance(self.window, int):  # YAML and JSON have lists
+            if not isinstance(self.window, int):  # a list from YAML or JSON
                 object.__setattr__(self, "window", tuple(self.window))
             if self.mechanism == "dynamic":
                 raise InputError(
@@ -115,8 +115,8 @@ class AttentionSpec:
             raise InputError(f"algorithm must be one of {list(get_args(AlgorithmName))}, got {self.algorithm!r}.")
         if self.mechanism == "dynamic" and self.algorithm != "auto":
             raise InputError(
-                f"algorithm={self.algorithm!r} is for mechanism: transformer. A dynamic convolution of a spec is "
-                "always computed the fastest way: set algorithm: auto."
+                f"algorithm={self.algorithm!r} is for mechanism: transformer. A dynamic convolution of a spec always "
+                "uses its fastest algorithm: set algorithm: auto."
             )
 
     @property
@@ -125,7 +125,7 @@ class AttentionSpec:
         return isinstance(self.mechanism, str) and _CLASS_PATH.fullmatch(self.mechanism) is not None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, fit for YAML and for checkpoints."""
+        """The fields as plain values for YAML and checkpoints."""
         fields = dataclasses.asdict(self)
         return fields | {"window": list(self.window) if isinstance(self.window, tuple) else self.window}
 

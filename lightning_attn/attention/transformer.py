@@ -6,6 +6,7 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_attn.attention.algorithms import AttentionInputs, AttentionProblem, select_algorithm
 from lightning_attn.attention.cpu.linear import linear
@@ -42,8 +43,8 @@ class TransformerAttention(nn.Module):
     a layer is called, once in each pass. `position_proj` must be affine in a map, where it is applied by axis.
 
     Dtypes: projections have the dtype of autocast if that is on, else that of the module. Energies, softmax and sums
-    are float32 (float64 for float64), save within torch's fused kernels, which multiply in the dtype of the projections
-    and add up in float32. Encodings of positions are float32. The output has the dtype that `out_proj` gives.
+    are float32 (float64 for float64), except in torch's fused kernels, which multiply in the dtype of the projections
+    and accumulate in float32. Encodings of positions are float32. The output has the dtype of `out_proj`'s output.
 
     Args:
         dim: Width C of queries, keys and output.
@@ -56,11 +57,11 @@ class TransformerAttention(nn.Module):
         scale: Factor on all energies; the paper has none.
         dropout: Probability of dropping an attention weight in training.
         causal: Hide the keys that come after the query; in a map, in reading order.
-        algorithm: How it is computed; all ways give the same numbers. `"auto"` takes what is fastest for the terms, the
-            masks and the device; `lightning_attn.attention.algorithms` describes the others, and `"reference"` is
-            the slow text of the equations.
-        device: Where the parameters are made, as in torch's own modules.
-        dtype: Of the parameters, as in torch's own modules.
+        algorithm: The algorithm, which does not change the results. `"auto"` selects the fastest for the terms, the
+            masks and the device; `lightning_attn.attention.algorithms` describes the others, and `"reference"` is the
+            slow, literal form of the equations.
+        device: Of the parameters, as in torch's modules.
+        dtype: Of the parameters, as in torch's modules.
 
     Raises:
         ValueError: If an argument is out of range, or `dim` cannot be divided as the heads and the encoding need.
@@ -81,7 +82,7 @@ class TransformerAttention(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # The spec holds the rules for these values; one place says what is allowed.
+        # The spec validates these values.
         spec = AttentionSpec(
             terms=terms,
             num_heads=num_heads,
@@ -162,8 +163,8 @@ class TransformerAttention(nn.Module):
             if hasattr(self, name):
                 nn.init.uniform_(getattr(self, name), -bound, bound)
 
+    @override
     def extra_repr(self) -> str:
-        """The settings that the parameters do not show."""
         return (
             f"terms={self.terms!r}, num_heads={self.num_heads}, ndim={self.ndim}, window={self.window}, "
             f"kv_stride={self.kv_stride}, scale={self.scale:g}, dropout={self.dropout:g}, causal={self.causal}, "
@@ -186,12 +187,12 @@ class TransformerAttention(nn.Module):
         Args:
             query: `[B, L, C]` or `[B, C, H, W]`.
             key: Another set of the same rank, for encoder-decoder attention; None for self-attention.
-            value: What the values are made of, in the shape of the keys; None for the keys.
-            key_padding_mask: Bool, `[B, L_k]` or `[B, H_k, W_k]`, True where a key is padding. What the padding holds,
+            value: Input of the value projection, in the shape of the keys; None for the keys.
+            key_padding_mask: Bool, `[B, L_k]` or `[B, H_k, W_k]`, True where a key is padding. The content of padding,
                 even NaN, is never read: neither as key nor, in self-attention, as query, where it counts as zero.
             attention_mask: Bool, `[N_q, N_k]`, `[B, N_q, N_k]` or `[B, M or 1, N_q, N_k]`, True where a key is hidden
-                from a query; beside the other masks. Queries and keys of maps are numbered row by row, keys before
-                `kv_stride`. It is read pair by pair, which no fused kernel and no short cut does.
+                from a query; combined with the other masks. Queries and keys of maps are numbered row by row, keys
+                before `kv_stride`. It excludes the fastest algorithms, which need no mask of pairs.
             causal: Overrides the constructor's value.
             cache: From `new_cache`; the queries are then the next ones of a sequence that is decoded step by step,
                 without gradients and without dropout.
@@ -208,12 +209,12 @@ class TransformerAttention(nn.Module):
         if cache is not None:
             if key is not None or value is not None or key_padding_mask is not None or attention_mask is not None:
                 raise ValueError(
-                    "cache: its keys and mask are those it was made with; pass no key or key_padding_mask, no value "
+                    "cache: its keys and mask are fixed by new_cache(); pass no key or key_padding_mask, no value "
                     "and no attention_mask."
                 )
             check_input("query", query, self.ndim, self.dim)
             if not isinstance(cache, AttentionCache):
-                raise TypeError(f"cache: it must be made by new_cache() of this module, got a {type(cache).__name__}.")
+                raise TypeError(f"cache: it must come from new_cache() of this module, got a {type(cache).__name__}.")
             return cache.decode_step(query, causal, owner=self)
         dropout = self.dropout if self.training else 0.0
         inputs = self._inputs(query, key, value, key_padding_mask, attention_mask, causal, dropout)
@@ -221,7 +222,7 @@ class TransformerAttention(nn.Module):
         if 0 in (batch, layout.num_queries, layout.num_keys):
             value = inputs.projected_value()
             attended = value.new_zeros(batch, self.num_heads, layout.num_queries, self.head_dim)
-            # Zero gradients, not none: DistributedDataParallel waits for every parameter.
+            # Zero gradients instead of none: DistributedDataParallel waits for every parameter.
             attended = attended + 0.0 * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
         else:
             attended = select_algorithm(self.algorithm, self._problem(inputs)).compute(inputs)
@@ -232,7 +233,7 @@ class TransformerAttention(nn.Module):
     ) -> dict[str, Tensor]:
         """Each term's energy by name, `[B, M, N_q, N_k]`, for the terms that are on, in the order E1 to E4.
 
-        N_k counts the keys that `kv_stride` leaves. Their sum, after masking and softmax, is `weights`.
+        N_k counts the keys after subsampling by `kv_stride`. `weights` is the softmax of their sum after masking.
 
         Args:
             query: As in `forward`.
@@ -258,7 +259,7 @@ class TransformerAttention(nn.Module):
         causal: bool | None = None,
         rows: tuple[int, int] | None = None,
     ) -> Tensor:
-        """The normalised map, `[B, M, N_q, N_k]`, without dropout; arguments as in `forward` and `energies`."""
+        """The attention weights, `[B, M, N_q, N_k]`, without dropout; arguments as in `forward` and `energies`."""
         causal = self.causal if causal is None else causal
         inputs = self._inputs(query, key, None, key_padding_mask, attention_mask, causal)
         span = _row_range(rows, inputs.layout.num_queries)
@@ -266,7 +267,9 @@ class TransformerAttention(nn.Module):
         return weights.expand(len(query), -1, -1, -1)
 
     def new_cache(self, memory: Tensor | None = None, key_padding_mask: Tensor | None = None) -> AttentionCache:
-        """A cache for decoding step by step, which gives the numbers of the full pass. It holds the parameters too.
+        """Creates a cache for decoding step by step, with the same results as the full pass.
+
+        It holds the parameters, which must not change while it is in use.
 
         Args:
             memory: `[B, L_k, C]`, the fixed keys of encoder-decoder attention; None for causal self-attention, whose
@@ -275,7 +278,7 @@ class TransformerAttention(nn.Module):
 
         Raises:
             ValueError: For two-dimensional attention, which is not decoded step by step, and for self-attention that is
-                not causal, whose first outputs need tokens that are not there yet.
+                not causal, whose outputs depend on later tokens.
         """
         if self.ndim != 1:
             raise ValueError("new_cache: only sequences (ndim=1) are decoded step by step.")
@@ -291,14 +294,14 @@ class TransformerAttention(nn.Module):
             check_mask(key_padding_mask, memory, "the keys")
         return AttentionCache(self, memory, key_padding_mask)
 
-    # --- What algorithms ask for -------------------------------------------------------------------------------------
+    # --- For the algorithms ------------------------------------------------------------------------------------------
 
     def project_energies(self, query: Tensor, key: Tensor, layout: Layout, terms: str) -> Energies:
-        """What the energies of `terms` (a part of the terms that are on) are made of.
+        """The parts of the energies of `terms`, a subset of the terms that are on.
 
         Args:
             query: Contents, `[B, N_q, C]` of sentences, `[B, C, N_q]` of maps.
-            key: Contents of the keys that `kv_stride` leaves, in the same layout.
+            key: Contents of the subsampled keys, in the same layout.
             layout: The grids.
             terms: Four bits.
         """
@@ -328,8 +331,8 @@ class TransformerAttention(nn.Module):
         if projected.shape[axis] != self.dim:
             name = next((name for name, child in self.named_children() if child is projection), "a projection")
             raise ValueError(
-                f"{name} gives {projected.shape[axis]} features, but dim={self.dim}: what takes its place must keep "
-                "the number of features."
+                f"{name} returns {projected.shape[axis]} features, but dim={self.dim}: a layer that replaces it must "
+                "return dim features."
             )
         heads = torch.unflatten(projected, axis, (self.num_heads, self.head_dim))
         return heads.transpose(1, 2) if self.ndim == 1 else heads.transpose(2, 3)
@@ -342,7 +345,7 @@ class TransformerAttention(nn.Module):
                 bias = self._by_head(self.key_bias, projected)
                 return (projected * bias).to(computation_dtype(projected)).sum(dim=-1)
         with without_autocast(key.device):
-            saliency = self.saliency()  # so that the keys are not projected
+            saliency = self.saliency()  # instead of projecting the keys
             key = key.to(saliency.dtype)
             if self.ndim == 1:
                 return torch.matmul(key, saliency.T).transpose(1, 2)
@@ -360,7 +363,7 @@ class TransformerAttention(nn.Module):
         return self.project_heads(self.value_proj, content)
 
     def pool_value(self, content: Tensor, weights: Tensor) -> Tensor:
-        """The sums of W' x_k with weights `[B, M, N_k]`, `[B, M, 1, d]`; before projecting if that is the same."""
+        """The sums of W' x_k over the keys with weights `[B, M, N_k]`, `[B, M, 1, d]`; pooled first if possible."""
         if not has_only_weight(self.value_proj):
             return weights.unsqueeze(2).to(content.dtype) @ self.project_value(content)
         content = content if self.ndim == 1 else content.transpose(1, 2)
@@ -372,7 +375,7 @@ class TransformerAttention(nn.Module):
         """V^R R for `count` offsets from `lowest` upwards in a sentence, `[count, M, d]`, float32 or better."""
         return self._project_positions(self._encoding(lowest, count, self.dim, device))
 
-    # --- The parts of a pass -----------------------------------------------------------------------------------------
+    # --- Parts of the forward pass -----------------------------------------------------------------------------------
 
     def _inputs(
         self,
@@ -384,7 +387,7 @@ class TransformerAttention(nn.Module):
         causal: bool = False,
         dropout: float = 0.0,
     ) -> AttentionInputs:
-        """Checked arguments of a pass, with nothing but zeros in the padding."""
+        """The checked arguments of a pass, with padding set to zero."""
         keys = query if key is None else key
         check_input("query", query, self.ndim, self.dim)
         check_input("key", keys, self.ndim, self.dim)
@@ -410,12 +413,12 @@ class TransformerAttention(nn.Module):
         return AttentionInputs(self, query, keys, values, layout, key_padding_mask, attention_mask, dropout)
 
     def _check_dtypes(self, **inputs: Tensor | None) -> None:
-        """Refuses what plain projections would fail to multiply, by the name of the argument."""
+        """Raises an error that names the argument if plain projections cannot multiply its dtype."""
         weight_dtype = self.value_proj.weight.dtype if is_plain(self.value_proj) else None
         for name, x in inputs.items():
             if x is None or weight_dtype is None or x.dtype == weight_dtype:
                 continue
-            if _is_autocast(x.device.type) and torch.float64 not in (x.dtype, weight_dtype):  # which it leaves alone
+            if _is_autocast(x.device.type) and torch.float64 not in (x.dtype, weight_dtype):  # not cast by autocast
                 continue
             raise ValueError(
                 f"{name} is {x.dtype}, but the module's parameters are {weight_dtype}: convert one of them, or compute "
@@ -423,7 +426,7 @@ class TransformerAttention(nn.Module):
             )
 
     def _checked_attention_mask(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """`[B or 1, M or 1, N_q, N_k]`."""
+        """The mask as `[B or 1, M or 1, N_q, N_k]`."""
         require_mask("attention_mask", mask, "hidden")
         pairs = tuple(math.prod(self._sizes(x)) for x in (query, key))
         shapes = [pairs, (len(query), *pairs), *((len(query), heads, *pairs) for heads in (1, self.num_heads))]
@@ -462,7 +465,7 @@ class TransformerAttention(nn.Module):
         )
 
     def _by_head(self, bias: Tensor, like: Tensor) -> Tensor:
-        """The bias u or v of every head with the factor on all energies, `[1, M, 1, d]`, in the dtype of `like`."""
+        """The bias u or v of every head times `scale`, `[1, M, 1, d]`, in the dtype of `like`."""
         scaled = bias if self.scale == 1.0 else bias * self.scale
         return scaled[None, :, None].to(like.dtype)
 
@@ -471,14 +474,14 @@ class TransformerAttention(nn.Module):
         (lowest_y, count_y), (lowest_x, count_x) = (layout.offset_range(axis) for axis in (0, 1))
         if self.ndim == 1:
             return None, self.relative_keys_of(lowest_x, count_x + 1, device)
-        # x takes the first half of the encoding. The energy of both axes is the sum of what each gives alone, less what
-        # no encoding gives: nothing, unless the layer has a bias.
+        # x is the first half of the encoding. The energy of both axes is the sum of those of each axis alone, minus
+        # that of a zero encoding, which is zero unless the layer has a bias.
         half = self.dim // 2
         along_x = F.pad(self._encoding(lowest_x, count_x + 1, half, device), (0, half))
         along_y = F.pad(self._encoding(lowest_y, count_y + 1, half, device), (half, 0))
-        nothing = along_x.new_zeros(1, self.dim)
+        zero = along_x.new_zeros(1, self.dim)
         # The factor is that of the released code.
-        projected = self._project_positions(torch.cat((along_x, along_y, nothing))) / math.sqrt(2)
+        projected = self._project_positions(torch.cat((along_x, along_y, zero))) / math.sqrt(2)
         keys_x, keys_y, bias = torch.split(projected, [count_x + 1, count_y + 1, 1])
         has_no_bias = is_plain(self.position_proj) and self.position_proj.bias is None
         return keys_y if has_no_bias else keys_y - bias, keys_x
@@ -492,7 +495,7 @@ class TransformerAttention(nn.Module):
         """V^R R of `[offsets, C]`, `[offsets, M, d]`."""
         layer = self.position_proj
         with without_autocast(encoding.device):
-            if is_plain(layer):  # in float32 also where the weights are not
+            if is_plain(layer):  # in float32 or better even if the weights are not
                 bias = None if layer.bias is None else layer.bias.to(encoding.dtype)
                 projected = linear(encoding, layer.weight.to(encoding.dtype), bias)
             else:
@@ -500,11 +503,11 @@ class TransformerAttention(nn.Module):
         return torch.unflatten(projected, 1, (self.num_heads, self.head_dim))
 
     def _output(self, attended: Tensor, query: Tensor) -> Tensor:
-        """Joins the heads `[B, M, N_q or 1, d]` and applies W."""
+        """Concatenates the heads `[B, M, N_q or 1, d]` and applies W."""
         if self.ndim == 1:
             out = project(self.out_proj, attended.transpose(1, 2).flatten(2))
             return out if out.shape[1] == query.shape[1] else out.expand(-1, query.shape[1], -1).contiguous()
-        if attended.stride(-1) == 1:  # features side by side in memory, or places
+        if attended.stride(-1) == 1:  # contiguous features, or contiguous positions
             joined = attended.transpose(1, 2).flatten(2).transpose(1, 2)
         else:
             joined = attended.transpose(2, 3).flatten(1, 2)
@@ -515,7 +518,7 @@ class TransformerAttention(nn.Module):
 
 
 def _projected_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that linear layers give: autocast's, or that of their input."""
+    """The output dtype of linear layers: autocast's, or that of their input."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if _is_autocast(device) else x.dtype
 
@@ -525,7 +528,7 @@ def _is_autocast(device: str) -> bool:
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
-    """What a layer computes in: the dtype of its first floating-point parameter."""
+    """The dtype that a layer computes in: that of its first floating-point parameter."""
     found = (parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
     return next(found, torch.get_default_dtype())
 

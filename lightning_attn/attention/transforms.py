@@ -1,7 +1,7 @@
-"""Whether operations are being looked into: by forward-mode derivatives, by `torch.func`, or by batched gradients.
+"""Detects forward-mode derivatives, `torch.func` transforms and batched gradients.
 
-Our own operators and torch's fused ones have no rule for these; the modules then compute with plain operations. What is
-asked of torch here is private to it. Where a part is missing, its answer is no, and torch itself raises an error.
+Our custom operators and torch's fused ones have no rule for these; the modules then use plain operations. The functions
+queried here are private to torch. Where one is missing, the answer is no, and torch itself raises an error.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ _functorch: Any = getattr(torch._C, "_functorch", None)
 
 
 def not_compiled(function: F) -> F:
-    """A function around which `torch.compile` breaks its graph."""
+    """Excludes a function from `torch.compile`, which breaks its graph there."""
     return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 def constant_when_compiled(function: F) -> F:
-    """A function whose result is a constant of a compiled graph; its arguments must be none of the graph's values."""
+    """Makes a function's result a constant of a compiled graph; its arguments must not be values of the graph."""
     return cast(F, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether some transform is under way, or one of the tensors stands for a batch of gradients."""
+    """Whether a transform is active, or one of the tensors is a batch of gradients (`is_grads_batched`)."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     if (active is not None and active()) or getattr(forward_ad, "_current_level", -1) >= 0:
         return True

@@ -1,4 +1,4 @@
-"""Metrics that are exact on any number of ranks: gather by sample id, drop repeats, score once."""
+"""Metrics that are exact on any number of ranks: they gather by sample id, drop repeats, and score once."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs COCO's scorer or sacreBLEU when it is asked for."""
+    """Imports metrics that need COCO's scorer or sacreBLEU on first access."""
     if name in __all__:
         file = "detection" if name in ("CocoDetectionMetrics", "DetectionScores") else "translation"
         return getattr(import_module(f"{__name__}.{file}"), name)

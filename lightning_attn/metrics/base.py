@@ -1,4 +1,4 @@
-"""The base of all metrics: a `torchmetrics.Metric` that gathers a record of each sample by id, and scores it once."""
+"""The base of the metrics: a `torchmetrics.Metric` that gathers a record of each sample by id and scores it once."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -23,28 +23,28 @@ T = TypeVar("T")
 
 
 class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
-    """A metric of a whole split that depends neither on batches and repeats nor on the number of ranks.
+    """A metric of a whole split that does not depend on batches, repeated samples or the number of ranks.
 
-    `update` turns samples into records, `compute` gathers the records of all ranks by sample id, drops repeats, and
-    turns them into scores.
+    `update` turns samples into records; `compute` gathers the records of all ranks by sample id, drops repeats, and
+    computes the scores.
 
     Records are an ordinary attribute rather than states of torchmetrics: states are tensors, and torchmetrics
-    concatenates those of all ranks without knowing which sample is which. What follows from that:
+    concatenates those of all ranks without sample ids. Consequences:
 
     - `compute` gathers by itself, and is always a collective. So torchmetrics neither synchronizes
-      (`sync_on_compute`) nor caches: a rank that returns a cached result would leave the others waiting. Unless a rank
-      was updated since, a further call only asks whether one was.
-    - `forward` adds the samples, and returns the scores of them alone, of this rank: no collective.
-    - `MetricCollection` never takes two of these metrics for one (`compute_groups`).
-    - `state_dict` is empty, and `to` moves results only: records stay on the CPU. Pickling, `deepcopy` and `clone` keep
-      them; `merge_state` is refused.
+      (`sync_on_compute`) nor caches: a rank that returns a cached result would leave the others waiting. Without
+      updates since the last call, it only checks that no rank has any.
+    - `forward` adds the samples, and returns the scores of these alone, of this rank: no collective.
+    - `MetricCollection` never merges two of these metrics (`compute_groups`).
+    - `state_dict` is empty, and `to` moves results only: records stay on the CPU. Pickling, `deepcopy` and `clone`
+      include them; `merge_state` raises an error.
 
     Args:
-        nothing_to_score: The message of `compute` if no rank has anything to score.
+        nothing_to_score: The error message of `compute` if no rank has anything to score.
     """
 
     is_differentiable = False
-    full_state_update = True  # `update` looks at the ids that were added before
+    full_state_update = True  # `update` depends on the ids that were added before
 
     def __init__(self, nothing_to_score: str) -> None:
         super().__init__(sync_on_compute=False, compute_with_cache=False)
@@ -55,11 +55,11 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
 
     @override
     def compute(self) -> ResultT:
-        """Scores all samples that were seen. A collective: every rank has to call it, and every rank gets the same.
+        """Scores all samples. A collective: every rank must call it, and every rank gets the same result.
 
         Raises:
             InputError: On every rank, if no rank has anything to score.
-            ValueError: On every rank, if ranks disagree about the truth of an id.
+            ValueError: On every rank, if ranks have different ground truths for an id.
         """
         if true_on_any_rank(self._scores is None):
             gathered = gather_by_id(self._records, self._truth)
@@ -71,7 +71,7 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> ResultT:
-        """Adds samples as `update` does; returns the scores of them alone, of this rank, NaN if there are none."""
+        """Adds samples as `update` does; returns the scores of these alone, of this rank, NaN if there are none."""
         records, self._records = self._records, {}
         try:
             self.update(*args, **kwargs)
@@ -86,12 +86,11 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
 
     @override
     def reset(self) -> None:
-        """Forgets all samples and scores."""
         super().reset()
         self._records, self._gathered, self._scores = {}, None, None
 
     def gathered(self) -> dict[int, RecordT]:
-        """The records that `compute` scored, of all ranks, sorted by sample id. No collective: one rank may call it.
+        """The records that `compute` scored, of all ranks, sorted by sample id. Not a collective: one rank may call it.
 
         Raises:
             RuntimeError: If `compute` was not called since the last `update` or `reset`.
@@ -99,13 +98,13 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
         return _computed(self._gathered)
 
     def _add(self, sample: int, record: RecordT) -> None:
-        """Adds a sample's record; one that was added before is ignored."""
+        """Adds a sample's record, unless its id was added before."""
         self._gathered = self._scores = None
         add_record(self._records, sample, record, self._truth)
 
     @staticmethod
     def _truth(record: RecordT) -> object:
-        """What all records of one sample have to agree in, such as its reference."""
+        """The part that must be equal in all records of a sample, such as its reference."""
         return None
 
     @abstractmethod
@@ -118,28 +117,28 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
 
     @abstractmethod
     def _result(self, scores: ScoresT | None) -> ResultT:
-        """What `compute` returns; NaN for None."""
+        """Converts scores to the return value of `compute`; NaN for None."""
 
     def _tensor(self, value: float) -> Tensor:
-        """A result on the metric's device, in double precision so that nothing is rounded; MPS has single only."""
+        """A result on the metric's device, in double precision to avoid rounding; MPS supports single only."""
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         return torch.tensor(value, dtype=dtype, device=self.device)
 
 
 class ScoresMetric(GatheredMetric[RecordT, ScoresT, dict[str, Tensor]]):
-    """A metric of several scores: `compute` returns a flat dictionary of tensors that can be logged.
+    """A metric of several scores: `compute` returns a flat dictionary of tensors for logging.
 
-    Lightning logs a metric itself (`self.log(name, metric)`, `self.log_dict(collection)`) only if it returns one
+    Lightning can log a metric itself (`self.log(name, metric)`, `self.log_dict(collection)`) only if it returns one
     tensor: `metric["name"]` is a metric of one score that shares samples and computation with this one.
 
     Attributes:
-        score_names: The keys of what `compute` returns.
+        score_names: The keys of the dictionary.
     """
 
     score_names: ClassVar[tuple[str, ...]]
 
     def scores(self) -> ScoresT:
-        """All that `compute` found, also what cannot be logged, as plain numbers. No collective.
+        """All scores of the last `compute`, also those that cannot be logged, as plain numbers. Not a collective.
 
         Raises:
             RuntimeError: If `compute` was not called since the last `update` or `reset`.
@@ -147,9 +146,9 @@ class ScoresMetric(GatheredMetric[RecordT, ScoresT, dict[str, Tensor]]):
         return _computed(self._scores)
 
     @override
-    def __getitem__(self, name: str) -> "Score":  # type: ignore[override]  # torchmetrics says int, and means any key
+    def __getitem__(self, name: str) -> "Score":  # type: ignore[override]  # typed int, but torchmetrics allows any key
         if name not in self.score_names:
-            raise KeyError(f"{type(self).__name__} has no score {name!r}, only {', '.join(self.score_names)}")
+            raise KeyError(f"{type(self).__name__} has no score {name!r}; use one of {', '.join(self.score_names)}.")
         return Score(self, name)
 
     @override
@@ -159,7 +158,7 @@ class ScoresMetric(GatheredMetric[RecordT, ScoresT, dict[str, Tensor]]):
 
 
 class Score(CompositionalMetric):
-    """One score of a metric that has several, as a metric of its own; samples and computation are the other's.
+    """One score of a metric with several, as a separate metric; samples and computation are shared.
 
     Args:
         metric: The metric.
@@ -171,8 +170,8 @@ class Score(CompositionalMetric):
         self.name = name
 
     @property
+    @override
     def higher_is_better(self) -> bool | None:  # type: ignore[override]  # of an instance, not of the class
-        """As the metric says."""
         return self.metric_a.higher_is_better  # type: ignore[union-attr]
 
     @override
@@ -181,15 +180,15 @@ class Score(CompositionalMetric):
 
 
 def nothing_to_score(what: str, split: str) -> str:
-    """The message of a metric that knows the name of its split."""
+    """The error message for an empty split."""
     stage = "val" if split == "valid" else split
     return (
-        f"there is no {what} of the split {split!r} to score: it is empty, everything was filtered out, or "
+        f"there is no {what} of the split {split!r} to score: it is empty, all samples were filtered out, or "
         f"trainer.limit_{stage}_batches is 0."
     )
 
 
 def _computed(value: T | None) -> T:
     if value is None:
-        raise RuntimeError("call compute() on every rank first: it gathers and scores the samples of all ranks")
+        raise RuntimeError("call compute() on every rank first: it gathers and scores the samples of all ranks.")
     return value

@@ -1,4 +1,4 @@
-"""Scores of detected objects by COCO's rules, the same to the last digit on any number of ranks."""
+"""COCO's detection metrics, bitwise identical on any number of ranks."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_attn.metrics.base import ScoresMetric, nothing_to_score
 from lightning_attn.metrics.gather import several_ranks
 
-# COCO's twelve numbers in the order of its evaluator's `stats`.
+# COCO's twelve metrics in the order of its evaluator's `stats`.
 COCO_NUMBERS = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
@@ -26,7 +26,7 @@ COCO_NUMBERS = (
 
 
 class CocoRecord(TypedDict):
-    """A detection as COCO's results files hold it; `bbox` is x, y, width and height in pixels of the original image."""
+    """A detection in the format of COCO's results files; `bbox` is x, y, width, height in original pixels."""
 
     image_id: int
     category_id: int
@@ -35,12 +35,12 @@ class CocoRecord(TypedDict):
 
 
 class DetectionScores(TypedDict):
-    """COCO's twelve numbers from 0 to 1, the AP of each category, and what they were computed from.
+    """COCO's twelve metrics from 0 to 1, the AP of each category, and the number of images.
 
     `ap` is the mean over the IoU thresholds 0.50 to 0.95, `ap50` and `ap75` are at one of them; `ar1`, `ar10` and
-    `ar100` allow as many detections per image; objects below 32² pixels are small, above 96² large. A number is NaN
-    where there is no object to find, such as a large one (COCO's evaluators say -1); categories without objects are not
-    in `ap_per_category` and count in no mean. `num_images` of `num_images_in_split` were scored: those that were seen.
+    `ar100` allow as many detections per image; objects below 32² pixels are small, above 96² large. A metric is NaN
+    if there is no object for it, such as a large one (COCO's evaluators return -1); categories without objects are not
+    in `ap_per_category` and in no mean. `num_images` of `num_images_in_split` images were scored.
     """
 
     ap: float
@@ -61,7 +61,7 @@ class DetectionScores(TypedDict):
 
 
 class ImageDetections(NamedTuple):
-    """What was detected in one image, from the highest score to the lowest.
+    """The detections of one image, from the highest score to the lowest.
 
     Attributes:
         boxes: x1, y1, x2, y2 in pixels of the original image, `[n, 4]`.
@@ -75,7 +75,7 @@ class ImageDetections(NamedTuple):
 
 
 def image_detections(image_id: int, detections: Mapping[str, Tensor]) -> ImageDetections:
-    """The detections of one image, sorted, on the CPU. Waits for the device.
+    """The detections of one image, sorted by score, on the CPU. Waits for the device.
 
     Args:
         image_id: For messages.
@@ -98,7 +98,7 @@ def image_detections(image_id: int, detections: Mapping[str, Tensor]) -> ImageDe
         raise ValueError(
             f"detections of image {image_id}: box {boxes[first].tolist()} with the score {scores[first].item()} cannot "
             "be scored: numbers must be finite and boxes x1, y1, x2, y2 with x1 <= x2 and y1 <= y2. NaN means that the "
-            "training has diverged."
+            "training has diverged: lower the learning rate."
         )
     order = scores.argsort(descending=True, stable=True)
     return ImageDetections(
@@ -107,10 +107,10 @@ def image_detections(image_id: int, detections: Mapping[str, Tensor]) -> ImageDe
 
 
 def coco_records(detections: Mapping[int, ImageDetections]) -> list[CocoRecord]:
-    """Detections by image id as the list that COCO's results files hold.
+    """Converts detections by image id to the list of COCO's results files.
 
     Nothing is rounded: coordinates and scores are Python floats of the same value, width and height are differences in
-    double precision. So what is read back from JSON is scored the same to the last digit.
+    double precision. So the scores of a file that is read back from JSON are bitwise identical.
 
     Returns:
         Sorted by image id, then from the highest score to the lowest.
@@ -126,18 +126,18 @@ def coco_records(detections: Mapping[int, ImageDetections]) -> list[CocoRecord]:
 class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
     """COCO's average precision and recall of boxes, by faster-coco-eval.
 
-    It is no mean over batches or ranks. So this keeps detections by image id, brings those of all ranks together, drops
+    It is not a mean over batches or ranks. So this stores detections by image id, gathers those of all ranks, drops
     repeats, and scores once, on rank 0 (100 detections in each of 5,000 images: about 1 GB and 10 s). If only a part of
-    the split was seen, as under `limit_val_batches`, only that part is scored. `compute` returns COCO's twelve numbers,
-    `scores()` also the rest of `DetectionScores`, and `gathered()` the detections that were scored.
+    the split was evaluated, as under `limit_val_batches`, only that part is scored. `compute` returns COCO's twelve
+    metrics, `scores()` also the rest of `DetectionScores`, and `gathered()` the detections that were scored.
 
     Args:
         ground_truth: `images`, `annotations` (`image_id`, `category_id`, `bbox`, `area`, `iscrowd`) and `categories` as
-            in COCO's annotation files. It is not changed.
+            in COCO's annotation files. It is not modified.
         split: name of the split, for messages.
 
     Raises:
-        ValueError: If two categories have one name, so that their AP cannot be told apart.
+        ValueError: If two categories have the same name, which makes `ap_per_category` ambiguous.
     """
 
     higher_is_better = True
@@ -157,7 +157,7 @@ class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self._ground_truth)] = self._ground_truth  # shared: it may be large, and nothing writes into it
+        memo[id(self._ground_truth)] = self._ground_truth  # shared: it may be large, and is never modified
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
@@ -168,7 +168,7 @@ class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
 
         Args:
             ids: image ids, B integers.
-            detections: of each image, as `image_detections` takes them; also of an image without any.
+            detections: of each image, as for `image_detections`, which may be empty.
 
         Raises:
             ValueError: If an image or a category is not in the ground truth, the two differ in length, or a detection
@@ -180,19 +180,19 @@ class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
             if image_id not in self._image_ids:
                 raise ValueError(
                     f"image id {image_id} is not in the ground truth of the split {self.split!r}, which has "
-                    f"{len(self._image_ids)} images: give the ids of its annotation file."
+                    f"{len(self._image_ids)} images: pass the ids of its annotation file."
                 )
             record = image_detections(image_id, found)
             unknown = set(record.category_ids.tolist()) - self._names.keys()
             if unknown:
                 raise ValueError(
-                    f"detections of image {image_id}: {min(unknown)} is no category id of the split {self.split!r} "
-                    f"({_shortened(self._names)}). Turn the network's outputs into category ids first."
+                    f"detections of image {image_id}: {min(unknown)} is not a category id of the split {self.split!r} "
+                    f"({_shortened(self._names)}). Convert the network's labels to category ids first."
                 )
             self._add(image_id, record)
 
     def records(self) -> list[CocoRecord]:
-        """What `compute` scored, of all ranks, as a results file holds it. No collective: one rank may call it.
+        """The scored detections of all ranks in the format of a results file. Not a collective: one rank may call it.
 
         Raises:
             RuntimeError: If `compute` was not called since the last `update` or `reset`.
@@ -208,7 +208,7 @@ class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
 
     @override
     def _score_gathered(self, records: Mapping[int, ImageDetections]) -> DetectionScores | None:
-        """Scores on rank 0 alone, since it takes much memory."""
+        """Scores on rank 0 only, since it needs much memory."""
         if not several_ranks():
             return self._score(records)
         outcome = [self._score(records) if dist.get_rank() == 0 else None]
@@ -220,8 +220,8 @@ def _evaluate(
     ground_truth: Mapping[str, Any], detections: Mapping[int, ImageDetections], names: Mapping[int, str]
 ) -> dict[str, Any]:
     """COCO's evaluation of the images in `detections`."""
-    # The evaluator holds ids as doubles, which are exact up to 2^53 only, and takes 0 for "no match". So everything is
-    # numbered from 1, in the order of its ids, which decides between equal scores.
+    # The evaluator stores ids as doubles, which are exact up to 2^53 only, and reserves 0 for "no match". So ids are
+    # replaced by numbers from 1, in the order of the ids, which breaks ties between equal scores.
     image_numbers = {image_id: number for number, image_id in enumerate(sorted(detections), start=1)}
     category_numbers = {category_id: number for number, category_id in enumerate(sorted(names), start=1)}
     objects = (one for one in ground_truth["annotations"] if one["image_id"] in detections)
@@ -229,7 +229,7 @@ def _evaluate(
         {
             "images": [{"id": number} for number in image_numbers.values()],
             "categories": [{"id": number, "name": names[one]} for one, number in category_numbers.items()],
-            # Copies, because the evaluator writes into them.
+            # Copies, because the evaluator modifies them.
             "annotations": [
                 {key: one[key] for key in ("bbox", "area", "iscrowd")}
                 | {
@@ -241,7 +241,7 @@ def _evaluate(
             ],
         }
     )
-    # A segmentation, which boxes do not need, would be made up for each record that has none.
+    # An empty segmentation prevents the evaluator from creating one for each record.
     results = [
         {
             **record,
@@ -251,15 +251,15 @@ def _evaluate(
         }
         for record in coco_records(detections)
     ]
-    # Without a function it prints by the root of all loggers.
+    # By default it prints by the root logger.
     evaluation = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=lambda *_: None)
     evaluation.run()
     # [IoU thresholds, recalls, categories, areas, numbers of detections]; -1 where there is no object.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     per_category = {}
     by_number = {number: names[category_id] for category_id, number in category_numbers.items()}
-    for place, category_id in enumerate(evaluation.params.catIds):
-        values = precision[:, :, place]
+    for index_of_category, category_id in enumerate(evaluation.params.catIds):
+        values = precision[:, :, index_of_category]
         if (values > -1).any():
             per_category[by_number[int(category_id)]] = float(values[values > -1].mean())
     numbers = {

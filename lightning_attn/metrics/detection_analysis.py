@@ -1,4 +1,4 @@
-"""What a detector gets wrong: confusion of categories, precision by recall, and the images with most errors."""
+"""Analysis of a detector's errors: confusion matrix, precision-recall curves, and the images with most errors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ __all__ = ["DetectionAnalysis", "ImageErrors", "Outcome", "PrecisionCurve", "ana
 Numbers = npt.NDArray[np.float64]
 
 Outcome = Literal["right", "wrong category", "not detected", "no object", "crowd"]
-"""What became of an object or a detection; what belongs to a crowd does not count."""
+"""The outcome of an object or a detection; those of a crowd are ignored."""
 
 
 @dataclass(frozen=True)
 class ImageErrors:
-    """How well the objects of an image were found.
+    """The errors in an image.
 
     Attributes:
         image_id: Its id.
-        right: Objects that were found with their category.
-        confused: Objects that were found with another category.
-        missed: Objects that were not found.
-        invented: Detections of no object.
-        detections: What each detection of the image with at least the least score is, in their order.
-        objects: What became of each object of the image, in the order of the annotations.
+        right: Number of objects detected with their category.
+        confused: Number of objects detected with another category.
+        missed: Number of objects that were not detected.
+        invented: Number of detections without an object (false positives).
+        detections: Outcome of each detection with at least `min_score`, in their order.
+        objects: Outcome of each object, in the order of the annotations.
     """
 
     image_id: int
@@ -41,19 +41,19 @@ class ImageErrors:
 
     @property
     def errors(self) -> int:
-        """All that is wrong."""
+        """Number of all errors."""
         return self.confused + self.missed + self.invented
 
 
 @dataclass(frozen=True)
 class PrecisionCurve:
-    """Precision and recall of a category as ever more detections count, from the best on.
+    """Precision and recall of a category by score threshold.
 
     Attributes:
         scores: Of the detections, descending, `[n]`.
-        precision: Share of right ones among the detections up to each, `[n]`.
-        recall: Share of the objects that are found by them, `[n]`.
-        num_objects: How many there are to find.
+        precision: Fraction of true positives among the detections up to each, `[n]`.
+        recall: Fraction of the objects that these detect, `[n]`.
+        num_objects: Number of objects.
     """
 
     scores: Numbers
@@ -64,16 +64,16 @@ class PrecisionCurve:
 
 @dataclass(frozen=True)
 class DetectionAnalysis:
-    """What a detector gets wrong in a set of images, at one intersection over union.
+    """The errors of a detector in a set of images, at one intersection over union.
 
     Attributes:
         names: Names of the K categories.
-        confusion: How many objects of a category (row) were detected as which (column), `[K + 1, K + 1]`; the last row
-            are detections of no object, the last column objects that were not detected.
-        curves: Precision by recall of each category.
+        confusion: Number of objects of a category (row) detected as another (column), `[K + 1, K + 1]`; the last row
+            is for detections without an object, the last column for objects that were not detected.
+        curves: The precision-recall curve of each category.
         images: The errors in each image, most first.
-        min_score: Detections of a lower score count in the curves alone.
-        min_iou: Detections and objects belong together from this intersection over union on.
+        min_score: Detections of a lower score are used in the curves only.
+        min_iou: Minimum intersection over union of a match.
     """
 
     names: tuple[str, ...]
@@ -93,60 +93,60 @@ def analyse_detections(
 ) -> DetectionAnalysis:
     """Matches detections with objects, image by image.
 
-    For confusion and errors, detections with at least `min_score` take, from the best on, the object of any category
-    that they overlap most and that is not taken, if by at least `min_iou`. For the curves, all detections do, among the
-    objects of their category, as in COCO's evaluation. Detections that match a crowd alone count nowhere.
+    For confusion and errors, detections with at least `min_score` are matched, the best first, with the unmatched
+    object of any category that they overlap most, if by at least `min_iou`. For the curves, all detections are matched
+    with objects of their category, as in COCO's evaluation. Detections that match only a crowd are ignored.
 
     Args:
         ground_truth: `images`, `annotations` and `categories` as in COCO's annotation files.
-        detections: Of every image that counts, by image id.
+        detections: Of every evaluated image, by image id.
         min_score: See above.
         min_iou: See above.
     """
     categories = sorted(ground_truth["categories"], key=lambda one: one["id"])
-    place = {one["id"]: index for index, one in enumerate(categories)}
+    label_of = {one["id"]: label for label, one in enumerate(categories)}
     names = tuple(one["name"] for one in categories)
-    nothing = len(names)
+    background = len(names)
     objects: dict[int, list[Mapping[str, Any]]] = {}
     for one in ground_truth["annotations"]:
         objects.setdefault(one["image_id"], []).append(one)
-    confusion = np.zeros((nothing + 1, nothing + 1), dtype=np.int64)
+    confusion = np.zeros((background + 1, background + 1), dtype=np.int64)
     hits: list[list[tuple[float, bool]]] = [[] for _ in names]
-    counts = np.zeros(nothing, dtype=np.int64)
+    counts = np.zeros(background, dtype=np.int64)
     images = []
     for image_id, found in detections.items():
         truth = objects.get(image_id, [])
         true_boxes = np.array([one["bbox"] for one in truth], dtype=np.float64).reshape(-1, 4)
         true_boxes[:, 2:] += true_boxes[:, :2]
-        true_places = np.array([place[one["category_id"]] for one in truth], dtype=np.int64)
+        true_labels = np.array([label_of[one["category_id"]] for one in truth], dtype=np.int64)
         crowd = np.array([bool(one["iscrowd"]) for one in truth], dtype=np.bool_)
-        counts += np.bincount(true_places[~crowd], minlength=nothing)
-        places = np.array([place[number] for number in found.category_ids.tolist()], dtype=np.int64)
+        counts += np.bincount(true_labels[~crowd], minlength=background)
+        labels = np.array([label_of[number] for number in found.category_ids.tolist()], dtype=np.int64)
         overlaps = _overlaps(found.boxes, true_boxes, crowd)
-        for category in set(places.tolist()):
-            own, theirs = np.flatnonzero(places == category), true_places == category
-            matched = _matched(overlaps[own][:, theirs], crowd[theirs], min_iou)
-            hits[category] += [
+        for label in set(labels.tolist()):
+            of_label, objects_of_label = np.flatnonzero(labels == label), true_labels == label
+            matched = _match(overlaps[of_label][:, objects_of_label], crowd[objects_of_label], min_iou)
+            hits[label] += [
                 (float(found.scores[index]), match >= 0)
-                for index, match in zip(own, matched.tolist(), strict=True)
+                for index, match in zip(of_label, matched.tolist(), strict=True)
                 if match != _CROWD
             ]
-        shown = found.scores >= min_score
-        matched = _matched(overlaps[shown], crowd, min_iou)
-        pairs = [(places[shown][index], match) for index, match in enumerate(matched.tolist()) if match != _CROWD]
+        confident = found.scores >= min_score
+        matched = _match(overlaps[confident], crowd, min_iou)
+        pairs = [(labels[confident][index], match) for index, match in enumerate(matched.tolist()) if match != _CROWD]
         missed = sorted(set(np.flatnonzero(~crowd).tolist()) - {match for _, match in pairs})
         for predicted, match in pairs:
-            confusion[nothing if match < 0 else true_places[match], predicted] += 1
+            confusion[background if match < 0 else true_labels[match], predicted] += 1
         for index in missed:
-            confusion[true_places[index], nothing] += 1
+            confusion[true_labels[index], background] += 1
         detected = [
-            _outcome(int(predicted), match, true_places)
-            for predicted, match in zip(places[shown], matched.tolist(), strict=True)
+            _outcome(int(predicted), match, true_labels)
+            for predicted, match in zip(labels[confident], matched.tolist(), strict=True)
         ]
-        of_objects: list[Outcome] = ["crowd" if one else "not detected" for one in crowd.tolist()]
+        object_outcomes: list[Outcome] = ["crowd" if one else "not detected" for one in crowd.tolist()]
         for outcome, match in zip(detected, matched.tolist(), strict=True):
             if match >= 0:
-                of_objects[match] = outcome
+                object_outcomes[match] = outcome
         images.append(
             ImageErrors(
                 image_id,
@@ -155,7 +155,7 @@ def analyse_detections(
                 len(missed),
                 detected.count("no object"),
                 tuple(detected),
-                tuple(of_objects),
+                tuple(object_outcomes),
             )
         )
     curves = {name: _curve(one, int(count)) for name, one, count in zip(names, hits, counts, strict=True)}
@@ -166,16 +166,16 @@ def analyse_detections(
 _CROWD = -2
 
 
-def _outcome(predicted: int, match: int, true_places: npt.NDArray[np.int64]) -> Outcome:
+def _outcome(predicted: int, match: int, true_labels: npt.NDArray[np.int64]) -> Outcome:
     if match == _CROWD:
         return "crowd"
     if match < 0:
         return "no object"
-    return "right" if true_places[match] == predicted else "wrong category"
+    return "right" if true_labels[match] == predicted else "wrong category"
 
 
-def _matched(overlaps: Numbers, crowd: npt.NDArray[np.bool_], min_iou: float) -> npt.NDArray[np.int64]:
-    """The object that each detection takes, from the best on; -1 for none, -2 for one of a crowd, `[n]`."""
+def _match(overlaps: Numbers, crowd: npt.NDArray[np.bool_], min_iou: float) -> npt.NDArray[np.int64]:
+    """The index of the object that each detection is matched with, -1 for none, -2 for a crowd, `[n]`."""
     matched = np.full(len(overlaps), -1, dtype=np.int64)
     free = ~crowd
     for index, row in enumerate(overlaps):
@@ -190,7 +190,7 @@ def _matched(overlaps: Numbers, crowd: npt.NDArray[np.bool_], min_iou: float) ->
 
 
 def _overlaps(boxes: Numbers, true_boxes: Numbers, crowd: npt.NDArray[np.bool_]) -> Numbers:
-    """Intersection over union of detections and objects, or for a crowd over the detection, `[n, m]`."""
+    """Intersection over union of detections and objects, for crowds over the detection's area, `[n, m]`."""
     low = np.maximum(boxes[:, None, :2], true_boxes[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], true_boxes[None, :, 2:])
     common = np.prod(np.maximum(0.0, high - low), axis=2)

@@ -1,4 +1,4 @@
-"""Scores of segmented images by Cityscapes' rules, the same to the last digit on any number of ranks."""
+"""Cityscapes' segmentation metrics, bitwise identical on any number of ranks."""
 
 import math
 from collections import Counter
@@ -18,10 +18,10 @@ Confusion = npt.NDArray[np.int64]
 
 
 class SegmentationScores(TypedDict):
-    """Scores from 0 to 1 of all images that were seen, and the counts of pixels behind them.
+    """Scores from 0 to 1 of all images, and their confusion matrix.
 
     `iou_per_class` has every class, `miou` is the mean of those that are not NaN; see `SegmentationMetrics`.
-    `pixel_accuracy` is the share of the counted pixels whose class is right. Where no pixel counts, numbers are NaN.
+    `pixel_accuracy` is the fraction of labelled pixels whose class is right. Without labelled pixels, scores are NaN.
     `confusion` is `[K, K]`: rows are the true classes, columns the predicted ones.
     """
 
@@ -35,23 +35,23 @@ class SegmentationScores(TypedDict):
 class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
     """Mean intersection over union from one confusion matrix of the whole split, as cityscapesScripts computes it.
 
-    A pixel whose truth is ignored does not count, whatever was predicted there. Of every class, all other pixels of all
-    images are counted once: the IoU is TP / (TP + FP + FN). It is NaN, and left out of the mean, only where that
-    denominator is 0: the class is nowhere in the split *and* was never predicted on a pixel that counts. A class that
-    is absent but was predicted has an IoU of 0, which counts in the mean. To leave such a class out for good, take it
-    out of the classes that the network tells apart: pixels of such a class are ignored here, while cityscapesScripts,
-    which always scores all 19, counts them as wrong.
+    Pixels whose ground truth is ignored are excluded, whatever was predicted. For every class, all other pixels of all
+    images are counted once: the IoU is TP / (TP + FP + FN). It is NaN, and excluded from the mean, only where that
+    denominator is 0: the class does not occur in the split *and* was never predicted on a labelled pixel. A class that
+    is absent but was predicted has an IoU of 0, which is included in the mean. To exclude such a class, remove it from
+    the network's classes: pixels of such a class are ignored here, while cityscapesScripts, which always scores all 19,
+    counts them as wrong.
 
-    It is no mean over images or ranks. So this keeps one small matrix an image by sample id (2.9 kB for 19 classes),
-    brings those of all ranks together, drops repeats, and sums them. `compute` returns `miou` and `pixel_accuracy`,
+    It is not a mean over images or ranks. So this stores one small matrix per image by sample id (2.9 kB for 19
+    classes), gathers those of all ranks, drops repeats, and sums them. `compute` returns `miou` and `pixel_accuracy`,
     `scores()` also the rest of `SegmentationScores`.
 
     Args:
         classes: names of the classes, in the order of the labels 0 to K - 1.
-        ignored: the label of pixels that do not count.
+        ignored: the label of ignored pixels.
 
     Raises:
-        ValueError: if there is no class, two have one name, or `ignored` is the label of one or no uint8.
+        ValueError: if there is no class, two have the same name, or `ignored` is the label of a class or not a uint8.
     """
 
     higher_is_better = True
@@ -65,7 +65,7 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
         self.classes, self.ignored = tuple(classes), ignored
         twice = [name for name, count in Counter(self.classes).items() if count > 1]
         if twice or not self.classes:
-            raise ValueError(f"classes must be at least one, each of its own name; got {list(self.classes)}.")
+            raise ValueError(f"classes must be one or more different names, got {list(self.classes)}.")
         if not len(self.classes) <= ignored <= 255:
             raise ValueError(
                 f"ignored must be a label that none of the {len(self.classes)} classes has, from {len(self.classes)} "
@@ -77,13 +77,13 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
         """Add images. An id that was added before is ignored. Waits for the device.
 
         Args:
-            ids: place of each image in the split, B integers.
+            ids: index of each image in the split, B integers.
             predicted: B maps of labels 0 to K - 1, uint8 `[H, W]`, on any device.
-            labels: the truth of each, uint8 of the same shape; also `ignored`.
+            labels: the ground truth of each, uint8 of the same shape; may contain `ignored`.
 
         Raises:
-            ValueError: if the three differ in length, a map does not fit its truth, a label is none of the classes', or
-                an id was added with another truth.
+            ValueError: if the three differ in length, a map does not fit its ground truth, a label is invalid, or an id
+                was added with another ground truth.
         """
         if not len(ids) == len(predicted) == len(labels):
             raise ValueError(
@@ -96,7 +96,7 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
     @staticmethod
     @override
     def _truth(record: Confusion) -> object:
-        """How many pixels each class has in the truth."""
+        """Number of pixels of each class in the ground truth."""
         return record.sum(axis=1).tolist()
 
     @override
@@ -105,11 +105,11 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
             return None
         confusion = sum(records.values(), start=np.zeros((len(self.classes),) * 2, dtype=np.int64))
         right = confusion.diagonal().tolist()
-        united = (confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal()).tolist()
-        ious = [_ratio(*counts) for counts in zip(right, united, strict=True)]
-        there = [iou for iou in ious if not math.isnan(iou)]
+        union = (confusion.sum(axis=0) + confusion.sum(axis=1) - confusion.diagonal()).tolist()
+        ious = [_ratio(*counts) for counts in zip(right, union, strict=True)]
+        defined = [iou for iou in ious if not math.isnan(iou)]
         return SegmentationScores(
-            miou=_ratio(sum(there), len(there)),
+            miou=_ratio(sum(defined), len(defined)),
             pixel_accuracy=_ratio(sum(right), int(confusion.sum())),
             iou_per_class=dict(zip(self.classes, ious, strict=True)),
             confusion=confusion,
@@ -117,7 +117,7 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
         )
 
     def _confusion(self, sample: int, predicted: Tensor, labels: Tensor) -> Confusion:
-        """How many pixels of an image have which true (row) and predicted class (column), without ignored ones."""
+        """The confusion matrix of an image, by true (row) and predicted class (column), without ignored pixels."""
         number = len(self.classes)
         if (
             predicted.shape != labels.shape
@@ -126,16 +126,16 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
         ):
             raise ValueError(
                 f"image {sample}: predicted and labels must both be uint8 [H, W] of one size; got {predicted.dtype} "
-                f"{list(predicted.shape)} and {labels.dtype} {list(labels.shape)}. Bring the prediction to the size of "
-                "the labels, not the other way."
+                f"{list(predicted.shape)} and {labels.dtype} {list(labels.shape)}. Resize the prediction to the size "
+                "of the labels, not the labels."
             )
         if predicted.numel() and (highest := int(predicted.max())) >= number:
             raise ValueError(
                 f"image {sample}: predicted has the label {highest}, but the {number} classes are 0 to {number - 1}, "
-                "and every pixel needs one of them. Give the network's labels, not the data set's ids."
+                "and every pixel needs one of them. Pass the network's labels, not the data set's ids."
             )
-        # One number a pixel, as narrow as it may be: 16 bits take a third of the time and a quarter of the memory of
-        # 64. Selecting the pixels that count first would take ten times as long as counting all.
+        # One number per pixel, in the smallest possible dtype: 16 bits need a third of the time and a quarter of the
+        # memory of 64. Selecting the labelled pixels first would take ten times as long as counting all.
         dtype = torch.int16 if 256 * number <= 2**15 else torch.int32
         pairs = labels.to(predicted.device, dtype).mul_(number).add_(predicted).flatten()
         counts = torch.bincount(pairs, minlength=256 * number).view(256, number).cpu().numpy()
@@ -144,7 +144,7 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
             label = next(label for label in unknown if label != self.ignored)
             raise ValueError(
                 f"image {sample}: labels has the label {label}, which is none of the {number} classes (0 to "
-                f"{number - 1}) and not the ignored one ({self.ignored}). Turn the data set's ids into labels first."
+                f"{number - 1}) and not the ignored one ({self.ignored}). Convert the data set's ids to labels first."
             )
         return counts[:number].copy()
 

@@ -1,4 +1,4 @@
-"""Scores of a translated corpus, the same to the last digit on any number of ranks."""
+"""BLEU and chrF of a translated corpus, bitwise identical on any number of ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Pair = tuple[str, str]
 
 
 class TranslationScores(TypedDict):
-    """Corpus scores from 0 to 100, each with the settings behind it in sacreBLEU's own words."""
+    """Corpus scores from 0 to 100, each with sacreBLEU's signature of its settings."""
 
     bleu: float
     bleu_signature: str
@@ -27,16 +27,16 @@ class TranslationScores(TypedDict):
 
 @dataclass(frozen=True)
 class TranslationScoring:
-    """How BLEU and chrF are computed; the signatures that are logged say it too.
+    """Options of BLEU and chrF; the logged signatures contain them.
 
     Args:
         tokenize: BLEU's tokenisation: "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200"
-            or "none". Those of mecab need `pip install sacrebleu[ja]` or `[ko]`, those of flores fetch a model.
+            or "none". The mecab ones need `pip install sacrebleu[ja]` or `[ko]`, the flores ones download a model.
         lowercase: whether BLEU ignores case.
-        word_order: chrF counts words up to this order too; 2 is chrF++.
+        word_order: chrF includes word n-grams up to this order; 2 is chrF++.
 
     Raises:
-        ValueError: if a value is none of these.
+        ValueError: if a value is invalid.
     """
 
     tokenize: str = "13a"
@@ -45,46 +45,46 @@ class TranslationScoring:
 
     def __post_init__(self) -> None:
         if self.tokenize not in BLEU.TOKENIZERS:
-            raise InputError(f"scoring.tokenize: {self.tokenize!r} is none of {', '.join(BLEU.TOKENIZERS)}.")
+            raise InputError(f"scoring.tokenize must be one of {', '.join(BLEU.TOKENIZERS)}, got {self.tokenize!r}.")
         if self.word_order < 0:
-            raise InputError(f"scoring.word_order: {self.word_order} is negative; 0 is chrF, 2 is chrF++.")
+            raise InputError(f"scoring.word_order must be at least 0, got {self.word_order}; 0 is chrF, 2 is chrF++.")
 
     def bleu(self) -> BLEU:
-        """The scorer.
+        """The scorer of BLEU.
 
         Raises:
-            ValueError: if what the tokenisation needs is not installed.
+            ValueError: if a package of the tokenisation is not installed.
         """
         try:
             return BLEU(tokenize=self.tokenize, lowercase=self.lowercase)
         except (RuntimeError, ImportError, OSError) as error:
             raise InputError(
-                f"scoring.tokenize: {self.tokenize!r} cannot be used: {error}. Those of flores fetch a model from the "
-                "network once; 13a, intl, zh and char need nothing."
+                f"scoring.tokenize: {self.tokenize!r} cannot be used: {error}. The flores ones download a model once; "
+                "13a, intl, zh and char need nothing."
             ) from error
 
 
 def one_line(text: str) -> str:
-    """A text as a file of one sentence a line can hold it: a line break within becomes a space."""
+    """A text as one line of a file: line breaks become spaces."""
     return " ".join(text.splitlines())
 
 
 class CorpusTranslationMetrics(ScoresMetric[Pair, TranslationScores]):
     """Corpus BLEU and chrF of detokenised text by sacreBLEU.
 
-    The score of a corpus is not the mean of scores of its batches, so this keeps the sentences by sample id, brings
-    those of all ranks together, drops repeats, and scores once, in the order of the ids. `compute` returns `bleu` and
-    `chrf`, `scores()` also their signatures, and `hypotheses()` what was scored.
+    The score of a corpus is not the mean of scores of its batches, so this stores the sentences by sample id, gathers
+    those of all ranks, drops repeats, and scores once, in the order of the ids. `compute` returns `bleu` and `chrf`,
+    `scores()` also their signatures, and `hypotheses()` the translations that were scored.
 
-    Without other options BLEU has the tokenisation "13a", mixed case and exponential smoothing, and chrF is chrF2:
-    sacreBLEU's defaults.
+    By default BLEU has the tokenisation "13a", mixed case and exponential smoothing, and chrF is chrF2: sacreBLEU's
+    defaults.
 
     Args:
         split: name of the split, for messages.
-        scoring: how.
+        scoring: options of BLEU and chrF.
 
     Raises:
-        ValueError: if what the tokenisation needs is not installed.
+        ValueError: if a package of the tokenisation is not installed.
     """
 
     higher_is_better = True
@@ -100,10 +100,10 @@ class CorpusTranslationMetrics(ScoresMetric[Pair, TranslationScores]):
         """Add translated sentences. An id that was added before is ignored.
 
         Args:
-            ids: place of each sentence in the corpus, B integers.
-            hypotheses: translations, B detokenised texts. A line break within one becomes a space, so that what
-                is scored is what a file of one sentence a line can hold.
-            references: what each of them is compared with, B detokenised texts.
+            ids: index of each sentence in the corpus, B integers.
+            hypotheses: translations, B detokenised texts. Line breaks become spaces, as in a file of one sentence per
+                line.
+            references: their references, B detokenised texts.
 
         Raises:
             ValueError: if the three differ in length, or an id was added with another reference.
@@ -111,13 +111,13 @@ class CorpusTranslationMetrics(ScoresMetric[Pair, TranslationScores]):
         if not len(ids) == len(hypotheses) == len(references):
             raise ValueError(
                 f"ids, hypotheses and references must be of equal length, got {len(ids)}, {len(hypotheses)} and "
-                f"{len(references)}"
+                f"{len(references)}."
             )
         for sample, hypothesis, reference in zip(ids, hypotheses, references, strict=True):
             self._add(index(sample), (one_line(hypothesis), reference))
 
     def hypotheses(self) -> list[str]:
-        """The translations that `compute` scored, of all ranks, in corpus order. No collective: one rank may call it.
+        """The scored translations of all ranks, in corpus order. Not a collective: one rank may call it.
 
         Raises:
             RuntimeError: if `compute` was not called since the last `update` or `reset`.

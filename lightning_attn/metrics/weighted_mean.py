@@ -16,8 +16,8 @@ Term = tuple[float, int]
 class WeightedMean(GatheredMetric[Term, float, Tensor]):
     """The exact mean of a quantity over a split, such as the loss per target token; `compute` returns a scalar.
 
-    It is the exact sum of the samples' sums divided by the sum of their counts. So it depends neither on how samples
-    were batched, nor on how they were dealt to ranks, nor on repeats, as far as the samples' own sums do not.
+    It is the exact sum of the samples' sums divided by the sum of their counts. So it does not depend on batches, the
+    distribution of samples over ranks, or repeats, if the samples' sums do not.
 
     Args:
         split: name of the split, for messages.
@@ -34,7 +34,7 @@ class WeightedMean(GatheredMetric[Term, float, Tensor]):
         """Add samples. An id that was added before is ignored.
 
         Args:
-            ids: place of each sample in the split, B integers.
+            ids: index of each sample in the split, B integers.
             sums: each sample's quantity summed over its elements, `[B]`, floating point. Waits for the device.
             counts: number of elements of each sample, `[B]`, integer.
 
@@ -44,7 +44,7 @@ class WeightedMean(GatheredMetric[Term, float, Tensor]):
         if not sums.shape == counts.shape == (len(ids),) or counts.is_floating_point():
             raise ValueError(
                 f"sums and counts must have one entry for each of the {len(ids)} ids, and counts must be integers; got "
-                f"shapes {list(sums.shape)} and {list(counts.shape)} and counts of {counts.dtype}"
+                f"shapes {list(sums.shape)} and {list(counts.shape)} and counts of {counts.dtype}."
             )
         for sample, total, count in zip(ids, sums.tolist(), counts.tolist(), strict=True):
             self._add(index(sample), (total, count))

@@ -1,1 +1,1 @@
-"""Architectures in pure PyTorch that take an AttentionSpec for their attention."""
+"""Network architectures in pure PyTorch, whose attention an `AttentionSpec` describes."""

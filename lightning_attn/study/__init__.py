@@ -1,1 +1,1 @@
-"""Measurements of whole networks."""
+"""Measurements of the cost of attentions and networks."""

@@ -1,4 +1,4 @@
-"""What a module really does: multiply-adds measured while it runs, next to the paper's count of them."""
+"""Counts the multiply-adds of a module while it runs, for comparison with the paper's count."""
 
 import dataclasses
 import math
@@ -20,22 +20,22 @@ from lightning_attn.errors import InputError
 
 _aten, _torchvision = torch.ops.aten, torch.ops.torchvision
 
-# Of one bilinear sample: four corners for its value, and in the backward pass four for the gradient of the map and four
-# for that of each coordinate.
+# Products of one bilinear sample: four for its value, and in the backward pass four for the gradient of the map and
+# four for that of each coordinate.
 _BILINEAR_PRODUCTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredCount:
-    """Multiply-adds of one run; half of what torch's counter calls FLOPs.
+    """Multiply-adds of one run; half of the FLOPs of torch's counter.
 
     Attributes:
         total: All multiply-adds.
         by_operator: The part of each operator, such as `"aten.bmm"`.
-        by_module: The part of each submodule by its name, its children included; `""` is the module itself. In the
-            backward pass torch attributes as well as its hooks can tell.
-        uncounted: Elements that operators without a formula wrote (additions, exponentials, softmax, copies, ...), by
-            operator: an operator that the count misses is here and not lost.
+        by_module: The part of each submodule by its name, including its children; `""` is the module itself. In the
+            backward pass the attribution is limited by torch's module hooks.
+        uncounted: Elements written by operators without a formula (additions, exponentials, softmax, copies, ...), by
+            operator, so that missing formulas are visible.
     """
 
     total: int
@@ -47,33 +47,33 @@ class MeasuredCount:
 def count_multiply_adds(module: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> MeasuredCount:
     """Runs a module once and counts the multiply-adds of the operators that it calls.
 
-    Counted are matrix products, convolutions, fused attention, bilinear sampling, deformable convolution and
-    element-wise products, also inside operators that are written in Python. Padding and masks save nothing in a fused
-    operator. Exponentials, normalisation, sums and moving data (indexing, copies) are not multiply-adds.
+    It counts matrix products, convolutions, fused attention, bilinear sampling, deformable convolution and element-wise
+    products, also inside custom operators written in Python. Padding and masks save nothing in a fused operator.
+    Exponentials, normalisation, sums and data movement (indexing, copies) are not multiply-adds.
 
-    The module runs as it is: in training mode it drops weights and updates batch statistics. Gradients that its
-    parameters have are left alone.
+    The module runs in its current mode: in training mode it applies dropout and updates batch statistics. Existing
+    gradients of its parameters do not change.
 
     Args:
         module: A module or a function. Not compiled, since a compiled graph hides its operators, and without
             FlexAttention, which torch's counter cannot run (it raises a TypeError).
-        *args: What it is called with.
+        *args: Positional arguments of the call.
         backward: Also count the backward pass, to the parameters and the arguments that require a gradient. Without it
-            the forward pass runs as in inference, under `torch.no_grad()`.
-        **kwargs: What it is called with.
+            the forward pass runs under `torch.no_grad()`.
+        **kwargs: Keyword arguments of the call.
 
     Raises:
-        ValueError: If there is a backward pass to count, but nothing in the output requires a gradient.
+        ValueError: With `backward`, if no output requires a gradient.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    rest = _UncountedMode(counter.flop_registry)
-    if backward:  # not into the graph that the arguments come from
+    uncounted = _UncountedMode(counter.flop_registry)
+    if backward:  # detached from the graph of the arguments
         args, kwargs = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), (args, kwargs))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the modes see the operators of their own thread only
+    torch.set_num_threads(1)  # dispatch modes see the operators of their own thread only
     try:
         # The mode that is entered last sees an operator first.
-        with rest, counter, _InsideMode(counter.flop_registry), torch.set_grad_enabled(backward):
+        with uncounted, counter, _CustomOperatorMode(counter.flop_registry), torch.set_grad_enabled(backward):
             output = module(*args, **kwargs)
             if backward:
                 _run_backward(module, output)
@@ -88,16 +88,16 @@ def count_multiply_adds(module: Callable[..., Any], *args: Any, backward: bool =
         if name == root or name.startswith(root + ".")
     }
     total = sum(by_operator.values())
-    return MeasuredCount(total, by_operator, {**by_module, "": total}, dict(rest.elements))
+    return MeasuredCount(total, by_operator, {**by_module, "": total}, dict(uncounted.elements))
 
 
 def _run_backward(module: Callable[..., Any], output: Any) -> None:
-    # A view, since the hooks that tell the module do not see a backward pass that begins at its very output.
+    # A view, since torch's module hooks miss a backward pass that starts at the module's output itself.
     outputs = [x.view_as(x) for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
     if not outputs:
         raise InputError(
             "backward=True, but no output requires a gradient: "
-            "give the parameters or an argument requires_grad=True, or leave backward out."
+            "set requires_grad=True for the parameters or an argument, or leave backward out."
         )
     parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
     gradients = [parameter.grad for parameter in parameters]
@@ -117,8 +117,8 @@ class AttentionCost:
     Attributes:
         spec: The attention.
         parameters: Number of parameters of its module.
-        multiply_adds: Measured, of a forward pass.
-        paper_multiply_adds: As the paper counts.
+        multiply_adds: Measured in a forward pass.
+        paper_multiply_adds: By the paper's counting rules.
     """
 
     spec: AttentionSpec
@@ -130,7 +130,7 @@ class AttentionCost:
 def attention_costs(
     specs: Sequence[AttentionSpec], dim: int, size: Sequence[int], role: Literal["self", "causal"] = "self"
 ) -> list[AttentionCost]:
-    """Parameters and multiply-adds, ours and the paper's, of attentions in a slot of width `dim`.
+    """Parameters and multiply-adds, measured and by the paper's rules, of attentions of width `dim`.
 
     Args:
         specs: The attentions to compare.
@@ -139,12 +139,12 @@ def attention_costs(
         role: Whether a sequence's attention is causal.
 
     Raises:
-        ValueError: If a spec does not fit the slot.
+        ValueError: If a spec does not fit `dim` and `role`.
     """
     rows = []
     for spec in specs:
         paper = paper_count(spec, dim, size).total
-        # In a map the attention alone: the 3x3 convolution before it belongs to the block, with or without attention.
+        # For maps the attention alone: the 3x3 convolution before it is part of the block, with or without attention.
         module = build_attention(spec, dim, 1, role) if len(size) == 1 else build_attention(spec, dim, 2, "head")
         if module is None:
             rows.append(AttentionCost(spec, 0, 0, paper))
@@ -155,8 +155,8 @@ def attention_costs(
     return rows
 
 
-class _InsideMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Opens operators that are written in Python (`torch.library.custom_op`), which run with all modes switched off."""
+class _CustomOperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the kernels of custom operators (`torch.library.custom_op`) with modes on, which torch disables in them."""
 
     def __init__(self, formulas: Mapping[Any, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -174,7 +174,7 @@ class _InsideMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             or devices not in ({"CPU"}, {"CUDA"})
         ):
             return func(*args, **kwargs)
-        # Its kernel for this device, called without the dispatcher: what it calls in turn comes by the counter.
+        # Its kernel for this device, called without the dispatcher: the counter sees the operators that it calls.
         key = torch._C.DispatchKey.__members__[devices.pop()]
         kernel = torch.library.get_kernel(func, key)
         with self:
@@ -182,7 +182,7 @@ class _InsideMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _UncountedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up what operators without a formula write."""
+    """Counts the elements that operators without a formula write."""
 
     def __init__(self, formulas: Mapping[Any, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -207,7 +207,7 @@ Shape = Sequence[int]
 
 
 def _matrix_product(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
-    """Of `[..., m, k]` and `[..., k, n]`, or of two vectors."""
+    """The product of `[..., m, k]` and `[..., k, n]`, or of two vectors."""
     return 2 * math.prod(a) * (b[-1] if len(b) > 1 else 1)
 
 
@@ -230,18 +230,18 @@ def _convolution_backward(
     *_: Any,
     **__: Any,
 ) -> int:
-    """As much as the forward pass for each of the two gradients. Torch's formula is wrong with groups."""
+    """As many as the forward pass for each of the two gradients. Torch's formula is wrong with groups."""
     forward = 2 * x[0] * math.prod(weight) * math.prod((x if transposed else grad)[2:])
     return forward * sum(output_mask[:2])
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """Two products: scores, and sums of values."""
+    """Two products: energies, and weighted sums of values."""
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _attention_backward(_: Shape, query: Shape, key: Shape, value: Shape, *__: Any, **___: Any) -> int:
-    """Five products: the scores again, and the gradients of weights, values, queries and keys."""
+    """Five products: the energies again, and the gradients of weights, values, queries and keys."""
     return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
@@ -259,12 +259,12 @@ def _grid_sampler_backward(
     mask: Sequence[bool],
     **_: Any,
 ) -> int:
-    wanted = mask[0] + 2 * mask[1]
-    return 2 * _BILINEAR_PRODUCTS * wanted * math.prod(grad) if interpolation == 0 else 0
+    gradients = mask[0] + 2 * mask[1]
+    return 2 * _BILINEAR_PRODUCTS * gradients * math.prod(grad) if interpolation == 0 else 0
 
 
 def _deform_conv2d(x: Shape, weight: Shape, offset: Shape, _mask: Shape, *rest: Any, out_shape: Shape, **_: Any) -> int:
-    """Samples of all channels at all taps, weighted if modulated, and one convolution of the samples."""
+    """Bilinear samples of all channels at all taps, times the modulation if any, and one convolution of the samples."""
     samples = x[0] * x[1] * math.prod(weight[2:]) * math.prod(offset[2:])
     return 2 * (samples * (_BILINEAR_PRODUCTS + bool(rest[-1])) + math.prod(out_shape) * math.prod(weight[1:]))
 
@@ -272,7 +272,7 @@ def _deform_conv2d(x: Shape, weight: Shape, offset: Shape, _mask: Shape, *rest: 
 def _deform_conv2d_backward(
     grad: Shape, x: Shape, weight: Shape, offset: Shape, _mask: Shape, *rest: Any, **_: Any
 ) -> int:
-    """The samples again, the gradients of samples and weight, and from them that of map, coordinates, modulation."""
+    """The samples again, the gradients of samples and weight, and those of map, coordinates and modulation."""
     samples = x[0] * x[1] * math.prod(weight[2:]) * math.prod(offset[2:])
     modulated = bool(rest[-1])
     sampling = _BILINEAR_PRODUCTS * (4 + modulated) + 3 * modulated
@@ -295,7 +295,7 @@ def _embedding_bag(
 
 
 def _embedding_bag_backward(grad: Shape, indices: Shape, *rest: Any, **_: Any) -> int:
-    """The gradient of the rows; the eleventh argument are the weights of the samples."""
+    """The gradient of the rows; the eleventh argument is the weights of the samples."""
     sample_weights = rest[8]
     return 0 if sample_weights is None else 2 * math.prod(indices) * grad[-1]
 
@@ -310,7 +310,7 @@ def _product(*_: Any, out_val: Tensor, **__: Any) -> int:
 
 _product._get_raw = True  # type: ignore[attr-defined]  # FlopCounterMode then passes tensors: indices are not counted
 
-# What FlopCounterMode counts as nothing, or wrongly. A formula gives FLOPs from shapes.
+# Operators that FlopCounterMode omits, or counts wrongly. A formula returns FLOPs from shapes.
 _FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys((_aten.mv, _aten.dot, _aten.vdot), _matrix_product),
     **dict.fromkeys((_aten.addmm_, _aten.baddbmm_, _aten.addbmm, _aten.addbmm_, _aten.addmv), _added_matrix_product),

@@ -1,4 +1,4 @@
-"""Figures and arrays of what attention looks at, and pictures of what a network finds."""
+"""Figures and arrays of attention weights, and pictures of detections and segmentations."""
 
 from lightning_attn.visualization.convolution import (
     SamplingPoints,

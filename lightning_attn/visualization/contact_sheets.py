@@ -1,10 +1,10 @@
-"""Contact sheets of what a model really sees.
+"""Contact sheets of a model's inputs after all transforms.
 
 `python -m lightning_attn.visualization.contact_sheets -c CONFIG --split train` draws one.
 
-The DataModule is made from the `data` section of a configuration, as in training, and its own loader gives the batches,
-so the sheet shows resizing, random changes, cutting into tokens and padding. A DataModule of your own takes part if it
-has a method `browse_figure(split, num)` that returns a figure.
+The DataModule is built from the `data` section of a configuration, as in training, and its own loader provides the
+batches, so the sheet shows resizing, augmentation, tokenization and padding. A custom DataModule is supported if it has
+a method `browse_figure(split, num)` that returns a figure.
 """
 
 import itertools
@@ -42,7 +42,7 @@ SPLITS = {
 """The stage and the loader of each split."""
 
 _COLUMNS = 4
-_LONGEST_NAME = 40  # letters
+_MAX_NAME_LENGTH = 40  # characters
 _TITLE_INCHES = 0.4  # above each panel
 _PANEL_INCHES = 4.0
 _DPI = 110
@@ -52,27 +52,27 @@ _IGNORED_COLOUR = (255, 255, 255)
 
 @runtime_checkable
 class Browsable(Protocol):
-    """What a DataModule needs for a sheet."""
+    """A DataModule that draws its own contact sheet."""
 
     def browse_figure(self, split: str, num: int) -> Figure:
-        """A sheet of at most `num` samples of a split."""
+        """Draws at most `num` samples of a split."""
 
 
 def browse_figure(module: pl.LightningDataModule, split: str, num: int) -> Figure:
-    """The contact sheet of a DataModule.
+    """Draws the contact sheet of a DataModule.
 
     Args:
         module: The DataModule; its `setup` is called.
         split: "train", "val", "test" or "predict".
-        num: Most samples to show.
+        num: Maximum number of samples.
 
     Raises:
-        ValueError: If there is no such split, `num` is below 1, or the DataModule has no sheet.
+        ValueError: If the split does not exist, `num` is below 1, or the DataModule is not supported.
     """
     if split not in SPLITS:
-        raise InputError(f"split: {split!r} is unknown; give {', '.join(SPLITS)} (--split NAME).")
+        raise InputError(f"split: {split!r} is unknown; use one of {', '.join(SPLITS)} (--split NAME).")
     if num < 1:
-        raise InputError(f"num: {num} is too small; give 1 or more (--num 1).")
+        raise InputError(f"num: {num} is too small; use 1 or more (--num 1).")
     if isinstance(module, Browsable):
         return module.browse_figure(split, num)
     if isinstance(module, DetectionDataModule):
@@ -87,13 +87,13 @@ def browse_figure(module: pl.LightningDataModule, split: str, num: int) -> Figur
         loader = split_loader(module, split)
         return draw_token_sheet(loader, num, module.vocabulary, f"{split} sentences of {module.root}")
     raise InputError(
-        f"{type(module).__name__} has no contact sheet; give it a method browse_figure(split, num) that returns a "
-        "figure."
+        f"{type(module).__name__} has no contact sheet; define a method browse_figure(split, num) in it that returns "
+        "a figure."
     )
 
 
 def split_loader(module: pl.LightningDataModule, split: str) -> DataLoader[Any]:
-    """The loader that training, validation, test or prediction would get its batches from."""
+    """The loader of training, validation, test or prediction."""
     stage, name = SPLITS[split]
     module.prepare_data()
     module.setup(stage)
@@ -102,11 +102,11 @@ def split_loader(module: pl.LightningDataModule, split: str) -> DataLoader[Any]:
 
 
 def draw_detection_sheet(batches: Iterable[DetectionBatch], num: int, names: Sequence[str], title: str) -> Figure:
-    """Images as the network gets them, before it normalises and pads them, with their boxes.
+    """Draws the network's input images, before normalisation and padding, with their boxes.
 
     Args:
-        batches: Where they are from.
-        num: Most images to draw.
+        batches: Batches of images.
+        num: Maximum number of images.
         names: Names of the categories, from label 1.
         title: Above the sheet.
     """
@@ -123,7 +123,7 @@ def draw_detection_sheet(batches: Iterable[DetectionBatch], num: int, names: Seq
         height, width = image.shape[1:]
         boxes, labels = (target["boxes"], target["labels"].tolist()) if target else (np.empty((0, 4)), [])
         called = [names[label - 1] for label in labels]
-        # In the pixels of the sheet, so that letters are as large as they are drawn.
+        # At the resolution of the sheet, so that text has the intended size.
         axes.imshow(draw_detections(image, boxes, called, categories=names, longest_side=round(_DPI * _PANEL_INCHES)))
         axes.set(xticks=[], yticks=[])
         count = f"{len(labels)} boxes" if target else "no targets"
@@ -134,14 +134,14 @@ def draw_detection_sheet(batches: Iterable[DetectionBatch], num: int, names: Seq
 def draw_segmentation_sheet(
     batches: Iterable[SegmentationBatch], num: int, classes: SegmentationClasses, title: str
 ) -> Figure:
-    """Images as the network gets them, before it normalises and pads them, each with its labels below or beside it.
+    """Draws the network's input images, before normalisation and padding, each with its labels below or beside it.
 
-    Ignored pixels are white. The classes that occur are named below the sheet.
+    Ignored pixels are white. A legend below the sheet has the classes that occur.
 
     Args:
-        batches: Where they are from.
-        num: Most images to draw.
-        classes: What the labels mean.
+        batches: Batches of images.
+        num: Maximum number of images.
+        classes: Names and colours of the labels.
         title: Above the sheet.
     """
     none: list[Tensor | None] = [None]
@@ -181,12 +181,12 @@ def draw_segmentation_sheet(
 
 
 def draw_token_sheet(batches: Iterable[TranslationBatch], num: int, vocabulary: Vocabulary, title: str) -> Figure:
-    """Sentences as token batches: a cell for each piece, grey where a batch is padded.
+    """Draws sentences of token batches: a cell for each piece, grey for padding.
 
     Args:
-        batches: Where they are from.
-        num: Most sentences to draw.
-        vocabulary: Names the tokens.
+        batches: Batches of sentences.
+        num: Maximum number of sentences.
+        vocabulary: The pieces of the tokens.
         title: Above the sheet.
     """
     rows: list[tuple[str, Tensor]] = []
@@ -220,13 +220,13 @@ def draw_token_sheet(batches: Iterable[TranslationBatch], num: int, vocabulary: 
 
 
 def _short(name: str) -> str:
-    """A file name that fits above its panel, with its beginning and its end."""
+    """A file name, shortened in the middle to fit above its panel."""
     name = name.rpartition("/")[2]
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 16]}…{name[-15:]}"
+    return name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 16]}…{name[-15:]}"
 
 
 def _grid(count: int, title: str, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each of `count` samples, as high as the usual of the given heights for a width of 1."""
+    """A figure with a panel for each of `count` samples, of the median of the given aspect ratios (height / width)."""
     columns = max(1, min(_COLUMNS, count))
     rows = max(1, -(-count // columns))
     height = _PANEL_INCHES * min(2.0, max(0.5, float(np.median(heights)) if count else 1.0)) + _TITLE_INCHES
@@ -239,7 +239,7 @@ def _grid(count: int, title: str, heights: Sequence[float]) -> tuple[Figure, lis
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command.
+    """Runs the command line.
 
     Args:
         args: Command-line arguments; None for those of the process.
@@ -247,10 +247,14 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 and a message on the standard error if an option or the data is wrong.
     """
-    parser = data_parser("python -m lightning_attn.visualization.contact_sheets", "Draws what a model really sees.")
+    parser = data_parser(
+        "python -m lightning_attn.visualization.contact_sheets", "Draws a model's inputs after all transforms."
+    )
     parser.add_argument("--split", type=str, default="train", help=f"one of {', '.join(SPLITS)}")
-    parser.add_argument("--num", type=int, default=16, help="most samples to show")
-    parser.add_argument("--output", type=str, default="sheet.png", help="figure to write; a file of that name is kept")
+    parser.add_argument("--num", type=int, default=16, help="maximum number of samples")
+    parser.add_argument(
+        "--output", type=str, default="sheet.png", help="figure to write; an existing file is not replaced"
+    )
     try:
         options, module = parse_data(parser, args)
         path = write_figure(Path(options.output), browse_figure(module, options.split, options.num))

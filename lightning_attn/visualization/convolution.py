@@ -1,4 +1,4 @@
-"""Where deformable convolution reads, and the kernels of dynamic convolution."""
+"""Figures of the sampling points of deformable convolution and the kernels of dynamic convolution."""
 
 import dataclasses
 import math
@@ -19,17 +19,17 @@ from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.visualization.figures import colour_bar, faint, fitting_image, save_figure
 from lightning_attn.visualization.maps import find_query
 
-POINT_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # Okabe and Ito's, which the colour-blind can tell apart
+POINT_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # Okabe and Ito's colour-blind safe palette
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingPoints:
-    """Where the taps of a deformable convolution read for one query (Eq. 4).
+    """The sampling points of a deformable convolution for one query (Eq. 4).
 
     Attributes:
         points: q + p_m + w_m x_q, (row, column) of each tap m in positions of the input, `[taps, 2]`.
-        grid: q + p_m, where the regular convolution reads, `[taps, 2]`.
-        modulation: Factor on what each tap reads, `[taps]`; ones if the convolution is not modulated.
+        grid: q + p_m, those of the regular convolution, `[taps, 2]`.
+        modulation: Factor on the sample of each tap, `[taps]`; ones if the convolution is not modulated.
         size: Height and width of the input.
     """
 
@@ -48,51 +48,51 @@ def sampling_points(
     sample: int = 0,
     key_padding_mask: Tensor | None = None,
 ) -> SamplingPoints:
-    """Where a deformable convolution of maps reads for the output at a position.
+    """The sampling points of a deformable convolution of maps for the output at a position.
 
     Args:
         convolution: With `ndim=2`.
-        x: What the convolution gets, `[B, C, H, W]`.
+        x: Input of the convolution, `[B, C, H, W]`.
         position: (row, column) of the output, or its index row by row.
-        sample: Which of the batch.
-        key_padding_mask: `[B, H, W]`, as the convolution gets it.
+        sample: Index in the batch.
+        key_padding_mask: `[B, H, W]`, as passed to the convolution.
 
     Raises:
-        ValueError: If the convolution is one of sequences, or there is no such position or sample.
+        ValueError: If the convolution is one of sequences, or the position or sample does not exist.
     """
     if convolution.offset_groups != 1:
-        raise ValueError(f"sampling points are those of one group, the convolution has {convolution.offset_groups}.")
+        raise ValueError(f"sampling points need offset_groups=1, the convolution has {convolution.offset_groups}.")
     if convolution.ndim != 2 or x.dim() != 4:
         raise ValueError(
-            f"sampling points are those of a map: convolution has ndim={convolution.ndim}, x shape {tuple(x.shape)}."
+            f"sampling points need a map (ndim=2): convolution has ndim={convolution.ndim}, x shape {tuple(x.shape)}."
         )
     if not 0 <= sample < x.shape[0]:
         raise ValueError(f"sample={sample} is not in the batch of {x.shape[0]}.")
     x = x[sample : sample + 1]
     if key_padding_mask is not None:
         x = x.masked_fill(key_padding_mask[sample : sample + 1, None], 0)
-    moved = convolution.offset(x)[0].double().cpu()
-    place, _ = find_query(position, tuple(moved.shape[1:]))
-    assert place is not None, "a position was given"
+    offsets = convolution.offset(x)[0].double().cpu()
+    query, _ = find_query(position, tuple(offsets.shape[1:]))
+    assert query is not None, "a position was given"
     taps = math.prod(convolution.kernel_size)
     rows, columns = torch.meshgrid(
         *(
-            torch.arange(count) * dilation - padding + at * stride
-            for count, dilation, padding, stride, at in zip(
+            torch.arange(count) * dilation - padding + index * stride
+            for count, dilation, padding, stride, index in zip(
                 convolution.kernel_size,
                 convolution.dilation,
                 convolution.padding,
                 convolution.stride,
-                place,
+                query,
                 strict=True,
             )
         ),
         indexing="ij",
     )
     grid = torch.stack((rows.flatten(), columns.flatten()), dim=1).double()
-    at = moved[:, place[0], place[1]]
-    modulation = at[2 * taps :].sigmoid() if convolution.modulated else torch.ones(taps, dtype=torch.float64)
-    return SamplingPoints(grid + at[: 2 * taps].view(taps, 2), grid, modulation, tuple(x.shape[2:]))
+    channels = offsets[:, query[0], query[1]]
+    modulation = channels[2 * taps :].sigmoid() if convolution.modulated else torch.ones(taps, dtype=torch.float64)
+    return SamplingPoints(grid + channels[: 2 * taps].view(taps, 2), grid, modulation, tuple(x.shape[2:]))
 
 
 @torch.no_grad()
@@ -101,21 +101,21 @@ def dynamic_kernel(convolution: DynamicConv, x: Tensor, position: tuple[int, int
 
     Args:
         convolution: Of maps or of sequences.
-        x: What the convolution gets, `[B, C, H, W]` or `[B, L, C]`.
+        x: Input of the convolution, `[B, C, H, W]` or `[B, L, C]`.
         position: (row, column) or an index.
-        sample: Which of the batch.
+        sample: Index in the batch.
 
     Returns:
         One kernel for each of the N_g groups, each with the sum 1: `[N_g, n_k, n_k]` or `[N_g, n_k]`.
 
     Raises:
-        ValueError: If there is no such position or sample.
+        ValueError: If the position or sample does not exist.
     """
     if not 0 <= sample < x.shape[0]:
         raise ValueError(f"sample={sample} is not in the batch of {x.shape[0]}.")
     contents = x[sample] if convolution.ndim == 1 else x[sample].movedim(0, -1)
-    place, _ = find_query(position, tuple(contents.shape[:-1]))
-    content = F.glu(convolution.input_proj(contents[place]), dim=-1)
+    query, _ = find_query(position, tuple(contents.shape[:-1]))
+    content = F.glu(convolution.input_proj(contents[query]), dim=-1)
     logits: Tensor = convolution.kernel_proj(content).double().cpu()
     return (
         logits.view(convolution.groups, -1)
@@ -129,23 +129,23 @@ def draw_sampling_points(
     image: npt.ArrayLike | Tensor | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
-    title: str | None = "Where deformable convolution reads",
+    title: str | None = "Sampling points of deformable convolution",
 ) -> Figure:
-    """Draws the taps of one or several queries: rings on the regular grid, discs where they have moved to.
+    """Draws the taps of one or several queries: rings on the regular grid, discs at the sampling points.
 
     Args:
-        points: From `sampling_points`; of several queries in one map, at most as many as there are colours.
+        points: From `sampling_points`; of several queries in one map, at most as many as `POINT_COLOURS`.
         image: As in `draw_term_maps`.
         path: As in `draw_term_maps`.
         title: Above the figure.
 
     Raises:
         ValueError: If the image does not fit the map, or the queries are too many or of different maps.
-        OSError: If the file cannot be written; nothing is left behind.
+        OSError: If the file cannot be written; no partial file remains.
     """
     queries = [points] if isinstance(points, SamplingPoints) else list(points)
     if not 1 <= len(queries) <= len(POINT_COLOURS) or len({query.size for query in queries}) != 1:
-        raise ValueError(f"points: {len(queries)} queries; give 1 to {len(POINT_COLOURS)}, all of one map.")
+        raise ValueError(f"points: {len(queries)} queries; pass 1 to {len(POINT_COLOURS)}, all of one map.")
     height, width = queries[0].size
     figure = Figure(figsize=(5.2, 0.7 + 5.0 * min(2.0, max(0.3, height / width))), dpi=100, layout="compressed")
     axes = figure.subplots()
@@ -176,7 +176,7 @@ def draw_dynamic_kernels(
     *,
     title: str | None = "Kernels of dynamic convolution",
 ) -> Figure:
-    """Draws the kernels of all groups at one or several positions, with one scale.
+    """Draws the kernels of all groups at one or several positions, with one colour scale.
 
     Args:
         kernels: From `dynamic_kernel`; of several positions, each with the name of its row.
@@ -184,8 +184,8 @@ def draw_dynamic_kernels(
         title: Above the figure.
 
     Raises:
-        ValueError: If there are no kernels, or those of several convolutions.
-        OSError: If the file cannot be written; nothing is left behind.
+        ValueError: If there are no kernels, or they have different shapes.
+        OSError: If the file cannot be written; no partial file remains.
     """
     rows = {"": kernels} if isinstance(kernels, Tensor) else dict(kernels)
     shapes = {tuple(kernel.shape) for kernel in rows.values()}
@@ -198,8 +198,8 @@ def draw_dynamic_kernels(
         layout="compressed",
     )
     grid = figure.subplots(len(rows), groups, squeeze=False)
-    most = max(float(kernel.max()) for kernel in rows.values())
-    scale: dict[str, Any] = {"norm": Normalize(0.0, most), "cmap": colormaps["Blues"]}
+    largest = max(float(kernel.max()) for kernel in rows.values())
+    scale: dict[str, Any] = {"norm": Normalize(0.0, largest), "cmap": colormaps["Blues"]}
     for r, (label, kernel) in enumerate(rows.items()):
         for g, axes in enumerate(grid[r]):
             axes.imshow(kernel[g].reshape(-1, size[-1]).numpy(), interpolation="nearest", **scale)

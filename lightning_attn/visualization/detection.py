@@ -1,4 +1,4 @@
-"""Pictures of detected objects: boxes with names and scores, and truth beside prediction."""
+"""Pictures of detected objects: boxes with names and scores, and predictions beside the ground truth."""
 
 import os
 from collections import Counter
@@ -9,11 +9,11 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lightning_attn.visualization.pictures import Picture, beside_each_other, fitted, font, letter_size, save_picture
+from lightning_attn.visualization.pictures import Picture, beside_each_other, fitted, font, font_size, save_picture
 
 Rectangle = tuple[float, float, float, float]
 
-# Okabe and Ito's, which the colour-blind can tell apart, without black; blue a little lighter, for black letters on it.
+# Okabe and Ito's colour-blind safe palette without black; blue a little lighter, for black text on it.
 CATEGORY_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#2a86c8", "#d55e00", "#cc79a7")
 LABEL_MARGIN = 2
 
@@ -22,9 +22,9 @@ _COLOUR_NAMES = {
     **{"right": "green", "wrong category": "yellow", "not detected": "pink", "no object": "orange"},
     "crowd": "green",
 }
-_LEAST_LETTERS = 9  # pixels
-_LETTERS_OF_A_BOX = 6  # how many times their size fits the longer side of the usual box
-_MOST_COVERED = 0.3  # share of a label that others may cover
+_MIN_FONT_SIZE = 9  # pixels
+_FONT_SIZES_PER_BOX = 6  # longer side of the median box over the font size in crowded pictures
+_MAX_COVERED = 0.3  # fraction of a label that others may cover
 
 
 def draw_detections(
@@ -38,21 +38,21 @@ def draw_detections(
     min_score: float = 0.0,
     longest_side: int | None = None,
 ) -> Picture:
-    """A picture with its boxes, each with the name of its category and, if given, its score.
+    """Draws boxes on an image, each with the name of its category and, if given, its score.
 
-    Small images are enlarged and large ones reduced before anything is drawn, so that lines and letters are readable. A
-    category has one colour. Labels are set beside each other where there is room, those of higher scores first, and
-    left out where there is none.
+    Small images are enlarged and large ones reduced before drawing, so that lines and text are readable. A category has
+    one colour. Labels are placed without overlap where possible, those of higher scores first; labels without space are
+    omitted.
 
     Args:
         image: RGB, uint8: an array `[H, W, 3]` or a tensor `[3, H, W]`.
-        boxes: x1, y1, x2, y2 in pixels of the image, `[n, 4]`. What is outside the image is cut off.
+        boxes: x1, y1, x2, y2 in pixels of the image, `[n, 4]`; clipped to the image.
         names: Names of the boxes' categories, n.
         scores: From 0 to 1, n. None for a ground truth.
-        path: Where the picture is written, as `save_picture` does. None writes nothing.
-        categories: All names that there are, in order, so that a category has the same colour in all pictures. Only
-            where a picture would have two categories of one colour, one of them gets another.
-        min_score: Boxes with a lower score are left out.
+        path: File to write, by `save_picture`. None writes nothing.
+        categories: All names in order, so that a category has the same colour in all pictures, unless two categories
+            of a picture would share a colour.
+        min_score: Boxes with a lower score are omitted.
         longest_side: Pixels of the picture's longer side; None for that of the image, but at least 640 and at most
             1600.
 
@@ -60,10 +60,10 @@ def draw_detections(
         RGB, uint8, `[H', W', 3]`.
 
     Raises:
-        ValueError: If the image is no uint8 RGB image, or boxes, names and scores do not fit each other.
-        OSError: If the file cannot be written; nothing is left behind.
+        ValueError: If the image is not a uint8 RGB image, or the lengths of boxes, names and scores differ.
+        OSError: If the file cannot be written; no partial file remains.
     """
-    found = _kept(boxes, names, scores, min_score)
+    found = _select_boxes(boxes, names, scores, min_score)
     colours = category_colours((name for _, name, _ in found), categories)
     background, factor = fitted(image, longest_side)
     _draw(background, factor, found, colours)
@@ -86,29 +86,29 @@ def draw_detections_beside_truth(
     min_score: float = 0.3,
     longest_side: int | None = None,
 ) -> Picture:
-    """Two pictures of one image, what was detected on the left and what is there on the right, with headings.
+    """Draws two pictures of one image, detections on the left and the ground truth on the right, with headings.
 
     Args:
         image: As in `draw_detections`.
-        boxes: What was detected, `[n, 4]`.
-        names: Its categories, n.
-        scores: Its scores, n.
-        true_boxes: What is there, `[m, 4]`.
+        boxes: The detections, `[n, 4]`.
+        names: Their categories, n.
+        scores: Their scores, n.
+        true_boxes: The ground truth, `[m, 4]`.
         true_names: Its categories, m.
         path: As in `draw_detections`.
         categories: As in `draw_detections`; a category has the same colour in both pictures.
-        min_score: As in `draw_detections`; the heading says it.
+        min_score: As in `draw_detections`; it is in the heading.
         longest_side: Of each of the two pictures.
 
     Returns:
-        RGB, uint8, `[H', W', 3]`; TensorBoard takes it with `add_image(..., dataformats="HWC")`.
+        RGB, uint8, `[H', W', 3]`; for TensorBoard's `add_image(..., dataformats="HWC")`.
 
     Raises:
         ValueError: As in `draw_detections`.
-        OSError: If the file cannot be written; nothing is left behind.
+        OSError: If the file cannot be written; no partial file remains.
     """
-    found = _kept(boxes, names, scores, min_score)
-    truth = _kept(true_boxes, true_names, None, 0.0)
+    found = _select_boxes(boxes, names, scores, min_score)
+    truth = _select_boxes(true_boxes, true_names, None, 0.0)
     colours = category_colours((name for _, name, _ in [*truth, *found]), categories)
     background, factor = fitted(image, longest_side)
     headings = (f"detected: {len(found)} with a score of at least {min_score:g}", f"truth: {len(truth)}")
@@ -128,9 +128,9 @@ def draw_detection_errors(
     *,
     longest_side: int | None = None,
 ) -> Picture:
-    """Two pictures of one image, what was detected on the left and what is there on the right, by what is wrong.
+    """Draws two pictures of one image, detections on the left and the ground truth on the right, coloured by outcome.
 
-    What is right is thin and has no name; colours are named in the headings.
+    Boxes with the outcome "right" are thin and have no label; the headings name the colours.
 
     Args:
         image: As in `draw_detections`.
@@ -162,26 +162,26 @@ def draw_detection_errors(
 def category_colours(names: Iterable[str], categories: Sequence[str] = ()) -> dict[str, str]:
     """A colour for each of the names in a picture, as "#rrggbb".
 
-    Each category of `categories` has its own place in the palette, and gets the next one if that is taken in the
-    picture; names that are not among them follow in alphabetical order. Colours repeat where a picture has more names.
+    Each category of `categories` has a fixed colour of the palette, or the next one if that is already used in the
+    picture; other names follow in alphabetical order. Colours repeat if a picture has more names.
     """
-    places = {name: place for place, name in enumerate(categories)}
+    indices = {name: index for index, name in enumerate(categories)}
     colours: dict[str, str] = {}
-    for name in sorted(set(names), key=lambda name: (places.get(name, len(places)), name)):
-        start = places.get(name, len(places) + len(colours))
-        turns = [CATEGORY_COLOURS[(start + turn) % len(CATEGORY_COLOURS)] for turn in range(len(CATEGORY_COLOURS))]
-        free = [colour for colour in turns if colour not in colours.values()]
-        colours[name] = (free or turns)[0]
+    for name in sorted(set(names), key=lambda name: (indices.get(name, len(indices)), name)):
+        start = indices.get(name, len(indices) + len(colours))
+        choices = [CATEGORY_COLOURS[(start + step) % len(CATEGORY_COLOURS)] for step in range(len(CATEGORY_COLOURS))]
+        unused = [colour for colour in choices if colour not in colours.values()]
+        colours[name] = (unused or choices)[0]
     return colours
 
 
-def _kept(
+def _select_boxes(
     boxes: npt.ArrayLike | Tensor,
     names: Sequence[str],
     scores: Sequence[float] | npt.ArrayLike | Tensor | None,
     min_score: float,
 ) -> list[tuple[Rectangle, str, float | None]]:
-    """Boxes with names and scores, from the highest score to the lowest."""
+    """Boxes of at least this score with names and scores, from the highest score to the lowest."""
     bounds = _array(boxes).reshape(-1, 4) if np.size(boxes) == 0 else _array(boxes)
     if bounds.ndim != 2 or bounds.shape[1] != 4 or len(bounds) != len(names) or not np.isfinite(bounds).all():
         raise ValueError(
@@ -211,8 +211,8 @@ def _draw(
 ) -> None:
     """Draws boxes, then their labels, those of the highest scores on top.
 
-    Where there is no room for all labels, letters are no larger than fits the usual box; a label that could still only
-    be set over another one is left out.
+    Where not all labels fit, the font size is reduced to suit the median box; labels that still overlap others are
+    omitted.
     """
     if not found:
         return
@@ -226,59 +226,59 @@ def _draw(
         canvas.rectangle(box, outline=colours[name], width=line)
     if not named:
         return
-    usual = float(np.median([max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in corners]))
+    median_side = float(np.median([max(x2 - x1, y2 - y1) for x1, y1, x2, y2 in corners]))
     texts = [(name if score is None else f"{name} {score:.2f}", colours[name]) for _, name, score in found]
-    largest = letter_size(picture)
-    for size in (largest, max(_LEAST_LETTERS, min(largest, round(usual / _LETTERS_OF_A_BOX)))):
-        letters = font(size)
-        labels = _labels(corners, texts, letters, picture.size)
+    largest = font_size(picture)
+    for size in (largest, max(_MIN_FONT_SIZE, min(largest, round(median_side / _FONT_SIZES_PER_BOX)))):
+        label_font = font(size)
+        labels = _place_labels(corners, texts, label_font, picture.size)
         if len(labels) == len(found):
             break
-    for place, text, colour in reversed(labels):
-        canvas.rectangle(place, fill=colour, outline="black")
-        canvas.text((place[0] + LABEL_MARGIN, place[1]), text, fill="black", font=letters, anchor="la")
+    for rectangle, text, colour in reversed(labels):
+        canvas.rectangle(rectangle, fill=colour, outline="black")
+        canvas.text((rectangle[0] + LABEL_MARGIN, rectangle[1]), text, fill="black", font=label_font, anchor="la")
 
 
-def _labels(
+def _place_labels(
     corners: Sequence[Rectangle],
     texts: Sequence[tuple[str, str]],
-    letters: ImageFont.FreeTypeFont,
+    label_font: ImageFont.FreeTypeFont,
     picture: tuple[int, int],
 ) -> list[tuple[Rectangle, str, str]]:
-    """Place, text and colour of the labels that there is room for."""
+    """Rectangle, text and colour of the labels that fit."""
     labels: list[tuple[Rectangle, str, str]] = []
     for box, (text, colour) in zip(corners, texts, strict=True):
-        size = letters.getlength(text) + 2 * LABEL_MARGIN, sum(letters.getmetrics())
-        place, covered = _label_place(box, size, picture, [place for place, _, _ in labels])
-        if covered <= _MOST_COVERED * size[0] * size[1]:
-            labels.append((place, text, colour))
+        size = label_font.getlength(text) + 2 * LABEL_MARGIN, sum(label_font.getmetrics())
+        rectangle, covered = _place_label(box, size, picture, [rectangle for rectangle, _, _ in labels])
+        if covered <= _MAX_COVERED * size[0] * size[1]:
+            labels.append((rectangle, text, colour))
     return labels
 
 
 def _inside(box: Rectangle, factor: float, picture: Image.Image) -> Rectangle:
-    """The part of a box that lies in the picture, in its pixels; at least one pixel."""
+    """A box clipped to the picture, in its pixels; at least one pixel."""
     x1, x2 = (min(max(factor * x, 0.0), picture.width - 1.0) for x in (box[0], box[2]))
     y1, y2 = (min(max(factor * y, 0.0), picture.height - 1.0) for y in (box[1], box[3]))
     return x1, y1, max(x1, x2), max(y1, y2)
 
 
-def _label_place(
+def _place_label(
     box: Rectangle, label: tuple[float, float], picture: tuple[int, int], taken: Sequence[Rectangle]
 ) -> tuple[Rectangle, float]:
-    """Where a label of this width and height goes, at a corner of its box, and how much it covers of others there."""
+    """The rectangle of a label of this width and height at a corner of its box, and its overlap with other labels."""
     (x1, y1, x2, y2), (width, height) = box, label
-    places = []
+    candidates = []
     for left in (x1, x2 - width):
         for top in (y1 - height, y1, y2 - height, y2):  # above, inside, inside, below
             left_inside = max(0.0, min(left, picture[0] - 1 - width))
             top_inside = max(0.0, min(top, picture[1] - 1 - height))
-            places.append((left_inside, top_inside, left_inside + width, top_inside + height))
-    covered = [sum(_common_area(place, other) for other in taken) for place in places]
-    best = min(range(len(places)), key=covered.__getitem__)
-    return places[best], covered[best]
+            candidates.append((left_inside, top_inside, left_inside + width, top_inside + height))
+    covered = [sum(_intersection_area(candidate, other) for other in taken) for candidate in candidates]
+    best = min(range(len(candidates)), key=covered.__getitem__)
+    return candidates[best], covered[best]
 
 
-def _common_area(one: Rectangle, other: Rectangle) -> float:
+def _intersection_area(one: Rectangle, other: Rectangle) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, width) * max(0.0, height)

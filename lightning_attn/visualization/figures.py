@@ -34,7 +34,7 @@ TERM_TITLES = {
 WHOLE_TITLES = {"weights": "whole: softmax of\nthe summed energies", "energies": "whole: sum of\nthe energies"}
 MAP_UNITS = {"weights": "weight × number of keys", "energies": "energy (mean over keys 0)"}
 MATRIX_UNITS = {"weights": "weight", "energies": "energy (mean over keys 0)"}
-UNSEEN_COLOUR = "0.75"
+HIDDEN_COLOUR = "0.75"
 QUERY_COLOUR = "#00d5e5"
 PANEL_INCHES = 2.2
 MAX_INCHES = 40.0
@@ -50,35 +50,35 @@ def draw_term_maps(
     quantity: Quantity = "weights",
     title: str | None = None,
 ) -> Figure:
-    """One figure of what a query of a map looks at: a column for each term alone and one for the whole.
+    """Draws the attention maps of one query of a map: a column for each term alone and one for the whole.
 
-    Weights are drawn as multiples of the weight that every key would have if all were alike, in logarithmic steps, with
-    one scale for all panels: colour means "more than an even share" everywhere, and panels can be compared. A key is
-    drawn where it lies, as a square of `kv_stride` positions around it. Keys that the query may not see are grey.
+    Weights are drawn relative to uniform weights, on a logarithmic scale common to all panels, so that panels can be
+    compared: only keys above the uniform weight have a colour. A key is drawn at its position, as a square of
+    `kv_stride` positions around it. Keys that are hidden from the query are grey.
 
     Args:
         maps: From `term_maps`, of one query.
-        image: What the network saw, resized and padded as it was: `[H, W]` or `[H, W, 3]`, or a tensor
+        image: The network's input before normalisation, resized and padded: `[H, W]` or `[H, W, 3]`, or a tensor
             `[1 or 3, H, W]`; uint8, or floats from 0 to 1. None draws the maps alone.
-        path: Where the figure is written, in the format of its suffix (.png, .svg, .pdf); a file of that name is
-            replaced. None writes nothing.
+        path: File to write, in the format of its suffix (.png, .svg, .pdf); an existing file is replaced. None writes
+            nothing.
         terms: Which of the terms that are on; None for all.
         heads: Rows: the mean over heads, each head, or both.
         quantity: `"weights"`, or `"energies"`.
-        title: Above the figure; None says which query it is.
+        title: Above the figure; None for the position of the query.
 
     Returns:
         The figure.
 
     Raises:
         ValueError: If a term is off, the image does not fit the map, or the maps are those of a sentence.
-        OSError: If the file cannot be written; nothing is left behind.
+        OSError: If the file cannot be written; no partial file remains.
     """
     if maps.position is None or len(maps.key_size) != 2:
-        raise ValueError("maps are those of a sentence: draw_token_matrix draws them.")
+        raise ValueError("maps are those of a sentence: use draw_token_matrix.")
     columns, rows = [*maps.selected(terms), "whole"], _rows(maps, heads)
     picture = None if image is None else fitting_image(image, maps.key_size)
-    panels = _panels(rows, columns, quantity, factor=int(maps.seen.sum()))
+    panels = _panels(rows, columns, quantity, factor=int(maps.visible.sum()))
     scale = _map_scale(panels, quantity)
 
     (height, width), first = maps.key_size, 0 if picture is None else 1
@@ -99,15 +99,15 @@ def draw_term_maps(
         for axes, name in zip(grid[r, first:], columns, strict=True):
             if picture is not None:
                 axes.imshow(faint(picture), extent=extent)
-            axes.imshow(_unseen_veil(maps), extent=_key_extent(maps), interpolation="nearest")
+            axes.imshow(_hidden_overlay(maps), extent=_key_extent(maps), interpolation="nearest")
             axes.imshow(panels[r][name], extent=_key_extent(maps), interpolation="nearest", **scale)
             axes.set(xlim=extent[:2], ylim=extent[2:])
             _mark_query(axes, maps)
     for axes, name in zip(grid[0, first:], columns, strict=True):
         axes.set_title(_column_title(name, quantity), fontsize=9)
     colour_bar(figure, grid[:, first:], scale, MAP_UNITS[quantity])
-    place = f"row {maps.position[0]}, column {maps.position[1]} of a {height} × {width} map"
-    _write_around(figure, f"What the query at {place} attends to" if title is None else title, maps)
+    position = f"row {maps.position[0]}, column {maps.position[1]} of a {height} × {width} map"
+    _write_titles(figure, f"Attention of the query at {position}" if title is None else title, maps)
     if path is not None:
         save_figure(figure, path)
     return figure
@@ -126,33 +126,33 @@ def draw_token_matrix(
     query_label: str = "query token",
     key_label: str = "key token",
 ) -> Figure:
-    """One figure of what the tokens of a sentence look at: a matrix for each term alone and one for the whole.
+    """Draws the attention matrices of a sentence: one for each term alone and one for the whole.
 
-    All matrices have one scale. Keys that a query may not see are grey.
+    All matrices have one colour scale. Keys that are hidden from a query are grey.
 
     Args:
         maps: From `term_maps` of a sentence, of all queries or of one.
         queries: Names of the queries, from top to bottom.
-        keys: Names of all keys, also of those that `kv_stride` leaves out.
+        keys: Names of all keys, including those that `kv_stride` skips.
         path: As in `draw_term_maps`.
         terms: As in `draw_term_maps`; `()` draws the whole alone.
         heads: As in `draw_term_maps`.
         quantity: As in `draw_term_maps`.
         title: Above the figure; None for none.
-        query_label: What the queries are, beside the matrices.
-        key_label: What the keys are, below the matrices.
+        query_label: Axis label of the queries.
+        key_label: Axis label of the keys.
 
     Returns:
         The figure.
 
     Raises:
         ValueError: If a term is off, names are too few or too many, or the maps are those of a map.
-        OSError: If the file cannot be written; nothing is left behind.
+        OSError: If the file cannot be written; no partial file remains.
     """
     if len(maps.key_size) != 1:
-        raise ValueError("maps are those of a query of a map: draw_term_maps draws them.")
+        raise ValueError("maps are those of a query of a map: use draw_term_maps.")
     columns, rows = [*maps.selected(terms), "whole"], _rows(maps, heads)
-    num_queries = 1 if maps.position is not None else maps.seen.shape[0]
+    num_queries = 1 if maps.position is not None else maps.visible.shape[0]
     for what, tokens, number in (("queries", queries, num_queries), ("keys", keys, maps.key_size[0])):
         if len(tokens) != number:
             raise ValueError(f"{what}: {len(tokens)} names for {number} tokens: one name each.")
@@ -160,7 +160,7 @@ def draw_token_matrix(
     panels = _panels(rows, columns, quantity)
     scale = _matrix_scale(panels, quantity)
 
-    # A token has 0.2 inches, or less in a long sentence.
+    # A token gets 0.2 inches, or less in a long sentence.
     cell = min(0.2, MAX_INCHES / max(1, len(shown) * len(columns)), MAX_INCHES / max(1, num_queries * len(rows)))
     fontsize = max(3.0, min(8.0, 40 * cell))
     left, below = (0.35 + fontsize / 105 * max(map(len, tokens), default=0) for tokens in (queries, shown))
@@ -169,11 +169,11 @@ def draw_token_matrix(
         figsize=(wide * len(columns) + left + 0.9, tall * len(rows) + below + 1.0), dpi=120, layout="constrained"
     )
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
-    veil = _unseen_veil(maps).reshape(num_queries, -1, 4)
+    overlay = _hidden_overlay(maps).reshape(num_queries, -1, 4)
     for r, (label, _) in enumerate(rows):
         grid[r, 0].set_ylabel(f"{label}\n{query_label}" if len(rows) > 1 else query_label, fontsize=9)
         for axes, name in zip(grid[r], columns, strict=True):
-            axes.imshow(veil, aspect="auto", interpolation="nearest")
+            axes.imshow(overlay, aspect="auto", interpolation="nearest")
             axes.imshow(panels[r][name].reshape(num_queries, -1), aspect="auto", interpolation="nearest", **scale)
             axes.set_xticks(range(len(shown)), shown, rotation=90)
             axes.set_yticks(range(num_queries), queries)
@@ -181,25 +181,25 @@ def draw_token_matrix(
     for axes, name in zip(grid[0], columns, strict=True):
         axes.set_title(_column_title(name, quantity), fontsize=9)
     colour_bar(figure, grid, scale, MATRIX_UNITS[quantity])
-    _write_around(figure, title, maps, key_label)
+    _write_titles(figure, title, maps, key_label)
     if path is not None:
         save_figure(figure, path)
     return figure
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Writes a figure whole or not at all, in the format of the suffix; a file of that name is replaced.
+    """Writes a figure atomically, in the format of the suffix; an existing file is replaced.
 
     Raises:
-        ValueError: If the suffix is no format of figures.
-        OSError: If the folder cannot be written to or is full; nothing is left behind.
+        ValueError: If the suffix is not a format of figures.
+        OSError: If the folder cannot be written to or is full; no partial file remains.
     """
     path = Path(path)
     kind = path.suffix.removeprefix(".").lower()
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise ValueError(f"path={str(path)!r} must end with the format of the figure, one of {sorted(known)}.")
-    # No date and no random names in the file, so that the same figure gives the same bytes.
+    # No date and no random names in the file, so that files of the same figure are bitwise identical.
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}.get(kind)
     with rc_context({"svg.hashsalt": "lightning_attn"}):
         return write_file(
@@ -222,7 +222,7 @@ def _rows(maps: TermMaps, heads: Heads) -> list[tuple[str, TermMaps]]:
 def _panels(
     rows: list[tuple[str, TermMaps]], columns: Sequence[str], quantity: Quantity, factor: float = 1.0
 ) -> list[dict[str, Array]]:
-    """For every row, the values of each panel: weights times the factor, or energies; NaN where a key is not seen."""
+    """For every row, the values of each panel: weights times the factor, or energies; NaN where a key is hidden."""
     if quantity not in ("weights", "energies"):
         raise ValueError(f"quantity must be 'weights' or 'energies', got {quantity!r}.")
     panels = []
@@ -231,23 +231,23 @@ def _panels(
             found = {name: factor * values for name, values in {**maps.weights, "whole": maps.whole}.items()}
         else:
             found = {**maps.energies, "whole": torch.stack(list(maps.energies.values())).sum(0)}
-        panels.append({name: _shown(found[name][0].double(), maps, quantity) for name in columns})
+        panels.append({name: _panel_values(found[name][0].double(), maps, quantity) for name in columns})
     return panels
 
 
-def _shown(values: Tensor, maps: TermMaps, quantity: Quantity) -> Array:
-    values = values.masked_fill(~maps.seen, math.nan)
-    if quantity == "energies":  # a number added to all energies of a query changes no weight
+def _panel_values(values: Tensor, maps: TermMaps, quantity: Quantity) -> Array:
+    values = values.masked_fill(~maps.visible, math.nan)
+    if quantity == "energies":  # centred: a constant added to all energies of a query changes no weight
         keys = tuple(range(values.dim() - len(maps.key_size), values.dim()))
         values = values - values.nanmean(keys, keepdim=True)
-    shown: Array = values.numpy()
-    return shown
+    panel: Array = values.numpy()
+    return panel
 
 
-def _write_around(figure: Figure, title: str | None, maps: TermMaps, label: str = "") -> None:
-    """The title, and below the panels their label and what grey means."""
-    if not bool(maps.seen.all()):
-        label += "  —  grey: keys that the query may not see" if label else "grey: keys that the query may not see"
+def _write_titles(figure: Figure, title: str | None, maps: TermMaps, label: str = "") -> None:
+    """Writes the title, and below the panels their label and the meaning of grey."""
+    if not bool(maps.visible.all()):
+        label += "  —  grey: keys hidden from the query" if label else "grey: keys hidden from the query"
     if label:
         figure.supxlabel(label, fontsize=9)
     if title is not None:
@@ -259,7 +259,7 @@ def _column_title(name: str, quantity: Quantity) -> str:
 
 
 def _map_scale(panels: list[dict[str, Array]], quantity: Quantity) -> dict[str, Any]:
-    """Colours of `imshow`; what is not more than an even share has none, and lets an image through."""
+    """Norm and colour map of `imshow`; values up to the uniform weight are transparent."""
     if quantity == "energies":
         return _diverging_scale(panels)
     return {"norm": LogNorm(1.0, max(2.0, _largest(panels)), clip=True), "cmap": _ramp("YlOrRd")}
@@ -272,12 +272,12 @@ def _matrix_scale(panels: list[dict[str, Array]], quantity: Quantity) -> dict[st
 
 
 def _diverging_scale(panels: list[dict[str, Array]]) -> dict[str, Any]:
-    most = _largest(panels) or 1.0
-    return {"norm": Normalize(-most, most), "cmap": colormaps["RdBu_r"]}
+    largest = _largest(panels) or 1.0
+    return {"norm": Normalize(-largest, largest), "cmap": colormaps["RdBu_r"]}
 
 
 def _largest(panels: list[dict[str, Array]]) -> float:
-    """The largest absolute value that is a finite number; 0 if none is."""
+    """The largest finite absolute value; 0 if there is none."""
     values = np.abs(np.concatenate([values.ravel() for row in panels for values in row.values()]))
     return float(values[np.isfinite(values)].max(initial=0.0))
 
@@ -290,7 +290,7 @@ def _ramp(name: str) -> Colormap:
 
 
 def colour_bar(figure: Figure, grid: npt.NDArray[np.object_], scale: dict[str, Any], label: str) -> None:
-    """One colour bar for the `norm` and `cmap` that all panels of a grid share."""
+    """Adds one colour bar for the common `norm` and `cmap` of all panels of a grid."""
     bar = figure.colorbar(
         ScalarMappable(**scale), ax=grid.ravel().tolist(), fraction=0.05, aspect=18 * len(grid), pad=0.01
     )
@@ -306,7 +306,7 @@ def fitting_image(image: npt.ArrayLike | Tensor, size: tuple[int, ...]) -> Array
     """The image as `[H, W, 3]` floats from 0 to 1.
 
     Raises:
-        ValueError: If it is no image, or a map of this height and width cannot be one of it.
+        ValueError: If it is not an image, or its aspect ratio does not fit a map of this height and width.
     """
     array = np.asarray(image.detach().cpu().movedim(0, -1) if isinstance(image, Tensor) and image.dim() == 3 else image)
     if array.ndim == 2:
@@ -318,37 +318,37 @@ def fitting_image(image: npt.ArrayLike | Tensor, size: tuple[int, ...]) -> Array
     pixels: Array = array / 255.0 if array.dtype == np.uint8 else array.astype(np.float64)
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise ValueError(
-            f"image must be uint8 or from 0 to 1, its values go from {pixels.min():g} to {pixels.max():g}: undo the "
-            "normalisation that the network's input has gone through."
+            f"image must be uint8 or from 0 to 1, its values are from {pixels.min():g} to {pixels.max():g}: undo the "
+            "normalisation of the network's input."
         )
     # A map of n positions at stride s comes from (n - 1) s < pixels <= n s, or from n s <= pixels < (n + 1) s.
     lowest = max(pixels.shape[axis] / (size[axis] + 1) for axis in range(2))
     highest = min((pixels.shape[axis] / (size[axis] - 1) for axis in range(2) if size[axis] > 1), default=math.inf)
     if lowest >= highest:
         raise ValueError(
-            f"image of {pixels.shape[0]} × {pixels.shape[1]} pixels has another aspect than the map of {size[0]} × "
-            f"{size[1]} positions: give the image as the network saw it, resized and padded."
+            f"image of {pixels.shape[0]} × {pixels.shape[1]} pixels has another aspect ratio than the map of {size[0]} "
+            f"× {size[1]} positions: pass the network's input, resized and padded."
         )
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 def faint(picture: Array) -> Array:
-    """An image of `fitting_image` in light grey tones, on which colours stand out."""
+    """An image of `fitting_image` in light grey, as a background for colours."""
     grey = picture @ np.array([0.299, 0.587, 0.114])
     return np.repeat((0.6 + 0.4 * grey)[..., None], 3, axis=2)
 
 
 def _key_extent(maps: TermMaps) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of the keys' squares, in positions of the map; key (0, 0) is centred on (0, 0)."""
-    half, (rows, columns) = maps.kv_stride / 2, maps.seen.shape
+    """Left, right, bottom and top of the keys' squares, in positions of the map; key (0, 0) is centred at (0, 0)."""
+    half, (rows, columns) = maps.kv_stride / 2, maps.visible.shape
     return -half, columns * maps.kv_stride - half, rows * maps.kv_stride - half, -half
 
 
-def _unseen_veil(maps: TermMaps) -> Array:
-    """RGBA: grey where the query may not see a key, nothing elsewhere."""
-    veil = np.zeros((*maps.seen.shape, 4))
-    veil[~maps.seen.numpy()] = to_rgba(UNSEEN_COLOUR, 0.8)
-    return veil
+def _hidden_overlay(maps: TermMaps) -> Array:
+    """RGBA: grey where a key is hidden from the query, transparent elsewhere."""
+    overlay = np.zeros((*maps.visible.shape, 4))
+    overlay[~maps.visible.numpy()] = to_rgba(HIDDEN_COLOUR, 0.8)
+    return overlay
 
 
 def _mark_query(axes: Axes, maps: TermMaps) -> None:

@@ -1,4 +1,4 @@
-"""What one query attends to, term by term, as arrays."""
+"""Attention maps of one query as tensors, for each term alone and for all together."""
 
 import dataclasses
 import inspect
@@ -15,26 +15,26 @@ from lightning_attn.attention.layout import Layout, masked_softmax
 
 @dataclasses.dataclass(frozen=True)
 class TermMaps:
-    """Energies and weights of each term that is on, and the weights of the whole, over the keys.
+    """Energies and weights of each term that is on, and the weights of all terms together, over the keys.
 
     The shape K of the keys is `[H_k, W_k]` in a map and `[L_k]` in a sentence; with all queries of a sentence it is
-    `[L_q, L_k]`. It counts the keys that `kv_stride` leaves. M is the number of heads, or 1 after `mean`. All tensors
-    are on the CPU, in float32 or better.
+    `[L_q, L_k]`. It counts the keys after subsampling by `kv_stride`. M is the number of heads, or 1 after `mean`. All
+    tensors are on the CPU, in float32 or better.
 
     Attributes:
-        energies: E1 to E4 by name, `[M, *K]`, also for keys that the query may not see.
-        weights: The softmax of each term's energy alone over the keys that may be seen (Eq. 8), `[M, *K]`.
-        whole: The module's own weights (all terms that are on), `[M, *K]`.
-        seen: True where a query may see a key, `[*K]`.
+        energies: E1 to E4 by name, `[M, *K]`, also for hidden keys.
+        weights: The softmax of each term's energy alone over the visible keys (Eq. 8), `[M, *K]`.
+        whole: The module's weights (all terms that are on), `[M, *K]`.
+        visible: True where a query sees a key, `[*K]`.
         position: The query, (row, column) in a map or (index,) in a sentence; None for all queries of a sentence.
         key_size: Height and width of the keys' map, or length of the keys' sentence, before `kv_stride`.
-        kv_stride: Key (i, j) lies at (i, j) times this.
+        kv_stride: Key (i, j) has the position (i, j) times this.
     """
 
     energies: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     whole: Tensor
-    seen: Tensor
+    visible: Tensor
     position: tuple[int, ...] | None
     key_size: tuple[int, ...]
     kv_stride: int
@@ -45,30 +45,30 @@ class TermMaps:
         return self.whole.shape[0]
 
     def mean(self) -> "TermMaps":
-        """The mean over heads, of weights as of energies, with 1 in the place of M."""
-        return self._each(lambda tensor: tensor.mean(0, keepdim=True))
+        """The means of weights and energies over heads; M becomes 1."""
+        return self._map(lambda tensor: tensor.mean(0, keepdim=True))
 
     def head(self, index: int) -> "TermMaps":
-        """One head, counted from 0, with 1 in the place of M."""
-        return self._each(lambda tensor: tensor[index : index + 1])
+        """The maps of one head, counted from 0; M becomes 1."""
+        return self._map(lambda tensor: tensor[index : index + 1])
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "TermMaps":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "TermMaps":
         return dataclasses.replace(
             self,
-            energies={name: change(energy) for name, energy in self.energies.items()},
-            weights={name: change(weights) for name, weights in self.weights.items()},
-            whole=change(self.whole),
+            energies={name: function(energy) for name, energy in self.energies.items()},
+            weights={name: function(weights) for name, weights in self.weights.items()},
+            whole=function(self.whole),
         )
 
     def selected(self, terms: Sequence[str] | None) -> tuple[str, ...]:
-        """The names in `terms`, or of all terms that are on.
+        """The names in `terms`, or those of all terms that are on.
 
         Raises:
             ValueError: If a term is off or unknown.
         """
         for name in terms or ():
             if name not in self.weights:
-                raise ValueError(f"terms: {name!r} is off in this attention; those that are on: {list(self.weights)}.")
+                raise ValueError(f"terms: {name!r} is off in this attention; use some of {list(self.weights)}.")
         return tuple(self.weights) if terms is None else tuple(terms)
 
 
@@ -83,22 +83,22 @@ def term_maps(
     key_padding_mask: Tensor | None = None,
     causal: bool | None = None,
 ) -> TermMaps:
-    """What one query attends to by each term alone and by all together (Eq. 2 and 8).
+    """Computes the attention maps of one query, for each term alone and for all together (Eq. 2 and 8).
 
     Only the rows of this query are computed, so the cost is that of a projection even on large maps.
 
     Args:
         attention: A `TransformerAttention`, or a `GatedResidual` around one.
-        query: What the attention gets, `[B, C, H, W]` or `[B, L, C]`.
+        query: Input of the attention, `[B, C, H, W]` or `[B, L, C]`.
         key: Keys, as in `TransformerAttention.forward`.
-        position: The query: (row, column) in a map; an index in a sentence, or in a map row by row. None takes all
+        position: The query: (row, column) in a map; an index in a sentence, or in a map row by row. None for all
             queries of a sentence.
-        sample: Which of the batch.
+        sample: Index in the batch.
         key_padding_mask: As in `TransformerAttention.forward`.
         causal: As in `TransformerAttention.forward`.
 
     Raises:
-        ValueError: If there is no such position or sample, or `attention` is none that has terms.
+        ValueError: If the position or sample does not exist, or `attention` has no terms.
     """
     module = _unwrapped(attention)
     for name, tensor in (("query", query), ("key", key)):
@@ -111,40 +111,41 @@ def term_maps(
     key = query if key is None else key[sample : sample + 1]
     padding = None if key_padding_mask is None else key_padding_mask[sample : sample + 1]
     query_size, key_size = _size(query), _size(key)
-    place, rows = find_query(position, query_size)
+    query_position, rows = find_query(position, query_size)
     strided = (slice(None, None, module.kv_stride),) * module.ndim
     whole = module.weights(query, key, key_padding_mask=padding, causal=causal, rows=rows)
-    seen = _seen(module, query_size, key_size, rows, module.causal if causal is None else causal)
+    visible = _visible_keys(module, query_size, key_size, rows, module.causal if causal is None else causal)
     if padding is not None:
-        seen &= ~padding[0].cpu()[strided]
-    if place is not None:
-        seen = seen[0]
+        visible &= ~padding[0].cpu()[strided]
+    if query_position is not None:
+        visible = visible[0]
 
     def shaped(values: Tensor) -> Tensor:
         dtype = torch.promote_types(values.dtype, torch.float32)
-        return values[0].to("cpu", dtype).reshape(module.num_heads, *seen.shape)
+        return values[0].to("cpu", dtype).reshape(module.num_heads, *visible.shape)
 
     energies = {name: shaped(energy) for name, energy in module.energies(query, key, rows=rows).items()}
     return TermMaps(
         energies=energies,
-        weights={name: _softmax(energy, seen, module.ndim) for name, energy in energies.items()},
+        weights={name: _softmax(energy, visible, module.ndim) for name, energy in energies.items()},
         whole=shaped(whole),
-        seen=seen,
-        position=place,
+        visible=visible,
+        position=query_position,
         key_size=key_size,
         kv_stride=module.kv_stride,
     )
 
 
 def recorded_inputs(attention: nn.Module, call: Callable[[], object]) -> dict[str, Any]:
-    """What an attention inside a network gets, for `term_maps(attention, **inputs)`.
+    """Records the inputs of an attention inside a network, for `term_maps(attention, **inputs)`.
 
     Args:
         attention: As in `term_maps`; a part of the network.
-        call: Runs the network, such as `lambda: network(images)`. If the attention runs several times, the last counts.
+        call: Runs the network, such as `lambda: network(images)`. If the attention runs several times, the last one is
+            returned.
 
     Raises:
-        ValueError: If the attention did not run, or ran on one step of a decoding with a cache.
+        ValueError: If the attention did not run, or ran with a cache.
     """
     module = _unwrapped(attention)
     signature = inspect.signature(module.forward)
@@ -160,7 +161,7 @@ def recorded_inputs(attention: nn.Module, call: Callable[[], object]) -> dict[st
     finally:
         handle.remove()
     if not calls:
-        raise ValueError("call did not run the attention: is it a part of the network that call runs?")
+        raise ValueError("call did not run the attention: pass an attention of the network that call runs.")
     if calls[-1].get("cache") is not None:
         raise ValueError("call ran the attention with a cache, step by step: run the network on the whole sentence.")
     return {name: calls[-1].get(name) for name in ("query", "key", "key_padding_mask", "causal")}
@@ -181,33 +182,33 @@ def _size(x: Tensor) -> tuple[int, ...]:
 def find_query(
     position: tuple[int, int] | int | None, size: tuple[int, ...]
 ) -> tuple[tuple[int, ...] | None, tuple[int, int]]:
-    """The query's place, and its range of rows in the attention's matrix.
+    """The query's position, and its range of rows in the attention's matrix.
 
     Raises:
-        ValueError: If there is no such query.
+        ValueError: If the query does not exist.
     """
     if position is None:
         if len(size) == 1:
             return None, (0, size[0])
-        raise ValueError("position: which query of the map? Give (row, column).")
-    place: tuple[int, ...] = position if isinstance(position, tuple) else (position,)
+        raise ValueError("position is required for a map: pass (row, column) of the query.")
+    query: tuple[int, ...] = position if isinstance(position, tuple) else (position,)
     if isinstance(position, int) and len(size) == 2 and 0 <= position < math.prod(size):
-        place = divmod(position, size[1])
-    if len(place) != len(size) or not all(0 <= at < number for at, number in zip(place, size, strict=True)):
-        what = f"a sentence of {size[0]}" if len(size) == 1 else f"a map of {size[0]} rows and {size[1]} columns"
-        raise ValueError(f"position={position} is no query of {what}; positions count from 0.")
-    row = place[0] if len(place) == 1 else place[0] * size[1] + place[1]
-    return place, (row, row + 1)
+        query = divmod(position, size[1])
+    if len(query) != len(size) or not all(0 <= index < length for index, length in zip(query, size, strict=True)):
+        grid = f"a sentence of {size[0]}" if len(size) == 1 else f"a map of {size[0]} rows and {size[1]} columns"
+        raise ValueError(f"position={position} is not a query of {grid}; positions count from 0.")
+    row = query[0] if len(query) == 1 else query[0] * size[1] + query[1]
+    return query, (row, row + 1)
 
 
-def _seen(
+def _visible_keys(
     module: TransformerAttention,
     query_size: tuple[int, ...],
     key_size: tuple[int, ...],
     rows: tuple[int, int],
     causal: bool,
 ) -> Tensor:
-    """True where a key is within the window and, if causal, not later; `[queries, H_k, W_k]` or `[queries, L_k]`."""
+    """True for keys within the window and, if causal, not later; `[queries, H_k, W_k]` or `[queries, L_k]`."""
     strided = tuple(-(-size // module.kv_stride) for size in key_size)
     (height, width), (key_height, key_width) = ((1, *size)[-2:] for size in (query_size, strided))
     window = (module.window, module.window) if isinstance(module.window, int) else module.window
@@ -215,6 +216,6 @@ def _seen(
     return ~layout.hidden_from(torch.arange(*rows)).reshape(rows[1] - rows[0], *strided)
 
 
-def _softmax(energy: Tensor, seen: Tensor, num_axes: int) -> Tensor:
-    """Softmax over the keys that are seen, the last `num_axes` axes; zeros where none is."""
-    return masked_softmax(energy.flatten(-num_axes), ~seen.flatten(-num_axes)).reshape(energy.shape)
+def _softmax(energy: Tensor, visible: Tensor, num_axes: int) -> Tensor:
+    """Softmax over the visible keys, the last `num_axes` axes; zeros where none is visible."""
+    return masked_softmax(energy.flatten(-num_axes), ~visible.flatten(-num_axes)).reshape(energy.shape)

@@ -1,4 +1,4 @@
-"""Pictures of segmented images: classes in their colours over the image, and prediction beside truth."""
+"""Pictures of segmented images: classes as coloured overlays, and predictions beside the ground truth."""
 
 import os
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from lightning_attn.visualization.pictures import (
     beside_each_other,
     fitted,
     font,
-    letter_size,
+    font_size,
     rgb_pixels,
     save_picture,
 )
@@ -23,7 +23,7 @@ Labels = npt.NDArray[np.uint8]
 Colour = tuple[int, int, int]
 
 OPACITY = 0.6  # of a class's colour over the image
-BORDER = 0.45  # brightness of the pixels where two classes meet
+BORDER = 0.45  # brightness of the pixels at borders between classes
 WRONG_COLOUR: Colour = (230, 60, 0)
 WRONG_OPACITY = 0.85
 
@@ -31,7 +31,7 @@ WRONG_OPACITY = 0.85
 def colour_labels(
     labels: Labels | Tensor, colours: Sequence[Colour], ignored_colour: Colour = (0, 0, 0), *, ignored: int = 255
 ) -> Picture:
-    """A map of labels as a picture of the same size, each label in its colour alone.
+    """Draws a map of labels as a picture of the same size, each label in its colour.
 
     Args:
         labels: uint8 `[H, W]`, from 0 to K - 1 or `ignored`.
@@ -43,7 +43,7 @@ def colour_labels(
         RGB, uint8, `[H, W, 3]`.
 
     Raises:
-        ValueError: If labels are no uint8 `[H, W]`, one of them has no colour, or a colour is none.
+        ValueError: If labels are not uint8 `[H, W]`, a label has no colour, or a colour is invalid.
     """
     return _palette(colours, ignored_colour)[_label_map("labels", labels, len(colours), ignored)]
 
@@ -59,35 +59,35 @@ def draw_segmentation(
     longest_side: int | None = None,
     ignored: int = 255,
 ) -> Picture:
-    """A picture with the colours of its classes laid over it, and the names of those that occur below.
+    """Overlays an image with the colours of its classes; a legend below has those that occur.
 
-    Where two classes meet, a dark line parts them. Ignored pixels are grey and hatched. Small images are enlarged and
-    large ones reduced, so that the names are readable.
+    Dark lines separate classes. Ignored pixels are grey and hatched. Small images are enlarged and large ones reduced,
+    so that the names are readable.
 
     Args:
         image: RGB, uint8: an array `[H, W, 3]` or a tensor `[3, H, W]`.
         labels: uint8 `[H, W]`, from 0 to K - 1 or `ignored`.
         colours: K times red, green and blue from 0 to 255.
         names: Names of the K classes.
-        path: Where the picture is written, as `save_picture` does. None writes nothing.
+        path: File to write, by `save_picture`. None writes nothing.
         opacity: Of the colours: 0 shows the image alone, 1 the colours alone.
-        longest_side: Pixels of the longer side without the names; None for that of the image, but at least 640 and at
+        longest_side: Pixels of the longer side without the legend; None for that of the image, but at least 640 and at
             most 1600.
-        ignored: Label of pixels that belong to no class.
+        ignored: Label of pixels without a class.
 
     Returns:
-        RGB, uint8, `[H', W', 3]`, higher than the image by the rows of names.
+        RGB, uint8, `[H', W', 3]`, higher than the image by the legend.
 
     Raises:
-        ValueError: If the image is no uint8 RGB image, or labels, colours and names do not fit it and each other.
-        OSError: If the file cannot be written; nothing is left behind.
+        ValueError: If the image is not a uint8 RGB image, or labels, colours and names do not fit it and each other.
+        OSError: If the file cannot be written; no partial file remains.
     """
-    palette, pixels = _checked(colours, names, opacity), rgb_pixels(image)
-    shown = _label_map("labels", labels, len(names), ignored, pixels)
+    palette, pixels = _checked_palette(colours, names, opacity), rgb_pixels(image)
+    label_map = _label_map("labels", labels, len(names), ignored, pixels)
     background, _ = fitted(pixels, longest_side)
-    overlay = _overlay(background, _resized(shown, background), palette, opacity, ignored)
-    entries = _legend_entries(shown, names, palette, ignored)
-    picture = np.array(_with_legend(overlay, entries, max(12, 2 * letter_size(background) // 3)))
+    overlay = _overlay(background, _resized(label_map, background), palette, opacity, ignored)
+    entries = _legend_entries(label_map, names, palette, ignored)
+    picture = np.array(_with_legend(overlay, entries, max(12, 2 * font_size(background) // 3)))
     if path is not None:
         save_picture(picture, path)
     return picture
@@ -105,9 +105,9 @@ def draw_segmentation_beside_truth(
     longest_side: int | None = None,
     ignored: int = 255,
 ) -> Picture:
-    """Four pictures with headings: the image and where the prediction is wrong, above prediction and truth.
+    """Draws four pictures with headings: the image and the wrong pixels, above the prediction and the ground truth.
 
-    The names of the classes that occur in either stand below. What the truth ignores is grey and hatched, there and
+    A legend below has the classes that occur in either. Ignored pixels of the ground truth are grey and hatched, also
     among the errors.
 
     Args:
@@ -119,22 +119,22 @@ def draw_segmentation_beside_truth(
         path: As in `draw_segmentation`.
         opacity: As in `draw_segmentation`.
         longest_side: Of each of the four pictures; None for that of the image, but at least 640 and at most 800.
-        ignored: As in `draw_segmentation`; such pixels of the truth are no errors, and do not count in their share.
+        ignored: As in `draw_segmentation`; such pixels of the ground truth are excluded from the errors.
 
     Returns:
-        RGB, uint8, `[H', W', 3]`; TensorBoard takes it with `add_image(..., dataformats="HWC")`.
+        RGB, uint8, `[H', W', 3]`; for TensorBoard's `add_image(..., dataformats="HWC")`.
 
     Raises:
         ValueError: As in `draw_segmentation`.
-        OSError: If the file cannot be written; nothing is left behind.
+        OSError: If the file cannot be written; no partial file remains.
     """
-    palette, pixels = _checked(colours, names, opacity), rgb_pixels(image)
+    palette, pixels = _checked_palette(colours, names, opacity), rgb_pixels(image)
     found = _label_map("predicted", predicted, len(names), ignored, pixels)
     true = _label_map("truth", truth, len(names), ignored, pixels)
     background, _ = fitted(pixels, longest_side, LARGEST_SIDE // 2)
     small_found, small_true = _resized(found, background), _resized(true, background)
-    counted = true != ignored
-    wrong = int(((found != true) & counted).sum()) / max(1, int(counted.sum()))
+    labelled = true != ignored
+    wrong = int(((found != true) & labelled).sum()) / max(1, int(labelled.sum()))
     sheet = beside_each_other(
         [
             ("image", background),
@@ -144,14 +144,14 @@ def draw_segmentation_beside_truth(
         ]
     )
     entries = _legend_entries(np.concatenate((found, true)), names, palette, ignored)
-    figure = np.array(_with_legend(sheet, entries, letter_size(background)))
+    figure = np.array(_with_legend(sheet, entries, font_size(background)))
     if path is not None:
         save_picture(figure, path)
     return figure
 
 
 def _palette(colours: Sequence[Colour], ignored_colour: Colour) -> Picture:
-    """A colour for each uint8, `[256, 3]`."""
+    """A colour for each value of uint8, `[256, 3]`."""
     for colour in (*colours, ignored_colour):
         if len(colour) != 3 or not all(0 <= part <= 255 for part in colour):
             raise ValueError(f"colours must be red, green and blue from 0 to 255; one is {colour!r}.")
@@ -161,8 +161,8 @@ def _palette(colours: Sequence[Colour], ignored_colour: Colour) -> Picture:
     return palette
 
 
-def _checked(colours: Sequence[Colour], names: Sequence[str], opacity: float) -> Picture:
-    """The palette of classes whose names and colours fit."""
+def _checked_palette(colours: Sequence[Colour], names: Sequence[str], opacity: float) -> Picture:
+    """The palette of the classes; raises an error if colours, names or opacity are invalid."""
     if len(colours) != len(names):
         raise ValueError(f"colours and names must be one for each class, got {len(colours)} and {len(names)}.")
     if not 0 <= opacity <= 1:
@@ -173,7 +173,7 @@ def _checked(colours: Sequence[Colour], names: Sequence[str], opacity: float) ->
 def _label_map(
     argument: str, labels: Labels | Tensor, number: int, ignored: int, pixels: Picture | None = None
 ) -> Labels:
-    """The labels as an array, if they fit the number of classes and, if given, the image."""
+    """The labels as an array; raises an error unless they fit the number of classes and, if given, the image."""
     values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
     fits = isinstance(values, np.ndarray) and values.dtype == np.uint8 and values.ndim == 2
     if not fits or (pixels is not None and values.shape != pixels.shape[:2]):
@@ -185,7 +185,7 @@ def _label_map(
     if unknown:
         raise ValueError(
             f"{argument}: {unknown[0]} is none of the labels 0 to {number - 1}, which have colours, and not the "
-            f"ignored one ({ignored}). Turn the data set's ids into labels first."
+            f"ignored one ({ignored}). Convert the data set's ids to labels first."
         )
     return values
 
@@ -197,12 +197,12 @@ def _present(labels: Labels) -> list[int]:
 
 
 def _resized(labels: Labels, picture: Image.Image) -> Labels:
-    """The labels in the size of a picture, each pixel with a label that is there."""
+    """The labels resized to a picture by nearest neighbour."""
     return np.asarray(Image.fromarray(labels).resize(picture.size, Image.Resampling.NEAREST))
 
 
 def _overlay(background: Image.Image, labels: Labels, palette: Picture, opacity: float, ignored: int) -> Image.Image:
-    """Colours over an image of the labels' size."""
+    """The colours of labels over an image of the same size."""
     pixels = np.asarray(background)
     mixed = (1 - opacity) * pixels.astype(np.float32) + opacity * palette[labels]
     hidden = labels == ignored
@@ -212,7 +212,7 @@ def _overlay(background: Image.Image, labels: Labels, palette: Picture, opacity:
 
 
 def _errors(background: Image.Image, predicted: Labels, truth: Labels, ignored: int) -> Image.Image:
-    """An image in pale grey with the wrong pixels in a colour of their own."""
+    """An image in light grey, with the wrong pixels in a separate colour."""
     pixels = np.asarray(background)
     mixed = np.repeat(100 + 0.6 * pixels.mean(axis=2, keepdims=True, dtype=np.float32), 3, axis=2)
     wrong, hidden = predicted != truth, truth == ignored
@@ -222,7 +222,7 @@ def _errors(background: Image.Image, predicted: Labels, truth: Labels, ignored: 
 
 
 def _borders(labels: Labels) -> npt.NDArray[np.bool_]:
-    """The pixels on both sides of where two labels meet."""
+    """The pixels on both sides of borders between labels."""
     borders = np.zeros(labels.shape, dtype=np.bool_)
     for one, other, labels_one, labels_other in (
         (borders[1:], borders[:-1], labels[1:], labels[:-1]),
@@ -235,7 +235,7 @@ def _borders(labels: Labels) -> npt.NDArray[np.bool_]:
 
 
 def _hatched(pixels: Picture) -> npt.NDArray[np.float32]:
-    """The pixels in grey, with slanting stripes."""
+    """The pixels in grey, with diagonal stripes."""
     diagonals = np.add.outer(np.arange(pixels.shape[0]), np.arange(pixels.shape[1]))
     stripes = diagonals // max(3, max(pixels.shape) // 160) % 2
     grey = 0.5 * pixels.mean(axis=2, dtype=np.float32) + 20 + 80 * stripes
@@ -245,7 +245,7 @@ def _hatched(pixels: Picture) -> npt.NDArray[np.float32]:
 def _legend_entries(
     labels: Labels, names: Sequence[str], palette: Picture, ignored: int
 ) -> list[tuple[str, Colour | None]]:
-    """Names and colours of the labels that occur, in their order; None is the hatching of the ignored ones."""
+    """Names and colours of the labels that occur, in their order; None for the hatching of ignored ones."""
     return [
         ("ignored", None) if label == ignored else (names[label], tuple(palette[label].tolist()))
         for label in _present(labels)
@@ -253,16 +253,16 @@ def _legend_entries(
 
 
 def _with_legend(picture: Image.Image, entries: list[tuple[str, Colour | None]], size: int) -> Image.Image:
-    """A picture above rows of names, each beside its colour; wider than the picture only where a name is."""
-    letters, line = font(size), round(1.6 * size)
-    wide = round(max(letters.getlength(name) for name, _ in entries)) + 3 * size
+    """A picture with a legend of names and colours below; wider than the picture only if a name is."""
+    legend_font, line = font(size), round(1.6 * size)
+    wide = round(max(legend_font.getlength(name) for name, _ in entries)) + 3 * size
     columns = min(max(1, picture.width // wide), len(entries))
     rows = -(-len(entries) // columns)
     sheet = Image.new("RGB", (max(picture.width, wide), picture.height + rows * line + size), "white")
     sheet.paste(picture)
     canvas = ImageDraw.Draw(sheet)
-    for place, (name, colour) in enumerate(entries):
-        left, top = size // 2 + place % columns * wide, picture.height + size // 2 + place // columns * line
+    for index, (name, colour) in enumerate(entries):
+        left, top = size // 2 + index % columns * wide, picture.height + size // 2 + index // columns * line
         swatch = Image.new("RGB", (round(1.4 * size), size), colour or "white")
         if colour is None:
             swatch = Image.fromarray(_hatched(np.asarray(swatch)).round().astype(np.uint8))
@@ -270,5 +270,5 @@ def _with_legend(picture: Image.Image, entries: list[tuple[str, Colour | None]],
         sheet.paste(swatch, (left, middle - size // 2))
         corner = left + swatch.width - 1, middle - size // 2 + size - 1
         canvas.rectangle((left, middle - size // 2, *corner), outline="black")
-        canvas.text((left + round(1.8 * size), middle), name, fill="black", font=letters, anchor="lm")
+        canvas.text((left + round(1.8 * size), middle), name, fill="black", font=legend_font, anchor="lm")
     return sheet

@@ -13,7 +13,7 @@ from lightning_attn.visualization.maps import recorded_inputs, term_maps
 
 @torch.no_grad()
 def cross_attention_maps(network: Transformer, source: Tensor, target: Tensor) -> Tensor:
-    """The encoder-decoder attention weights of every layer and head while `target` is decoded.
+    """The encoder-decoder attention weights of every layer and head for the target prefix `target`.
 
     Args:
         network: The Transformer.
@@ -37,16 +37,16 @@ def cross_attention_maps(network: Transformer, source: Tensor, target: Tensor) -
 def draw_translation_attention(
     network: Transformer, vocabulary: Vocabulary, source: Tensor, target: Tensor, path: Path
 ) -> None:
-    """Draws which source tokens the last decoder layer looks at for each target token, by each term and by all.
+    """Draws the last decoder layer's attention to the source for each target token, by each term and by all.
 
     The weights are averaged over heads.
 
     Args:
         network: The Transformer.
-        vocabulary: Names the tokens.
-        source: `[1, S]` source ids; padding is left out.
-        target: `[1, T]` target ids from bos to eos; padding is left out.
-        path: Where the figure is written.
+        vocabulary: The pieces of the tokens.
+        source: `[1, S]` source ids; padding is omitted.
+        target: `[1, T]` target ids from bos to eos; padding is omitted.
+        path: The file to write.
     """
     source, target = source[:, source[0] != vocabulary.pad_id], target[:, target[0] != vocabulary.pad_id]
     layer = network.decoder[-1]
@@ -58,7 +58,7 @@ def draw_translation_attention(
         _names(vocabulary, source[0].tolist()),
         path,
         title="Encoder-decoder attention of the last layer, mean over heads",
-        query_label="target token that is predicted (query)",
+        query_label="predicted target token (query)",
         key_label="source token (key)",
     )
 

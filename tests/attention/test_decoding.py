@@ -83,7 +83,7 @@ def run_beams(rows):
 @pytest.mark.parametrize("terms", TERM_SETS)
 def test_rows_of_a_beam_search_see_their_own_prefix(terms, monkeypatch):
     for room, stride, window in itertools.product([2, 32], [1, 2], [None, 5]):
-        monkeypatch.setattr(cache_module, "FIRST_ROOM", room)
+        monkeypatch.setattr(cache_module, "INITIAL_CAPACITY", room)
         run_beams(search(make(terms, causal=True, kv_stride=stride, window=window)))
 
 
@@ -118,12 +118,12 @@ def test_keys_of_a_sentence_do_not_move_with_its_rows():
         cache.decode_step(torch.randn(2, 1, DIM).double())
         cache.reorder(torch.tensor([0, 0, 0, 1, 1, 1]), 3)
         cache.decode_step(torch.randn(6, 1, DIM).double())
-        before = [x.data_ptr() for x in cache._stored]
+        before = [x.data_ptr() for x in cache.stored]
         for index in ([2, 0, 0, 3, 5, 4], [1, 1, 1, 4, 4, 4]):
             cache.reorder(torch.tensor(index), 3)
             cache.decode_step(torch.randn(6, 1, DIM).double())
-        assert [x.data_ptr() for x in cache._stored] == before
-    assert other._stored[0].shape == (2, 2, 5, 1, DIM // 2), "one copy of the memory for all rows of a sentence"
+        assert [x.data_ptr() for x in cache.stored] == before
+    assert other.stored[0].shape == (2, 2, 5, 1, DIM // 2), "one copy of the memory for all rows of a sentence"
 
 
 def test_a_row_that_is_not_a_number_stays_in_its_sentence():

@@ -258,7 +258,7 @@ def test_reordered_cache_follows_the_sentences():
 
 @pytest.mark.parametrize("block", [1, 60, 400, 10**6])
 def test_the_size_of_a_block_does_not_change_anything(block, monkeypatch):
-    monkeypatch.setattr(deformable, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(deformable, "BLOCK_ELEMENTS", block)
     x, weight, bias, offset = draw(5, 3, 3, 4), draw(4, 3, 3, 3), draw(4), draw(5, 18, 3, 4)
     y = deformable_conv(x, offset, weight, bias, algorithm="gather")
     assert_same(y, deform_conv2d(x, offset, weight, bias, padding=1), [x, offset, weight, bias])
@@ -278,7 +278,7 @@ def test_what_the_taps_read_is_not_kept_for_the_backward_pass():
 def test_large_enough_for_several_blocks_in_single_precision():
     x, offset = torch.randn(2, 128, 50, 60), torch.randn(2, 18, 50, 60) * 2
     weight = torch.randn(16, 128, 3, 3) / 34
-    assert x.shape[1] * 9 * 3000 * 2 > deformable._BLOCK_ELEMENTS
+    assert x.shape[1] * 9 * 3000 * 2 > deformable.BLOCK_ELEMENTS
     y = deformable_conv(x, offset, weight, algorithm="gather")
     torch.testing.assert_close(y, deform_conv2d(x, offset, weight, padding=1), rtol=1e-5, atol=1e-5)
 
@@ -360,11 +360,11 @@ def test_offset_parameters_are_found_at_any_depth_and_nothing_else():
         ({"stride": 1.5}, r"stride must be an integer of at least 1, got 1\.5"),
         ({"padding": -1}, r"padding must be an integer of at least 0, got -1"),
         ({"ndim": 3}, r"ndim must be 1 \(sequences\) or 2 \(maps\), got 3"),
-        ({"causal": True, "ndim": 2}, r"causal=True needs ndim=1: a map has no order"),
+        ({"causal": True, "ndim": 2}, r"causal=True needs ndim=1: the positions of a map have no order"),
         ({"causal": True, "ndim": 1, "stride": 2}, r"causal=True needs stride=1, got 2"),
         ({"causal": True, "ndim": 1, "padding": 1}, r"pads 2 zeros on the left only; leave padding=None, got 1"),
         ({"algorithm": "fast"}, r"algorithm must be one of \['auto', 'gather', 'torchvision', 'reference'\]"),
-        ({"algorithm": "torchvision", "ndim": 1}, r"algorithm='torchvision' knows maps only.*'auto' or 'gather'"),
+        ({"algorithm": "torchvision", "ndim": 1}, r"algorithm='torchvision' supports maps only.*'auto' or 'gather'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -410,7 +410,7 @@ def test_a_cache_is_for_causal_convolutions_without_padding():
     x, cache = torch.zeros(2, 1, 4), causal.new_cache()
     with pytest.raises(ValueError, match=r"only a causal convolution is decoded step by step"):
         module(x, cache=cache)
-    with pytest.raises(ValueError, match=r"key_padding_mask is not for decoding step by step"):
+    with pytest.raises(ValueError, match=r"decoding step by step supports no key_padding_mask"):
         causal(x, key_padding_mask=torch.zeros(2, 1, dtype=torch.bool), cache=cache)
 
 
@@ -519,7 +519,7 @@ def test_weights_of_published_modules_load():
         ({"kernel_size": (3, 0)}, r"kernel_size must be an integer of at least 1, got 0"),
         ({"stride": "2"}, r"stride must be an integer of at least 1, got '2'"),
         ({"modulated": "no"}, r"modulated must be True or False, got 'no'"),
-        ({"groups": 2, "algorithm": "reference"}, r"algorithm='reference' has one group; .* groups=2"),
+        ({"groups": 2, "algorithm": "reference"}, r"algorithm='reference' supports one group only; .* groups=2"),
     ],
 )
 def test_groups_and_sizes_that_make_no_sense_are_refused(settings, message):

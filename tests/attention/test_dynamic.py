@@ -358,7 +358,7 @@ def test_parameters_have_the_promised_names_and_shapes():
         ({"groups": 4}, r"groups=4 does not divide dim=6: use .*\[1, 2, 3, 6\], or a width that is a multiple of 4"),
         ({"ndim": 3}, r"ndim must be 1 \(sequences\) or 2 \(maps\), got 3"),
         ({"ndim": 2, "causal": True}, r"causal=True is for sequences \(ndim=1\).*set causal=False"),
-        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0; 0\.0 switches it off"),
+        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0; use 0\.0 for no dropout"),
         ({"algorithm": "taps"}, r"algorithm must be one of \['auto', 'band', 'reference'\] for ndim=1, got 'taps'"),
         ({"algorithm": "fast", "ndim": 2}, r"algorithm must be one of \['auto', 'taps', 'reference'\] for ndim=2"),
     ],
@@ -405,7 +405,7 @@ def test_errors_of_dtypes_masks_and_caches():
     with pytest.raises(ValueError, match=r"x has batch size 3, the cache has 2"):
         causal(draw(1, batch=3), cache=cache)
     literal = make(causal=True, algorithm="reference")
-    with pytest.raises(ValueError, match=r"algorithm='reference' has no cache; use algorithm='auto'"):
+    with pytest.raises(ValueError, match=r"algorithm='reference' supports no cache; use algorithm='auto'"):
         literal(x, cache=literal.new_cache())
 
 
@@ -488,7 +488,7 @@ def test_options_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="conv_bias must be True or False, got 1"):
         make(conv_bias=1)
     module = make(dropout=0.2, algorithm="reference")
-    with pytest.raises(ValueError, match=r"algorithm='reference' drops nothing, but dropout=0\.2"):
+    with pytest.raises(ValueError, match=r"algorithm='reference' has no dropout, got dropout=0\.2"):
         module.train()(draw(4))
     module.eval()(draw(4))
 

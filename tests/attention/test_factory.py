@@ -306,7 +306,7 @@ def test_no_attention_on_a_sequence_is_no_module():
         (
             AttentionSpec(num_heads=2, convolution="modulated_deformable"),
             (8, 1, "cross"),
-            r"convolution 'modulated_deformable'.*encoder-decoder.*without positions.*Use convolution: regular\.",
+            r"convolution 'modulated_deformable'.*encoder-decoder.*common positions.*Use convolution: regular\.",
         ),
         (SPECS["1111"], (8, 2, "causal"), r"role 'causal' is for sequences.*TransformerAttention itself"),
         (SPECS["1111"], (8, 2, "cross"), r"role 'cross' is for sequences.*TransformerAttention itself"),

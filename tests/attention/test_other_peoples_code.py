@@ -295,7 +295,7 @@ def test_second_derivatives_of_the_fused_kernels(terms, settings):
 def test_second_derivatives_with_dropout_of_a_fused_kernel_are_refused():
     attention = TransformerAttention(16, 4, "1000", algorithm="sdpa", dropout=0.5)
     x = torch.randn(2, 30, 16, requires_grad=True)
-    with pytest.raises(ValueError, match=r"dropout=0.5: derivatives of a backward pass need the mask"):
+    with pytest.raises(ValueError, match=r"dropout=0.5: second derivatives need the dropout mask"):
         torch.autograd.grad(attention(x).sum(), x, create_graph=True)
 
 
@@ -308,13 +308,13 @@ def test_inputs_of_another_dtype_and_layers_of_another_width_are_named(ndim):
     with torch.autocast("cpu", torch.bfloat16):
         attention(x.bfloat16())
     attention.key_proj = nn.Linear(16, 12)
-    with pytest.raises(ValueError, match=r"key_proj gives 12 features, but dim=16"):
+    with pytest.raises(ValueError, match=r"key_proj returns 12 features, but dim=16"):
         attention(x)
 
 
 def test_a_cache_of_something_else_is_named():
     attention = TransformerAttention(16, 4, causal=True)
-    with pytest.raises(TypeError, match=r"cache: it must be made by new_cache\(\) of this module, got a dict"):
+    with pytest.raises(TypeError, match=r"cache: it must come from new_cache\(\) of this module, got a dict"):
         attention(torch.randn(1, 1, 16), cache={})
 
 
@@ -427,9 +427,9 @@ def test_weights_that_multiply_in_their_own_way_are_called():
 
 def test_caches_of_others_are_refused():
     one, two = DynamicConv(16, 3, 4, causal=True), DynamicConv(16, 5, 4, causal=True)
-    with pytest.raises(ValueError, match="cache: it was made by another module"):
+    with pytest.raises(ValueError, match="cache: another module created it"):
         one(torch.randn(1, 1, 16), cache=two.new_cache())
-    with pytest.raises(ValueError, match="cache: it must be made by new_cache"):
+    with pytest.raises(ValueError, match="cache: it must come from new_cache"):
         DeformableConv(4, 4, ndim=1, causal=True)(torch.randn(1, 1, 4), cache=one.new_cache())
 
 

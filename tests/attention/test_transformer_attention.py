@@ -461,7 +461,7 @@ def test_misuse_of_a_cache_is_refused():
         attention(x, key_padding_mask=padding((3,)), cache=attention.new_cache())
     with pytest.raises(ValueError, match=r"cache.*no attention_mask"):
         attention(x, attention_mask=torch.zeros(3, 3, dtype=torch.bool), cache=attention.new_cache())
-    with pytest.raises(ValueError, match="cache: it was made by another module"):
+    with pytest.raises(ValueError, match="cache: another module created it"):
         make(causal=True)(x, cache=attention.new_cache())
     with pytest.raises(ValueError, match="causal=False: with a cache self-attention is always causal"):
         attention(x, cache=attention.new_cache(), causal=False)
@@ -915,7 +915,7 @@ def test_call_errors():
         sentence(x, key_padding_mask=torch.zeros(2, 5))
     with refused(r"key_padding_mask must be bool.*torch\.int64"):
         sentence.weights(x, key_padding_mask=torch.zeros(2, 5, dtype=torch.int64))
-    with refused(r"key_padding_mask must be a torch.Tensor of bool, .*got ndarray; torch.as_tensor makes one"):
+    with refused(r"key_padding_mask must be a torch.Tensor of bool, .*got ndarray; use torch.as_tensor"):
         sentence(x, key_padding_mask=np.zeros((2, 5), dtype=bool))
     with refused(r"query must be a torch.Tensor \[B, L, C\], got ndarray"):
         sentence(x.numpy())

@@ -252,7 +252,7 @@ def one_box(**changes) -> dict[str, torch.Tensor]:
         (
             [101],
             [one_box(labels=torch.tensor([1]))],
-            "image 101: 1 is no category id .*'test' .3, 7, 18, 90.. Turn the",
+            "image 101: 1 is not a category id .*'test' .3, 7, 18, 90.. Convert the",
         ),
         ([101], [one_box(labels=torch.ones(1))], "image 101: .*labels of torch.float32"),
         ([101], [one_box(boxes=torch.zeros(4))], r"image 101: boxes must be \[n, 4\].*shapes \[4\], \[1\] and \[1\]"),

@@ -22,7 +22,7 @@ def test_an_id_of_two_samples_is_refused():
     records = {}
     add_record(records, 3, ("hypothesis", "reference"), same=lambda record: record[1])
     add_record(records, 3, ("other", "reference"), same=lambda record: record[1])
-    with pytest.raises(ValueError, match=r"sample id 3 stands for two different samples, 'reference' and 'another'"):
+    with pytest.raises(ValueError, match=r"sample id 3 belongs to two different samples, 'reference' and 'another'"):
         add_record(records, 3, ("other", "another"), same=lambda record: record[1])
 
 
@@ -45,4 +45,4 @@ def test_every_rank_gets_the_union_and_the_lowest_rank_wins(on_two_ranks):
     for unequal, empty, error in on_two_ranks(_gather):
         assert unequal == [[0, "r1"], [1, "r0"], [4, "r0"], [7, "r0"]]
         assert empty == [[2, "r1"]]
-        assert error.startswith("sample id 4 stands for two different samples, 'r0' and 'r1'")
+        assert error.startswith("sample id 4 belongs to two different samples, 'r0' and 'r1'")

@@ -354,7 +354,7 @@ def test_a_score_is_a_metric_of_its_own():
     small.reset()
     with pytest.raises(InputError, match="no image"):
         coco.compute()
-    with pytest.raises(KeyError, match="CocoDetectionMetrics has no score 'map', only ap, ap50, ap75"):
+    with pytest.raises(KeyError, match="CocoDetectionMetrics has no score 'map'; use one of ap, ap50, ap75"):
         coco["map"]
 
 

@@ -194,7 +194,7 @@ def one_map(label: int = 0, shape=(3, 4), dtype=torch.uint8) -> list[torch.Tenso
             [7],
             one_map(shape=(3, 5)),
             one_map(),
-            r"image 7: .* torch.uint8 \[3, 5\] and torch.uint8 \[3, 4\]. Bring the",
+            r"image 7: .* torch.uint8 \[3, 5\] and torch.uint8 \[3, 4\]. Resize the",
         ),
         ([7], one_map(dtype=torch.int64), one_map(), r"image 7: .* one size; got torch.int64 \[3, 4\] and torch.uint8"),
         ([7], one_map(), one_map(dtype=torch.float32), r"image 7: .* torch.float32 \[3, 4\]"),
@@ -211,7 +211,7 @@ def one_map(label: int = 0, shape=(3, 4), dtype=torch.uint8) -> list[torch.Tenso
             [7],
             one_map(),
             one_map(33),
-            r"image 7: labels has the label 33, .* 5 classes \(0 to 4\) .* \(255\). Turn the",
+            r"image 7: labels has the label 33, .* 5 classes \(0 to 4\) .* \(255\). Convert the",
         ),
     ],
 )
@@ -231,8 +231,8 @@ def test_an_id_of_two_images_is_refused():
 @pytest.mark.parametrize(
     ("classes", "ignored", "message"),
     [
-        ([], 255, r"classes must be at least one, each of its own name; got \[\]"),
-        (["car", "sky", "car"], 255, "each of its own name; got .'car', 'sky', 'car'"),
+        ([], 255, r"classes must be one or more different names, got \[\]"),
+        (["car", "sky", "car"], 255, "one or more different names, got .'car', 'sky', 'car'"),
         (NAMES, 4, "ignored must be a label that none of the 5 classes has, from 5 to 255; got 4"),
         (NAMES, -1, "got -1"),
         (NAMES, 256, "got 256"),
@@ -268,5 +268,5 @@ def test_two_ranks_give_the_scores_of_one_to_the_last_digit(on_two_ranks):
     expected = plain(scores_of(scored(predicted, labels)))
     for *results, clash, nothing in on_two_ranks(_compute_on_rank):
         assert results == [expected] * 3
-        assert clash.startswith("sample id 7 stands for two different samples")
+        assert clash.startswith("sample id 7 belongs to two different samples")
         assert "no segmented image to score" in nothing

@@ -111,7 +111,7 @@ def test_columns_of_different_length_are_refused():
 def test_an_id_of_two_sentences_is_refused():
     metric = CorpusTranslationMetrics("test")
     metric.update([4], ["a"], ["first"])
-    with pytest.raises(ValueError, match="sample id 4 stands for two different samples, 'first' and 'second'"):
+    with pytest.raises(ValueError, match="sample id 4 belongs to two different samples, 'first' and 'second'"):
         metric.update([4], ["a"], ["second"])
 
 

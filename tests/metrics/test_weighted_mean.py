@@ -38,7 +38,7 @@ def test_weighted_mean_refuses_what_does_not_fit(sums, counts, message):
 def test_weighted_mean_refuses_an_id_of_two_samples():
     mean = WeightedMean("val")
     mean.update([1], torch.ones(1), torch.tensor([3]))
-    with pytest.raises(ValueError, match="sample id 1 stands for two different samples, 3 and 4"):
+    with pytest.raises(ValueError, match="sample id 1 belongs to two different samples, 3 and 4"):
         mean.update([1], torch.ones(1), torch.tensor([4]))
 
 

@@ -84,7 +84,7 @@ def checkpoint():
 def test_nothing_in_a_checkpoint_runs(in_folder, kind, place):
     torch.save(PLACES[place](checkpoint(), payloads()[kind]), "evil.ckpt", pickle_protocol=2)
     for read in (read_checkpoint, TranslationTask.load):
-        with pytest.raises(CheckpointError, match=r"evil\.ckpt holds objects other than tensors .* Nothing was run"):
+        with pytest.raises(CheckpointError, match=r"evil\.ckpt contains objects other than tensors .* Nothing was run"):
             read("evil.ckpt")
     assert not Path("ran").exists()
 
@@ -107,7 +107,7 @@ def test_files_that_are_only_a_pickle_are_not_opened(in_folder):
     )
     Path("disguised.ckpt").write_bytes(b"PK\x03\x04" + pickled)
     for name in ("plain", "old", "disguised"):
-        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
             read_checkpoint(f"{name}.ckpt")
     with zipfile.ZipFile("archive.ckpt", "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -122,14 +122,14 @@ def test_every_part_of_the_command_refuses(run, tiny_config, in_folder):
     for stage in ("fit", "validate", "test", "predict"):
         for configuration in ([], ["-c", tiny_config]):
             printed = run(stage, *configuration, "--ckpt_path", "evil.ckpt", status=2)
-            assert "holds objects other than tensors" in printed
+            assert "contains objects other than tensors" in printed
     assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 1000])
 def test_empty_and_foreign_files(in_folder, content):
     Path("bad.ckpt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"bad\.ckpt \({len(content)} bytes\) is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match=rf"bad\.ckpt \({len(content)} bytes\) is not a complete checkpoint"):
         read_checkpoint("bad.ckpt")
 
 

@@ -157,11 +157,11 @@ def test_the_command_takes_options_and_overlays(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split", "dev"], "error: split: 'dev' is unknown; give train, val, test, predict"),
+        (["--split", "dev"], "error: split: 'dev' is unknown; use one of train, val, test, predict"),
         (["--num", "0"], "error: num: 0 is too small"),
         (["--data.root", "nowhere"], "error: root: the folder nowhere does not exist"),
         (["--data.batch_size", "0"], "batch_size: 0 is too small"),
-        (["--output", "sheet.doc"], "error: output: sheet.doc ends in no format of figures; give one of ."),
+        (["--output", "sheet.doc"], "error: output: sheet.doc has no suffix of a figure format; use one of ."),
         (["--data.batchsize", "3"], "batchsize"),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_module_of_ones_own():
             return f"{split} {num}"
 
     assert browse_figure(Own(), "val", 3) == "val 3"
-    with pytest.raises(ValueError, match=r"Bare has no contact sheet; give it a method browse_figure\(split, num\)"):
+    with pytest.raises(ValueError, match=r"Bare has no contact sheet; define a method browse_figure\(split, num\)"):
         browse_figure(Bare(), "val", 3)
 
 

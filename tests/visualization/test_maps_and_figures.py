@@ -88,7 +88,7 @@ def check(maps, expected, rows, shape):
         torch.testing.assert_close(maps.energies[name], energies[name][:, rows].reshape(-1, *shape))
         torch.testing.assert_close(maps.weights[name], alone[name][:, rows].reshape(-1, *shape))
     torch.testing.assert_close(maps.whole, whole[:, rows].reshape(-1, *shape))
-    assert torch.equal(maps.seen, seen[rows].reshape(shape))
+    assert torch.equal(maps.visible, seen[rows].reshape(shape))
 
 
 # --- Arrays ----------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def test_sample_residual_and_causal_argument():
     maps = term_maps(GatedResidual(attention), x, position=4, sample=1, key_padding_mask=mask)
     check(maps, by_definition(attention, x[1:2], x[1:2], mask[1:2]), 4, (2, 3))
     assert maps.position == (1, 1)
-    seen = term_maps(attention, x, position=(1, 0), causal=True).seen
+    seen = term_maps(attention, x, position=(1, 0), causal=True).visible
     assert seen.tolist() == [[True, True, True], [True, False, False]]
 
 
@@ -153,7 +153,7 @@ def test_mean_and_heads():
 def test_a_query_that_sees_nothing_has_zeros_and_can_be_drawn():
     mask = torch.ones(1, 2, 3, dtype=torch.bool)
     maps = term_maps(make(), draw_map(2, 3), position=(0, 0), key_padding_mask=mask)
-    assert not maps.seen.any()
+    assert not maps.visible.any()
     assert maps.whole.count_nonzero() == 0
     assert maps.weights["E1"].count_nonzero() == 0
     for quantity in ("weights", "energies"):
@@ -190,14 +190,14 @@ def test_one_query_of_a_large_map_needs_no_square_matrix():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"position: which query of the map\? Give \(row, column\)"),
+        ({}, r"position is required for a map: pass \(row, column\)"),
         (
             {"position": (3, 0)},
-            r"position=\(3, 0\) is no query of a map of 3 rows and 4 columns; positions count from 0",
+            r"position=\(3, 0\) is not a query of a map of 3 rows and 4 columns; positions count from 0",
         ),
-        ({"position": (0, -1)}, r"position=\(0, -1\) is no query"),
-        ({"position": 12}, r"position=12 is no query of a map of 3 rows and 4 columns"),
-        ({"position": (0, 0, 0)}, r"position=\(0, 0, 0\) is no query"),
+        ({"position": (0, -1)}, r"position=\(0, -1\) is not a query"),
+        ({"position": 12}, r"position=12 is not a query of a map of 3 rows and 4 columns"),
+        ({"position": (0, 0, 0)}, r"position=\(0, 0, 0\) is not a query"),
         ({"position": (0, 0), "sample": 1}, r"sample=1 is not in the batch of 1"),
         ({"position": (0, 0), "key": torch.zeros(1, 2, DIM)}, r"key must be \[B, C, H, W\] .* got shape \(1, 2, 8\)"),
         ({"position": (0, 0), "key_padding_mask": torch.zeros(1, 2, 2, dtype=torch.bool)}, r"\(1, 3, 4\) of the keys"),
@@ -209,7 +209,7 @@ def test_what_cannot_be_mapped(arguments, message):
 
 
 def test_positions_of_a_sentence_and_modules_without_terms():
-    with pytest.raises(ValueError, match="position=5 is no query of a sentence of 5"):
+    with pytest.raises(ValueError, match="position=5 is not a query of a sentence of 5"):
         term_maps(make(ndim=1), draw_sentence(5), position=5)
     with pytest.raises(ValueError, match=r"query must be \[B, L, C\] for this attention, got shape \(1, 8, 2, 2\)"):
         term_maps(make(ndim=1), draw_map(2, 2))
@@ -235,7 +235,7 @@ def test_inputs_are_recorded_inside_a_network():
         network.decoder[0].self_attention,
         **recorded_inputs(network.decoder[0].self_attention, lambda: network(source, target)),
     )
-    assert decoder.seen.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert decoder.visible.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
     assert not attention._forward_pre_hooks
 
 
@@ -310,7 +310,7 @@ def test_energies_are_drawn_around_their_mean():
     maps = term_maps(make("1001", window=3), draw_map(3, 5), position=(1, 1))
     e1, e4, whole = panels_of(draw_term_maps(maps, quantity="energies"))
     total = (maps.energies["E1"] + maps.energies["E4"]).mean(0).numpy()
-    expected = np.where(maps.seen, total - total[maps.seen.numpy()].mean(), np.nan)
+    expected = np.where(maps.visible, total - total[maps.visible.numpy()].mean(), np.nan)
     np.testing.assert_allclose(drawn(whole), expected)
     assert np.isnan(drawn(e1)[:, 3:]).all(), "keys outside the window"
     assert e4.images[-1].norm.vmin == -e4.images[-1].norm.vmax
@@ -365,7 +365,9 @@ def test_an_image_must_have_the_aspect_of_the_map(size, pixels, fits):
     if fits:
         draw_term_maps(maps, np.zeros(pixels))
     else:
-        with pytest.raises(ValueError, match=r"another aspect than the map of 25 × 42 positions: .*resized and padded"):
+        with pytest.raises(
+            ValueError, match=r"another aspect ratio than the map of 25 × 42 positions: .*resized and padded"
+        ):
             draw_term_maps(maps, np.zeros(pixels))
 
 
@@ -378,10 +380,10 @@ def test_what_cannot_be_drawn():
         (lambda: draw_term_maps(maps, heads="all"), "heads must be 'mean', 'each' or 'both', got 'all'"),
         (lambda: draw_term_maps(maps, quantity="logits"), "quantity must be 'weights' or 'energies', got 'logits'"),
         (lambda: draw_term_maps(maps, np.zeros((4, 6, 2))), r"image must be .* got shape \(4, 6, 2\)"),
-        (lambda: draw_term_maps(maps, np.full((4, 6), 3.0)), "its values go from 3 to 3: undo the normalisation"),
-        (lambda: draw_term_maps(maps, np.full((4, 6), np.nan)), "its values go from nan to nan"),
-        (lambda: draw_term_maps(sentence), "draw_token_matrix draws them"),
-        (lambda: draw_token_matrix(maps, ["a"], ["b"]), "draw_term_maps draws them"),
+        (lambda: draw_term_maps(maps, np.full((4, 6), 3.0)), "its values are from 3 to 3: undo the normalisation"),
+        (lambda: draw_term_maps(maps, np.full((4, 6), np.nan)), "its values are from nan to nan"),
+        (lambda: draw_term_maps(sentence), "use draw_token_matrix"),
+        (lambda: draw_token_matrix(maps, ["a"], ["b"]), "use draw_term_maps"),
         (lambda: draw_token_matrix(sentence, ["a"] * 2, ["b"] * 3), "queries: 2 names for 3 tokens"),
         (lambda: draw_token_matrix(sentence, ["a"] * 3, ["b"] * 4), "keys: 4 names for 3 tokens"),
         (lambda: draw_token_matrix(sentence, ["a"] * 3, ["b"] * 3, terms=["E1"]), "'E1' is off"),
@@ -398,11 +400,11 @@ def test_token_matrices_name_queries_and_the_keys_that_take_part():
     assert [axes.get_title().split(":")[0] for axes in panels] == ["E1", "E2", "E3", "E4", "whole"]
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["v", "x", "z"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == list("abcde")
-    expected = maps.whole.mean(0).masked_fill(~maps.seen, math.nan).numpy()
+    expected = maps.whole.mean(0).masked_fill(~maps.visible, math.nan).numpy()
     np.testing.assert_allclose(drawn(panels[-1]), expected)
     assert len({id(axes.images[-1].norm) for axes in panels}) == 1
     assert figure.get_suptitle() == "a title"
-    assert figure.get_supxlabel() == "source  —  grey: keys that the query may not see"
+    assert figure.get_supxlabel() == "source  —  grey: keys hidden from the query"
     assert len(panels_of(draw_token_matrix(maps, list("abcde"), list("vwxyz"), heads="each", terms=()))) == HEADS
 
 
@@ -541,12 +543,18 @@ def test_errors_of_convolutions():
     convolution, x = DeformableConv(DIM, DIM, stride=2).double(), draw_map(4, 6)
     point = SamplingPoints(torch.zeros(9, 2), torch.zeros(9, 2), torch.ones(9), (4, 6))
     for call, message in (
-        (lambda: sampling_points(convolution, x, (2, 0)), "position=.* is no query of a map of 2 rows and 3 columns"),
+        (
+            lambda: sampling_points(convolution, x, (2, 0)),
+            "position=.* is not a query of a map of 2 rows and 3 columns",
+        ),
         (lambda: sampling_points(convolution, x, (0, 0), sample=2), "sample=2 is not in the batch of 1"),
-        (lambda: sampling_points(DeformableConv(DIM, DIM, ndim=1), draw_sentence(3), 0), "those of a map.*ndim=1"),
-        (lambda: dynamic_kernel(DynamicConv(DIM, groups=4), torch.zeros(1, 3, DIM), 3), "no query of a sentence of 3"),
+        (lambda: sampling_points(DeformableConv(DIM, DIM, ndim=1), draw_sentence(3), 0), "need a map.*ndim=1"),
+        (
+            lambda: dynamic_kernel(DynamicConv(DIM, groups=4), torch.zeros(1, 3, DIM), 3),
+            "not a query of a sentence of 3",
+        ),
         (lambda: dynamic_kernel(DynamicConv(DIM, groups=4), torch.zeros(1, 3, DIM), 0, sample=-1), "sample=-1"),
-        (lambda: draw_sampling_points([]), "points: 0 queries; give 1 to 4"),
+        (lambda: draw_sampling_points([]), "points: 0 queries; pass 1 to 4"),
         (lambda: draw_sampling_points([point] * 5), "points: 5 queries"),
         (lambda: draw_sampling_points(point, np.zeros((6, 4))), "another aspect"),
         (lambda: draw_dynamic_kernels({}), "kernels must be one or more of the same shape"),

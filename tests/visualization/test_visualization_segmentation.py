@@ -193,7 +193,7 @@ def test_pictures_are_written(tmp_path):
         ),
         ({"labels": scene()[:, :-1]}, r"of the image's size \[300, 400\], got uint8 of the shape \[300, 399\]"),
         ({"labels": torch.zeros(1, 300, 400, dtype=torch.uint8)}, r"got torch.uint8 of the shape \[1, 300, 400\]"),
-        ({"labels": scene() + np.uint8(9)}, r"labels: 8 is none of the labels 0 to 3, which .* \(255\). Turn the"),
+        ({"labels": scene() + np.uint8(9)}, r"labels: 8 is none of the labels 0 to 3, which .* \(255\). Convert the"),
         ({"names": NAMES[:3]}, "colours and names must be one for each class, got 4 and 3"),
         ({"colours": [*COLOURS[:3], (0, 0, 256)]}, r"from 0 to 255; one is \(0, 0, 256\)"),
         ({"colours": [*COLOURS[:3], (0, 0)]}, r"colours must be red, green and blue from 0 to 255; one is \(0, 0\)"),

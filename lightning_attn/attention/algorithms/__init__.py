@@ -1,16 +1,16 @@
-"""Exact ways to compute Transformer attention (Eq. 2), each for what it is cheap for.
+"""Exact algorithms for Transformer attention (Eq. 2), each for the inputs that it is cheapest for.
 
-All give the numbers of Eq. 2 and 8. Cost with N_q queries, N_k keys on a grid of `rows x columns`, and C features:
+All compute Eq. 2 and 8. Cost with N_q queries, N_k keys on a grid of `rows x columns`, and C features:
 
     pooled           E3                   N_k C: one pooled vector for all queries
     separable        E4, E3 + E4; maps    N_q (rows + columns) C: one softmax along each axis
-    dense            any                  N_q N_k C, every weight held at once, in operations of torch
+    dense            any                  N_q N_k C, all weights in memory at once, in plain torch operations
     sdpa             E1, E1 + E3          N_q N_k C in torch's fused kernels
-    augmented_sdpa   E1 or E2             N_q N_k (C + r) in the same kernels, by r further features of queries and keys
+    augmented_sdpa   E1 or E2             N_q N_k (C + r) in the same kernels, with r extra features of queries and keys
     tiled            any                  N_q N_k C tile by tile; N_q n_k^2 C in a window of n_k
     reference        any                  the equations as written, in loops
 
-A new algorithm is a file with a subclass of `base.Algorithm`, and its place in `ORDER`.
+A new algorithm is a file with a subclass of `base.Algorithm`, and an entry in `ORDER`.
 """
 
 from lightning_attn.attention.algorithms.augmented_sdpa import AugmentedSDPA
@@ -25,17 +25,17 @@ from lightning_attn.attention.algorithms.tiled import Tiled
 ORDER: tuple[Algorithm, ...] = (
     Pooled(),  # far cheaper than anything else
     Separable(),  # likewise
-    SDPA(),  # without position energies nothing beats the fused kernels, save on small inputs
-    Dense(),  # few weights: nothing pays but the fewest operations. And where something has to see each of them
-    AugmentedSDPA(),  # with them, on devices whose kernels take longer features well
+    SDPA(),  # without position energies the fused kernels are the fastest, except on small inputs
+    Dense(),  # few weights: the fewest operations win. Also for tracing and transforms, which need plain operations
+    AugmentedSDPA(),  # position energies on devices whose kernels handle longer features well
     Tiled(),  # everything else
     Reference(),
 )
-"""What `"auto"` takes: the first that can compute an attention and is suitable for it (docs/performance.md)."""
+"""`"auto"` selects the first of these that supports an attention and is suitable for it (docs/performance.md)."""
 
 
 def select_algorithm(name: str, problem: AttentionProblem) -> Algorithm:
-    """The algorithm of a name, or for `"auto"` the fastest for this attention, by measurement.
+    """Returns the algorithm of this name, or for `"auto"` the fastest for this attention, by measurement.
 
     Raises:
         ValueError: If the algorithm of this name cannot compute this attention; the message says why.

@@ -1,13 +1,13 @@
-"""Any energies as the inner product of longer queries and keys, for torch's fused kernels.
+"""Any sum of energies as the inner product of augmented queries and keys, for torch's fused kernels.
 
-The encodings of K equidistant positions are sinusoids: wherever the query is, the energies E2 + E4 of K keys along an
-axis lie in one space whose dimension r is far below K, and which no weight decides. With an orthonormal basis Psi
+The encodings of K equidistant positions are sinusoids: for every query, the energies E2 + E4 of the K keys along an
+axis lie in one space of dimension r, far below K, that does not depend on the weights. With an orthonormal basis Psi
 `[K, r]` of it the energies are c Psi^T, where c `[N_q, r]` is one small product. So with
 
     q' = [U z_q + u, c_y, c_x, 1]    k' = [V^C x_k, Psi_y[k_y], Psi_x[k_x], E3 and padding]
 
 q' . k' is the sum of all energies, up to the rounding of the dtype. After FlashBias (arXiv 2505.12044), which
-approximates biases in general; here nothing is approximated.
+approximates general biases; this is exact.
 """
 
 import functools
@@ -16,40 +16,44 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
-from lightning_attn.attention.algorithms.sdpa import fused_attention, takes_flag_only
+from lightning_attn.attention.algorithms.sdpa import fused_attention, needs_no_mask
 from lightning_attn.attention.energies import Energies
 from lightning_attn.attention.projections import without_autocast
 from lightning_attn.attention.transforms import constant_when_compiled
 
 _HIDDEN, _HIDDEN_FLOAT16 = -1e30, -30000.0
-"""Energy of a key that is padding: far below any other, and in float16 as far as it goes, of which a sum still fits."""
+"""Energy of a padding key: far below any other; in float16 as low as a sum of energies still allows."""
 
 _BLOCK_QUERIES = 64
-"""Queries of a sentence whose position energies are held at once on their way to c."""
+"""Queries of a sentence whose position energies are in memory at once while c is computed."""
 
 
 class AugmentedSDPA(Algorithm):
-    """`scaled_dot_product_attention` of queries and keys with further features."""
+    """`scaled_dot_product_attention` of queries and keys with extra features."""
 
     name = "augmented_sdpa"
 
+    @override
     def unsupported_reason(self, problem: AttentionProblem) -> str | None:
-        """See `Algorithm.unsupported_reason`."""
         e1, e2, _, _ = problem.uses
         if not e1 and not e2:
-            return "it needs E1 or E2: without the query's content there are cheaper ways"
-        if not takes_flag_only(problem):
-            return "it has no window, no attention_mask, and a causal mask only where keys lie where queries do"
+            return "it needs E1 or E2: without the query's content other algorithms are cheaper"
+        if not needs_no_mask(problem):
+            return (
+                "it supports no window, no attention_mask, and a causal mask only where keys are at the query positions"
+            )
         return None
 
+    @override
     def is_suitable(self, problem: AttentionProblem) -> bool:
-        """On devices other than CPUs, whose kernels lose more by the longer features than tiles cost."""
+        """On devices other than CPUs; CPU kernels lose more by the longer features than tiling costs."""
         return problem.device not in ("cpu", "meta") and not (problem.transformed or problem.exported)
 
+    @override
     def compute(self, inputs: AttentionInputs) -> Tensor:
-        """See `Algorithm.compute`."""
         value, padding = inputs.projected_value(), inputs.padding()
         query, key = augmented(inputs.energies(), value, padding)
         fully_masked = None
@@ -58,7 +62,7 @@ class AugmentedSDPA(Algorithm):
         elif padding is not None:
             fully_masked = padding.all(dim=-1)[:, None, None, None]
         width = value.shape[-1]
-        # The kernels of a CPU, and the fastest ones of CUDA, want one width for all three.
+        # The kernels of a CPU, and the fastest ones of CUDA, need one width for query, key and value.
         padded = F.pad(value, (0, query.shape[-1] - width)) if query.shape[-1] > width else value
         out = fused_attention(
             query, key, padded, inputs.dropout, is_causal=inputs.layout.causal, fully_masked=fully_masked
@@ -70,9 +74,9 @@ def augmented(energies: Energies, value: Tensor, padding: Tensor | None = None) 
     """Queries `[B, M, N_q, width]` and keys `[B, M, N_k, width]` whose inner products are the summed energies.
 
     Args:
-        energies: What they are made of.
-        value: The projected values `[B, M, N_k, d]`: their dtype and device are taken.
-        padding: True where a key is padding, `[B, N_k]`; these get an energy that leaves them no weight.
+        energies: The parts of the energies.
+        value: The projected values `[B, M, N_k, d]`, for their dtype and device.
+        padding: True where a key is padding, `[B, N_k]`; these get an energy so low that their weight is zero.
     """
     layout, (batch, heads, num_keys, _), dtype = energies.layout, value.shape, value.dtype
     queries, keys = [], []
@@ -97,15 +101,15 @@ def augmented(energies: Energies, value: Tensor, padding: Tensor | None = None) 
             )
             queries.append(value.new_ones(batch, heads, layout.num_queries, 1))
             keys.append(energy.unsqueeze(-1))
-        missing = -sum(part.shape[-1] for part in queries) % 8  # what the kernels of CUDA are made for
-        if missing:
-            queries.append(value.new_zeros(batch, heads, layout.num_queries, missing))
-            keys.append(value.new_zeros(batch, heads, num_keys, missing))
+        alignment = -sum(part.shape[-1] for part in queries) % 8  # CUDA kernels need widths that are multiples of 8
+        if alignment:
+            queries.append(value.new_zeros(batch, heads, layout.num_queries, alignment))
+            keys.append(value.new_zeros(batch, heads, num_keys, alignment))
         return torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)
 
 
 def _coefficients(energies: Energies, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """C `[B or 1, M, rows or 1, columns or 1, r]` and Psi `[K, r]` of one axis; None without an energy along it."""
+    """Coefficients c `[B or 1, M, rows or 1, columns or 1, r]` and basis Psi `[K, r]`; None without an axis energy."""
     if energies.position_query is None or energies.relative_keys is None or energies.relative_keys[axis] is None:
         return None
     layout, relative_keys = energies.layout, energies.relative_keys[axis]
@@ -133,36 +137,36 @@ def _coefficients(energies: Energies, axis: int, dtype: torch.dtype) -> tuple[Te
 
 @constant_when_compiled
 def position_basis(num_keys: int, stride: int, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Psi: orthonormal in its columns, `[num_keys, r]`, in float32 or better; made once for each set of arguments.
+    """Psi `[num_keys, r]` with orthonormal columns, in float32 or better; cached for each set of arguments.
 
     Args:
         num_keys: Keys along the axis.
         stride: Their distance.
         features: Width of the encoding of the axis.
-        dtype: Of what is computed with it: what lies below its rounding is left out.
-        device: Where it is wanted.
+        dtype: Of the computation: singular vectors below its rounding error are left out.
+        device: Of the result.
     """
     precision = torch.promote_types(dtype, torch.float32)
     tolerance = {torch.float64: 1e-16, torch.float32: 1e-8}.get(dtype, 1e-6)
     arguments = (num_keys, stride, features, tolerance)
-    place = (*arguments, precision, device)
-    basis = _on_device.get(place)
+    cache_key = (*arguments, precision, device)
+    basis = _basis_cache.get(cache_key)
     if basis is None:
-        with torch.inference_mode(False):  # what is kept may be a part of a training later
+        with torch.inference_mode(False):  # the cached tensor may be used in training later
             basis = torch.from_numpy(_basis(*arguments)).to(device, precision)
-        if type(basis) is Tensor:  # not what stands for a tensor while a program is traced
-            if len(_on_device) >= 1024:
-                _on_device.clear()
-            _on_device[place] = basis
+        if type(basis) is Tensor:  # not a fake tensor of a trace
+            if len(_basis_cache) >= 1024:
+                _basis_cache.clear()
+            _basis_cache[cache_key] = basis
     return basis
 
 
-_on_device: dict[tuple[object, ...], Tensor] = {}
+_basis_cache: dict[tuple[object, ...], Tensor] = {}
 
 
 @functools.lru_cache(maxsize=1024)
 def _basis(num_keys: int, stride: int, features: int, tolerance: float) -> np.ndarray:
-    """`position_basis` in float64 on the host, by numpy: nothing that traces torch sees it."""
+    """`position_basis` in float64 on the host, by numpy, so that tracing does not record it."""
     exponents = np.arange(features // 2) * (2.0 / features)
     angles = np.arange(0, num_keys * stride, stride)[:, None] * 1000.0**-exponents
     left, singular, _ = np.linalg.svd(np.concatenate((np.sin(angles), np.cos(angles)), axis=1), full_matrices=False)

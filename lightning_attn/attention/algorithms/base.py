@@ -1,4 +1,4 @@
-"""What an algorithm is: why it cannot compute an attention, whether it is a good choice for it, and computing it."""
+"""The interface of attention algorithms, and the problem and inputs that they are given."""
 
 import abc
 import dataclasses
@@ -26,12 +26,12 @@ class AttentionProblem:
         device: Kind of device, such as `"cpu"`.
         dtype: Of the projections, which is autocast's if that is on.
         padded: Whether keys of some samples are padding.
-        masked: Whether there is an `attention_mask`.
+        masked: Whether an `attention_mask` is given.
         dropout: Probability of dropping a weight in this pass.
-        transformed: Whether a forward-mode derivative or a transform of `torch.func` is under way, for which our own
+        transformed: Whether a forward-mode derivative or a transform of `torch.func` is active, for which our custom
             operators have no rule.
-        exported: Whether a program is being exported, which is to run where this package is not installed. Lengths of
-            sentences are not known then.
+        exported: Whether a program is being exported, which must run without this package. Sentence lengths are
+            symbolic then.
         plain_projections: Whether no projection is replaced or hooked; see `projections.is_plain`.
     """
 
@@ -56,7 +56,7 @@ class AttentionProblem:
 
     @property
     def num_weights(self) -> int:
-        """Number of attention weights, if each was held at once."""
+        """Number of attention weights of all heads and samples."""
         return self.pairs * self.layout.num_queries * self.layout.num_keys
 
     @property
@@ -67,13 +67,13 @@ class AttentionProblem:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionInputs:
-    """What an algorithm computes with. Projections are made when asked for, once by each algorithm.
+    """The inputs of an algorithm. Projections are computed on request; each algorithm requests them once.
 
     Attributes:
         attention: The module, for its projections and settings.
-        query: As the module is given it, `[B, L, C]` or `[B, C, H, W]`.
-        key: The same of the keys, before `kv_stride`; zero where padded.
-        value: What the values are made of, as `key`.
+        query: As passed to the module, `[B, L, C]` or `[B, C, H, W]`.
+        key: Contents of the keys in the same layout, before `kv_stride`; zero where padded.
+        value: The input of the value projection, as `key`.
         layout: The grids, and which keys a query may see by its position.
         key_padding_mask: True where a key is padding, `[B, L_k]` or `[B, H_k, W_k]`.
         attention_mask: True where a key is hidden from a query, `[B or 1, M or 1, N_q, keys before kv_stride]`.
@@ -90,7 +90,7 @@ class AttentionInputs:
     dropout: float = 0.0
 
     def energies(self, terms: str | None = None) -> Energies:
-        """The parts of the energies; of `terms`, which are some of those that are on, or of all."""
+        """The parts of the energies of `terms`, a subset of the terms that are on; None for all of these."""
         return self.attention.project_energies(
             _flat(self.query), _flat(self._strided(self.key)), self.layout, terms or self.attention.terms
         )
@@ -100,7 +100,7 @@ class AttentionInputs:
         return self.attention.project_value(_flat(self._strided(self.value)))
 
     def pooled_value(self, weights: Tensor) -> Tensor:
-        """The sums of W' x_k with weights `[B, M, N_k]` of the keys, `[B, M, 1, d]`."""
+        """The sums of W' x_k over the keys with weights `[B, M, N_k]`, `[B, M, 1, d]`."""
         return self.attention.pool_value(_flat(self._strided(self.value)), weights)
 
     def padding(self) -> Tensor | None:
@@ -111,7 +111,7 @@ class AttentionInputs:
         return mask[:, ::stride] if mask.dim() == 2 else mask[:, ::stride, ::stride].flatten(1)
 
     def hidden_pairs(self, start: int = 0, stop: int | None = None) -> Tensor | None:
-        """`attention_mask` of the keys that `kv_stride` leaves, and of the queries `start:stop`."""
+        """`attention_mask` at the keys that `kv_stride` selects and the queries `start:stop`."""
         if self.attention_mask is None:
             return None
         mask = self.attention_mask[:, :, start:stop]
@@ -148,17 +148,17 @@ def _flat(x: Tensor) -> Tensor:
 
 
 class Algorithm(abc.ABC):
-    """An exact way to compute Eq. 2 and 8.
+    """An exact algorithm for Eq. 2 and 8.
 
     Attributes:
-        name: What `TransformerAttention(algorithm=...)` calls it.
+        name: The name for `TransformerAttention(algorithm=...)`.
     """
 
     name: ClassVar[str]
 
     @abc.abstractmethod
     def unsupported_reason(self, problem: AttentionProblem) -> str | None:
-        """Why it cannot compute this attention, as the end of a sentence that begins with its name; None if it can."""
+        """Why it cannot compute this attention, as the end of an error message; None if it can."""
 
     @abc.abstractmethod
     def is_suitable(self, problem: AttentionProblem) -> bool:

@@ -1,10 +1,11 @@
-"""Every weight held at once, in operations of torch alone: for small inputs, and where something must see each step.
+"""All attention weights in memory at once, in plain torch operations: for small inputs, export and `torch.func`.
 
-Differentiable to any order, forward and backward, under every transform. Memory grows with N_q N_k.
+Differentiable to any order, in forward and backward mode, under every transform. Memory grows with N_q N_k.
 """
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
 from lightning_attn.attention.dropout import dropout_factors, new_seed
@@ -14,11 +15,11 @@ from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
 
 MAX_WEIGHTS = 512 * 1024
-"""Up to here the weights of all heads and samples are faster at once than in tiles or in a fused kernel, which begin to
-pay as weights leave the caches; measured on one and two cores."""
+"""Up to this number of weights of all heads and samples this is faster than tiles or a fused kernel, which win once the
+weights exceed the CPU caches; measured on one and two cores."""
 
-_BLOCK_WEIGHTS = 1 << 24
-"""Weights held at once (64 MiB in float32) where more than that are asked for: then queries come in blocks."""
+BLOCK_WEIGHTS = 1 << 24
+"""Weights in memory at once (64 MiB in float32); larger problems are computed in blocks of queries."""
 
 
 class Dense(Algorithm):
@@ -26,18 +27,19 @@ class Dense(Algorithm):
 
     name = "dense"
 
+    @override
     def unsupported_reason(self, problem: AttentionProblem) -> str | None:
-        """It computes every attention."""
         return None
 
+    @override
     def is_suitable(self, problem: AttentionProblem) -> bool:
-        """For few weights on a CPU, and where our own operators would not be seen through."""
+        """For few weights on a CPU, and for transforms, export and the meta device, which need plain operations."""
         if problem.transformed or problem.exported or problem.device == "meta":
             return True
         return problem.device == "cpu" and problem.num_weights <= MAX_WEIGHTS
 
+    @override
     def compute(self, inputs: AttentionInputs) -> Tensor:
-        """See `Algorithm.compute`."""
         energies, value = inputs.energies(), inputs.projected_value()
         batch, heads, num_keys, _ = value.shape
         num_queries, device, dtype = inputs.layout.num_queries, value.device, computation_dtype(value)
@@ -54,9 +56,9 @@ class Dense(Algorithm):
 
         with without_autocast(device):
             num_weights = batch * heads * num_queries * num_keys
-            # In an export the sizes of sentences are not known yet: these are never so long.
-            if not isinstance(num_weights, int) or num_weights <= _BLOCK_WEIGHTS:
+            # In an export sentence lengths are symbolic; sentences never need more than one block.
+            if not isinstance(num_weights, int) or num_weights <= BLOCK_WEIGHTS:
                 return block(0, num_queries)
-            at_once = max(1, _BLOCK_WEIGHTS // (batch * heads * num_keys))
-            starts = range(0, num_queries, at_once)
-            return torch.cat([block(start, min(start + at_once, num_queries)) for start in starts], dim=2)
+            block_queries = max(1, BLOCK_WEIGHTS // (batch * heads * num_keys))
+            starts = range(0, num_queries, block_queries)
+            return torch.cat([block(start, min(start + block_queries, num_queries)) for start in starts], dim=2)

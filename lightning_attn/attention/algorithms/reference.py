@@ -1,6 +1,7 @@
-"""Eq. 1 to 8 written literally, with loops over heads, queries and keys: what all others are tested against."""
+"""Eq. 1 to 8 written literally, with loops over heads, queries and keys: the tests compare all others with it."""
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_attn.attention import reference
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
@@ -11,20 +12,20 @@ class Reference(Algorithm):
 
     name = "reference"
 
+    @override
     def unsupported_reason(self, problem: AttentionProblem) -> str | None:
-        """See `Algorithm.unsupported_reason`."""
         if not problem.plain_projections:
             return "it multiplies with the weights of unmodified linear layers, and a projection is replaced or hooked"
         if problem.dropout > 0:
-            return "it does not drop weights"
+            return "it has no dropout"
         return None
 
+    @override
     def is_suitable(self, problem: AttentionProblem) -> bool:
-        """Never."""
         return False
 
+    @override
     def compute(self, inputs: AttentionInputs) -> Tensor:
-        """See `Algorithm.compute`."""
         attention = inputs.attention
         mask = inputs.attention_mask
         return reference.weighted_values(

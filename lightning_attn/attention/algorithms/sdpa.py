@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
 from lightning_attn.attention.algorithms.dense import MAX_WEIGHTS
@@ -13,7 +14,7 @@ from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.transforms import is_transformed
 
 _MIN_WEIGHTS_HALF = 8 * MAX_WEIGHTS
-"""From here on the CPU's kernel is as fast as tiles in half precision."""
+"""From this number of weights on, the CPU's kernel is as fast as tiles in half precision."""
 
 
 class SDPA(Algorithm):
@@ -21,26 +22,27 @@ class SDPA(Algorithm):
 
     name = "sdpa"
 
+    @override
     def unsupported_reason(self, problem: AttentionProblem) -> str | None:
-        """See `Algorithm.unsupported_reason`."""
         e1, e2, _, e4 = problem.uses
         if not e1 or e2 or e4:
             return "it needs E1 without E2 and E4: the fused kernels take no position energy with a gradient"
         return None
 
+    @override
     def is_suitable(self, problem: AttentionProblem) -> bool:
-        """Where the kernels keep their memory of O(N) and their speed: see `takes_flag_only`."""
-        if problem.transformed or not takes_flag_only(problem):
+        """Where the kernels need O(N) memory and are fast: see `needs_no_mask`."""
+        if problem.transformed or not needs_no_mask(problem):
             return False
-        if problem.device == "cpu":  # its kernel drops no weights, and takes padding, but not beside the causal flag
+        if problem.device == "cpu":  # its kernel has no dropout, and supports padding, but not with the causal flag
             if problem.dropout > 0 or (problem.padded and problem.layout.causal):
                 return False
             half = problem.dtype in (torch.bfloat16, torch.float16)  # its backward pass is slow where weights are few
             return problem.exported or problem.num_weights > (_MIN_WEIGHTS_HALF if half else MAX_WEIGHTS)
-        return not problem.padded  # a mask leaves the fastest kernels; augmented_sdpa does without
+        return not problem.padded  # the fastest kernels support no mask; augmented_sdpa needs none
 
+    @override
     def compute(self, inputs: AttentionInputs) -> Tensor:
-        """See `Algorithm.compute`."""
         energies, layout = inputs.energies(), inputs.layout
         assert energies.content_query is not None, "E1 is on"
         assert energies.key is not None, "E1 is on"
@@ -53,7 +55,7 @@ class SDPA(Algorithm):
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """The fused kernel, whose backward pass torch cannot differentiate: then it is made of plain operations."""
+    """The fused kernel; for second derivatives, which it lacks, the backward pass is built from plain operations."""
 
     @staticmethod
     def forward(
@@ -81,8 +83,8 @@ class _TwiceDifferentiable(torch.autograd.Function):
         visible, dropout, is_causal = ctx.options
         if dropout > 0:
             raise ValueError(
-                f"dropout={dropout:g}: derivatives of a backward pass need the mask of the fused kernel, which does "
-                'not give it. Use algorithm="dense" or "tiled", or the module in evaluation mode.'
+                f"dropout={dropout:g}: second derivatives need the dropout mask of the fused kernel, which does not "
+                'return it. Use algorithm="dense" or "tiled", or the module in evaluation mode.'
             )
         with torch.enable_grad():
             inputs = ctx.saved_tensors
@@ -105,8 +107,8 @@ def _kernel(
     )
 
 
-def takes_flag_only(problem: AttentionProblem) -> bool:
-    """Whether the kernels need no mask of pairs, which would have to be held: at most their own causal flag."""
+def needs_no_mask(problem: AttentionProblem) -> bool:
+    """Whether the kernels need no mask tensor `[N_q, N_k]`: at most their causal flag."""
     if problem.layout.window is not None or problem.masked:
         return False
     return not problem.layout.causal or problem.layout.aligned
@@ -122,23 +124,23 @@ def fused_attention(
     hidden: Tensor | None = None,
     fully_masked: Tensor | None = None,
 ) -> Tensor:
-    """`scaled_dot_product_attention` with zeros for queries that see no key, and NaN where an energy is not a number.
+    """`scaled_dot_product_attention` with zeros for queries that see no key, and NaN where an energy is NaN.
 
     Args:
         query: `[B, M, N_q, width]`.
         key: `[B, M, N_k, width]`.
         value: `[B, M, N_k, d]`.
         dropout: Probability of dropping a weight.
-        is_causal: Hide the keys with larger numbers than the query.
+        is_causal: Hide the keys with larger index than the query.
         hidden: True where a key is hidden from a query, to broadcast against `[B, M, N_q, N_k]`; not with `is_causal`.
-        fully_masked: True where a query sees no key, to broadcast against `[B, M, N_q, 1]`; found from `hidden`.
+        fully_masked: True where a query sees no key, to broadcast against `[B, M, N_q, 1]`; `hidden` replaces it.
     """
     visible = None
     if hidden is not None:
-        # The kernels give means of everything, or NaN, to a query without a visible key.
+        # The kernels return the mean of all values, or NaN, for a query without a visible key.
         fully_masked = hidden.all(dim=-1, keepdim=True)
         visible = fully_masked | ~hidden
-    # The features of a token side by side, or the CPU's kernel is several times slower.
+    # Features of a token must be contiguous, or the CPU's kernel is several times slower.
     query, key, value = (tensor.contiguous() for tensor in (query, key, value))
     options: tuple[Any, ...] = (visible, dropout, is_causal)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
@@ -147,9 +149,10 @@ def fused_attention(
     else:
         out = _kernel(query, key, value, *options)
     if query.device.type == "cpu":
-        # That kernel takes a row of NaN energies for one that sees no key, and returns zeros. Zero times what is finite
-        # is zero, so that nothing can overflow here; zero times anything else is NaN.
+        # That kernel treats a row of NaN energies as fully masked, and returns zeros. Zero times a finite number is
+        # zero, without overflow; zero times anything else is NaN.
         with torch.no_grad():
-            unsound = (query * 0.0).sum(dim=-1, keepdim=True) + (key * 0.0).sum(dim=(-2, -1)).view(*key.shape[:2], 1, 1)
-        out = out + unsound
+            nan_or_zero = (query * 0.0).sum(dim=-1, keepdim=True)
+            nan_or_zero = nan_or_zero + (key * 0.0).sum(dim=(-2, -1)).view(*key.shape[:2], 1, 1)
+        out = out + nan_or_zero
     return out if fully_masked is None else out.masked_fill(fully_masked, 0.0)

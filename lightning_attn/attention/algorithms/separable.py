@@ -1,14 +1,15 @@
-"""E4, alone or with E3: the exponential of a sum over axes is a product, so that each axis is summed alone.
+"""E4, alone or with E3: the exponential of a sum over axes is a product, so that the softmax separates by axis.
 
 For every pair of a column of queries and a row of keys, a softmax along the row gives a mean of its values and a
-log-sum-exp; a softmax over the rows, with these log-sum-exps as a part of the energy, gives the mean of the means. This
-is exact and subtracts maxima in both steps. N (rows + columns) exponentials instead of N^2.
+log-sum-exp; a softmax over the rows, with the log-sum-exps added to its energy, gives the mean of the means. This is
+exact and subtracts maxima in both steps. N (rows + columns) exponentials instead of N^2.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
 from lightning_attn.attention.energies import Energies
@@ -23,26 +24,26 @@ class Separable(Algorithm):
 
     name = "separable"
 
+    @override
     def unsupported_reason(self, problem: AttentionProblem) -> str | None:
-        """See `Algorithm.unsupported_reason`."""
         if problem.terms not in ("0001", "0011"):
             return "it needs terms '0001' or '0011', whose weights depend on the offset and the key alone"
         if problem.ndim == 1:
-            return "it needs maps (ndim=2): a sentence has one axis only"
+            return "it needs maps (ndim=2): a sentence has only one axis"
         if problem.layout.causal:
-            return "reading order does not separate into rows and columns"
+            return "a causal mask does not separate into rows and columns"
         if problem.masked:
             return "an attention_mask does not separate into rows and columns"
         if problem.dropout > 0:
-            return "it does not drop weights"
+            return "it has no dropout"
         return None
 
+    @override
     def is_suitable(self, problem: AttentionProblem) -> bool:
-        """Wherever it can compute."""
         return True
 
+    @override
     def compute(self, inputs: AttentionInputs) -> Tensor:
-        """See `Algorithm.compute`."""
         energies, layout = inputs.energies(), inputs.layout
         value, padding = inputs.projected_value(), inputs.padding()
         dtype = computation_dtype(value)
@@ -85,7 +86,7 @@ def _two_steps(
     hidden_x: Tensor | None,
     grid: Tensor,
 ) -> Tensor:
-    """`[B, M, rows, columns, d]`; see the file's first lines."""
+    """The two softmaxes that the module's docstring describes, `[B, M, rows, columns, d]`."""
     energy = energy_x[None, :, None]  # [1, M, 1, columns, key columns]
     if key_energy is not None:
         energy = energy + torch.unflatten(key_energy.to(grid.dtype), 2, layout.key_sizes).unsqueeze(3)

@@ -1,9 +1,9 @@
 """Softmax attention tile by tile: exact, with memory that grows with the number of queries, not with its square.
 
 A tile is a rectangle of queries together with the rectangle of keys that they can see, for some pairs of a sample and a
-head. Its weights live in two buffers that stay in the caches; the backward pass makes them again. All cores work on a
-tile together. What is compiled or traced gets operators that are registered with `torch.library`, one node each; where
-a backward pass is itself to be differentiated, it is made of the operations of `dense_attention`.
+head. Its weights are in two buffers that fit the CPU caches; the backward pass recomputes them. All cores work on one
+tile at a time. For compilation and tracing there are operators registered with `torch.library`, one graph node each;
+second derivatives go through the plain operations of `dense_attention`.
 
 Shapes: B samples, M heads, P = B M pairs; N_q queries and N_k keys on grids; d features of a head.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_attn.attention.algorithms.augmented_sdpa import augmented
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
@@ -28,20 +29,20 @@ from lightning_attn.attention.projections import without_autocast
 from lightning_attn.attention.transforms import constant_when_compiled, is_transformed
 
 TILE_WEIGHTS = 640 * 1024
-"""Weights of a tile for each thread: two buffers of them stay in a core's caches, and each operation is long enough for
-the threads to meet after it. Measured flat between 512 and 1024 thousand, on one thread and on two."""
+"""Weights of a tile for each thread: two buffers of them fit a core's caches, and each operation takes long enough to
+amortise the synchronisation of the threads. Measured flat between 512 and 1024 thousand, on one thread and on two."""
 MAX_TILE_WEIGHTS = 8 * TILE_WEIGHTS
-"""However many threads there are: 42 MB in the two buffers."""
-MAX_KEPT_WEIGHTS = 4 * 1000 * 1000
-"""Up to here all weights are kept for the backward pass (16 MB in float32), which saves it two of its seven steps."""
+"""For any number of threads: 42 MB in the two buffers."""
+MAX_SAVED_WEIGHTS = 4 * 1000 * 1000
+"""Up to this number all weights are saved for the backward pass (16 MB in float32), which saves two of its 7 steps."""
 MIN_TILE_QUERIES = 64
-"""Fewer rows make the products slow, so that a map of very many keys gets a larger tile."""
+"""Fewer rows make the matrix products slow; a map of very many keys gets a larger tile instead."""
 MIN_WINDOW_TILE = 8
-"""Edge of a tile of queries in a window, if that is small: large enough for products, and the keys of a tile, (edge +
-n_k - 1)^2, stay within a small multiple of n_k^2."""
+"""Minimum edge of a tile of queries with a window: large enough for products, and the keys of a tile, (edge + n_k -
+1)^2, stay within a small multiple of n_k^2."""
 MAX_SENTENCE_KEYS = 256
-"""Sentences with more keys get their position energies as further features of queries and keys; see `augmented_sdpa`.
-Up to here they are held, which is faster."""
+"""Longer sentences get their position energies as extra features of queries and keys; see `augmented_sdpa`. For shorter
+ones they are held in memory, which is faster."""
 
 
 class Tiled(Algorithm):
@@ -49,21 +50,22 @@ class Tiled(Algorithm):
 
     name = "tiled"
 
+    @override
     def unsupported_reason(self, problem: AttentionProblem) -> str | None:
-        """It computes every attention."""
         return None
 
+    @override
     def is_suitable(self, problem: AttentionProblem) -> bool:
-        """Wherever nothing needs to see each operation."""
+        """Everywhere except for transforms and export, which need plain operations."""
         return not (problem.transformed or problem.exported)
 
+    @override
     def compute(self, inputs: AttentionInputs) -> Tensor:
-        """See `Algorithm.compute`."""
         energies, value, layout = inputs.energies(), inputs.projected_value(), inputs.layout
         batch, heads = value.shape[:2]
         query, key, key_energy = energies.content_query, energies.key, energies.key_energy
         features_last = value.stride(-1) == 1
-        if features_last:  # copied once for both passes: samples and heads of what a linear layer gives do not join
+        if features_last:  # one copy for both passes: samples and heads of a linear layer's output cannot be joined
             value = value.contiguous()
             query, key = (tensor if tensor is None else tensor.contiguous() for tensor in (query, key))
         along_y: Tensor | None = None
@@ -81,10 +83,10 @@ class Tiled(Algorithm):
         with without_autocast(value.device):
             if is_transformed() or torch.compiler.is_exporting():
                 return dense_attention(*arguments)
-            keep_weights = batch * heads * layout.num_queries * layout.num_keys <= MAX_KEPT_WEIGHTS
+            save_weights = batch * heads * layout.num_queries * layout.num_keys <= MAX_SAVED_WEIGHTS
             apply = _TiledAttention.apply if _is_plain_tensor(value) else tiled_attention
             result: Tensor
-            result, _ = apply(*arguments, _threads(value), torch.is_grad_enabled() and keep_weights)
+            result, _ = apply(*arguments, _threads(value), torch.is_grad_enabled() and save_weights)
             return result
 
 
@@ -122,21 +124,23 @@ def cut(layout: Layout, pairs: int, threads: int) -> list[Tile]:
             queries_of_tile = (slice(y, min(y + height, rows)), slice(x, min(x + width, columns)))
             parts.append((queries_of_tile, layout.visible_keys(queries_of_tile)))
     largest = max((size_of(queries_of_tile) * size_of(keys) for queries_of_tile, keys in parts), default=0)
-    together = _even(pairs, max(min(threads, pairs), wanted // max(1, largest)))
+    tile_pairs = _even(pairs, max(min(threads, pairs), wanted // max(1, largest)))
     return [
-        Tile(slice(pair, min(pair + together, pairs)), *part) for pair in range(0, pairs, together) for part in parts
+        Tile(slice(pair, min(pair + tile_pairs, pairs)), *part)
+        for pair in range(0, pairs, tile_pairs)
+        for part in parts
     ]
 
 
 def _even(total: int, part: int) -> int:
-    """The size that splits `total` into as many parts as `part` does, but of nearly the same size."""
+    """The part size that splits `total` into as many parts as `part` does, but of nearly equal size."""
     return max(1, -(-total // max(1, -(-total // max(1, part)))))
 
 
 class _Grid:
-    """A tensor `[B, M, N, d]` as matrices of tiles: `[pairs, n, d]`, views where the memory allows it.
+    """A tensor `[B, M, N, d]` as matrices of tiles: `[pairs, n, d]`, views where the strides allow it.
 
-    What is written to must let its first two dimensions be joined without a copy, as `_empty` does.
+    To be written to, its first two dimensions must be joinable without a copy, as in tensors of `_empty`.
     """
 
     def __init__(self, tensor: Tensor, sizes: Sequence[int]) -> None:
@@ -167,7 +171,7 @@ class _Grid:
             self.write(pairs, spans, torch.bmm(left, right))
 
     def add_product(self, pairs: slice, spans: Spans, left: Tensor, right: Tensor, first: bool) -> None:
-        """Adds products to the matrices of a rectangle; the first product is set instead."""
+        """Adds products to the matrices of a rectangle; with `first` sets them instead."""
         rows = self._rows(pairs, spans)
         if rows is not None and rows.dtype == left.dtype:
             rows.baddbmm_(left, right, beta=0 if first else 1)
@@ -180,7 +184,7 @@ class _Grid:
             part += torch.bmm(left, right).view(part.shape)
 
     def _rows(self, pairs: slice, spans: Spans) -> Tensor | None:
-        """A rectangle that lies together: whole rows of the grid, or a part of its only row."""
+        """A rectangle that is contiguous: whole rows of the grid, or a part of its only row; else None."""
         (rows, columns), width = spans, self.sizes[1]
         if columns.stop - columns.start == width:
             return self.pairs[pairs, rows.start * width : rows.stop * width]
@@ -191,7 +195,7 @@ class _Grid:
 
 
 class _Work:
-    """The inputs in the dtype of the computation, cut into tiles, with the buffers that hold a tile's weights."""
+    """The inputs in the dtype of the computation, split into tiles, with the buffers for a tile's weights."""
 
     def __init__(
         self,
@@ -210,7 +214,7 @@ class _Work:
     ) -> None:
         self.layout, self.dropout, self.seed = layout, dropout, seed
         self.dtype, self.device = computation_dtype(value), value.device
-        # What weights, values and gradients are multiplied in; energies and softmax are float32 or better in any case.
+        # For products of weights, values and gradients; energies and softmax are float32 or better in any case.
         self.product_dtype = value.dtype if multiplies_fast_in_half(value) else self.dtype
         self.batch, self.heads = value.shape[:2]
         pairs = self.batch * self.heads
@@ -238,14 +242,14 @@ class _Work:
         return torch.unflatten(tensor, 1, self.layout.key_sizes)
 
     def buffer(self, number: int, tile: Tile, dtype: torch.dtype) -> Tensor:
-        """Memory for the weights of a tile, `[pairs, queries, keys]`; all tiles share that of a number."""
+        """Memory for the weights of a tile, `[pairs, queries, keys]`; all tiles share the buffer of a number."""
         if number not in self._buffers:
             largest = max(math.prod(other.shape) for other in self.tiles)
             self._buffers[number] = torch.empty(largest, dtype=dtype, device=self.device)
         return self._buffers[number][: math.prod(tile.shape)].view(tile.shape)
 
-    def places(self) -> list[slice]:
-        """Where the weights of each tile lie, if all are kept one after the other."""
+    def saved_slices(self) -> list[slice]:
+        """The slice of each tile in the saved weights, where tiles follow each other."""
         ends = list(itertools.accumulate(math.prod(tile.shape) for tile in self.tiles))
         return [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
 
@@ -267,7 +271,7 @@ class _Work:
 
     @functools.cached_property
     def factors(self) -> tuple[_Grid, _Grid] | None:
-        """Query and key in the dtype of the energies; in half precision not needed where weights are kept."""
+        """Query and key in the dtype of the energies; in half precision not needed where weights are saved."""
         query, key = self._given
         if query is None or key is None:
             return None
@@ -299,9 +303,9 @@ class _Work:
                 torch.bmm(*matrices, out=energy)
         hidden = self.hidden(tile)
         if hidden is not None:
-            # The most negative finite number: -inf would make a row that is hidden completely NaN.
+            # The most negative finite number: -inf would make a fully masked row NaN.
             energy.masked_fill_(hidden, torch.finfo(self.dtype).min)
-        weights = torch.softmax(energy, dim=-1, out=energy)  # row by row: read before it is written
+        weights = torch.softmax(energy, dim=-1, out=energy)  # safe in place: each row is read before it is written
         if hidden is not None:
             fully_masked = hidden.all(dim=-1, keepdim=True)
             if self.device.type != "cpu" or bool(fully_masked.any()):
@@ -324,23 +328,23 @@ class _Work:
         return hidden
 
     def dropout_factors(self, tile: Tile) -> Tensor | None:
-        """What dropout multiplies the weights of a tile with, the same in both passes; None without dropout."""
+        """The dropout factors of a tile's weights, the same in both passes; None without dropout."""
         if self.seed is None or self.dropout == 0.0:
             return None
         (rows, columns), device = tile.queries, self.device
         numbers = torch.arange(rows.start, rows.stop, device=device)[:, None] * self.layout.query_sizes[1]
         numbers = (numbers + torch.arange(columns.start, columns.stop, device=device)).flatten()
         pairs = torch.arange(tile.pairs.start, tile.pairs.stop, device=device)[:, None]
-        places = pairs * self.layout.num_queries + numbers
+        row_ids = pairs * self.layout.num_queries + numbers
         key_rows, key_columns = tile.keys
         num_rows, num_columns = self.layout.key_sizes
         if key_columns == slice(0, num_columns) or num_rows == 1:
             first = key_rows.start * num_columns + key_columns.start
             if first == 0:
-                return dropout_factors(self.seed, self.dropout, self.product_dtype, places, tile.shape[2])
+                return dropout_factors(self.seed, self.dropout, self.product_dtype, row_ids, tile.shape[2])
         keys = torch.arange(key_rows.start, key_rows.stop, device=device)[:, None] * num_columns
         keys = (keys + torch.arange(key_columns.start, key_columns.stop, device=device)).flatten()
-        return dropout_factors(self.seed, self.dropout, self.product_dtype, places, tile.shape[2], keys)
+        return dropout_factors(self.seed, self.dropout, self.product_dtype, row_ids, tile.shape[2], keys)
 
 
 def _forward(
@@ -361,7 +365,7 @@ def _forward(
     seed: Tensor | None,
     features_last: bool,
     threads: int,
-    keep_weights: bool,
+    save_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sums of values, with the softmax of summed energies as weights.
 
@@ -370,7 +374,7 @@ def _forward(
     Args:
         query: `[B, M, N_q, width]`, whose products with `key` are one energy; or None.
         key: `[B, M, N_k, width]`.
-        key_energy: An energy of the key alone, `[B, M, N_k]`; or None.
+        key_energy: An energy that depends on the key alone, `[B, M, N_k]`; or None.
         along_y: An energy of the query and the key's row, `[B, M, rows, columns, key rows]`; or None.
         along_x: An energy of the query and the key's column, `[B, M, rows, columns, key columns]`; or None.
         value: `[B, M, N_k, d]`.
@@ -382,37 +386,41 @@ def _forward(
         causal: See `Layout`.
         window: See `Layout`.
         dropout: Probability of dropping a weight.
-        seed: With dropout, a number that decides which are dropped, an integer tensor without dimensions.
-        features_last: Whether results have the features of a place side by side in memory; else the places of a
-            feature.
-        threads: For how many threads the tiles are cut; the same in both passes, whatever torch is set to meanwhile.
-        keep_weights: Keep all weights for the backward pass, which otherwise makes them again.
+        seed: With dropout, the seed of its mask, an integer tensor without dimensions.
+        features_last: Whether the features of a position are contiguous in the results; else the positions of a
+            feature are.
+        threads: Number of threads that the tiles are sized for; the same in both passes, whatever torch's setting.
+        save_weights: Save all weights for the backward pass, which otherwise recomputes them.
 
     Returns:
-        `[B, M, N_q, d]` in the dtype of `value`, zeros for a query that sees no key; and what is kept, tile by tile.
+        `[B, M, N_q, d]` in the dtype of `value`, zeros for a query that sees no key; and the saved weights, tile by
+        tile (empty without `save_weights`).
     """
     layout = _layout(query_sizes, key_sizes, stride, causal, window)
     work = _Work(
         query, key, key_energy, along_y, along_x, value, padding, attention_mask, layout, dropout, seed, threads
     )
     output = _Grid(_empty_output(value, query_sizes, features_last), layout.query_sizes)
-    kept = work.empty_weights() if keep_weights else value.new_empty(0)
-    for tile, place in zip(work.tiles, work.places(), strict=True):
+    saved_weights = work.empty_weights() if save_weights else value.new_empty(0)
+    for tile, saved in zip(work.tiles, work.saved_slices(), strict=True):
         if 0 in tile.shape:
             output.write(tile.pairs, tile.queries, value.new_zeros(*tile.shape[:2], value.shape[-1]))
             continue
         weights = work.weights(tile)
-        weights = kept[place].view(tile.shape).copy_(weights) if keep_weights else weights.to(work.product_dtype)
+        if save_weights:
+            weights = saved_weights[saved].view(tile.shape).copy_(weights)
+        else:
+            weights = weights.to(work.product_dtype)
         factors = work.dropout_factors(tile)
         if factors is not None:
             weights = factors.mul_(weights)
         output.write_product(tile.pairs, tile.queries, weights, work.value.read(tile.pairs, tile.keys))
-    return output.tensor, kept
+    return output.tensor, saved_weights
 
 
 def _gradients(
     grad: Tensor,
-    kept: Tensor,
+    saved_weights: Tensor,
     query: Tensor | None,
     key: Tensor | None,
     key_energy: Tensor | None,
@@ -431,7 +439,7 @@ def _gradients(
     features_last: bool,
     threads: int,
 ) -> list[Tensor]:
-    """Gradients of those that are tensors among query ... value, in that order; `kept` is what `_forward` kept."""
+    """Gradients of the tensors among query ... value, in that order; `saved_weights` is from `_forward`."""
     layout = _layout(query_sizes, key_sizes, stride, causal, window)
     work = _Work(
         query, key, key_energy, along_y, along_x, value, padding, attention_mask, layout, dropout, seed, threads
@@ -439,12 +447,12 @@ def _gradients(
     dtype = work.dtype
     product_dtype = work.product_dtype
     grad_output = _Grid(grad.to(product_dtype), layout.query_sizes)
-    # Sums over tiles with the features of a place side by side, which products are added to fastest.
+    # Sums over tiles have contiguous features: the fastest layout to add products to.
     sum_dtype = product_dtype if all(tile.shape[1] == layout.num_queries for tile in work.tiles) else dtype
     grad_value = _Grid(value.new_empty(value.shape, dtype=sum_dtype), layout.key_sizes)
     grad_key = None if key is None else _Grid(key.new_empty(key.shape, dtype=sum_dtype), layout.key_sizes)
     grad_query = None if query is None else _Grid(_empty(query, features_last, value.dtype), layout.query_sizes)
-    # The first tile of some pairs sets the sums of all their keys, if it has all keys.
+    # If every tile has all keys, the first tile of some pairs sets the sums and no zeros are needed.
     sets_all = not any(0 in tile.shape for tile in work.tiles) and layout.window is None and not layout.causal
     if not sets_all:
         for grid in (grad_value, grad_key, grad_query):
@@ -452,12 +460,15 @@ def _gradients(
                 grid.tensor.zero_()
     grad_key_energy = None if work.key_energy is None else torch.zeros_like(work.key_energy)
     grad_along = [None if a is None else torch.zeros(a.shape, dtype=dtype, device=a.device) for a in work.along]
-    for tile, place in zip(work.tiles, work.places(), strict=True):
+    for tile, saved in zip(work.tiles, work.saved_slices(), strict=True):
         if 0 in tile.shape:
             continue
         pairs, queries, keys = tile.pairs, tile.queries, tile.keys
         first = sets_all and queries[0].start == queries[1].start == 0
-        weights = kept[place].view(tile.shape) if kept.numel() else work.weights(tile).to(product_dtype)
+        if saved_weights.numel():
+            weights = saved_weights[saved].view(tile.shape)
+        else:
+            weights = work.weights(tile).to(product_dtype)
         factors = work.dropout_factors(tile)
         grad_rows = grad_output.read(pairs, queries)
         dropped = weights if factors is None else weights * factors
@@ -466,14 +477,14 @@ def _gradients(
         torch.bmm(grad_rows, work.value.read(pairs, keys).transpose(1, 2), out=grad_energy)
         if factors is not None:
             grad_energy.mul_(factors)
-        # weights * (grad - the mean of grad under the weights), in place: rows are read before they are written
+        # weights * (grad - the mean of grad under the weights), safe in place: rows are read before they are written
         torch.ops.aten._softmax_backward_data.out(grad_energy, weights, -1, product_dtype, grad_input=grad_energy)
         if work.query is not None and work.key is not None and grad_query is not None and grad_key is not None:
             grad_query.write_product(pairs, queries, grad_energy, work.key.read(pairs, keys))
-            asking = work.query.read(pairs, queries)
-            grad_key.add_product(pairs, keys, grad_energy.transpose(1, 2), asking, first)
+            query_rows = work.query.read(pairs, queries)
+            grad_key.add_product(pairs, keys, grad_energy.transpose(1, 2), query_rows, first)
         if product_dtype != dtype and (grad_key_energy is not None or any(g is not None for g in grad_along)):
-            grad_energy = work.buffer(0, tile, dtype).copy_(grad_energy)  # once, where each sum would for itself
+            grad_energy = work.buffer(0, tile, dtype).copy_(grad_energy)  # converted once, not in each of the sums
         by_axis = work.by_axis(grad_energy, tile)
         for axis, grad_of_axis in enumerate(grad_along):
             if grad_of_axis is not None:
@@ -482,7 +493,7 @@ def _gradients(
         if grad_key_energy is not None:
             grad_key_energy[pairs, keys[0], keys[1]] += by_axis.sum(dim=1, dtype=dtype)
     by_feature = [
-        None if g is None else g.tensor.to(value.dtype) if features_last else _copied(g.tensor, value.dtype)
+        None if g is None else g.tensor.to(value.dtype) if features_last else _features_first(g.tensor, value.dtype)
         for g in (grad_query, grad_key, grad_value)
     ]
     others = [None if grad_key_energy is None else grad_key_energy.flatten(1), *grad_along]
@@ -491,7 +502,7 @@ def _gradients(
     return [g.view(i.shape).to(i.dtype) for g, i in zip(gradients, inputs, strict=True) if g is not None is not i]
 
 
-# The same as operators, for what traces operations: torch.compile, and tensors that are none.
+# The same as registered operators, for tracing: torch.compile, and fake tensors.
 tiled_attention = torch.library.custom_op("lightning_attn::tiled_attention", _forward, mutates_args=())
 _tiled_attention_backward = torch.library.custom_op(
     "lightning_attn::tiled_attention_backward", _gradients, mutates_args=()
@@ -517,18 +528,18 @@ def _(
     seed: Tensor | None,
     features_last: bool,
     threads: int,
-    keep_weights: bool,
+    save_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    kept = 0
-    if keep_weights:
+    count = 0
+    if save_weights:
         layout = _layout(query_sizes, key_sizes, stride, causal, window)
-        kept = sum(math.prod(tile.shape) for tile in cut(layout, value.shape[0] * value.shape[1], threads))
-    dtype = value.dtype if multiplies_fast_in_half(value) or kept == 0 else computation_dtype(value)
-    return _empty_output(value, query_sizes, features_last), value.new_empty(kept, dtype=dtype)
+        count = sum(math.prod(tile.shape) for tile in cut(layout, value.shape[0] * value.shape[1], threads))
+    dtype = value.dtype if multiplies_fast_in_half(value) or count == 0 else computation_dtype(value)
+    return _empty_output(value, query_sizes, features_last), value.new_empty(count, dtype=dtype)
 
 
 @_tiled_attention_backward.register_fake
-def _(grad: Tensor, kept: Tensor, *inputs: Any) -> list[Tensor]:
+def _(grad: Tensor, saved_weights: Tensor, *inputs: Any) -> list[Tensor]:
     query, key, key_energy, along_y, along_x, value = inputs[:6]
     by_feature = [None if t is None else _empty(t, inputs[-2], t.dtype) for t in (query, key, value)]
     others = [
@@ -550,14 +561,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * (len(ctx.inputs) + 1)
-    kept, *saved = ctx.saved_tensors
+    saved_weights, *saved = ctx.saved_tensors
     tensors = iter(saved)
     inputs = [next(tensors) if is_tensor else i for is_tensor, i in zip(ctx.is_tensor, ctx.inputs, strict=True)]
     if torch.is_grad_enabled() or is_transformed(grad):
         gradients = iter(_differentiable_gradients(grad, inputs))
     else:
         compute = _gradients if _is_plain_tensor(grad) else _tiled_attention_backward
-        gradients = iter(compute(grad, kept, *inputs))
+        gradients = iter(compute(grad, saved_weights, *inputs))
     return (*[next(gradients) if is_tensor else None for is_tensor in ctx.is_tensor[:6]], *[None] * (len(inputs) - 5))
 
 
@@ -565,7 +576,7 @@ tiled_attention.register_autograd(_backward, setup_context=_save)
 
 
 class _TiledAttention(torch.autograd.Function):
-    """The operator in eager mode: a call through torch's registry would take longer than a small attention."""
+    """The operator in eager mode, without the overhead of torch's operator registry, which small inputs would feel."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
@@ -579,18 +590,18 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _is_plain_tensor(tensor: Tensor) -> bool:
-    """Whether operations on a tensor run now, and are not recorded."""
+    """Whether operations on a tensor run eagerly and are not traced."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _differentiable_gradients(grad: Tensor, inputs: list[Any]) -> list[Tensor]:
-    """What `_tiled_attention_backward` gives, as a part of a graph that can be differentiated again."""
+    """The gradients of `_tiled_attention_backward`, computed so that they can be differentiated again."""
     with torch.enable_grad():
-        # New leaves of the same graph, so that gradients stop here, but flow on from what is computed with them.
+        # Views, so that autograd.grad stops here, while second derivatives flow through them to the inputs.
         tensors: list[Any] = [t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t for t in inputs[:6]]
         output = dense_attention(*tensors, *inputs[6:-1])
-        wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+        needed = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+        found = iter(torch.autograd.grad(output, needed, grad, create_graph=True, allow_unused=True))
         return [next(found) if t.requires_grad else torch.zeros_like(t) for t in tensors if isinstance(t, Tensor)]
 
 
@@ -612,7 +623,7 @@ def dense_attention(
     seed: Tensor | None,
     features_last: bool,
 ) -> Tensor:
-    """`tiled_attention` with every weight held at once, in operations of torch alone."""
+    """`tiled_attention` with all weights in memory at once, in plain torch operations."""
     layout, dtype = _layout(query_sizes, key_sizes, stride, causal, window), computation_dtype(value)
     batch, heads = value.shape[:2]
     energy: Tensor | None = None
@@ -668,14 +679,14 @@ def _empty_output(value: Tensor, query_sizes: Sequence[int], features_last: bool
     return _empty(value, features_last, value.dtype, (batch, heads, query_sizes[0] * query_sizes[1], width))
 
 
-def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """With the places of a feature side by side in memory."""
+def _features_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in which the positions of a feature are contiguous."""
     return _empty(tensor, False, dtype).copy_(tensor)
 
 
 def _empty(like: Tensor, features_last: bool, dtype: torch.dtype, shape: Sequence[int] | None = None) -> Tensor:
-    """Uninitialised memory of this shape, `[B, M, N, d]`, whose last two dimensions may be exchanged in memory."""
-    batch, heads, places, width = like.shape if shape is None else shape
+    """Uninitialised memory of this shape, `[B, M, N, d]`; its last two dimensions are transposed without the flag."""
+    batch, heads, positions, width = like.shape if shape is None else shape
     if features_last:
-        return like.new_empty(batch, heads, places, width, dtype=dtype)
-    return like.new_empty(batch, heads, width, places, dtype=dtype).transpose(2, 3)
+        return like.new_empty(batch, heads, positions, width, dtype=dtype)
+    return like.new_empty(batch, heads, width, positions, dtype=dtype).transpose(2, 3)

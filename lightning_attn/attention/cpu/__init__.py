@@ -1,1 +1,1 @@
-"""What leans on private parts of torch to be fast on CPUs; each file says what happens where these are missing."""
+"""Code that uses private parts of torch to be fast on CPUs; each file names its fallback where these are missing."""

@@ -1,11 +1,11 @@
-"""Linear layers by oneDNN where torch would take a slower library: float32 on a CPU.
+"""Linear layers by oneDNN where torch would use a slower library: float32 on a CPU.
 
-The numbers are those of `F.linear` up to the order of summation. Measured figures are in docs/performance.md.
+Results equal those of `F.linear` up to the order of summation. Measured figures are in docs/performance.md.
 
-oneDNN compiles code for every pair of a number of rows and a shape of a weight, and remembers the last 1,024 pairs at
-about half a megabyte each. Sentences of all lengths would make a training grow by hundreds of megabytes; therefore it
-is given few numbers of rows only, at most eight from one power of two to the next. The rows that are left over are
-multiplied as torch does it, or, where the weight's layout is oneDNN's, joined by rows of zeros.
+oneDNN compiles code for every pair of a number of rows and a weight shape, and caches the last 1,024 pairs at about
+half a megabyte each. Sentences of all lengths would add hundreds of megabytes to a training process; so it is called
+with few distinct numbers of rows, at most eight from one power of two to the next. The remaining rows are multiplied by
+`F.linear`, or padded with rows of zeros where the weight is in oneDNN's layout.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lightning_attn.attention.transforms import is_transformed
 
-# The operator that torch.compile puts in the place of a linear layer on a CPU, and the one that lays out a weight for
-# it. Both are private to torch: without either, everything here is `F.linear`.
+# The operator that torch.compile uses for a linear layer on a CPU, and the one that lays out a weight for it. Both are
+# private to torch: without either, everything here is `F.linear`.
 HAS_ONEDNN: bool = (
     torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -27,7 +27,7 @@ HAS_ONEDNN: bool = (
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32, as oneDNN says; without oneDNN, no."""
+    """Whether this CPU multiplies bfloat16 faster than float32, according to oneDNN; False without oneDNN."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if HAS_ONEDNN else None
     return supported is not None and bool(supported())
 
@@ -41,7 +41,7 @@ class Linear(nn.Linear):
 
 
 class PackedLinear:
-    """A linear layer whose weight does not change any more, laid out once for many products with few rows.
+    """A linear layer with a fixed weight, laid out once for many products with few rows.
 
     On a CPU in float32 a product with the 160 rows of a beam search takes 0.55 to 0.7 times as long as with
     `F.linear`, and with 5 rows 0.2 to 0.5 times. Elsewhere it is `F.linear`.
@@ -54,14 +54,14 @@ class PackedLinear:
     @torch.no_grad()
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         device = weight.device.type
-        # Autocast remembers what it casts for parameters only: it would cast this copy again in every call.
+        # Autocast caches its casts of parameters only: it would cast this copy again in every call.
         autocast = torch.is_autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
         self.weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.packed = HAS_ONEDNN and device == "cpu" and self.dtype == torch.float32
         if self.packed:
-            rows = 128  # of the inputs: what the layout is best for, any number works
+            rows = 128  # of the inputs that the layout is optimised for; any number works
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
 
     @torch.no_grad()
@@ -71,10 +71,10 @@ class PackedLinear:
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
         rows = x.shape[:-1].numel()
-        added = -rows % _step(rows, least=4)  # one row takes as long as four: reading the weight
-        if added == 0:
+        padding = -rows % _step(rows, least=4)  # one row takes as long as four: reading the weight dominates
+        if padding == 0:
             return _product(x, self.weight, self.bias)
-        y = _product(F.pad(x.flatten(0, -2), (0, 0, 0, added)), self.weight, self.bias)
+        y = _product(F.pad(x.flatten(0, -2), (0, 0, 0, padding)), self.weight, self.bias)
         return y[:rows].view(*x.shape[:-1], y.shape[-1])
 
 
@@ -89,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         `[..., out]`.
     """
-    suits = (
+    use_onednn = (
         HAS_ONEDNN
         and torch.backends.mkldnn.enabled
         and x.device.type == "cpu"
@@ -100,10 +100,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not torch._C._is_tracing()
         and not is_transformed()
     )
-    if not suits:
+    if not use_onednn:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        # A function's own output may be changed in place, a view that it made may not.
+        # The output of a Function may be modified in place, a view created inside it may not.
         y: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
     return _split_product(x, weight, bias)
@@ -122,26 +122,26 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         return (
             linear(gradient, weight.t()) if needs_x else None,
-            rows.t() @ x.flatten(0, -2) if needs_weight else None,  # here the other library is as fast
+            rows.t() @ x.flatten(0, -2) if needs_weight else None,  # here torch's default library is as fast
             rows.sum(dim=0) if needs_bias else None,
         )
 
 
 def _split_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.shape[:-1].numel()
-    left = rows % _step(rows, least=64)  # of small products oneDNN saves little
-    if left == 0:
+    remaining = rows % _step(rows, least=64)  # oneDNN saves little on small products
+    if remaining == 0:
         return _product(x, weight, bias)
-    if left == rows:
+    if remaining == rows:
         return F.linear(x, weight, bias)
-    first, rest = x.flatten(0, -2).tensor_split([rows - left])
+    first, rest = x.flatten(0, -2).tensor_split([rows - remaining])
     parts = [_product(first, weight, bias), F.linear(rest, weight, bias)]
     joined = torch.cat(parts)
     return joined if x.dim() == 2 else joined.view(*x.shape[:-1], weight.shape[0])
 
 
 def _step(rows: int, least: int) -> int:
-    """What the number of rows that oneDNN is given has to be a multiple of."""
+    """The number that the row counts passed to oneDNN must be a multiple of."""
     return max(least, 1 << rows.bit_length() >> 4)
 
 
@@ -154,5 +154,5 @@ if HAS_ONEDNN:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
-        """FLOPs as torch counts those of `addmm`, so that FlopCounterMode sees this operator too."""
+        """FLOPs as torch counts them for `addmm`, so that FlopCounterMode includes this operator."""
         return 2 * x_shape.numel() * weight_shape[0]

@@ -1,4 +1,4 @@
-"""ResNet backbones of torchvision's blocks, with the attended residual block (Zhu et al. 2019, section 3, Fig. 2a)."""
+"""ResNet backbones from torchvision's blocks, with attention in the blocks (Zhu et al. 2019, section 3, Fig. 2a)."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
+from typing_extensions import override
 
 from lightning_attn.attention import AttentionSpec, build_attention
 from lightning_attn.errors import InputError
@@ -27,7 +28,7 @@ Architecture = Literal["resnet18", "resnet34", "resnet50", "resnet101", "bottlen
 Norm = Literal["frozen", "batch", "sync", "group"]
 
 STAGES = ("conv2", "conv3", "conv4", "conv5")
-"""The paper's names of what torchvision calls `layer1` to `layer4`."""
+"""The paper's names of torchvision's `layer1` to `layer4`."""
 
 _PUBLISHED_WIDTH = 64
 _GROUPS = 32  # of group normalisation
@@ -37,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ResNetSpec:
-    """Which ResNet is the backbone, where its weights come from, and where attention stands in it.
+    """Which ResNet is the backbone, where its weights come from, and which of its blocks have attention.
 
     The defaults train from scratch. For fine-tuning as in detection with ImageNet weights, set
     `weights: IMAGENET1K_V1`, `norm: frozen`, `trainable_layers: 3`.
@@ -52,16 +53,16 @@ class ResNetSpec:
         norm: `"frozen"` for batch normalisation whose statistics and factors never change, `"batch"`, `"sync"` for
             statistics over all GPUs, or `"group"` for group normalisation.
         trainable_layers: How many of conv5, conv4, conv3, conv2 and the first convolution are trained, in that order;
-            torchvision's meaning: the first normalisation is trained with 5 only. What attention adds is trained
-            everywhere. Batch normalisation of layers that are not trained keeps its statistics.
-        attended_blocks: Where attention stands: whole stages such as `"conv4"`, or blocks such as `"conv4_6"`, the
-            sixth of conv4. The paper's are conv4 and conv5.
+            as in torchvision, the first normalisation is trained with 5 only. Layers added by attention are always
+            trained. Batch normalisation of frozen layers keeps its statistics.
+        attended_blocks: Where attention is inserted: whole stages such as `"conv4"`, or blocks such as `"conv4_6"`,
+            the sixth of conv4. The paper's are conv4 and conv5.
         deformable_blocks: Where the 3x3 convolution is the spec's `convolution`, if that is not regular; null for the
-            `attended_blocks`. The models published with the paper's have `["conv3", "conv4", "conv5"]`.
+            `attended_blocks`. The models published with the paper have `["conv3", "conv4", "conv5"]`.
 
     Raises:
-        ValueError: If a field has a value that no backbone has, or does not fit the others; the message names the
-            field and the way out.
+        ValueError: If a field has an invalid value, or does not fit the others; the message names the field and the
+            fix.
     """
 
     name: Architecture = "resnet50"
@@ -96,21 +97,21 @@ class ResNetSpec:
         require_int("trainable_layers", self.trainable_layers, 0)
         if self.trainable_layers > len(STAGES) + 1:
             raise InputError(f"trainable_layers must be at most {len(STAGES) + 1}, got {self.trainable_layers}.")
-        self.places("attended_blocks")
-        self.places("deformable_blocks")
+        self.block_indices("attended_blocks")
+        self.block_indices("deformable_blocks")
 
-    def places(self, field: Literal["attended_blocks", "deformable_blocks"]) -> set[tuple[int, int]]:
+    def block_indices(self, field: Literal["attended_blocks", "deformable_blocks"]) -> set[tuple[int, int]]:
         """The blocks that a field names, as (stage, block), both counted from 0.
 
         Raises:
-            ValueError: If a name is none of a stage or a block.
+            ValueError: If a name is neither a stage nor a block.
         """
         blocks = getattr(self, field)
         if blocks is None:
-            return self.places("attended_blocks")
+            return self.block_indices("attended_blocks")
         if isinstance(blocks, str):
             raise InputError(f"{field} must be a list such as [conv4, conv5], got the string {blocks!r}.")
-        places = set()
+        indices = set()
         for name in blocks:
             stage, _, block = str(name).partition("_")
             count = _LAYOUTS[self.name][1][STAGES.index(stage)] if stage in STAGES else 0
@@ -125,19 +126,19 @@ class ResNetSpec:
                     for stage, count in zip(STAGES, _LAYOUTS[self.name][1], strict=True)
                 )
                 raise InputError(f"{field} has {name!r}, which {self.name} has not. Its stages and blocks: {stages}.")
-            places |= {(STAGES.index(stage), index) for index in chosen}
-        return places
+            indices |= {(STAGES.index(stage), index) for index in chosen}
+        return indices
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision publishes no types
-    """torchvision's `FrozenBatchNorm2d`, bitwise identical, written over its input.
+    """torchvision's `FrozenBatchNorm2d`, bitwise identical, but in place.
 
-    No backward pass needs the output of a convolution, and not taking fresh memory for it saved a tenth of a training
-    step of ResNet-50 on two cores.
+    No backward pass needs the output of the convolution before it, and not allocating memory for another map saved a
+    tenth of a training step of ResNet-50 on two cores.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scales and shifts the map `[B, C, H, W]`, which must not be used afterwards."""
+        """Scales and shifts the map `[B, C, H, W]` in place."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         return x.mul_(scale.view(1, -1, 1, 1)).add_(shift.view(1, -1, 1, 1))
@@ -149,11 +150,11 @@ class AttendedBottleneck(Bottleneck):  # type: ignore[misc]
     That is 1x1, 3x3 (regular or deformable), norm, ReLU, attention, 1x1, and the residual connection of the block.
 
     Attributes:
-        convolved: Name of the convolution before the attention.
+        convolution_name: Name of the convolution before the attention.
         attention: Maps `[B, C, H, W]` to the same shape; None for none.
     """
 
-    convolved = "conv2"
+    convolution_name = "conv2"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -174,16 +175,16 @@ class AttendedBottleneck(Bottleneck):  # type: ignore[misc]
 class AttendedBasicBlock(BasicBlock):  # type: ignore[misc]
     """torchvision's `BasicBlock` with attention between its two 3x3 convolutions.
 
-    The paper has bottlenecks only. Of this block's places, the one after the first convolution is like theirs: on the
-    output of a 3x3 convolution after norm and ReLU, with the block's last convolution behind it, and the channels are
-    the same, 256 in conv4 and 512 in conv5. The first convolution is therefore the one that may be deformable.
+    The paper has bottlenecks only. The position after the first convolution corresponds to theirs: on the output of
+    a 3x3 convolution after norm and ReLU, followed by the block's last convolution, and with the same channels, 256 in
+    conv4 and 512 in conv5. The first convolution is therefore the one that may be deformable.
 
     Attributes:
-        convolved: Name of the convolution before the attention.
+        convolution_name: Name of the convolution before the attention.
         attention: Maps `[B, C, H, W]` to the same shape; None for none.
     """
 
-    convolved = "conv1"
+    convolution_name = "conv1"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -211,14 +212,14 @@ _LAYOUTS: dict[str, tuple[type[AttendedBottleneck] | type[AttendedBasicBlock], t
 
 
 class ResNet(nn.Module):
-    """A ResNet without classifier, with torchvision's names, initialisation and numbers. Made by `build_resnet`.
+    """A ResNet without classifier, with torchvision's names, initialisation and outputs. Built by `build_resnet`.
 
     Args:
         name: See `ResNetSpec`; so are the next two.
         width: Channels of the first convolution.
         norm: Kind of normalisation.
-        output_stride: 32, or 16 or 8 for maps of conv5 that are that much smaller than the image: later stages then
-            dilate their 3x3 convolutions instead of striding, as torchvision's `replace_stride_with_dilation` does.
+        output_stride: Stride of conv5: 32, or 16 or 8, where later stages dilate their 3x3 convolutions instead of
+            striding, as torchvision's `replace_stride_with_dilation` does.
 
     Attributes:
         channels: Number of channels of each output.
@@ -286,8 +287,9 @@ class ResNet(nn.Module):
             x = outputs[name] = layer(x)
         return outputs
 
+    @override
     def train(self, mode: bool = True) -> "ResNet":
-        """As any module's, but batch normalisation of layers that are not trained stays in evaluation."""
+        """As in any module, but batch normalisation of frozen layers stays in evaluation mode."""
         super().train(mode)
         for name, module in self.named_modules():
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and name.split(".")[0] not in self._trained:
@@ -295,7 +297,7 @@ class ResNet(nn.Module):
         return self
 
     def freeze(self, trainable_layers: int) -> None:
-        """Trains the last layers only, and what attention adds everywhere; see `ResNetSpec.trainable_layers`."""
+        """Makes only the last layers, and those added by attention, trainable; see `ResNetSpec.trainable_layers`."""
         order = ["layer4", "layer3", "layer2", "layer1", "conv1"]
         self._trained = order[:trainable_layers] + (["bn1"] if trainable_layers == len(order) else [])
         added = names_added_by_attention(self)
@@ -303,16 +305,16 @@ class ResNet(nn.Module):
             parameter.requires_grad_(name in added or name.split(".")[0] in self._trained)
         self.train(self.training)
 
-    def attend(self, place: tuple[int, int], attention: AttentionSpec) -> None:
-        """Puts attention, and the spec's kind of 3x3 convolution, into one block.
+    def insert_attention(self, block_index: tuple[int, int], attention: AttentionSpec) -> None:
+        """Inserts attention, and the spec's kind of 3x3 convolution, into one block.
 
         Args:
-            place: Stage and block, both counted from 0.
-            attention: What to put there. The convolution starts with the weights of the one that it replaces.
+            block_index: Stage and block, both counted from 0.
+            attention: The attention. The convolution starts with the weights of the one that it replaces.
         """
-        stage, index = place
+        stage, index = block_index
         block = getattr(self, f"layer{stage + 1}")[index]
-        old: nn.Conv2d = getattr(block, block.convolved)
+        old: nn.Conv2d = getattr(block, block.convolution_name)
         built = build_attention(
             attention,
             old.out_channels,
@@ -323,17 +325,17 @@ class ResNet(nn.Module):
         )
         with torch.no_grad():
             built.convolution.weight.copy_(old.weight)
-        setattr(block, block.convolved, built.convolution)
+        setattr(block, block.convolution_name, built.convolution)
         block.attention = built.attention
 
 
 def build_resnet(spec: ResNetSpec, attention: AttentionSpec, output_stride: Literal[8, 16, 32] = 32) -> ResNet:
-    """Builds a backbone: architecture, attention, weights, and what is trained.
+    """Builds a ResNet with attention, pretrained weights and frozen layers.
 
     Args:
         spec: Which ResNet.
-        attention: What stands in its attended and deformable blocks; those of C channels (256 in conv4 and 512 in conv5
-            at the published width) encode relative positions in as many dimensions.
+        attention: Of its attended and deformable blocks; those of C channels (256 in conv4 and 512 in conv5 at the
+            published width) encode relative positions in as many dimensions.
         output_stride: See `ResNet`.
 
     Returns:
@@ -341,7 +343,7 @@ def build_resnet(spec: ResNetSpec, attention: AttentionSpec, output_stride: Lite
 
     Raises:
         ValueError: If the parts do not fit one another, or the weights do not fit the network.
-        OSError: If weights cannot be read; `FileNotFoundError` if there are none of that name.
+        OSError: If weights cannot be read; `FileNotFoundError` if no weights of that name exist.
     """
     if output_stride not in (8, 16, 32):
         raise InputError(f"output_stride must be 8, 16 or 32, got {output_stride!r}.")
@@ -351,19 +353,19 @@ def build_resnet(spec: ResNetSpec, attention: AttentionSpec, output_stride: Lite
             "Choose an architecture of bottlenecks, such as bottleneck26 or resnet50."
         )
     network = ResNet(spec.name, spec.width, spec.norm, output_stride)
-    attended = set() if attention.mechanism == "none" else spec.places("attended_blocks")
-    deformed = set() if attention.convolution == "regular" else spec.places("deformable_blocks")
-    for place in sorted(attended | deformed):
-        here = attention
-        if place not in attended:
-            here = dataclasses.replace(AttentionSpec(mechanism="none"), convolution=attention.convolution)
-        elif place not in deformed:
-            here = dataclasses.replace(attention, convolution="regular")
-        network.attend(place, here)
+    attended = set() if attention.mechanism == "none" else spec.block_indices("attended_blocks")
+    deformable = set() if attention.convolution == "regular" else spec.block_indices("deformable_blocks")
+    for block_index in sorted(attended | deformable):
+        block_attention = attention
+        if block_index not in attended:
+            block_attention = dataclasses.replace(AttentionSpec(mechanism="none"), convolution=attention.convolution)
+        elif block_index not in deformable:
+            block_attention = dataclasses.replace(attention, convolution="regular")
+        network.insert_attention(block_index, block_attention)
     network.freeze(spec.trainable_layers)
     if spec.weights != "none":
         load_weights(network, read_weights(spec.weights, spec.name), f"{spec.name}, weights {spec.weights}")
-    if network.conv1.weight.is_meta:  # only sizes are being checked
+    if network.conv1.weight.is_meta:  # a check of sizes only
         return network
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in network.parameters())
@@ -375,18 +377,18 @@ def build_resnet(spec: ResNetSpec, attention: AttentionSpec, output_stride: Lite
         trained / 1e6,
         total / 1e6,
         len(attended),
-        len(deformed),
+        len(deformable),
     )
     return network
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a backbone makes of a batch of images, for any head.
+    """The features of a batch of images, for any head.
 
     Attributes:
         maps: `c2` to `c5`, `[B, channels, H / s, W / s]`; see `ResNet.forward`.
-        image_sizes: Height and width of each image, which lies at the top left of the batch.
+        image_sizes: Height and width of each image, which is at the top left of the batch.
         batch_size: Height and width of the padded batch.
     """
 
@@ -396,11 +398,11 @@ class Features:
 
 
 class Backbone(nn.Module):
-    """From images of any sizes to the features that every head reads. Made by `build_backbone`.
+    """Maps images of any sizes to features for the heads. Built by `build_backbone`.
 
     Args:
         body: The ResNet.
-        stride: That of its smallest map.
+        stride: Of its smallest map.
 
     Attributes:
         channels: Number of channels of each map.
@@ -413,7 +415,7 @@ class Backbone(nn.Module):
         self.batch = NormalizedBatch()
 
     def forward(self, images: Sequence[Tensor], *, align_corners: bool = False) -> Features:
-        """Normalises, pads and maps images.
+        """Normalises and pads images, and computes their features.
 
         Args:
             images: RGB, uint8, `[3, H, W]` each.
@@ -428,12 +430,12 @@ class Backbone(nn.Module):
 
 
 def build_backbone(spec: ResNetSpec, attention: AttentionSpec, output_stride: Literal[8, 16, 32] = 32) -> Backbone:
-    """A backbone for detectors and segmentation networks; arguments and errors as `build_resnet`."""
+    """Builds a backbone for detectors and segmentation networks; arguments and errors as `build_resnet`."""
     return Backbone(build_resnet(spec, attention, output_stride), output_stride)
 
 
 def norm_factory(norm: Norm) -> Callable[[int], nn.Module]:
-    """What makes a layer of a kind of normalisation from a number of channels."""
+    """The constructor of normalisation layers of this kind, from a number of channels."""
     if norm == "group":
         return lambda channels: nn.GroupNorm(math.gcd(_GROUPS, channels), channels)
     kinds = {"frozen": FrozenBatchNorm, "batch": nn.BatchNorm2d, "sync": nn.SyncBatchNorm}

@@ -1,4 +1,4 @@
-"""Batches of images of different sizes: normalised, and padded to what a network's stride asks for."""
+"""Batches of images of different sizes, normalised, and padded as a network's stride requires."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from lightning_attn.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Mean and standard deviation of RGB in 0..1, for which torchvision's weights were trained."""
+"""Mean and standard deviation of RGB in 0..1 in the training of torchvision's weights."""
 
 
 class NormalizedBatch(nn.Module):
@@ -36,17 +36,17 @@ class NormalizedBatch(nn.Module):
             Float32, `[B, 3, H', W']`; images are at the top left, and the rest is zero, which is the mean colour.
 
         Raises:
-            ValueError: If there are no images, or one is not as it should be; the message says which.
+            ValueError: If there are no images, or one is invalid; the message says which.
         """
         check_images(images)
         height, width = padded_size(images, stride, align_corners=align_corners)
-        # On a CPU the whole network takes over this layout, and a training step of a detector is a sixth faster.
+        # On a CPU the whole network inherits this layout, and a training step of a detector is a sixth faster.
         layout = torch.channels_last if self.mean.device.type == "cpu" else torch.contiguous_format
         batch = torch.empty(
             (len(images), 3, height, width), dtype=self.mean.dtype, device=self.mean.device, memory_format=layout
         ).zero_()
-        for image, place in zip(images, batch, strict=True):
-            inside = place[:, : image.shape[1], : image.shape[2]]
+        for image, padded in zip(images, batch, strict=True):
+            inside = padded[:, : image.shape[1], : image.shape[2]]
             torch.div(image, 255, out=inside)
             inside.sub_(self.mean).div_(self.std)
         return batch
@@ -57,9 +57,9 @@ def padded_size(images: Sequence[Tensor], stride: int, *, align_corners: bool) -
 
     Args:
         images: `[..., H, W]` each.
-        stride: That of the smallest map: sides are multiples of it. The width is so large that this map still has the
-            two values of a single image that batch normalisation needs.
-        align_corners: Makes sides 1 more than a multiple, so that the first and the last pixel both lie under a pixel
+        stride: Of the smallest map: sides are multiples of it. The width is large enough for this map to have two
+            values per image, which batch normalisation needs.
+        align_corners: Makes sides 1 more than a multiple, so that the first and the last pixel both are at a pixel
             of the smallest map; resizing that map with `align_corners=True` then puts all of its pixels where they
             were computed.
     """
@@ -74,16 +74,16 @@ def padded_size(images: Sequence[Tensor], stride: int, *, align_corners: bool) -
 def padded_labels(labels: Sequence[Tensor], size: tuple[int, int], value: int) -> Tensor:
     """Maps of labels, uint8 `[H, W]` each, in one batch `[B, *size]`, at the top left; the rest is `value`."""
     batch = torch.full((len(labels), *size), value, dtype=torch.uint8, device=labels[0].device)
-    for place, label in zip(batch, labels, strict=True):
-        place[: label.shape[0], : label.shape[1]] = label
+    for padded, label in zip(batch, labels, strict=True):
+        padded[: label.shape[0], : label.shape[1]] = label
     return batch
 
 
 def check_images(images: Sequence[Tensor]) -> None:
-    """Refuses what is not at least one RGB image as uint8 `[3, H, W]`.
+    """Checks that there is at least one image, and that all are RGB, uint8 `[3, H, W]`.
 
     Raises:
-        ValueError: With the index and what is there instead.
+        ValueError: If not; the message has the index, dtype and shape.
     """
     if not images:
         raise InputError("images is empty; give at least one.")

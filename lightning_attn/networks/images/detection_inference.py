@@ -1,4 +1,4 @@
-"""From a detector to the objects of an image: as a whole or in overlapping tiles, mirrored images, several scales."""
+"""Detector inference on whole images or overlapping tiles, with mirrored images and several scales."""
 
 import dataclasses
 import functools
@@ -19,38 +19,38 @@ from lightning_attn.validation import is_number, refuse_unused, require_int
 logger = logging.getLogger(__name__)
 
 Mode = Literal["whole", "sliding"]
-_WHOLE_SCORE = 0.5  # of a cut detection's score, from which a whole one of the same object is believed instead
+_WHOLE_SCORE = 0.5  # fraction of a cut detection's score from which a whole one of the same object replaces its box
 _TINY = 1e-6
-_LEAST_SIDE = 2  # pixels; torch fails on resizing to one
+_MIN_SIDE = 2  # pixels; torch fails on resizing to one
 
 Network: TypeAlias = Callable[[list[Tensor]], Sequence[Detection]]
-"""Maps images, uint8 `[3, H, W]` each, to boxes, labels and scores of each: a `Detector` in evaluation mode."""
+"""Maps images, uint8 `[3, H, W]` each, to their boxes, labels and scores: a `Detector` in evaluation mode."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DetectionInferenceSpec:
-    """How the objects of an image are found. The default looks at each image once, as a whole.
+    """How the objects of an image are detected. The default runs the network once on the whole image.
 
-    What is found in all views of an image is put together: of two detections of a class, the one with the lower score
-    is dropped where they overlap by `merge_iou`, or where most of one lies in the other and one of them is cut by the
+    The detections of all views of an image are merged: of two detections of a class, the one with the lower score is
+    dropped where they overlap by `merge_iou`, or where most of one is inside the other and one of them is cut by the
     border of a tile. Where the better one is cut, and the other, with at least half of its score, is not, the box is
     that of the other.
 
     Attributes:
         mode: `"whole"`, or `"sliding"` for overlapping square tiles *and* the whole image, for small objects in large
             images: these should then not be scaled down (`--data.min_size 0 --data.max_size 0`).
-        tile: Height and width of a tile in pixels of the image that the network gets.
-        overlap: Share of a tile, along each axis, that the next one covers again at least.
-        flip: Whether the mirror image of each view is looked at too.
+        tile: Height and width of a tile in pixels of the network's input.
+        overlap: Minimum fraction of a tile, along each axis, that the next one covers again.
+        flip: Whether the network also runs on the mirror image of each view.
         scales: Factors by which images are resized, each a view.
         merge_iou: Intersection over union from which the worse of two detections of a class is dropped.
-        voting_iou: What is kept has the mean of all whole boxes of its class that it overlaps by this, weighted by
-            their scores; 1 for its own box.
-        detections_per_img: Detections of an image at most; 0 for 100, or 1,000 with `sliding`, which is for many
+        voting_iou: Box voting: a merged detection gets the mean of all uncut boxes of its class that it overlaps by
+            this, weighted by their scores; 1 for no voting.
+        detections_per_img: Maximum detections of an image; 0 for 100, or 1,000 with `sliding`, which is for many
             objects.
 
     Raises:
-        ValueError: If a field has a value that cannot be; the message names the field and the way out.
+        ValueError: If a field has an invalid value; the message names the field and the fix.
     """
 
     mode: Mode = "whole"
@@ -69,7 +69,7 @@ class DetectionInferenceSpec:
         require_int("inference.detections_per_img", self.detections_per_img, least=0)
         if not (is_number(self.overlap) and 0 <= self.overlap < 1) or math.ceil(self.tile * self.overlap) >= self.tile:
             raise InputError(
-                f"inference.overlap must be at least 0 and so far below 1 that a step is left from one tile of "
+                f"inference.overlap must be at least 0 and leave a step of at least one pixel from one tile of "
                 f"{self.tile} pixels to the next, got {self.overlap!r}."
             )
         refuse_unused(self, "mode", {"sliding": ("tile", "overlap")})
@@ -89,41 +89,41 @@ class DetectionInferenceSpec:
             )
 
     @property
-    def looks_once(self) -> bool:
-        """Whether there is one view of an image, the image itself."""
+    def is_single_view(self) -> bool:
+        """Whether the image itself is its only view."""
         return self.mode == "whole" and not self.flip and set(self.scales) == {1}
 
     @property
-    def most(self) -> int:
-        """Detections of an image at most."""
+    def max_detections(self) -> int:
+        """Maximum detections of an image."""
         return self.detections_per_img or (1000 if self.mode == "sliding" else 100)
 
 
 @torch.no_grad()
 def detect(network: Network, images: Sequence[Tensor], spec: DetectionInferenceSpec) -> list[Detection]:
-    """Finds the objects of images.
+    """Detects the objects of images.
 
     Args:
         network: The detector.
-        images: RGB, uint8, `[3, H, W]` each; there may be none. They go through the network together if each is looked
-            at once, and otherwise one after another.
-        spec: How it is done.
+        images: RGB, uint8, `[3, H, W]` each; may be empty. With a single view per image they are one batch, otherwise
+            they are processed one after another.
+        spec: The views and how they are merged.
 
     Returns:
         For each image `boxes` `[n, 4]` in its pixels, `labels` `[n]` and `scores` `[n]`, best first.
     """
     if not images:
         return []
-    if spec.looks_once:
+    if spec.is_single_view:
         return list(network(list(images)))
     return [_merged(list(_views(network, image, spec)), spec) for image in images]
 
 
 def _views(network: Network, image: Tensor, spec: DetectionInferenceSpec) -> Iterator[Detection]:
-    """What is found in each view, in pixels of the image; `cut` says which boxes end where a tile does."""
+    """The detections of each view, in pixels of the image; `cut` is True for boxes that a tile border cuts."""
     height, width = image.shape[1:]
     for scale in spec.scales:
-        size = [max(_LEAST_SIDE, round(scale * length)) for length in (height, width)]
+        size = [max(_MIN_SIDE, round(scale * length)) for length in (height, width)]
         resized = image if size == [height, width] else transforms.resize(image, size, antialias=True)
         factors = torch.tensor([width / size[1], height / size[0]] * 2, device=image.device)
         for row, column in _tiles(size, spec):
@@ -141,7 +141,7 @@ def _views(network: Network, image: Tensor, spec: DetectionInferenceSpec) -> Ite
 
 
 def _tiles(size: Sequence[int], spec: DetectionInferenceSpec) -> list[tuple[slice, slice]]:
-    """The whole image, and its tiles if there are several."""
+    """The whole image, and its tiles if there is more than one."""
     tiles = [(slice(0, size[0]), slice(0, size[1]))]
     if spec.mode == "sliding":
         rows, columns = (tile_spans(length, spec.tile, spec.overlap) for length in size)
@@ -151,7 +151,7 @@ def _tiles(size: Sequence[int], spec: DetectionInferenceSpec) -> list[tuple[slic
 
 
 def _cut(boxes: Tensor, row: slice, column: slice, size: Sequence[int]) -> Tensor:
-    """Which boxes touch a border of their tile inside the image, where their object may go on, `[n]`."""
+    """True for boxes that touch a border of their tile inside the image, where the object may continue, `[n]`."""
     cut = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     for span, length, low, high in ((column, size[1], 0, 2), (row, size[0], 1, 3)):
         if span.start > 0:
@@ -162,71 +162,71 @@ def _cut(boxes: Tensor, row: slice, column: slice, size: Sequence[int]) -> Tenso
 
 
 def _merged(views: list[Detection], spec: DetectionInferenceSpec) -> Detection:
-    """One detection of each object, from whatever views: the best, but whole where another view has it whole."""
+    """One detection of each object from all views: the best, with an uncut box if another view has one."""
     boxes, labels, scores, cut = (
         torch.cat([view[key] for view in views]) for key in ("boxes", "labels", "scores", "cut")
     )
     device = boxes.device
     order = scores.argsort(descending=True, stable=True)
     boxes, labels, scores, cut = (values[order].cpu() for values in (boxes, labels, scores, cut))
-    alive = torch.ones_like(cut)
-    kept, kept_boxes = [], []
-    for place in range(len(boxes)):  # of thousands of boxes, only those with the few that are kept are compared
-        if not alive[place]:
+    remaining = torch.ones_like(cut)
+    selected, selected_boxes = [], []
+    for index in range(len(boxes)):  # compares only the few selected boxes with all others, not all pairs
+        if not remaining[index]:
             continue
-        box = boxes[place]
-        same = alive & (labels == labels[place]) & _of_one_object(box, cut[place], boxes, cut, spec.merge_iou)
-        if cut[place]:
-            whole = torch.nonzero(same & ~cut & (scores >= _WHOLE_SCORE * scores[place]))[:, 0]
+        box = boxes[index]
+        same = remaining & (labels == labels[index]) & _same_object(box, cut[index], boxes, cut, spec.merge_iou)
+        if cut[index]:
+            whole = torch.nonzero(same & ~cut & (scores >= _WHOLE_SCORE * scores[index]))[:, 0]
             if len(whole):
                 box = boxes[whole[0]]
-                also = _of_one_object(box, cut[whole[0]], boxes, cut, spec.merge_iou)
-                same |= alive & (labels == labels[place]) & also
-        overlapping = labels == labels[place]
-        overlapping &= ~cut & (_overlap(box, boxes) >= spec.voting_iou)
-        if overlapping.any():  # each view has errors of its own, which the mean has less of
+                also = _same_object(box, cut[whole[0]], boxes, cut, spec.merge_iou)
+                same |= remaining & (labels == labels[index]) & also
+        overlapping = labels == labels[index]
+        overlapping &= ~cut & (_box_iou(box, boxes) >= spec.voting_iou)
+        if overlapping.any():  # the mean reduces the localisation errors of single views
             weights = scores[overlapping, None]
             box = (boxes[overlapping] * weights).sum(dim=0) / weights.sum()
-        alive &= ~same
-        alive[place] = False
-        kept.append(place)
-        kept_boxes.append(box)
-        if len(kept) == spec.most:
-            if alive.any():
-                _report_limit(spec.most)
+        remaining &= ~same
+        remaining[index] = False
+        selected.append(index)
+        selected_boxes.append(box)
+        if len(selected) == spec.max_detections:
+            if remaining.any():
+                _report_limit(spec.max_detections)
             break
-    chosen = torch.tensor(kept, dtype=torch.int64)
+    chosen = torch.tensor(selected, dtype=torch.int64)
     return {
-        "boxes": (torch.stack(kept_boxes) if kept_boxes else boxes[:0]).to(device),
+        "boxes": (torch.stack(selected_boxes) if selected_boxes else boxes[:0]).to(device),
         "labels": labels[chosen].to(device),
         "scores": scores[chosen].to(device),
     }
 
 
 @functools.cache
-def _report_limit(most: int) -> None:
-    """Says once that there was more."""
+def _report_limit(limit: int) -> None:
+    """Logs once that detections were dropped."""
     logger.warning(
-        f"There are images with more than {most:,} detections, of which the best are kept "
-        "(--model.inference.detections_per_img says how many)."
+        f"Some images have more than {limit:,} detections, of which the best {limit:,} are kept "
+        "(set --model.inference.detections_per_img for another limit)."
     )
 
 
-def _overlap(box: Tensor, boxes: Tensor) -> Tensor:
+def _box_iou(box: Tensor, boxes: Tensor) -> Tensor:
     """Intersection over union of a box `[4]` with others `[n, 4]`, `[n]`."""
     shared, area, areas = _areas(box, boxes)
     return shared / (area + areas - shared).clamp(min=_TINY)
 
 
 def _areas(box: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a box `[4]` shares with others `[n, 4]`, its area and theirs."""
+    """Intersection areas of a box `[4]` with others `[n, 4]`, its area and theirs."""
     shared = (torch.minimum(box[2:], boxes[:, 2:]) - torch.maximum(box[:2], boxes[:, :2])).clamp(min=0).prod(dim=1)
     return shared, (box[2:] - box[:2]).clamp(min=0).prod(), (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
 
 
-def _of_one_object(box: Tensor, is_cut: Tensor, boxes: Tensor, cut: Tensor, least: float) -> Tensor:
-    """Which boxes `[n, 4]` show the object of a box `[4]`: those that overlap, or are a part of it that was cut off."""
+def _same_object(box: Tensor, is_cut: Tensor, boxes: Tensor, cut: Tensor, min_iou: float) -> Tensor:
+    """True for boxes `[n, 4]` of the same object as a box `[4]`: those that overlap it, or are parts of it cut off."""
     shared, area, areas = _areas(box, boxes)
-    overlaps = shared >= least * (area + areas - shared).clamp(min=_TINY)
-    inside = shared >= least * torch.minimum(area, areas).clamp(min=_TINY)
+    overlaps = shared >= min_iou * (area + areas - shared).clamp(min=_TINY)
+    inside = shared >= min_iou * torch.minimum(area, areas).clamp(min=_TINY)
     return overlaps | (inside & (cut | is_cut))

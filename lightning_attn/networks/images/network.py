@@ -1,4 +1,4 @@
-"""A backbone and one head: from images to losses in training, and to results in evaluation."""
+"""Networks of a backbone and one head: images to losses in training, and to results in evaluation."""
 
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar, overload
@@ -26,15 +26,15 @@ _DETECTION_HEADS: dict[Head, type[FasterRCNNHead] | type[RetinaNetHead]] = {
 
 
 class ImageHead(Protocol[HeadTarget, ResultType]):
-    """A function of features, with parameters: any `nn.Module` with these members."""
+    """The interface of heads: an `nn.Module` with these members."""
 
     align_corners: bool
     """How images are padded; see `padded_size`."""
-    one_size: bool
-    """Whether images of different sizes must not be in one batch in evaluation."""
+    needs_equal_sizes: bool
+    """Whether all images of a batch must have the same size in evaluation."""
 
     def check_targets(self, images: Sequence[Tensor], targets: Sequence[HeadTarget]) -> None:
-        """Refuses targets that are not as `losses` describes them."""
+        """Raises a ValueError for targets that are not as `losses` describes them."""
         ...
 
     def losses(self, features: Features, targets: Sequence[HeadTarget]) -> dict[str, Tensor]:
@@ -47,13 +47,13 @@ class ImageHead(Protocol[HeadTarget, ResultType]):
 
 
 class ImageNetwork(nn.Module, Generic[TargetType, ResultType]):
-    """From uint8 images to losses in training mode, and to results in evaluation mode.
+    """Maps uint8 images to losses in training mode, and to results in evaluation mode.
 
     Images are normalised as ImageNet's and padded to a batch; they are not resized.
 
     Args:
-        backbone: From `build_backbone`; another network may use it too.
-        head: What reads its features.
+        backbone: From `build_backbone`; several networks may share it.
+        head: Maps its features to losses or results.
     """
 
     head: ImageHead[TargetType, ResultType]
@@ -72,30 +72,30 @@ class ImageNetwork(nn.Module, Generic[TargetType, ResultType]):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[TargetType] | None = None
     ) -> dict[str, Tensor] | list[ResultType]:
-        """Losses in training mode, results in evaluation mode.
+        """Returns losses in training mode, results in evaluation mode.
 
         Args:
             images: RGB, uint8, `[3, H, W]` each.
             targets: In training, one for every image; see `losses` of the head.
 
         Returns:
-            In training the losses by name, to be summed; in evaluation what `results` of the head says, for every
-            image. A result does not depend on the other images.
+            In training the losses by name, to be summed; in evaluation the head's `results` for every image, which do
+            not depend on the other images.
 
         Raises:
-            ValueError: If images or targets are not as described, or the targets do not go with the mode.
+            ValueError: If images or targets are not as described, or the targets do not fit the mode.
         """
         check_images(images)
         if self.training:
             if targets is None:
-                raise InputError("targets is needed in training mode; call eval() for results.")
+                raise InputError("targets is required in training mode; call eval() for results.")
             self.head.check_targets(images, targets)
             return self.head.losses(self.backbone(images, align_corners=self.head.align_corners), targets)
         if targets is not None:
             raise InputError("targets was given in evaluation mode, which has no losses; call train() for losses.")
         groups: dict[torch.Size | None, list[int]] = {}
         for index, image in enumerate(images):
-            groups.setdefault(image.shape if self.head.one_size else None, []).append(index)
+            groups.setdefault(image.shape if self.head.needs_equal_sizes else None, []).append(index)
         found: dict[int, ResultType] = {}
         for indices in groups.values():
             batch = [images[index] for index in indices]
@@ -143,6 +143,6 @@ class Segmenter(ImageNetwork[Tensor, Tensor]):
         if backbone.stride != segmenter.output_stride:
             raise InputError(
                 f"output_stride={segmenter.output_stride} of the head is not the backbone's, {backbone.stride}: build "
-                "it with the same."
+                "both with the same output_stride."
             )
         super().__init__(backbone, SegmentationHead(num_classes, backbone.channels, attention, segmenter))

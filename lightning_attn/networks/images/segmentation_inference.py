@@ -1,4 +1,4 @@
-"""From a segmentation network to labels: whole images or overlapping tiles, mirrored images, several scales."""
+"""Segmentation inference on whole images or overlapping tiles, with mirrored images and several scales."""
 
 import dataclasses
 import math
@@ -21,18 +21,18 @@ Network: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class InferenceSpec:
-    """How images are segmented. The default looks at each image once, as a whole.
+    """How images are segmented. The default runs the network once on the whole image.
 
     Attributes:
         mode: `"whole"`, or `"sliding"` for overlapping square tiles, whose probabilities are averaged.
         tile: Height and width of a tile in pixels; CCNet's is its training crop, 769. An image that is smaller along an
             axis is not padded: tiles are as long as it is there.
-        overlap: Share of a tile, along each axis, that the next one covers again at least. CCNet's is 1/3.
+        overlap: Minimum fraction of a tile, along each axis, that the next one covers again. CCNet's is 1/3.
         flip: Whether the probabilities of every image or tile are averaged with those of its mirror image.
         scales: Factors by which images are resized; the probabilities are resized back and averaged.
 
     Raises:
-        ValueError: If a field has a value that cannot be; the message names the field and the way out.
+        ValueError: If a field has an invalid value; the message names the field and the fix.
     """
 
     mode: Mode = "whole"
@@ -67,16 +67,16 @@ class InferenceSpec:
 
 @torch.no_grad()
 def segment(network: Network, images: Sequence[Tensor], spec: InferenceSpec) -> list[Tensor]:
-    """Gives every pixel the label of its most probable class.
+    """Predicts the most probable class of every pixel.
 
     Args:
         network: The network.
-        images: RGB, uint8, `[3, H, W]` each; there may be none. They go through the network together if each is looked
-            at once, as a whole, and otherwise one after another.
-        spec: How it is done.
+        images: RGB, uint8, `[3, H, W]` each; may be empty. Without tiles, mirrored images and scales they are one
+            batch, otherwise they are processed one after another.
+        spec: The views and how they are averaged.
 
     Returns:
-        Labels, uint8 `[H, W]` for every image, on its device; the lowest of those that are equally probable.
+        Labels, uint8 `[H, W]` for every image, on its device; the lowest of equally probable ones.
     """
     if not images:
         return []
@@ -101,7 +101,7 @@ def class_probabilities(network: Network, image: Tensor, spec: InferenceSpec) ->
 
 
 def _at_one_scale(network: Network, image: Tensor, spec: InferenceSpec) -> Tensor:
-    """Averages over tiles."""
+    """Probabilities averaged over tiles, `[K, H, W]`."""
     if spec.mode == "whole":
         return _of_tile(network, image, spec.flip)
     rows, columns = (tile_spans(length, spec.tile, spec.overlap) for length in image.shape[1:])
@@ -129,6 +129,6 @@ def _of_tile(network: Network, image: Tensor, flip: bool) -> Tensor:
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinearly, over the area of a new pixel where that is larger than an old one; `[C, H, W]`, uint8 or float."""
+    """Bilinear resizing, with antialiasing where it shrinks; `[C, H, W]`, uint8 or float."""
     resized: Tensor = transforms.resize(x, list(size), antialias=True) if x.shape[1:] != torch.Size(size) else x
     return resized

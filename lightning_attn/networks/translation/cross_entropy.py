@@ -1,4 +1,4 @@
-"""Cross entropy of a vocabulary-wide projection that never holds all logits at once."""
+"""Chunked cross entropy of the output projection, which never has all logits in memory at once."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lightning_attn.attention.cpu.linear import linear
 
-# Rows of logits that are alive at a time: large enough for full-speed matrix products, small enough to stay in cache.
+# Rows of logits in memory at a time: large enough for full-speed matrix products, small enough to stay in cache.
 CHUNK_ROWS = 256
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Gradients are made chunk by chunk in the forward pass, while the logits are still in cache."""
+    """Computes gradients chunk by chunk in the forward pass, while the logits are still in cache."""
 
     @staticmethod
     def forward(
@@ -68,9 +68,9 @@ def summed_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy, summed over rows, of the logits `hidden @ weight.T`.
 
-    The same numbers as `F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=..., reduction="sum")` with
-    `CHUNK_ROWS` rows of logits in memory instead of all. (torch's own `linear_cross_entropy` is chunked only without
-    label smoothing.) Supports `backward` once; no second derivatives.
+    The same result as `F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=..., reduction="sum")` with
+    `CHUNK_ROWS` rows of logits in memory instead of all. (torch's `linear_cross_entropy` is chunked only without label
+    smoothing.) Supports `backward` once; no second derivatives.
 
     Args:
         hidden: `[N, C]`; its dtype (or that of autocast) is the dtype of the matrix products.

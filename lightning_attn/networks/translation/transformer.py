@@ -1,7 +1,7 @@
-"""The encoder-decoder Transformer of the paper's translation experiments, with any attention in its slots.
+"""The encoder-decoder Transformer of the paper's translation experiments, with any attention.
 
 Relative positions come from the attention itself (E2 and E4); there is no absolute position embedding (paper, section
-3, Fig. 2b). A term set without E2 and E4 in an attention therefore makes that attention blind to order.
+3, Fig. 2b). An attention without E2 and E4 therefore ignores the order of tokens.
 """
 
 import math
@@ -24,7 +24,7 @@ NormPosition = Literal["pre", "post"]
 
 
 class Residual(nn.Module):
-    """The residual connection around a sublayer: `norm(x + f(x))` (post-norm) or `x + f(norm(x))` (pre-norm)."""
+    """The residual connection of a sublayer: `norm(x + f(x))` (post-norm) or `x + f(norm(x))` (pre-norm)."""
 
     def __init__(self, dim: int, dropout: float, norm_position: NormPosition) -> None:
         super().__init__()
@@ -38,15 +38,15 @@ class Residual(nn.Module):
         return normed
 
     def after(self, x: Tensor, output: Tensor) -> Tensor:
-        """Joins the sublayer's output with the stream `x`."""
-        # Without dropout there is nothing to call: decoding comes here for every sublayer at every token.
+        """Adds the sublayer's output to `x`, the input of `before`."""
+        # Dropout is not called in evaluation: decoding runs this for every sublayer at every token.
         x = x + (self.dropout(output) if self.training else output)
         normed: Tensor = x if self.norm_first else self.norm(x)
         return normed
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with a ReLU in between, applied to every position alone."""
+    """Two linear layers with a ReLU in between, applied to every position separately."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__(Linear(dim, hidden_dim), nn.ReLU(), Dropout(dropout), Linear(hidden_dim, dim))
@@ -56,7 +56,7 @@ class FeedForward(nn.Sequential):
                 nn.init.zeros_(layer.bias)
 
     def packed(self) -> Callable[[Tensor], Tensor]:
-        """The same function without gradients, for many products with few rows; the weights must not change then."""
+        """The same function without gradients, fast for few rows; the weights must not change while it is in use."""
         expand, activation, dropout, contract = self
         if is_hooked(self) or not (is_plain(expand) and is_plain(contract)):
             return self
@@ -65,7 +65,7 @@ class FeedForward(nn.Sequential):
 
 
 class _Layer(nn.Module):
-    """What encoder and decoder layers share: a self-attention that may be left out, and a feed-forward network."""
+    """Base of encoder and decoder layers: an optional self-attention, and a feed-forward network."""
 
     def __init__(
         self,
@@ -83,10 +83,10 @@ class _Layer(nn.Module):
         self.feed_forward = FeedForward(dim, hidden_dim, dropout)
         self.feed_forward_residual = Residual(dim, dropout, norm_position)
 
-    def _attend_self(self, x: Tensor, padding: Tensor | None, cache: DecodingCache | None = None) -> Tensor:
+    def _compute_self_attention(self, x: Tensor, padding: Tensor | None) -> Tensor:
         if self.self_attention is None:
             return x
-        output = self.self_attention(self.self_attention_residual.before(x), key_padding_mask=padding, cache=cache)
+        output = self.self_attention(self.self_attention_residual.before(x), key_padding_mask=padding)
         return self.self_attention_residual.after(x, output)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class EncoderLayer(_Layer):
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """Maps `[B, S, C]` to the same shape; `padding` `[B, S]` is True where padded."""
-        return self._feed_forward(self._attend_self(x, padding))
+        return self._feed_forward(self._compute_self_attention(x, padding))
 
 
 class DecoderLayer(_Layer):
@@ -118,15 +118,15 @@ class DecoderLayer(_Layer):
         self.cross_attention_residual = Residual(dim, dropout, norm_position)
 
     def forward(self, x: Tensor, memory: Tensor, memory_padding: Tensor | None) -> Tensor:
-        """Maps `[B, T, C]` to the same shape, seeing `memory` `[B, S, C]`."""
-        x = self._attend_self(x, None)
+        """Maps `[B, T, C]` to the same shape, with the encoder's output `memory` `[B, S, C]`."""
+        x = self._compute_self_attention(x, None)
         query = self.cross_attention_residual.before(x)
         output = self.cross_attention(query, memory, key_padding_mask=memory_padding)
         return self._feed_forward(self.cross_attention_residual.after(x, output))
 
     def cross_attention_query(self, x: Tensor) -> Tensor:
-        """What the encoder-decoder attention gets as its queries, `[B, T, C]`, for the layer's input `x`."""
-        return self.cross_attention_residual.before(self._attend_self(x, None))
+        """The queries of the encoder-decoder attention, `[B, T, C]`, for the layer's input `x`."""
+        return self.cross_attention_residual.before(self._compute_self_attention(x, None))
 
 
 class Transformer(nn.Module):
@@ -134,9 +134,9 @@ class Transformer(nn.Module):
 
     Args:
         vocabulary_size: Number of token ids V, shared by both languages.
-        pad_id: The id that fills up short sentences.
-        self_attention: Attention of the encoder and of the decoder, or what else of Fig. 2b stands in its place;
-            `mechanism: none` leaves it out.
+        pad_id: The id of padding.
+        self_attention: Attention of the encoder and of the decoder, or another mechanism of Fig. 2b; `mechanism: none`
+            for none.
         cross_attention: Encoder-decoder attention.
         dim: Width C.
         hidden_dim: Width inside the feed-forward networks.
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
             DecoderLayer(dim, hidden_dim, self_attention, cross_attention, dropout, norm_position)
             for _ in range(decoder_layers)
         )
-        last_norms = norm_position == "pre"  # the stream of a pre-norm network leaves its layers unnormalised
+        last_norms = norm_position == "pre"  # the output of pre-norm layers is not normalised
         self.encoder_norm = nn.LayerNorm(dim) if last_norms else nn.Identity()
         self.decoder_norm = nn.LayerNorm(dim) if last_norms else nn.Identity()
 
@@ -207,7 +207,7 @@ class Transformer(nn.Module):
             The memory `[B, S, C]` and its padding mask `[B, S]`, which is None if nothing is padded.
         """
         padding: Tensor | None = source == self.pad_id
-        # A program keeps the mask: it does not know its sentences yet.
+        # An exported program always has the mask: its sentences are not known yet.
         if padding is not None and not torch.compiler.is_exporting() and not bool(padding.any()):
             padding = None
         x = self._embed(source)
@@ -219,7 +219,7 @@ class Transformer(nn.Module):
     def decode(self, target: Tensor, memory: Tensor, memory_padding: Tensor | None) -> Tensor:
         """Final decoder states `[B, T, C]` of the target prefixes `[B, T]`; row t sees the ids 0..t.
 
-        Target padding needs no mask: it only comes after the ids that count, and later keys are hidden.
+        Target padding needs no mask: it only follows the ids of the sentence, and later keys are hidden.
         """
         x = self.embed_target(target)
         for layer in self.decoder:
@@ -271,7 +271,7 @@ class Transformer(nn.Module):
 
 
 class _DecodingLayer:
-    """A decoder layer in the middle of sentences: its caches, and weights laid out for many small products."""
+    """The state of a decoder layer: its caches, and weights packed for many small products."""
 
     def __init__(self, layer: DecoderLayer, memory: Tensor, memory_padding: Tensor | None) -> None:
         cross_cache = layer.cross_attention.new_cache(memory, memory_padding)
@@ -287,7 +287,7 @@ class _DecodingLayer:
             self.sublayers.insert(0, (layer.self_attention_residual, step))
 
     def step(self, x: Tensor) -> Tensor:
-        """What `DecoderLayer.forward` gives for the next position, `[R, 1, C]`."""
+        """The output of `DecoderLayer.forward` for the next position, `[R, 1, C]`."""
         for residual, sublayer in self.sublayers:
             x = residual.after(x, sublayer(residual.before(x)))
         return x
@@ -299,16 +299,16 @@ class _DecodingLayer:
 
 
 def _decoding_step(attention: SelfAttention, cache: DecodingCache) -> Callable[[Tensor], Tensor]:
-    """What attends from the next tokens; without a call of the module, a good part of a step, if no hook misses it."""
+    """The attention of the next tokens. Without hooks the module is not called, which saves a good part of a step."""
     if isinstance(cache, AttentionCache) and not is_hooked(cache.attention):
         return cache.decode_step
     return partial(attention, cache=cache)
 
 
 class DecodingState:
-    """The decoder in the middle of sentences: the `DecoderState` that `beam_search` asks for the next token.
+    """The state of the decoder in `beam_search`; implements `DecoderState`.
 
-    It holds the decoder's weights a second time, laid out for small products (`PackedLinear`).
+    It holds a second copy of the decoder's weights, packed for small products (`PackedLinear`).
 
     Args:
         network: The Transformer; its weights must not change while the state is in use.
@@ -334,7 +334,7 @@ class DecodingState:
         return self.output(self.network.decoder_norm(x).squeeze(1))
 
     def reorder(self, index: Tensor) -> None:
-        """See `DecoderState.reorder`; as long as there is one row a sentence, rows may move in any way."""
+        """See `DecoderState.reorder`; with one row per sentence, rows may move in any way."""
         beams = self.rows // max(1, self.sentences)
         if len(index) > self.rows:
             beams = len(index) // self.sentences

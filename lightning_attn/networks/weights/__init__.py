@@ -1,1 +1,1 @@
-"""Weights of other projects: torchvision's and mmcv's."""
+"""Conversion and loading of weights of other projects: torchvision's and mmcv's."""

@@ -1,10 +1,10 @@
-"""Weights of mmcv's `GeneralizedAttention`, the authors' released module, into ours and back.
+"""Converts weights of mmcv's `GeneralizedAttention`, the authors' released module, to ours and back.
 
-Both compute Eq. 2 and 8, so the outputs agree for 11 of the 15 term sets. mmcv's own are wrong whenever E2 is on
-without E4 (`0100`, `0110`, `1100`, `1110`): it exchanges the two axes of the query, which gives other numbers on square
-maps and an error on all others. With the weights of such a module, ours computes Eq. 2 as the paper has it.
+Both compute Eq. 2 and 8, so the outputs agree for 11 of the 15 term sets. mmcv's outputs are wrong whenever E2 is on
+without E4 (`0100`, `0110`, `1100`, `1110`): it swaps the two axes of the query, which gives other results on square
+maps and an error on all others. With the weights of such a module, ours computes Eq. 2 as in the paper.
 
-Only tensors and their names are read; mmcv need not be installed. How the parts correspond (C channels, M heads):
+Only tensors and their names are read; mmcv need not be installed. Corresponding names (C channels, M heads):
 
 | mmcv | shape | ours |
 | --- | --- | --- |
@@ -16,7 +16,7 @@ Only tensors and their names are read; mmcv need not be installed. How the parts
 | `appr_bias`, `geom_bias` | `[C]` | `attention.key_bias`, `attention.position_bias`, `[M, C / M]` |
 | `gamma` | `[1]` | `gamma`, `[]` |
 
-mmcv encodes query minus key and we key minus query, so the columns that meet a sine change their sign.
+mmcv encodes query minus key and we key minus query, so the columns for sines change their sign.
 """
 
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ _BIASES = {"appr_bias": "key_bias", "geom_bias": "position_bias"}
 
 
 def attention_prefixes(state: Mapping[str, Any]) -> list[str]:
-    """Where in a whole network's state a `GeneralizedAttention` stands, in the state's order.
+    """The prefixes of all `GeneralizedAttention` modules in a network's state, in the state's order.
 
-    mmdetection's ResNet names them `backbone.layer3.0.gen_attention_block.` and so on.
+    In mmdetection's ResNet they are `backbone.layer3.0.gen_attention_block.` and so on.
     """
     last = "proj_conv.bias"
     prefixes = [name.removesuffix(last) for name in state if name == last or name.endswith(f".{last}")]
@@ -49,22 +49,22 @@ def attention_prefixes(state: Mapping[str, Any]) -> list[str]:
 def convert_state(
     state: Mapping[str, Any], num_heads: int, *, terms: str | None = None, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """The state of `GatedResidual(TransformerAttention(dim, num_heads, terms, ndim=2))` from that of mmcv's module.
+    """Converts mmcv's state to that of `GatedResidual(TransformerAttention(dim, num_heads, terms, ndim=2))`.
 
     Args:
         state: `GeneralizedAttention(...).state_dict()`, or the state of a network that contains it.
-        num_heads: Number of heads M; the state does not say it.
-        terms: Which of E1 to E4 are on, such as `"0110"`. None finds it out from the names where they tell; they do
-            not tell 0110 from 1110, 1001 from 1101, or 0111, 1011 and 1111 from one another.
-        prefix: What the names of the module begin with, such as `"backbone.layer3.0.gen_attention_block."`. Other
-            names are left alone.
+        num_heads: Number of heads M, which the state does not contain.
+        terms: Which of E1 to E4 are on, such as `"0110"`. None infers it from the names where they are unambiguous:
+            they are the same for 0110 and 1110, for 1001 and 1101, and for 0111, 1011 and 1111.
+        prefix: The prefix of the module's names, such as `"backbone.layer3.0.gen_attention_block."`. Other names are
+            ignored.
 
     Returns:
         New tensors of the state's dtype and device.
 
     Raises:
         ValueError: If names are missing or unexpected, shapes do not fit one another or the number of heads, the term
-            set cannot be known, or the state is that of a module with a local range. The message lists what is wrong.
+            set is ambiguous, or the state is that of a module with a local range. The message lists the problems.
     """
     state = _module_state(state, prefix)
     _resolve_terms(state, terms)
@@ -98,21 +98,22 @@ def from_mmcv(
     wrong and ours are the paper's.
 
     Args:
-        source: The module itself, whose settings are then taken from it; or its state; or a network that contains it
-            or the state of one, with `prefix`.
-        num_heads: Number of heads M. A state does not say it: 8 in mmdetection's configurations, 9 by default.
-        kv_stride: Stride of keys and values. A state does not say it: 2 in mmdetection's configurations and by default.
+        source: The module itself, which has the settings; or its state; or, with `prefix`, a network that contains it
+            or the state of one.
+        num_heads: Number of heads M. A state does not contain it: 8 in mmdetection's configurations, 9 by default.
+        kv_stride: Stride of keys and values. A state does not contain it: 2 in mmdetection's configurations and by
+            default.
         terms: As in `convert_state`.
         prefix: As in `convert_state`.
-        window: Odd width n_k of our window. Needed for a module with a local range, which reaches one key too far to
-            one side: its weights are then used with this window, and outputs differ.
+        window: Odd width n_k of our window. Required for a module with a local range, which in mmcv extends one key too
+            far to one side: its weights are then used with this window, and outputs differ.
 
     Returns:
         The module in the dtype and on the device of the weights, in training mode.
 
     Raises:
-        ValueError: As `convert_state`; or if a setting is missing, contradicts the module's own, or is one that ours
-            does not have (a query stride, a factor on positions).
+        ValueError: As `convert_state`; or if a setting is missing, contradicts the module's, or is not supported (a
+            query stride, a factor on positions).
     """
     if isinstance(source, nn.Module):
         source = _submodule(source, prefix)
@@ -122,8 +123,8 @@ def from_mmcv(
         missing = [name for name, value in (("num_heads", num_heads), ("kv_stride", kv_stride)) if value is None]
         if num_heads is None or kv_stride is None:
             raise InputError(
-                f"{' and '.join(missing)}: a state does not say it, so give it. In mmdetection's configurations of "
-                "this attention num_heads is 8 and kv_stride 2; mmcv's own defaults are 9 and 2."
+                f"{' and '.join(missing)}: not contained in a state; pass it. In mmdetection's configurations of this "
+                "attention num_heads is 8 and kv_stride 2; mmcv's defaults are 9 and 2."
             )
         state = _module_state(source, prefix)
     if window is not None:
@@ -138,11 +139,11 @@ def from_mmcv(
 
 
 def to_mmcv(module: GatedResidual) -> dict[str, Tensor]:
-    """The state of mmcv's `GeneralizedAttention` with the weights of ours.
+    """Converts our weights to the state of mmcv's `GeneralizedAttention`.
 
     It fits `GeneralizedAttention(dim, num_heads=M, attention_type=terms, kv_stride=...)`. A `scale` other than 1, which
-    mmcv does not have, is multiplied into the weights. With the term sets 0100, 0110, 1100 and 1110 mmcv computes
-    something else than Eq. 2 from them.
+    mmcv does not have, is multiplied into the weights. With the term sets 0100, 0110, 1100 and 1110 mmcv does not
+    compute Eq. 2 from them.
 
     Raises:
         ValueError: If mmcv's module has no counterpart: sequences, a window, or causal attention.
@@ -156,10 +157,10 @@ def to_mmcv(module: GatedResidual) -> dict[str, Tensor]:
         ("causal", attention.causal, False),
     ):
         if value != needed:
-            raise InputError(f"module.attention has {name}={value}, which mmcv's module cannot do: it needs {needed}.")
+            raise InputError(f"module.attention has {name}={value}; mmcv's module supports {name}={needed} only.")
     ours = {name: value.detach().clone() for name, value in attention.state_dict().items()}
     for name in ("key_proj.weight", "position_proj.weight"):
-        if name in ours:  # each energy has exactly one of the two
+        if name in ours:  # each energy has exactly one of the two as a factor
             ours[name] *= attention.scale
     state = {"gamma": module.gamma.detach().clone().reshape(1)}
     for theirs, own in _PROJECTIONS.items():
@@ -176,7 +177,7 @@ def to_mmcv(module: GatedResidual) -> dict[str, Tensor]:
 
 
 def _names(terms: str) -> set[str]:
-    """The names in the state of mmcv's module with these terms."""
+    """The names in the state of an mmcv module with these terms."""
     e1, e2, e3, e4 = parse_terms(terms)
     names = {"value_conv.weight", "proj_conv.weight", "proj_conv.bias", "gamma"}
     if e1 or e2:
@@ -199,18 +200,18 @@ def _flip_sines(weight: Tensor) -> Tensor:
 
 
 def _module_state(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The part of the state below the prefix, named as in the module."""
+    """The entries of the state below the prefix, with the module's names."""
     if isinstance(state.get("state_dict"), Mapping):
-        raise InputError('state is a whole checkpoint, not a state: pass checkpoint["state_dict"].')
+        raise InputError('state is a checkpoint, not a state: pass checkpoint["state_dict"].')
     if prefix and not prefix.endswith("."):
         prefix += "."
     found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     elsewhere = [other for other in attention_prefixes(state) if other != prefix]
     if elsewhere and f"{prefix}value_conv.weight" not in state:
-        raise InputError(f"prefix={prefix!r}: no GeneralizedAttention stands there. Those of this state: {elsewhere}.")
+        raise InputError(f"prefix={prefix!r}: no GeneralizedAttention found. Prefixes in this state: {elsewhere}.")
     others = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if others:
-        raise InputError(f"state holds something else than tensors at {sorted(others)}.")
+        raise InputError(f"state must contain tensors only, but not all of these are: {sorted(others)}.")
     return found
 
 
@@ -218,8 +219,8 @@ def _resolve_terms(state: Mapping[str, Any], terms: str | None) -> str:
     """The term set that the names belong to."""
     if LOCAL_RANGE in state:
         raise InputError(
-            f"state holds {LOCAL_RANGE}: the module had a local range (spatial_range), which in mmcv reaches one key "
-            "too far to one side and only works for maps up to a fixed size, so no window of ours computes the same. "
+            f"state contains {LOCAL_RANGE}: the module had a local range (spatial_range), which in mmcv extends one "
+            "key too far to one side and only works for maps up to a fixed size, so no window of ours is equivalent. "
             "from_mmcv(..., window=n_k) with an odd n_k uses the weights with a symmetric window."
         )
     names = set(state)
@@ -227,20 +228,20 @@ def _resolve_terms(state: Mapping[str, Any], terms: str | None) -> str:
     if terms is None and len(fitting) == 1:
         return fitting[0]
     if terms is None and fitting:
-        raise InputError(f"terms: the names of the state fit {fitting} alike; say which one the module was made with.")
+        raise InputError(f"terms: the names of the state fit each of {fitting}; pass the module's own.")
     expected = terms or min(TERM_SETS, key=lambda candidate: len(_names(candidate) ^ names))
     missing, unexpected = sorted(_names(expected) - names), sorted(names - _names(expected))
     if missing or unexpected:
-        asked = f"terms={terms!r}" if terms else f"any terms (nearest: {expected!r})"
+        requested = f"terms={terms!r}" if terms else f"any terms (nearest: {expected!r})"
         raise InputError(
-            f"state does not fit {asked}: missing names {missing}, unexpected names {unexpected}."
+            f"state does not fit {requested}: missing names {missing}, unexpected names {unexpected}."
             + (f" The names fit {fitting}." if fitting else "")
         )
     return expected
 
 
 def _check_shapes(state: Mapping[str, Tensor], num_heads: int) -> int:
-    """The width C, if all shapes agree on it."""
+    """The width C; raises an error unless all shapes agree on it."""
     dim = state["proj_conv.bias"].numel()
     inner = state["value_conv.weight"].shape[0]
     if inner != dim:
@@ -263,7 +264,7 @@ def _check_shapes(state: Mapping[str, Tensor], num_heads: int) -> int:
         )
     if num_heads < 1 or dim % num_heads:
         raise InputError(
-            f"num_heads={num_heads} does not divide the {dim} channels of the state: one of {divisors(dim)}."
+            f"num_heads={num_heads} does not divide the {dim} channels of the state: use one of {divisors(dim)}."
         )
     return dim
 
@@ -283,7 +284,7 @@ def _submodule(network: nn.Module, prefix: str) -> nn.Module:
 
 
 def _settings(module: Any, num_heads: int | None, kv_stride: int | None, terms: str | None) -> tuple[int, int, str]:
-    """Number of heads, stride and terms of mmcv's module, which the arguments must not contradict."""
+    """Number of heads, stride and terms of mmcv's module; raises an error if arguments contradict them."""
     own_terms = "".join("1" if on else "0" for on in module.attention_type)
     for name, given, own in (
         ("num_heads", num_heads, module.num_heads),
@@ -294,5 +295,5 @@ def _settings(module: Any, num_heads: int | None, kv_stride: int | None, terms: 
             raise InputError(f"{name}={given!r}, but the module has {own!r}: leave the argument out.")
     for name, needed in (("q_stride", 1), ("position_magnitude", 1)):
         if getattr(module, name) != needed:
-            raise InputError(f"the module has {name}={getattr(module, name)}; ours knows {needed} only.")
+            raise InputError(f"the module has {name}={getattr(module, name)}; ours supports {needed} only.")
     return module.num_heads, module.kv_stride, own_terms

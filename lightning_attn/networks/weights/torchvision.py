@@ -1,4 +1,4 @@
-"""Pretrained weights from torchvision or from a file: read safely, matched strictly, and reported."""
+"""Reads pretrained weights from torchvision or from a file safely, and loads them strictly."""
 
 import logging
 import pickle
@@ -16,7 +16,7 @@ from lightning_attn.errors import InputError, MissingFileError, UnusableFileErro
 _logger = logging.getLogger(__name__)
 
 _CLASSIFIER = "fc."
-COUNTER = ".num_batches_tracked"  # counts batches, is no weight, and is absent from files older than it
+COUNTER = ".num_batches_tracked"  # a counter, not a weight; older files do not have it
 
 
 def weight_names(architecture: str) -> list[str]:
@@ -27,20 +27,20 @@ def weight_names(architecture: str) -> list[str]:
 
 
 def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
-    """Reads the state of a classifier or a backbone. Nothing but tensors is ever unpickled.
+    """Reads the state of a classifier or a backbone. Only tensors are unpickled.
 
     Args:
         weights: A name of torchvision's, such as `"IMAGENET1K_V1"`, which is downloaded once into torch's hub folder
             and checked against its hash; or the path of a file written by `torch.save(module.state_dict(), path)`.
-        architecture: Name of the architecture, which decides what a name of torchvision's means.
+        architecture: Name of the architecture of torchvision's weights.
 
     Returns:
         The tensors by name, on the CPU.
 
     Raises:
         FileNotFoundError: If `weights` is neither a name nor a file.
-        OSError: If a download fails or does not have the right hash, or a file cannot be read.
-        ValueError: If a file does not hold tensors by name.
+        OSError: If a download fails or has the wrong hash, or a file cannot be read.
+        ValueError: If a file does not contain tensors by name.
     """
     names = weight_names(architecture)
     if weights in names:
@@ -53,22 +53,21 @@ def read_weights(weights: str, architecture: str) -> dict[str, Tensor]:
         raise MissingFileError(
             f"weights={weights!r} is neither {published} nor a file"
             f"{' but a folder' if path.is_dir() else ''}. Give the path of a file from "
-            "torch.save(module.state_dict(), path), or 'none' to start at random."
+            "torch.save(module.state_dict(), path), or 'none' for random initialisation."
         )
     return _read_file(path)
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copies a state into a module, whole or not at all, and logs what was taken.
+    """Copies a state into a module, all tensors or none, and logs how many were copied.
 
-    Every name must be there with its shape, and no other. Exceptions: what attention adds to a network (see
-    `names_added_by_attention`) starts as it is where the state lacks it, and a classifier `fc` of the state is left
-    out.
+    Names and shapes must match exactly. Exceptions: parameters added by attention (see `names_added_by_attention`) keep
+    their values if the state lacks them, and a classifier `fc` of the state is ignored.
 
     Args:
         module: A backbone with torchvision's names.
         state: Tensors by name.
-        source: Where they come from, for messages.
+        source: Their origin, for messages.
 
     Raises:
         ValueError: If names are missing or unexpected or shapes differ; the message lists them.
@@ -93,20 +92,20 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
             f"The weights of {source} do not fit the network. {'; '.join(problems)}. "
             "Choose the architecture, width and norm that they were trained with, or weights: none."
         )
-    kept = {name: value for name, value in offered.items() if name in own}
-    module.load_state_dict(kept, strict=False)
-    started = [name for name in own if name in new and name not in kept]
+    matching = {name: value for name, value in offered.items() if name in own}
+    module.load_state_dict(matching, strict=False)
+    initialised = [name for name in own if name in new and name not in matching]
     _logger.info(
         "%d of %d tensors read from %s%s",
-        len(kept),
+        len(matching),
         len(own),
         source,
-        f"; {len(started)} of the attention start anew" if started else "",
+        f"; {len(initialised)} of the attention keep their initialisation" if initialised else "",
     )
 
 
 def names_added_by_attention(module: nn.Module) -> set[str]:
-    """Names in a network's state that pretrained weights do not have: gated attention, and offsets of convolutions."""
+    """Names in a network's state that pretrained weights lack: gated attention, and offsets of convolutions."""
     parts = {
         **{f"{name}.": part for name, part in module.named_modules() if isinstance(part, GatedResidual)},
         **{f"{name}.offset.": part.offset for name, part in module.named_modules() if isinstance(part, DeformableConv)},
@@ -117,9 +116,9 @@ def names_added_by_attention(module: nn.Module) -> set[str]:
 def _download(name: str, architecture: str) -> dict[str, Tensor]:
     entry = get_model_weights(architecture)[name]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    way_out = (
-        f"Download it elsewhere, put it into {folder} (TORCH_HOME moves that folder) or anywhere else, "
-        "and in the latter case set weights to its path."
+    fix = (
+        f"Download it elsewhere and put it into {folder} (TORCH_HOME sets that folder), or set weights to the path of "
+        "the file."
     )
     try:
         state: dict[str, Tensor] = entry.get_state_dict(
@@ -129,28 +128,28 @@ def _download(name: str, architecture: str) -> dict[str, Tensor]:
         cached = folder / Path(entry.url).name
         if cached.is_file():
             raise UnusableFileError(
-                f"weights={name!r}: {cached} is damaged ({_first_line(error)}). Delete it, and it is downloaded again."
+                f"weights={name!r}: {cached} is damaged ({_first_line(error)}). Delete it to download it again."
             ) from error
         raise UnusableFileError(
-            f"weights={name!r}: {entry.url} could not be fetched ({_first_line(error)}). {way_out}"
+            f"weights={name!r}: {entry.url} could not be downloaded ({_first_line(error)}). {fix}"
         ) from error
     return state
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    way_out = "Write the file by torch.save(module.state_dict(), path)."
+    fix = "Write the file by torch.save(module.state_dict(), path)."
     try:
         state = read_archive(path, legacy=True)
     except ArchiveError as error:
-        raise InputError(f"weights={str(path)!r} {str(error).rstrip('.')}. {way_out}") from error
+        raise InputError(f"weights={str(path)!r} {str(error).rstrip('.')}. {fix}") from error
     if not isinstance(state, Mapping):
-        raise InputError(f"weights={str(path)!r} holds a {type(state).__name__}, not tensors by name. {way_out}")
+        raise InputError(f"weights={str(path)!r} contains a {type(state).__name__}, not tensors by name. {fix}")
     if not state:
-        raise InputError(f"weights={str(path)!r} is an empty mapping. {way_out}")
+        raise InputError(f"weights={str(path)!r} is an empty mapping. {fix}")
     others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise InputError(
-            f"weights={str(path)!r} must hold tensors by name, but these are none: {', '.join(others[:5])}. {way_out}"
+            f"weights={str(path)!r} must contain tensors by name, but these are not: {', '.join(others[:5])}. {fix}"
         )
     return dict(state)
 

@@ -338,7 +338,7 @@ def bad_targets():
     ]:
         yield [good[0], good[1] | change, good[2]], message
     yield good[:2], "targets has 2 entries for 3 images"
-    yield None, r"targets is needed in training mode; call eval\(\) for results"
+    yield None, r"targets is required in training mode; call eval\(\) for results"
 
 
 @pytest.mark.parametrize(("targets", "message"), [*bad_targets()])
@@ -388,7 +388,7 @@ def test_the_papers_settings_are_the_defaults():
     rpn, roi_heads = detector.head.rpn, detector.head.roi_heads
     assert rpn.anchor_generator.num_anchors_per_location() == [3] * 5
     assert rpn.anchor_generator.sizes == [(32.0,), (64.0,), (128.0,), (256.0,), (512.0,)]
-    assert rpn._post_nms_top_n == {"training": 2000, "testing": 1000}
+    assert (rpn.train().post_nms_top_n(), rpn.eval().post_nms_top_n()) == (2000, 1000)
     assert rpn.nms_thresh == 0.7
     assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (256, 0.5)
     assert (roi_heads.fg_bg_sampler.batch_size_per_image, roi_heads.fg_bg_sampler.positive_fraction) == (512, 0.25)

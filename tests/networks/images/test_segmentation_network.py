@@ -381,7 +381,7 @@ def test_losses_and_logits_are_float32_under_autocast():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (None, r"targets is needed in training mode; call eval\(\) for results"),
+        (None, r"targets is required in training mode; call eval\(\) for results"),
         ([torch.zeros(4, 5, dtype=torch.uint8)], "labels has 1 entries for 2 images"),
         (
             [torch.zeros(4, 5, dtype=torch.uint8), torch.zeros(5, 4, dtype=torch.uint8)],
@@ -436,11 +436,11 @@ def test_forward_refuses():
     [
         ({"head_channels": 0}, "head_channels must be an integer of at least 1, got 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
-        ({"auxiliary_weight": -0.1}, "auxiliary_weight must be a finite number of at least 0, got -0.1; 0 is for no"),
+        ({"auxiliary_weight": -0.1}, "auxiliary_weight must be a finite number of at least 0, got -0.1; set 0 for no"),
         ({"auxiliary_weight": float("inf")}, "auxiliary_weight must be a finite number"),
         ({"norm": "frozen"}, r"norm must be one of \['batch', 'sync', 'group'\], got 'frozen'"),
         ({"output_stride": 4}, "output_stride must be 8, 16 or 32, got 4"),
-        ({"ohem_threshold": 1.0}, "ohem_threshold must be a probability of at least 0 and below 1, got 1.0; 0 is for"),
+        ({"ohem_threshold": 1.0}, "ohem_threshold must be a probability of at least 0 and below 1, got 1.0; set 0 for"),
         ({"ohem_threshold": "0.7"}, "ohem_threshold must be a probability.*got '0.7'"),
         ({"ohem_min_kept": 0}, "ohem_min_kept must be an integer of at least 1, got 0"),
     ],

@@ -372,7 +372,7 @@ def test_scores_that_are_not_numbers_are_refused(bad, beam_size):
             return logits
 
     options = BeamSearchOptions(beam_size=beam_size, min_length=3)
-    with pytest.raises(ValueError, match=r"token 3 of sentence 1 are not numbers: a logit is NaN or \+inf"):
+    with pytest.raises(ValueError, match=r"token 3 of sentence 1 are NaN: a logit is NaN or \+inf"):
         search(BreaksLater([1, 2, 3]), options, [5, 5, 5])
 
 

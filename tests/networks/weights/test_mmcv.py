@@ -156,7 +156,7 @@ def test_the_widths_of_a_resnet_agree_within_1e_5(dim):
 def test_terms_are_read_from_the_names_where_these_tell(terms):
     state = make_state(terms)
     if terms in AMBIGUOUS:
-        with pytest.raises(ValueError, match=r"fit \[.*'" + terms + r"'.*\] alike; say which one"):
+        with pytest.raises(ValueError, match=r"fit each of \[.*'" + terms + r"'.*\]; pass the module's own"):
             convert_state(state, HEADS)
     else:
         assert from_mmcv(state, HEADS, 1).attention.terms == terms
@@ -189,9 +189,9 @@ def test_a_block_is_found_in_a_whole_detector():
     for prefix in (names[1], names[1].rstrip(".")):
         module = from_mmcv(detector, 8, 2, prefix=prefix)
         torch.testing.assert_close(module.attention.key_bias.flatten(), detector[f"{names[1]}appr_bias"])
-    with pytest.raises(ValueError, match=r"prefix='': no GeneralizedAttention stands there.*layer3\.0.*layer4\.2"):
+    with pytest.raises(ValueError, match=r"prefix='': no GeneralizedAttention found.*layer3\.0.*layer4\.2"):
         from_mmcv(detector, 8, 2)
-    with pytest.raises(ValueError, match=r"prefix='neck\.': no GeneralizedAttention stands there.*layer3\.0"):
+    with pytest.raises(ValueError, match=r"prefix='neck\.': no GeneralizedAttention found.*layer3\.0"):
         convert_state(detector, 8, prefix="neck")
 
 
@@ -240,13 +240,13 @@ def test_settings_are_taken_from_a_module():
     with pytest.raises(ValueError, match=r"prefix='2': .*2"):
         from_mmcv(network, prefix="2")
     for setting in ("q_stride", "position_magnitude"):
-        with pytest.raises(ValueError, match=f"the module has {setting}=2; ours knows 1 only"):
+        with pytest.raises(ValueError, match=f"the module has {setting}=2; ours supports 1 only"):
             from_mmcv(LooksLikeTheirs(**{setting: 2}))
 
 
 def test_a_local_range_needs_a_window_of_ours():
     state = make_state("0100") | {"local_constraint_map": torch.zeros(2, 2, 2, 2, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match=r"holds local_constraint_map.*one key too far.*window=n_k"):
+    with pytest.raises(ValueError, match=r"contains local_constraint_map.*one key too far.*window=n_k"):
         from_mmcv(state, HEADS, 1)
     module = from_mmcv(state, HEADS, 1, window=3)
     assert (module.attention.window, module.attention.terms) == (3, "0100")
@@ -255,8 +255,8 @@ def test_a_local_range_needs_a_window_of_ours():
 def test_what_is_wrong_with_a_state_is_listed():
     state = make_state("1011")
     for arguments, message in (
-        ({"kv_stride": 2}, r"num_heads: a state does not say it"),
-        ({}, r"num_heads and kv_stride: a state does not say it"),
+        ({"kv_stride": 2}, r"num_heads: not contained in a state"),
+        ({}, r"num_heads and kv_stride: not contained in a state"),
     ):
         with pytest.raises(ValueError, match=message):
             from_mmcv(state, **arguments)
@@ -275,7 +275,7 @@ def test_what_is_wrong_with_a_state_is_listed():
         convert_state({}, HEADS)
     with pytest.raises(ValueError, match=r'pass checkpoint\["state_dict"\]'):
         convert_state({"meta": {}, "state_dict": state}, HEADS)
-    with pytest.raises(ValueError, match=r"something else than tensors at \['gamma'\]"):
+    with pytest.raises(ValueError, match=r"must contain tensors only, but not all of these are: \['gamma'\]"):
         convert_state(state | {"gamma": 0.5}, HEADS, terms="1011")
 
 
@@ -304,7 +304,7 @@ def test_what_mmcv_does_not_have_is_not_handed_out():
         ({"ndim": 2, "causal": True}, "causal=True"),
     ):
         module = GatedResidual(TransformerAttention(DIM, HEADS, **settings))
-        with pytest.raises(ValueError, match=f"has {message}, which mmcv's module cannot do"):
+        with pytest.raises(ValueError, match=f"has {message}; mmcv's module supports"):
             to_mmcv(module)
     with pytest.raises(ValueError, match=r"module.attention is a Identity"):
         to_mmcv(GatedResidual(nn.Identity()))

@@ -62,7 +62,10 @@ def test_file_fills_the_network_and_leaves_attention_as_it_starts(file, state, n
     new = names_added_by_attention(network)
     assert {name.split(".")[3] for name in new if ".attention." in name} == {"gamma", "attention"}
     assert {name.partition("conv2.")[2] for name in new if "conv2" in name} == {"offset.weight", "offset.bias"}
-    assert f"tensors read from bottleneck14, weights {file}; {len(new)} of the attention start anew" in caplog.text
+    assert (
+        f"tensors read from bottleneck14, weights {file}; {len(new)} of the attention keep their initialisation"
+        in caplog.text
+    )
 
 
 def test_basic_blocks_take_weights_too(tmp_path):
@@ -160,9 +163,9 @@ def test_bad_files(tmp_path, file, capfd):
     assert torch.equal(read_weights(str(tmp_path / "old.pth"), "resnet18")["a"], torch.ones(3)), "torch before 1.6"
 
     for value, message in [
-        ([torch.zeros(1)], "holds a list, not tensors by name"),
+        ([torch.zeros(1)], "contains a list, not tensors by name"),
         ({}, "is an empty mapping"),
-        ({"state_dict": {"conv1.weight": torch.zeros(1)}, "epoch": 3}, "these are none: state_dict, epoch"),
+        ({"state_dict": {"conv1.weight": torch.zeros(1)}, "epoch": 3}, "these are not: state_dict, epoch"),
     ]:
         torch.save(value, tmp_path / "other.pth")
         with pytest.raises(ValueError, match=message):
@@ -212,16 +215,18 @@ def test_torchvisions_weights_are_downloaded_once_and_checked(hub):
     hub(b"changed on the server", cached.name)
     assert torch.equal(read_weights("IMAGENET1K_V1", "resnet50")["conv1.weight"], state["conv1.weight"])
     cached.write_bytes(content[:100])
-    with pytest.raises(OSError, match=rf"{cached.name} is damaged .*Delete it, and it is downloaded again"):
+    with pytest.raises(OSError, match=rf"{cached.name} is damaged .*Delete it to download it again"):
         read_weights("IMAGENET1K_V1", "resnet50")
 
 
 def test_failed_downloads(hub):
     cached = hub(saved({"conv1.weight": torch.zeros(1)}), "resnet50-00000000.pth")
-    with pytest.raises(OSError, match=r"resnet50-00000000\.pth could not be fetched \(invalid hash value") as refused:
+    with pytest.raises(
+        OSError, match=r"resnet50-00000000\.pth could not be downloaded \(invalid hash value"
+    ) as refused:
         read_weights("IMAGENET1K_V1", "resnet50")
-    assert f"put it into {cached.parent} (TORCH_HOME moves that folder)" in str(refused.value)
+    assert f"put it into {cached.parent} (TORCH_HOME sets that folder)" in str(refused.value)
     assert not cached.exists()
     hub(None, "resnet50-11111111.pth")
-    with pytest.raises(OSError, match=r"weights='IMAGENET1K_V1': http.*could not be fetched \(HTTP Error 404"):
+    with pytest.raises(OSError, match=r"weights='IMAGENET1K_V1': http.*could not be downloaded \(HTTP Error 404"):
         read_weights("IMAGENET1K_V1", "resnet50")

@@ -99,13 +99,13 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "resnet.pth"
     torch.save(get_model("resnet18").state_dict(), path)
     with pytest.raises(
-        ValueError, match=r"resnet\.pth is no state of torchvision's fasterrcnn_resnet50_fpn: it has no"
+        ValueError, match=r"resnet\.pth is not a state of torchvision's fasterrcnn_resnet50_fpn: it has no"
     ):
         read_torchvision_detector(str(path), "faster_rcnn", ("a",), (1,))
     state = peer(4).state_dict()
     del state["rpn.head.cls_logits.bias"]
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"(?s)is no state of .*Missing key.*rpn\.head\.cls_logits\.bias"):
+    with pytest.raises(ValueError, match=r"(?s)is not a state of .*Missing key.*rpn\.head\.cls_logits\.bias"):
         read_torchvision_detector(str(path), "faster_rcnn", ("a",), (1,))
     with pytest.raises(FileNotFoundError, match=r"weights='nothing\.pth' is neither one of torchvision's"):
         read_torchvision_detector("nothing.pth", "faster_rcnn", ("a",), (1,))

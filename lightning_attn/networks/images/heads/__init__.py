@@ -1,1 +1,1 @@
-"""Heads: from the features of a backbone and targets to losses, or from features to results."""
+"""Heads for detection and segmentation: they map features of a backbone to losses or results."""

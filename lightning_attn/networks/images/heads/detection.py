@@ -1,4 +1,4 @@
-"""What the detection heads share: their options, targets, and the feature pyramid (Zhu et al. 2019, section 4.1)."""
+"""Common code of the detection heads: options, targets, and the feature pyramid (Zhu et al. 2019, section 4.1)."""
 
 import abc
 import dataclasses
@@ -23,7 +23,7 @@ Target: TypeAlias = dict[str, Tensor]
 Detection: TypeAlias = dict[str, Tensor]
 
 _LEVELS = 5
-# Fields that one head alone uses.
+# Fields that only one head uses.
 _USED_BY: Mapping[Head, tuple[str, ...]] = {
     "faster_rcnn": (
         "rpn_pre_nms_top_n_train",
@@ -59,41 +59,41 @@ class DetectorSpec:
         head: `"faster_rcnn"` (the paper's) or `"retinanet"`.
         fpn_channels: Channels of every level of the feature pyramid.
         norm: Normalisation after the convolutions of the pyramid and of Faster R-CNN's second stage: `"none"` (the
-            paper's), or `"batch"`, `"sync"`, `"group"` as in `ResNetSpec`, which training from scratch is better with.
+            paper's), or `"batch"`, `"sync"`, `"group"` as in `ResNetSpec`, which improve training from scratch.
         anchor_sizes: Square roots of the areas of anchors in pixels, one for each of five levels: strides 4 to 64 for
             Faster R-CNN, 8 to 128 for RetinaNet, which adds anchors 2^(1/3) and 2^(2/3) times as large.
         aspect_ratios: Heights over widths of the anchors.
-        rpn_pre_nms_top_n_train: Best anchors of every level that go into the non-maximum suppression of proposals.
+        rpn_pre_nms_top_n_train: Number of best anchors per level before the non-maximum suppression of proposals.
         rpn_pre_nms_top_n_test: The same in evaluation.
         rpn_post_nms_top_n_train: Proposals per image after it.
         rpn_post_nms_top_n_test: The same in evaluation.
         rpn_nms_threshold: Intersection over union from which the worse of two proposals is dropped.
-        rpn_foreground_iou: Anchors that overlap a box by this much are objects to the proposal network.
-        rpn_background_iou: Anchors that overlap all boxes by less are background; those in between do not count.
-        rpn_batch_size: Anchors per image that its loss is computed on.
-        rpn_positive_fraction: At most this share of them are objects.
+        rpn_foreground_iou: Anchors that overlap a box by this much are positives of the proposal network.
+        rpn_background_iou: Anchors that overlap all boxes by less are negatives; those in between are ignored.
+        rpn_batch_size: Anchors per image in its loss.
+        rpn_positive_fraction: Maximum fraction of positives among them.
         roi_batch_size: Proposals per image that the second stage is trained on.
-        roi_positive_fraction: At most this share of them are objects.
-        roi_foreground_iou: Proposals that overlap a box by this much are objects, the others background.
-        roi_size: Height and width that RoIAlign gives every proposal.
-        roi_samples: Points per bin and axis that RoIAlign takes the mean of.
-        roi_canonical_size: Square root of the area, in pixels, of proposals that are read from the level of stride 16;
-            of half that size, from the next finer one. 224 is FPN's, for images whose short side is about 800.
+        roi_positive_fraction: Maximum fraction of positives among them.
+        roi_foreground_iou: Proposals that overlap a box by this much are positives, the others background.
+        roi_size: Height and width of RoIAlign's output.
+        roi_samples: Sampling points per bin and axis in RoIAlign.
+        roi_canonical_size: Square root of the area, in pixels, of proposals that are pooled from the level of stride
+            16; half that size, from the next finer one. 224 is FPN's, for images whose short side is about 800.
         fc_dim: Width of the fully connected layers of the second stage.
         roi_convolutions: 3x3 convolutions of the second stage, before one fully connected layer; 0 (the paper's) for
             none and two such layers.
-        topk_candidates: Best anchors of every level that RetinaNet decodes in evaluation.
-        foreground_iou: Anchors that overlap a box by this much are objects to RetinaNet.
-        background_iou: Anchors that overlap all boxes by less are background to it.
-        score_threshold: Detections need a higher score.
+        topk_candidates: Number of best anchors per level that RetinaNet decodes in evaluation.
+        foreground_iou: Anchors that overlap a box by this much are positives of RetinaNet.
+        background_iou: Anchors that overlap all boxes by less are its negatives.
+        score_threshold: Detections must have a higher score.
         nms_threshold: Intersection over union from which the worse of two detections of a class is dropped.
-        detections_per_img: Detections per image at most.
+        detections_per_img: Maximum detections per image.
         box_voting: Every detection of Faster R-CNN becomes the mean, weighted by scores, of the boxes of its class,
             before the non-maximum suppression, that it overlaps by this much (Gidaris and Komodakis 2015, section 5);
             0 (the paper's) for none.
 
     Raises:
-        ValueError: If a field has a value that no detector has; the message names the field and the way out.
+        ValueError: If a field has an invalid value; the message names the field and the fix.
     """
 
     head: Head = "faster_rcnn"
@@ -160,20 +160,20 @@ class DetectorSpec:
 
 
 class DetectionHead(nn.Module, abc.ABC):
-    """From a backbone's features to losses or detections; torchvision's parts, with its names.
+    """Maps a backbone's features to losses or detections; built from torchvision's modules, with their names.
 
-    Convolutions and matrix products follow `torch.autocast`; anchors, box coding and RoIAlign are float32 always.
+    Convolutions and matrix products follow `torch.autocast`; anchors, box coding and RoIAlign are always float32.
 
     Args:
         num_classes: Number of classes K without the background; their labels are 1 to K.
         channels: Number of channels of the backbone's maps, by name.
         spec: The options.
-        names: The maps that the pyramid is built on.
-        top: What adds the coarsest levels.
+        names: The input maps of the pyramid.
+        top: Adds the coarsest levels.
 
     Attributes:
         align_corners: How images are padded; see `padded_size`.
-        one_size: Whether images of different sizes must not be in one batch in evaluation.
+        needs_equal_sizes: Whether all images of a batch must have the same size in evaluation.
         fpn: The feature pyramid.
 
     Raises:
@@ -181,7 +181,7 @@ class DetectionHead(nn.Module, abc.ABC):
     """
 
     align_corners = False
-    one_size = False
+    needs_equal_sizes = False
 
     def __init__(
         self,
@@ -216,10 +216,10 @@ class DetectionHead(nn.Module, abc.ABC):
         return {name: level.float() for name, level in levels.items()}
 
     def check_targets(self, images: Sequence[Tensor], targets: Sequence[Target]) -> None:
-        """Refuses targets that are not as described in `losses`.
+        """Checks that targets are as described in `losses`.
 
         Raises:
-            ValueError: Names the first.
+            ValueError: If not; the message names the first invalid one.
         """
         if len(targets) != len(images):
             raise InputError(f"targets has {len(targets)} entries for {len(images)} images; give one for each image.")
@@ -236,31 +236,31 @@ class DetectionHead(nn.Module, abc.ABC):
                 )
         boxes = torch.cat([target["boxes"] for target in targets])
         labels = torch.cat([target["labels"] for target in targets])
-        known = (labels >= 1) & (labels <= self.num_classes)
-        proper = (boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1)
-        if bool((known & proper).all()):
+        valid_labels = (labels >= 1) & (labels <= self.num_classes)
+        valid_boxes = (boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1)
+        if bool((valid_labels & valid_boxes).all()):
             return
-        index = int((known & proper).logical_not().nonzero()[0])
-        owner, position = 0, index
-        while position >= len(targets[owner]["boxes"]):
-            position -= len(targets[owner]["boxes"])
-            owner += 1
-        if not known[index]:
+        index = int((valid_labels & valid_boxes).logical_not().nonzero()[0])
+        image, position = 0, index
+        while position >= len(targets[image]["boxes"]):
+            position -= len(targets[image]["boxes"])
+            image += 1
+        if not valid_labels[index]:
             raise InputError(
-                f"targets[{owner}]['labels'][{position}] is {int(labels[index])}, but the detector has the labels 1 to "
+                f"targets[{image}]['labels'][{position}] is {int(labels[index])}, but the detector has the labels 1 to "
                 f"{self.num_classes}. Map categories to 1..K, and build the detector with as many classes as the data."
             )
         raise InputError(
-            f"targets[{owner}]['boxes'][{position}] is {boxes[index].tolist()}; corners must be finite, with x1 < x2 "
+            f"targets[{image}]['boxes'][{position}] is {boxes[index].tolist()}; corners must be finite, with x1 < x2 "
             "and y1 < y2. Drop boxes without an area."
         )
 
 
 def image_list(features: Features, levels: Mapping[str, Tensor]) -> ImageList:
-    """What torchvision's parts want to know of the images: their sizes and that of the batch, but no pixel."""
+    """The `ImageList` of torchvision's modules, for the sizes of images and batch; it holds no pixels."""
     level = next(iter(levels.values()))
-    no_pixels = level.new_empty(()).expand(len(features.image_sizes), 3, *features.batch_size)
-    return ImageList(no_pixels, features.image_sizes)
+    placeholder = level.new_empty(()).expand(len(features.image_sizes), 3, *features.batch_size)
+    return ImageList(placeholder, features.image_sizes)
 
 
 def anchor_generator(spec: DetectorSpec, octaves: Sequence[float] = (1.0,)) -> AnchorGenerator:
@@ -270,5 +270,5 @@ def anchor_generator(spec: DetectorSpec, octaves: Sequence[float] = (1.0,)) -> A
 
 
 def norm_layer(spec: DetectorSpec) -> Callable[[int], nn.Module] | None:
-    """What makes the head's layers of normalisation; None for none."""
+    """The constructor of the head's normalisation layers; None for none."""
     return None if spec.norm == "none" else norm_factory(spec.norm)

@@ -1,4 +1,4 @@
-"""Faster R-CNN with FPN, of torchvision's parts (Ren et al. 2015; the paper's detector, section 4.1)."""
+"""The head of Faster R-CNN with FPN, from torchvision's modules (Ren et al. 2015; Zhu et al. 2019, section 4.1)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ _ROI_LEVELS = (2, 3, 4, 5)
 
 
 class FasterRCNNHead(DetectionHead):
-    """Proposals, and a second stage that classifies and refines them; the background is class 0.
+    """A proposal network, and a second stage that classifies and refines proposals; the background is class 0.
 
     The losses are `loss_classifier`, `loss_box_reg`, `loss_objectness` and `loss_rpn_box_reg`.
 
@@ -54,7 +54,7 @@ class FasterRCNNHead(DetectionHead):
         pool = _RoIAlign(
             self.names, spec.roi_size, spec.roi_samples, canonical_scale=spec.roi_canonical_size, canonical_level=4
         )
-        # Left alone it infers the strides from the first batch and keeps them: wrongly, if that is mostly padding.
+        # By default it infers the strides from the first batch: wrongly, if that is mostly padding.
         pool.scales = [2.0**-level for level in _ROI_LEVELS]
         pool.map_levels = LevelMapper(_ROI_LEVELS[0], _ROI_LEVELS[-1], canonical_scale=spec.roi_canonical_size)
         self.roi_heads = _RoIHeads(
@@ -90,7 +90,7 @@ class FasterRCNNHead(DetectionHead):
 
 
 class _RPNHead(RPNHead):  # type: ignore[misc]  # torchvision publishes no types
-    """Hands float32 to the box coder, which would otherwise round anchors to the precision of autocast."""
+    """Returns float32 for the box coder, which would otherwise round anchors to the precision of autocast."""
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(features)
@@ -98,7 +98,7 @@ class _RPNHead(RPNHead):  # type: ignore[misc]  # torchvision publishes no types
 
 
 class _Predictor(FastRCNNPredictor):  # type: ignore[misc]
-    """As `_RPNHead`."""
+    """Returns float32, as `_RPNHead`."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits, deltas = super().forward(x)
@@ -106,24 +106,25 @@ class _Predictor(FastRCNNPredictor):  # type: ignore[misc]
 
 
 class _RoIHeads(RoIHeads):  # type: ignore[misc]
-    """Lets boxes vote, if `box_voting` (see `DetectorSpec`) is not 0."""
+    """torchvision's, with box voting if `box_voting` (see `DetectorSpec`) is not 0."""
 
     box_voting = 0.0
 
+    @override
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         boxes, scores, labels = super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         if self.box_voting:
-            numbers = [one.shape[0] for one in proposals]
-            candidates = torch.split(self.box_coder.decode(box_regression, proposals), numbers)
-            scores_of_all = torch.split(class_logits.softmax(-1), numbers)
+            counts = [one.shape[0] for one in proposals]
+            candidates = torch.split(self.box_coder.decode(box_regression, proposals), counts)
+            class_scores = torch.split(class_logits.softmax(-1), counts)
             for index, shape in enumerate(image_shapes):
                 clipped = clip_boxes_to_image(candidates[index], shape)
-                boxes[index] = self._voted(boxes[index], labels[index], clipped, scores_of_all[index])
+                boxes[index] = self._vote(boxes[index], labels[index], clipped, class_scores[index])
         return boxes, scores, labels
 
-    def _voted(self, boxes: Tensor, labels: Tensor, candidates: Tensor, class_scores: Tensor) -> Tensor:
+    def _vote(self, boxes: Tensor, labels: Tensor, candidates: Tensor, class_scores: Tensor) -> Tensor:
         """Means for `boxes` `[n, 4]` of overlapping `candidates` `[proposals, K + 1, 4]`, weighted by their scores.
 
         `class_scores` are `[proposals, K + 1]`.
@@ -131,26 +132,26 @@ class _RoIHeads(RoIHeads):  # type: ignore[misc]
         candidates, scores = candidates[:, labels].transpose(0, 1), class_scores[:, labels].T  # of the box's own class
         overlapping = (scores > self.score_thresh) & (_paired_iou(boxes.unsqueeze(1), candidates) >= self.box_voting)
         weights = torch.where(overlapping, scores, 0.0)
-        total = weights.sum(1, keepdim=True)  # a box without area does not even overlap itself
+        total = weights.sum(1, keepdim=True)  # zero for a box without area, which does not even overlap itself
         return torch.where(total > 0, (weights.unsqueeze(-1) * candidates).sum(1) / total, boxes)
 
 
 def _paired_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of boxes one by one; `[..., 4]` each, which broadcast, to `[...]`."""
+    """Elementwise intersection over union of boxes `[..., 4]`, with broadcasting, `[...]`."""
     overlap = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
     shared = overlap.clamp_min(0).prod(-1)
     return shared / ((first[..., 2:] - first[..., :2]).prod(-1) + (second[..., 2:] - second[..., :2]).prod(-1) - shared)
 
 
 class _RoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
-    """torchvision's, that can also be a part of a program, which does not know the number of proposals yet."""
+    """torchvision's, but exportable: in an exported program the number of proposals is symbolic."""
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         if not torch.compiler.is_exporting():
             aligned: Tensor = super().forward(x, boxes, image_shapes)
             return aligned
         (proposals,) = boxes  # of one image
-        regions = F.pad(proposals, (1, 0))  # in front the number of the image, 0
+        regions = F.pad(proposals, (1, 0))  # prepends the index of the image, 0
         levels, first = self.map_levels(boxes), x[self.featmap_names[0]]
         aligned = first.new_zeros(proposals.shape[0], first.shape[1], *self.output_size)
         for level, (name, scale) in enumerate(zip(self.featmap_names, self.scales, strict=True)):
@@ -161,14 +162,16 @@ class _RoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
 
 
 class _ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
-    """Proposes the whole image where nothing is left in training, since the mean loss of no proposals is NaN."""
+    """torchvision's, but proposes the whole image in training if none is left: the mean loss of none is NaN."""
 
+    @override
     def filter_proposals(
         self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]], num_anchors_per_level: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
         boxes, scores = super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
         if torch.compiler.is_exporting():
-            # A program must know that there is one. A box without area makes boxes without area, which are dropped.
+            # The exporter must know that at least one exists. Boxes without area give detections without area, which
+            # are dropped.
             boxes = [F.pad(one, (0, 0, 0, 1)) for one in boxes]
         if self.training:
             for index, (height, width) in enumerate(image_shapes):
@@ -179,7 +182,7 @@ class _ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
 
 
 def _second_stage(spec: DetectorSpec) -> nn.Module:
-    """From a proposal's features to the vector that its class and box are read from."""
+    """The layers between a proposal's pooled features and the predictors of class and box."""
     if not spec.roi_convolutions:
         two_layers: nn.Module = TwoMLPHead(spec.fpn_channels * spec.roi_size**2, spec.fc_dim)
         return two_layers

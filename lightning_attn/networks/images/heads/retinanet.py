@@ -1,4 +1,4 @@
-"""RetinaNet with FPN, of torchvision's parts (Lin et al. 2017)."""
+"""The head of RetinaNet with FPN, from torchvision's modules (Lin et al. 2017)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,12 +23,12 @@ _OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))  # anchor sizes within a level
 
 
 class RetinaNetHead(DetectionHead):
-    """Class and box of every anchor at once; there is no background class.
+    """Predicts class and box of every anchor in one stage; there is no background class.
 
     The losses are `classification` and `bbox_regression`.
 
     Attributes:
-        retinanet: torchvision's, without a backbone of its own.
+        retinanet: torchvision's, without a backbone.
     """
 
     def __init__(self, num_classes: int, channels: Mapping[str, int], spec: DetectorSpec) -> None:
@@ -74,7 +74,7 @@ class RetinaNetHead(DetectionHead):
 
 
 class _NoBackbone(nn.Identity):
-    """What torchvision wants to know of a backbone."""
+    """A placeholder for torchvision, which reads only `out_channels` of its backbone."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _NoBackbone(nn.Identity):
 
 
 class _Head(TorchvisionHead):  # type: ignore[misc]  # torchvision publishes no types
-    """Hands float32 to the box coder, which would otherwise round anchors to the precision of autocast."""
+    """Returns float32 for the box coder, which would otherwise round anchors to the precision of autocast."""
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
         return {name: output.float() for name, output in super().forward(features).items()}

@@ -22,30 +22,29 @@ HeadNorm = Literal["batch", "sync", "group"]
 OutputStride = Literal[8, 16, 32]
 
 IGNORED = 255
-"""Label of pixels that do not count."""
+"""Label of pixels that are ignored in losses and metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmenterSpec:
     """The segmentation head, and how it is trained. The defaults are CCNet's, which the paper follows.
 
-    Only `norm` is not: the paper normalises new layers with statistics over all GPUs, `"sync"`, which needs GPUs.
+    The exception is `norm`: the paper normalises new layers with statistics over all GPUs, `"sync"`, which needs GPUs.
 
     Attributes:
         head_channels: Channels of the head, of the attention in it and of the auxiliary head.
         dropout: Probability of dropping a channel before the classifiers.
-        auxiliary_weight: Factor on the loss of the auxiliary head, which reads conv4; 0 for no auxiliary head.
+        auxiliary_weight: Factor on the loss of the auxiliary head, whose input is conv4; 0 for no auxiliary head.
         norm: Normalisation after every new 3x3 convolution: `"batch"`, `"sync"` or `"group"`, as in `ResNetSpec`.
-        output_stride: How much smaller than the image the map of conv5 is: 8 (the paper's), 16 or 32. With 8, conv4
-            is dilated by 2 and conv5 by 4.
+        output_stride: Stride of conv5: 8 (the paper's), 16 or 32. With 8, conv4 is dilated by 2 and conv5 by 4.
         ohem_threshold: With online hard example mining the loss is the mean over those pixels whose true class has a
             lower probability than this, CCNet's is 0.7; 0 for all pixels. The auxiliary loss is over all pixels.
-        ohem_min_kept: Pixels of a batch, on each GPU, that it keeps at least: the hardest.
-        class_weights: What a pixel of each class counts in both losses, beside the others; empty for all the same.
-            Without them, a network that is trained from scratch for a short time does not find rare classes at all.
+        ohem_min_kept: Minimum number of pixels of a batch, on each GPU, in that mean: the hardest.
+        class_weights: Weight of the pixels of each class in both losses; empty for equal weights. Without them,
+            a network that is trained from scratch for a short time never predicts rare classes.
 
     Raises:
-        ValueError: If a field has a value that no segmentation network has; the message names the field.
+        ValueError: If a field has an invalid value; the message names the field.
     """
 
     head_channels: int = 512
@@ -65,7 +64,7 @@ class SegmenterSpec:
         ):
             raise InputError(
                 f"auxiliary_weight must be a finite number of at least 0, got {self.auxiliary_weight!r}; "
-                "0 is for no auxiliary head."
+                "set 0 for no auxiliary head."
             )
         if self.norm not in get_args(HeadNorm):
             raise InputError(f"norm must be one of {list(get_args(HeadNorm))}, got {self.norm!r}.")
@@ -74,25 +73,25 @@ class SegmenterSpec:
         if not (is_number(self.ohem_threshold) and 0 <= self.ohem_threshold < 1):
             raise InputError(
                 f"ohem_threshold must be a probability of at least 0 and below 1, got {self.ohem_threshold!r}; "
-                "0 is for the loss over all pixels."
+                "set 0 for the loss over all pixels."
             )
         require_int("ohem_min_kept", self.ohem_min_kept)
         if not all(is_number(weight) and math.isfinite(weight) and weight > 0 for weight in self.class_weights):
             raise InputError(
-                f"class_weights must be finite numbers above 0, got {list(self.class_weights)}; a class that "
-                "is not to be learnt is left out of the data's."
+                f"class_weights must be finite numbers above 0, got {list(self.class_weights)}; remove a class that "
+                "should not be learnt from the data's classes instead."
             )
 
 
 class SegmentationHead(nn.Module):
-    """From conv5 to logits: 3x3, attention, 3x3, concatenation with the input, 3x3, dropout, 1x1.
+    """Maps conv5 to logits: 3x3, attention, 3x3, concatenation with the input, 3x3, dropout, 1x1.
 
     Norm and ReLU follow each 3x3 convolution. (In CCNet's code it is a leaky ReLU of slope 0.01, the default of its
     fused normalisation.)
 
     Pixel i of a map of stride s is computed around pixel s i of the image, so images are padded to sides of 1 more than
-    a multiple of the stride, and logits are resized to them with `align_corners=True`: pixel i then comes to lie at s i
-    exactly, whatever the size of the image. Resizing and losses are float32 always.
+    a multiple of the stride, and logits are resized to them with `align_corners=True`: pixel i is then exactly at s i,
+    whatever the size of the image. Resizing and losses are always float32.
 
     Args:
         num_classes: Number of classes K; their labels are 0 to K - 1.
@@ -102,12 +101,12 @@ class SegmentationHead(nn.Module):
 
     Attributes:
         align_corners: How images are padded; see `padded_size`.
-        one_size: Whether images of different sizes must not be in one batch in evaluation: attention sees the padding
-            that a smaller image has beside a larger one.
+        needs_equal_sizes: Whether all images of a batch must have the same size in evaluation: the attention would
+            read the padding of smaller images.
         reduce: The convolution before the attention.
         attention: The gated attention, None for `mechanism: none`.
         refine: The convolution after it.
-        fuse: The convolution of the input, first, and `refine`'s output.
+        fuse: The convolution of the concatenated input and `refine`'s output.
         classifier: The last, 1x1.
         auxiliary: The `AuxiliaryHead`; None if its weight is 0.
         class_weights: Those of the spec, `[K]`, or None.
@@ -117,7 +116,7 @@ class SegmentationHead(nn.Module):
     """
 
     align_corners = True
-    one_size = True
+    needs_equal_sizes = True
     class_weights: Tensor | None
 
     def __init__(
@@ -150,7 +149,7 @@ class SegmentationHead(nn.Module):
         self.auxiliary = AuxiliaryHead(channels["c4"], num_classes, spec) if spec.auxiliary_weight else None
 
     def forward(self, conv5: Tensor) -> Tensor:
-        """Maps conv5, `[B, C, H, W]`, to logits of its pixels, `[B, K, H, W]`."""
+        """Maps conv5, `[B, C, H, W]`, to logits, `[B, K, H, W]`."""
         context = self.reduce(conv5)
         if self.attention is not None:
             context = self.attention(context)
@@ -161,15 +160,15 @@ class SegmentationHead(nn.Module):
     def losses(self, features: Features, targets: Sequence[Tensor]) -> dict[str, Tensor]:
         """The losses by name, to be summed.
 
-        `loss_head` is the mean cross entropy of all pixels of the batch that count, 0 if none does; `loss_auxiliary`,
-        if there is an auxiliary head, is its own times its weight.
+        `loss_head` is the mean cross entropy of all labelled pixels of the batch, 0 if none is; `loss_auxiliary`, with
+        an auxiliary head, is its loss times its weight.
 
         Args:
             features: Of B images.
-            targets: For every image uint8 `[H, W]`, 0 to K - 1, or 255 where the pixel does not count.
+            targets: For every image uint8 `[H, W]`, 0 to K - 1, or 255 for ignored pixels.
 
         Raises:
-            ValueError: If a label is none of these.
+            ValueError: If a label has another value.
         """
         spec, size, weights = self.spec, features.batch_size, self.class_weights
         labels = padded_labels(targets, size, IGNORED)
@@ -190,10 +189,10 @@ class SegmentationHead(nn.Module):
         return [one[:, :height, :width] for one, (height, width) in zip(logits, features.image_sizes, strict=True)]
 
     def check_targets(self, images: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        """Refuses labels of other sizes than their images.
+        """Checks that labels have the sizes of their images.
 
         Raises:
-            ValueError: Names the first.
+            ValueError: If not; the message names the first.
         """
         if len(targets) != len(images):
             raise InputError(f"labels has {len(targets)} entries for {len(images)} images; give one for each image.")
@@ -201,23 +200,23 @@ class SegmentationHead(nn.Module):
             if label.dtype != torch.uint8 or label.shape != image.shape[1:]:
                 raise InputError(
                     f"labels[{index}] must be uint8 {list(image.shape[1:])}, one label for each pixel of its image, "
-                    f"got {label.dtype} {list(label.shape)}. Cut and resize labels together with their image."
+                    f"got {label.dtype} {list(label.shape)}. Crop and resize labels together with their image."
                 )
 
     def _check_values(self, labels: Tensor) -> None:
-        # Plus 1, bytes wrap around: 255 becomes 0, and what is no label becomes the largest.
+        # Bytes plus 1 wrap around: 255 becomes 0, so that any value above num_classes is invalid.
         if int((labels + 1).amax()) <= self.num_classes:
             return
         index, row, column = ((labels >= self.num_classes) & (labels != IGNORED)).nonzero()[0].tolist()
         raise InputError(
             f"labels[{index}][{row}, {column}] is {int(labels[index, row, column])}, but the network has the labels 0 "
-            f"to {self.num_classes - 1}, and {IGNORED} for pixels that do not count. Map the data's ids to labels, and "
-            "build the network with as many classes as the data."
+            f"to {self.num_classes - 1}, and {IGNORED} for ignored pixels. Map the data's ids to labels, and build the "
+            "network with as many classes as the data."
         )
 
 
 class AuxiliaryHead(nn.Module):
-    """The head that trains conv4 more directly, and that evaluation leaves out: 3x3, norm, ReLU, dropout, 1x1.
+    """A head on conv4 for an auxiliary loss, not used in evaluation: 3x3, norm, ReLU, dropout, 1x1.
 
     Args:
         in_channels: Channels of the map of conv4.
@@ -238,46 +237,46 @@ class AuxiliaryHead(nn.Module):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean cross entropy of the pixels that count; 0, with a gradient of 0, if none does.
+    """Mean cross entropy of the labelled pixels; 0, with a gradient of 0, if none is.
 
     Args:
         logits: `[B, K, H, W]`.
-        labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for pixels that do not count.
-        weights: Of the classes in the mean, `[K]`; None for all the same.
+        labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for ignored pixels.
+        weights: Of the classes in the mean, `[K]`; None for equal weights.
     """
     total = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=IGNORED, reduction="sum")
-    return total / _weight(labels, labels != IGNORED, weights)
+    return total / _total_weight(labels, labels != IGNORED, weights)
 
 
 def hard_cross_entropy(
     logits: Tensor, labels: Tensor, threshold: float, min_kept: int, weights: Tensor | None = None
 ) -> Tensor:
-    """Mean cross entropy of hard pixels (online hard example mining); 0, with a gradient of 0, if no pixel counts.
+    """Mean cross entropy of hard pixels (online hard example mining); 0, with a gradient of 0, if none is labelled.
 
     Args:
         logits: `[B, K, H, W]`.
-        labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for pixels that do not count.
+        labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for ignored pixels.
         threshold: Pixels whose true class has a lower probability are hard.
-        min_kept: If fewer are, the hardest of the batch that make up this number; all that count if there are not so
-            many.
-        weights: Of the classes in the mean, `[K]`, without influence on what is hard; None for all the same.
+        min_kept: If fewer pixels are hard, this number of pixels of the batch with the highest losses is used, or all
+            labelled ones if there are fewer.
+        weights: Of the classes in the mean, `[K]`, without effect on which pixels are hard; None for equal weights.
     """
     losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none")
     with torch.no_grad():
-        # What does not count has a loss of 0, and ranks with the easiest.
-        easiest_kept = losses.flatten().kthvalue(max(losses.numel() - min_kept, 0) + 1).values
-        easy = (losses <= -math.log(threshold)) & (losses < easiest_kept)  # a loss that is NaN is not, and shows
-        kept = (labels != IGNORED) & ~easy
+        # Ignored pixels have a loss of 0, and rank with the easiest.
+        min_hard_loss = losses.flatten().kthvalue(max(losses.numel() - min_kept, 0) + 1).values
+        easy = (losses <= -math.log(threshold)) & (losses < min_hard_loss)  # False for NaN, which so reaches the loss
+        hard_pixels = (labels != IGNORED) & ~easy
     if weights is not None:
-        losses = losses * weights[labels.long().clamp(max=len(weights) - 1)]  # what is ignored is not kept
-    return losses.where(kept, 0).sum() / _weight(labels, kept, weights)
+        losses = losses * weights[labels.long().clamp(max=len(weights) - 1)]  # ignored pixels are never hard
+    return losses.where(hard_pixels, 0).sum() / _total_weight(labels, hard_pixels, weights)
 
 
-def _weight(labels: Tensor, counted: Tensor, weights: Tensor | None) -> Tensor:
-    """What some pixels count together, but never 0."""
+def _total_weight(labels: Tensor, pixels: Tensor, weights: Tensor | None) -> Tensor:
+    """The sum of the class weights of some pixels, but never 0."""
     if weights is None:
-        return counted.sum().clamp(min=1)
-    return weights[labels[counted].long()].sum().clamp(min=torch.finfo(weights.dtype).tiny)
+        return pixels.sum().clamp(min=1)
+    return weights[labels[pixels].long()].sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:
