@@ -207,7 +207,7 @@ def missing_checkpoint(path: Path) -> str:
 
 
 def neighbours(path: Path, pattern: str) -> str:
-    """Which files there are in the place of one that is missing, and which of them may be meant."""
+    """Which files exist beside one that is missing, and which of them may be meant."""
     folder = path.parent
     if not folder.is_dir():
         return f"There is no folder {folder}."

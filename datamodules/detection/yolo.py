@@ -141,7 +141,7 @@ def read_yolo(
     if not any(labelled):
         raise MissingFileError(
             f"none of the {len(images):,} images of {split!r} in {description} has a file of labels, such as "
-            f"{labels[0]}. Put the labels there: in the place of the folder images, the folder labels."
+            f"{labels[0]}. Put the labels there: the path of the image with labels instead of images."
         )
     for place, number in enumerate(readable):
         if labelled[number]:
