@@ -125,7 +125,9 @@ def test_wrong_class_is_refused(checkpoint):
 
 def test_arguments_must_be_plain(tmp_path):
     assert plain_value("x", {"a": (1, AttentionSpec()), "b": tmp_path})["b"] == str(tmp_path)
-    with pytest.raises(ValueError, match="'flavour' of a task is a Linear, which a checkpoint cannot hold safely"):
+    with pytest.raises(
+        ValueError, match="'flavour' of a task is a Linear, which cannot be stored safely in a checkpoint"
+    ):
         Subclass(flavour=torch.nn.Linear(1, 1))
 
 
@@ -137,7 +139,7 @@ def test_sizes_are_checked_before_the_data_is_read():
 
 
 def test_no_network_before_there_is_a_vocabulary():
-    with pytest.raises(RuntimeError, match="built when a Trainer starts"):
+    with pytest.raises(RuntimeError, match="not built yet: start a Trainer"):
         TranslationTask(optimizer=OptimizerSpec(), **TINY).predict(["x"])
 
 
