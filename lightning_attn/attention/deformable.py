@@ -415,7 +415,7 @@ class _Geometry:
                 for size, pad, reach, stride in zip(sizes, self.padding, reaches, self.stride, strict=True)
             ]
         if any(size < needed for size, needed in zip(sizes, least, strict=True)):
-            raise ValueError(
+            raise InputError(
                 f"x must have at least {_format_sizes(least)} positions along each axis for "
                 f"kernel_size={_format_sizes(self.kernel_size)}, dilation={_format_sizes(self.dilation)} and "
                 f"padding={_format_sizes(self.padding)}, got shape {tuple(x.shape)}."
@@ -434,11 +434,11 @@ def _geometry(
     reaches = tuple(d * (k - 1) for d, k in zip(dilations, kernel, strict=True))
     if causal:
         if ndim != 1:
-            raise ValueError("causal=True needs ndim=1: the positions of a map have no order; set causal=False.")
+            raise InputError("causal=True needs ndim=1: the positions of a map have no order; set causal=False.")
         if strides != (1,):
-            raise ValueError(f"causal=True needs stride=1, got {strides[0]}: a larger stride skips tokens.")
+            raise InputError(f"causal=True needs stride=1, got {strides[0]}: a larger stride skips tokens.")
         if padding is not None:
-            raise ValueError(
+            raise InputError(
                 f"causal=True pads {reaches[0]} zeros on the left only; leave padding=None, got {padding}."
             )
     pads = tuple(reach // 2 for reach in reaches) if padding is None else _sizes("padding", padding, ndim, 0)
@@ -452,7 +452,7 @@ def _sizes(name: str, value: Sizes, ndim: int, least: int) -> tuple[int, ...]:
         assert isinstance(value, int), "checked above"
         return (value,) * ndim
     if len(value) != ndim:
-        raise ValueError(f"{name} must be one number or {ndim} for ndim={ndim}, got {tuple(value)}.")
+        raise InputError(f"{name} must be one number or {ndim} for ndim={ndim}, got {tuple(value)}.")
     for number in value:
         require_int(name, number, least)
     return tuple(value)

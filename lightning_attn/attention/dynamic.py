@@ -518,17 +518,17 @@ def _check_arguments(
     require_odd("kernel_size", kernel_size)
     require_int("groups", groups)
     if dim % groups:
-        raise ValueError(
+        raise InputError(
             f"groups={groups} does not divide dim={dim}: use a number of groups in {divisors(dim)}, "
             f"or a width that is a multiple of {groups}."
         )
     require_ndim(ndim)
     require_bool("causal", causal)
     if causal and ndim == 2:
-        raise ValueError("causal=True is for sequences (ndim=1): a map has no order; set causal=False.")
+        raise InputError("causal=True is for sequences (ndim=1): a map has no order; set causal=False.")
     require_dropout(dropout)
     if algorithm not in _ALGORITHMS[ndim]:
-        raise ValueError(
+        raise InputError(
             f"algorithm must be one of {list(_ALGORITHMS[ndim])} for ndim={ndim}, got {algorithm!r}; "
             "'auto' selects the fastest."
         )

@@ -61,14 +61,16 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
         return f"{what}. If results cannot be written there, give another place: {_option(arguments)}."
     if re.match(r"DataLoader worker \(pid.*(is killed by signal|exited unexpectedly)", text):
         return (
-            f"{text.splitlines()[0]} A process that makes batches has died, often for lack of memory: see the system's "
-            f"log, and use fewer (--data.num_workers). {_RESUME}"
+            f"{text.splitlines()[0].rstrip('.')}. A process that makes batches has died, often for lack of memory: see "
+            f"the system's log, and use fewer (--data.num_workers). {_RESUME}"
         )
     if _has_lost_rank(text):
         which = dead_rank() or "another process of this training has died; its own message may be above"
         return f"{which}. {_RESUME}"
     if isinstance(error, OSError) and error.errno and error.filename:
         return _of_file(error, arguments)
+    if isinstance(error, OSError) and str(error).startswith("Caught ") and text.startswith("[Errno"):
+        return f"{text}."  # of a DataLoader's worker, where torch keeps neither number nor file name
     if isinstance(error, UserError):
         return clean_parser_message(text)
     if isinstance(error, MisconfigurationException) or _quotes_option(error):
@@ -84,7 +86,8 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
 def _without_worker(error: Exception) -> str:
     """The message of an error; torch puts the traceback of a DataLoader's worker before it."""
     text = str(error)
-    name = f"\n{type(error).__module__}.{type(error).__qualname__}: "
+    module = "" if type(error).__module__ == "builtins" else f"{type(error).__module__}."
+    name = f"\n{module}{type(error).__qualname__}: "
     return text.rpartition(name)[2].rstrip() if text.startswith("Caught ") and name in text else text
 
 
@@ -92,6 +95,10 @@ def _quotes_option(error: Exception) -> bool:
     """Whether an error is Lightning's about options that it sees while it runs: those it names in backquotes."""
     text = str(error)
     if not isinstance(error, ValueError | TypeError | RuntimeError):
+        return False
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_in = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    if not raised_in.startswith(("pytorch_lightning.", "lightning_fabric.")):
         return False
     quoted = set(re.findall(r"`(?:Trainer\()?(\w+)", text))
     return text.startswith("Early stopping conditioned on") or not quoted.isdisjoint(

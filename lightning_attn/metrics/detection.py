@@ -15,6 +15,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_attn.errors import InputError
 from lightning_attn.metrics.base import ScoresMetric, nothing_to_score
 from lightning_attn.metrics.gather import several_ranks
 
@@ -151,7 +152,7 @@ class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
         self._names: dict[int, str] = {category["id"]: category["name"] for category in ground_truth["categories"]}
         twice = [name for name, count in Counter(self._names.values()).items() if count > 1]
         if twice:
-            raise ValueError(
+            raise InputError(
                 f"categories of the split {split!r}: more than one has the name {twice[0]!r}; rename one of them in "
                 "the annotation file."
             )

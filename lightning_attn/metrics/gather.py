@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from lightning_attn.errors import InputError
+
 K = TypeVar("K", int, str)
 T = TypeVar("T")
 V = TypeVar("V")
@@ -24,7 +26,7 @@ def add_record(records: dict[K, T], sample: K, record: T, same: Callable[[T], ob
     """
     first = records.setdefault(sample, record)
     if same is not None and same(first) != same(record):
-        raise ValueError(
+        raise InputError(
             f"sample id {sample} belongs to two different samples, {same(first)!r} and {same(record)!r}: ids must be "
             "unique in the whole split, not counted from 0 on every rank, and metrics must be reset before each pass."
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_attn.errors import InputError
 from lightning_attn.metrics.base import ScoresMetric
 
 Confusion = npt.NDArray[np.int64]
@@ -65,9 +66,9 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
         self.classes, self.ignored = tuple(classes), ignored
         twice = [name for name, count in Counter(self.classes).items() if count > 1]
         if twice or not self.classes:
-            raise ValueError(f"classes must be one or more different names, got {list(self.classes)}.")
+            raise InputError(f"classes must be one or more different names, got {list(self.classes)}.")
         if not len(self.classes) <= ignored <= 255:
-            raise ValueError(
+            raise InputError(
                 f"ignored must be a label that none of the {len(self.classes)} classes has, from {len(self.classes)} "
                 f"to 255; got {ignored}."
             )

@@ -164,6 +164,20 @@ class BaseTask(pl.LightningModule):
         """The callbacks that every run of a task needs; a subclass extends this list."""
         return [ExactResume(), StopOnNonFinite(), Evaluation()]
 
+    def from_data(self, name: str) -> Any:
+        """An attribute of the DataModule that the network is built from.
+
+        Raises:
+            ValueError: If the DataModule has no such attribute: it is for another task.
+        """
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(type(datamodule), name) and name not in vars(datamodule):
+            raise InputError(
+                f"{type(self).__name__} needs data with {name}, and {type(datamodule).__name__} has none. Give a "
+                f"DataModule for {self.task_name} (--data CLASS), or the task of this data (--model CLASS)."
+            )
+        return getattr(datamodule, name)
+
     def configure_evaluators(self) -> list[Evaluator]:
         """The evaluators of validation and test; by default `SampleMeans`, means of the values that steps return."""
         return [SampleMeans()]

@@ -70,6 +70,10 @@ class DetectionEvaluator(Evaluator):
         self._draw_worst(errors / "worst_images", analysis, found)
         rank_zero_info(f"Confusion matrix, precision-recall curves and the images with most errors: {errors}")
 
+    @override
+    def clear(self) -> None:
+        self._metrics.reset()
+
     def _draw_worst(self, folder: Path, analysis: DetectionAnalysis, found: Mapping[int, ImageDetections]) -> None:
         """Draws the images with most errors, the worst first, if the DataModule provides their files."""
         task, truth = self._task, self._truth

@@ -2,14 +2,15 @@
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_attn.errors import InputError
@@ -29,10 +30,12 @@ class Evaluator(abc.ABC):
     Attributes:
         shown: Names of the logged scores in the progress bar; None for all.
         split: Of the current pass, "val" or "test".
+        dataloader_idx: Of the batch that `update` gets, if there are several loaders; else None.
     """
 
     shown: ClassVar[tuple[str, ...] | None] = None
     split: str = "val"
+    dataloader_idx: int | None = None
 
     def reset(self, split: str) -> None:
         """Starts a pass.
@@ -69,12 +72,20 @@ class Evaluator(abc.ABC):
             scores: The result of `compute`.
         """
 
+    def clear(self) -> None:  # noqa: B027 - optional
+        """Forgets the samples of the pass, after `write` and on every rank: training needs the memory."""
+
 
 class SampleMeans(Evaluator):
-    """Means over samples of every value `[B]` in the dictionary that a step returns; batches must have `ids`."""
+    """Means over samples of every value `[B]` in the dictionary that a step returns; batches must have `ids`.
+
+    A loss that a step returns as Lightning's own do, a number for the whole batch, is not averaged; a warning says so.
+    With several loaders names end in `/loader_<n>`.
+    """
 
     def __init__(self) -> None:
         self._means: dict[str, WeightedMean] = {}
+        self._warned = False
 
     @override
     def reset(self, split: str) -> None:
@@ -85,17 +96,27 @@ class SampleMeans(Evaluator):
     def update(self, batch: Any, outputs: Mapping[str, Any] | None) -> None:
         if outputs is None:
             return
-        ids = batch_field(batch, "ids")
-        if not isinstance(outputs, Mapping) or ids is None:
-            raise InputError(
-                f"{self.split}: a step must return a dictionary of values [B], one for each sample, such as "
-                "{'accuracy': found == batch['label']}, and the batch must have ids, integers that are unique in the "
-                f"split; got {type(outputs).__name__} and ids {ids!r}. Alternatively return custom evaluators in "
-                "configure_evaluators."
+        values = outputs if isinstance(outputs, Mapping) else {"the returned value": outputs}
+        scored = {name: value for name, value in values.items() if not _is_scalar(value)}
+        if len(scored) < len(values) and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{self.split}: {', '.join(values.keys() - scored.keys())} is one number for the whole batch, and not "
+                "averaged over the split: return a value [B] for each sample to score it, or log it yourself."
             )
-        for name, values in outputs.items():
+        ids: Any = batch_field(batch, "ids") if scored else None
+        for name, value in scored.items():
+            if not _has_ids(ids) or not isinstance(value, Tensor) or value.shape != (len(ids),):
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise InputError(
+                    f"{self.split}: {name} must be a tensor [B], a value for each sample, such as "
+                    "{'accuracy': found == batch['label']}, and the batch must have ids, B integers that are unique in "
+                    f"the split; got {got} and ids {ids!r:.80}. Return nothing to score nothing, or list evaluators of "
+                    "your own in configure_evaluators."
+                )
+            name = name if self.dataloader_idx is None else f"{name}/loader_{self.dataloader_idx}"
             mean = self._means.setdefault(name, WeightedMean(self.split))
-            mean.update(ids, values.detach().double(), torch.ones(len(ids), dtype=torch.long))
+            mean.update(ids, value.detach().double(), torch.ones(len(ids), dtype=torch.long))
 
     @override
     def compute(self) -> dict[str, Any]:
@@ -105,6 +126,10 @@ class SampleMeans(Evaluator):
             dist.all_gather_object(of_ranks, names)
             names = set().union(*of_ranks)
         return {name: self._means.setdefault(name, WeightedMean(self.split)).compute().item() for name in sorted(names)}
+
+    @override
+    def clear(self) -> None:
+        self._means = {}
 
 
 class Evaluation(Callback):
@@ -137,7 +162,9 @@ class Evaluation(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        loaders = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         for evaluator in _task(pl_module).evaluators:
+            evaluator.dataloader_idx = dataloader_idx if len(loaders) > 1 else None
             evaluator.update(batch, outputs)
 
     on_test_batch_end = on_validation_batch_end
@@ -165,8 +192,13 @@ class Evaluation(Callback):
                 }
                 if chosen:
                     task.log_dict(chosen, prog_bar=shown, batch_size=1)
-        if not trainer.is_global_zero or trainer.sanity_checking:
-            return
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            Evaluation._write(task, split, found)
+        for evaluator in task.evaluators:
+            evaluator.clear()
+
+    @staticmethod
+    def _write(task: "BaseTask", split: str, found: list[dict[str, Any]]) -> None:
         results = {f"{split}/{name}": value for scores in found for name, value in scores.items()}
         if split == "test" and results:
             path = write_json(task.output_directory / "test_metrics.json", without_nan(results))
@@ -180,6 +212,17 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: without_nan(one) for name, one in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def _has_ids(ids: Any) -> bool:
+    """Whether these are integers, one for each sample."""
+    if isinstance(ids, Tensor):
+        return ids.dim() == 1 and not ids.is_floating_point()
+    return isinstance(ids, Sequence) and all(isinstance(one, int) for one in ids)
 
 
 def _task(module: pl.LightningModule) -> "BaseTask":

@@ -119,7 +119,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         self._check_sync_norm()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.preprocessing = dict(getattr(datamodule, "preprocessing", {}))
-        classes = getattr(datamodule, self.classes_key)
+        classes = self.from_data(self.classes_key)
         if classes is None:
             if not self.checkpoint_path:
                 raise InputError(
@@ -289,7 +289,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         Raises:
             ValueError: If no size is known or it is not positive.
         """
-        if size is None and "min_size" in self.preprocessing:
+        if size is None and self.preprocessing.get("min_size"):  # 0: not resized
             size = int(self.preprocessing["min_size"]), int(self.preprocessing["max_size"])
         if size is None or min(size) < 1:
             given = "none was given" if size is None else f"got {size[0]} {size[1]}"

@@ -53,3 +53,7 @@ class SegmentationEvaluator(Evaluator):
     def write(self, scores: dict[str, Any]) -> None:
         if self.split == "test":
             print_scores(scores, ("class", "IoU"), scores["iou_per_class"], _TOTALS)
+
+    @override
+    def clear(self) -> None:
+        self._metrics.reset()

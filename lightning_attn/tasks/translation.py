@@ -112,7 +112,7 @@ class TranslationTask(TokenMeanTask):
     @override
     def configure_model(self) -> None:
         if self.network is None:
-            self._build(self.trainer.datamodule.vocabulary)  # type: ignore[attr-defined]
+            self._build(self.from_data("vocabulary"))
 
     def _build(self, vocabulary: Vocabulary) -> None:
         def build() -> Transformer:

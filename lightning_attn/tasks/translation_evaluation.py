@@ -86,6 +86,12 @@ class TranslationEvaluator(Evaluator):
             _print_examples(examples)
             self._draw_attention(*examples[0][:2])
 
+    @override
+    def clear(self) -> None:
+        self._metrics.reset()
+        self._loss.reset()
+        self._examples = {}
+
     def _draw_attention(self, source: str, target: str) -> None:
         task = self._task
         assert task.vocabulary is not None

@@ -20,11 +20,20 @@ import pytest
         (["--seed_everything", "-1"], "seed_everything: -1 must be from 0 to 4294967295"),
         (["--run.save_top_k", "0"], "run.save_top_k must be at least 1"),
         (["--model.scoring.tokenize", "foo"], "scoring.tokenize: 'foo' is none of none, zh, 13a"),
+        (["--model.self_attention.algorithm", "pooled"], "algorithm='pooled' cannot compute this attention"),
+        (["--model.optimizer.momentum", "0.5"], "momentum=0.5: not used by name='adam'. Leave out"),
         (["--data.vocabulary", "nothing.model"], "vocabulary: nothing.model is not there"),
     ],
 )
 def test_options_are_refused_by_name(run, tiny_config, options, message):
     assert message in run("fit", "-c", tiny_config, *options, status=2)
+
+
+def test_data_of_another_task(run, tiny_config, coco):
+    data = ["--data", "COCODataModule", "--data.root", coco]
+    assert "TranslationTask needs data with vocabulary, and COCODataModule has none. Give a DataModule for" in run(
+        "fit", "-c", tiny_config, *data, status=2
+    )
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])

@@ -21,6 +21,7 @@ from lightning_attn.attention.algorithms.reference import Reference
 from lightning_attn.attention.algorithms.sdpa import SDPA
 from lightning_attn.attention.algorithms.separable import Separable
 from lightning_attn.attention.algorithms.tiled import Tiled
+from lightning_attn.errors import InputError
 
 ORDER: tuple[Algorithm, ...] = (
     Pooled(),  # far cheaper than anything else
@@ -48,11 +49,11 @@ def select_algorithm(name: str, problem: AttentionProblem) -> Algorithm:
         elif algorithm.name == name:
             if reason is None:
                 return algorithm
-            raise ValueError(
+            raise InputError(
                 f"algorithm={name!r} cannot compute this attention: {reason}. "
                 'Use "auto", which takes the fastest that can.'
             )
-    raise ValueError(f"algorithm must be one of {[a.name for a in ORDER]} or 'auto', got {name!r}.")
+    raise InputError(f"algorithm must be one of {[a.name for a in ORDER]} or 'auto', got {name!r}.")
 
 
 __all__ = ["ORDER", "Algorithm", "AttentionInputs", "AttentionProblem", "select_algorithm"]
