@@ -53,6 +53,16 @@ def test_translation_configurations(run, corpus, path):
     assert list(Path("checkpoints/translation").glob("*/last.ckpt"))
 
 
+def test_detector_overlay(run, coco):
+    """Any configuration of detection can be that of a RetinaNet."""
+    base = ["-c", CONFIGS / "detection/bccd.yaml", "-c", CONFIGS / "detector/retinanet.yaml"]
+    small = [option for option in SMALL_DETECTION if option not in ("--model.detector.fc_dim", 16)]
+    run("fit", *base, *small, *QUICK, *ONE_PROCESS, "--data.root", coco)
+    (checkpoint,) = Path("checkpoints/detection").glob("*/last.ckpt")
+    run("test", "--ckpt_path", checkpoint, "--trainer.accelerator", "cpu")
+    assert (checkpoint.parent / "test_metrics.json").is_file()
+
+
 @pytest.mark.parametrize("path", [*paths("detection"), CONFIGS / "miniature/detection.yaml"], ids=lambda p: p.stem)
 def test_detection_configurations(run, coco, path):
     root = coco if "miniature" not in str(path) else "small"
