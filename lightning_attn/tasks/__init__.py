@@ -1,4 +1,4 @@
-"""LightningModules: one for each task, wiring networks, losses, metrics and files together."""
+"""The LightningModules, one for each task, which connect networks, losses, metrics and files."""
 
 from lightning_attn.tasks.base import BaseTask
 from lightning_attn.tasks.detection import DetectionTask

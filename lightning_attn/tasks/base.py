@@ -1,4 +1,4 @@
-"""What every task shares: optimizer, schedule, exact means over devices, and checkpoints that describe themselves."""
+"""The base class of tasks: optimizer, schedule, exact means over devices, and self-describing checkpoints."""
 
 import contextlib
 import dataclasses
@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import GradClipAlgorithmType, rank_zero_info, r
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.tasks.evaluation import Evaluation, Evaluator, SampleMeans
@@ -46,28 +47,28 @@ Network = TypeVar("Network", bound=nn.Module)
 class BaseTask(pl.LightningModule):
     """Base of all tasks.
 
-    A subclass sets `task_name` and `monitor`, builds its network, and writes the usual Lightning steps. What depends on
-    its arguments alone is built in the constructor. What depends on the data is built in `configure_model`, where the
-    DataModule is set up and reachable as `self.trainer.datamodule`; then `on_save_checkpoint` stores what is needed of
-    the data, and `build_from_checkpoint` builds the network from that. Constructor arguments must be plain values or
-    frozen dataclasses of plain values: they are stored in the checkpoint, which alone is enough for `load`.
-    docs/extending.md walks through one.
+    A subclass sets `task_name` and `monitor`, builds its network, and defines the usual Lightning steps. A network that
+    depends on its arguments alone is built in the constructor. One that depends on the data is built in
+    `configure_model`, where the DataModule is set up and available as `self.trainer.datamodule`; then
+    `on_save_checkpoint` stores the required properties of the data, and `build_from_checkpoint` builds the network from
+    these. Constructor arguments must be plain values or frozen dataclasses of plain values: they are stored in the
+    checkpoint, so that `load` needs no other file. docs/extending.md has an example.
 
     Args:
-        optimizer: Which optimizer. All parameters are one group, but for the offsets of deformable convolutions.
-        schedule: The learning rate's course, stepped after every optimizer step.
+        optimizer: The optimizer. All parameters are one group, except for the offsets of deformable convolutions.
+        schedule: The learning rate schedule, stepped after every optimizer step.
 
     Attributes:
         task_name: Folder of the runs, `checkpoints/<task_name>/<name>/`.
-        monitor: The logged value that `best.ckpt` is chosen by.
+        monitor: The logged value that selects `best.ckpt`.
         monitor_mode: Whether the `"max"` or the `"min"` of `monitor` is best.
-        output_rows: Which tensors have rows for what `output_names` says, by the endings of their names.
-        outputs_word: What `output_names` are, for messages.
-        precisions: The Trainer's precisions that the task can be run in.
-        checkpoint_path: The checkpoint that the command was given, if any: what the data does not say is found there
-            before Lightning loads the weights.
-        stored_numbers: How many numbers the weights of that checkpoint are.
-        fresh_optimizer_groups: Options of the optimizer's groups before a checkpoint was loaded over them.
+        output_rows: Which tensors have rows for `output_names`, by the endings of their names.
+        outputs_word: A word for `output_names` in messages.
+        precisions: The Trainer's precisions that the task supports.
+        checkpoint_path: The checkpoint of the command, if any: properties of the data that the data itself lacks are
+            read from it before Lightning loads the weights.
+        stored_numbers: Number of weights in that checkpoint.
+        fresh_optimizer_groups: Options of the optimizer's groups before those of a checkpoint were loaded.
     """
 
     task_name: ClassVar[str] = "task"
@@ -81,26 +82,26 @@ class BaseTask(pl.LightningModule):
 
     def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
         super().__init__()
-        # Collects the arguments of the subclass's constructor too. They leave the checkpoint again under a key of our
-        # own, because the Lightning CLI lets "hyper_parameters" overrule the command line.
+        # Collects the arguments of the subclass's constructor too. Checkpoints store them under another key than
+        # "hyper_parameters", by which the Lightning CLI would override the command line.
         self.save_hyperparameters(logger=False)
         self._arguments = {name: plain_value(name, value) for name, value in self.hparams.items()}
         self.optimizer = optimizer
         self.schedule = schedule
         self._evaluators: list[Evaluator] | None = None
         self.fresh_optimizer_groups: list[dict[str, Any]] = []
-        self._scaled_for = 0  # The global batch that the learning rate was scaled for, if it was.
+        self._scaled_for = 0  # the global batch size that the learning rate was scaled for; 0 for none
 
     @property
     def learning_rate(self) -> float:
-        """That of the optimizer, under the name by which Lightning's LearningRateFinder looks for it."""
+        """The optimizer's learning rate, under the name that Lightning's LearningRateFinder uses."""
         return self.optimizer.learning_rate
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
         groups = self.fresh_optimizer_groups
         if groups:
-            # The optimizer is there: the value is its own, after scaling for the batch.
+            # The optimizer exists: the value is its learning rate, after scaling for the batch size.
             factor = value / groups[0]["initial_lr"]
             for group in groups:
                 group |= {name: group[name] * factor for name in ("lr", "initial_lr")}
@@ -110,25 +111,26 @@ class BaseTask(pl.LightningModule):
 
     @classmethod
     def require_steps(cls, stage: str) -> None:
-        """Says what a subclass has left out.
+        """Checks that a subclass defines the step of a stage.
 
         Args:
             stage: "fit", "validate", "test" or "predict".
 
         Raises:
-            NotImplementedError: If a method is missing that the stage calls; the message names it.
+            NotImplementedError: If it does not; the message names the method.
         """
         needed = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
         alternatives = ("predict_step", "forward") if stage == "predict" else (needed[stage],)
         if all(getattr(cls, name) is getattr(pl.LightningModule, name) for name in alternatives):
             returned = {
                 "fit": "and return the loss",
-                "predict": "and keep or write what it finds",
+                "predict": "and return or write the results",
             }.get(stage, "and return a dictionary with a value for each sample")
             raise MissingMethodError(
                 f"{cls.__name__} must define {needed[stage]}(self, batch, batch_idx), {returned}, for {stage!r}."
             )
 
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and its schedule, which Lightning steps per optimizer step, not per epoch."""
         spec = self.optimizer
@@ -143,7 +145,7 @@ class BaseTask(pl.LightningModule):
         )
         optimizer = spec.build(groups, fused=fused)
         scheduler = self.schedule.build(optimizer, self.trainer.estimated_stepping_batches)
-        # A checkpoint's will be loaded over them.
+        # Stored because a checkpoint's options will replace them.
         self.fresh_optimizer_groups = [
             {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
         ]
@@ -155,51 +157,55 @@ class BaseTask(pl.LightningModule):
         if not isinstance(batch_size, int):
             raise InputError(
                 f"optimizer.base_batch_size={self.optimizer.base_batch_size} scales the learning rate with the batch, "
-                "but the data module has no batch_size (token batches have none). Set optimizer.base_batch_size to 0."
+                "size, but the DataModule has no batch_size (token batches have none). Set base_batch_size to 0."
             )
         return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
+    @override
     def configure_callbacks(self) -> list[Callback]:
-        """What every run of a task needs; a subclass that adds to it calls this too."""
+        """The callbacks that every run of a task needs; a subclass extends this list."""
         return [ExactResume(), StopOnNonFinite(), Evaluation()]
 
     def configure_evaluators(self) -> list[Evaluator]:
-        """What scores validation and test; by default means over samples of what the steps return, `SampleMeans`."""
+        """The evaluators of validation and test; by default `SampleMeans`, means of the values that steps return."""
         return [SampleMeans()]
 
     @property
     def evaluators(self) -> list[Evaluator]:
-        """What `configure_evaluators` returned, which is called once."""
+        """The result of `configure_evaluators`, which is called once."""
         if self._evaluators is None:
             self._evaluators = self.configure_evaluators()
         return self._evaluators
 
+    @override
     def on_fit_start(self) -> None:
-        """Logs the constructor's arguments, and warns of a batch that BatchSizeFinder has changed since."""
+        """Logs the constructor's arguments, and warns if BatchSizeFinder changed the batch size after scaling."""
         for logger in self.loggers:
             logger.log_hyperparams(self._arguments)
         if self._scaled_for and self._scaled_for != self._global_batch_size():
             rank_zero_warn(
-                f"The learning rate was scaled for a global batch of {self._scaled_for}, but data.batch_size has been "
-                f"changed since, to a global batch of {self._global_batch_size()}. Put the batch size that was found "
-                "into the configuration and start again without BatchSizeFinder."
+                f"The learning rate was scaled for a global batch size of {self._scaled_for}, but data.batch_size was "
+                f"changed since, to a global batch size of {self._global_batch_size()}. Put the new batch size into "
+                "the configuration and start again without BatchSizeFinder."
             )
 
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips also with a fused optimizer under bf16, which Lightning refuses although only fp16 forbids it."""
+        """Also clips with a fused optimizer under bf16, where Lightning raises an error that only fp16 requires."""
         if gradient_scaler(self.trainer) is not None or not gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
         Precision.clip_gradients(self.trainer.precision_plugin, optimizer, gradient_clip_val, algorithm)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores what `load` needs: the class and its arguments as plain values."""
+        """Stores the class and its arguments as plain values for `load`."""
         checkpoint.pop("hyper_parameters", None)
         checkpoint.pop("hparams_name", None)
         checkpoint[FORMAT_KEY] = FORMAT
@@ -209,13 +215,14 @@ class BaseTask(pl.LightningModule):
             "arguments": self._arguments,
         }
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another task or shape, and says what differs from the current settings."""
+        """Refuses a checkpoint of another task or shape, and logs settings that differ from the current ones."""
         stored = stored_task(checkpoint, "The checkpoint")
         if stored["name"] != self.task_name:
             raise CheckpointError(
-                f"The checkpoint holds the task {stored['name']!r} ({stored['class_path']}), but the configuration "
-                f"asks for {self.task_name!r}. Use the configuration in the checkpoint's own run directory."
+                f"The checkpoint is of the task {stored['name']!r} ({stored['class_path']}), but the configuration "
+                f"is for {self.task_name!r}. Use the configuration in the checkpoint's run directory."
             )
         mismatches = described_mismatches(checkpoint["state_dict"], self.state_dict())
         described = described_differences(stored["arguments"], self._arguments, "model.")
@@ -232,18 +239,18 @@ class BaseTask(pl.LightningModule):
     def load(
         cls, path: str | Path, *, weights: Weights = "averaged", trust: Sequence[str] = (), **overrides: Any
     ) -> Self:
-        """A task from a checkpoint alone, in evaluation mode, on the CPU.
+        """Loads a task from a checkpoint without other files, in evaluation mode, on the CPU.
 
         Args:
-            path: A checkpoint that a run left behind.
-            weights: Of a run that averages, the average or the "current" weights.
-            trust: Packages other than lightning_attn whose classes the checkpoint may name: the task's, or that of an
-                attention of your own. The class that `load` is called on is trusted.
+            path: A checkpoint of a run.
+            weights: Of a run with weight averaging, the average or the "current" weights.
+            trust: Packages other than lightning_attn whose classes the checkpoint may name: that of the task, or of
+                a custom attention. The class that `load` is called on is trusted.
             **overrides: Constructor arguments to change.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            CheckpointError: If it is damaged, not ours, holds another task, or names a class that is not trusted.
+            FileNotFoundError: If the file does not exist.
+            CheckpointError: If it is damaged, not ours, of another task, or names a class that is not trusted.
         """
         checkpoint = read_checkpoint(path)
         stored = stored_task(checkpoint, path)
@@ -273,19 +280,19 @@ class BaseTask(pl.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Lightning's name for `load`."""
+        """The same as `load`, under Lightning's name."""
         if args:
             raise TypeError("load_from_checkpoint: pass constructor arguments by keyword.")
         return cls.load(checkpoint_path, **kwargs)
 
     def require_size(self, build: Callable[[], nn.Module]) -> None:
-        """Refuses a network far larger than the weights of the checkpoint that it is for, before memory is taken.
+        """Refuses a network far larger than the checkpoint's weights, before memory is allocated.
 
         Args:
-            build: Makes the network; called where its tensors have no data.
+            build: Builds the network; called on the meta device.
 
         Raises:
-            CheckpointError: If the settings beside the weights are of another network.
+            CheckpointError: If the checkpoint's settings and weights are of different networks.
         """
         if self.stored_numbers is None:
             return
@@ -295,45 +302,44 @@ class BaseTask(pl.LightningModule):
         except (RuntimeError, OverflowError, MemoryError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"The checkpoint's settings make no network ({first[:200]}). Use another checkpoint of the same run."
+                f"No network can be built from the checkpoint's settings ({first[:200]}). Use another checkpoint of "
+                "the same run."
             ) from error
-        if (
-            number > 4 * self.stored_numbers + 1_000_000
-        ):  # the rest is for `on_load_checkpoint`, which names what differs
+        if number > 4 * self.stored_numbers + 1_000_000:  # `on_load_checkpoint` handles smaller differences, by name
             raise CheckpointError(
                 f"The checkpoint's weights do not fit the network: they are {self.stored_numbers:,} numbers, and with "
                 f"these settings it has {number:,}. Use the settings that it was trained with, or another checkpoint."
             )
 
     def configure_data_from_checkpoint(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
-        """Hands the data of an evaluation what only the checkpoint may know; before the data is set up."""
+        """Configures the DataModule of an evaluation from the checkpoint, before its setup."""
 
     def predict(self, inputs: Any) -> list[Any]:
-        """What the network makes of some inputs, as plain values, one for each; for a task from `load`."""
+        """The results for inputs as plain values, one for each input; for a task from `load`."""
         raise MissingMethodError(f"{type(self).__name__} must define predict to be used without a Trainer.")
 
     def interrupted_note(self) -> str:
-        """What an interrupted evaluation prints: what is done, where it is, and how to resume."""
+        """The message of an interrupted evaluation: what is done, where it is stored, and how to resume."""
         return ""
 
     def output_names(self) -> tuple[str, ...]:
-        """What the network's outputs and inputs mean, in the order of their rows in weights: classes, or pieces."""
+        """Names of the network's outputs (and inputs), in the order of their rows in weights: classes, or pieces."""
         return ()
 
     def stored_output_names(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
-        """The same of a checkpoint."""
+        """The `output_names` of a checkpoint."""
         return ()
 
     def matched_weights(self, checkpoint: dict[str, Any], path: str | Path, *, strict: bool) -> dict[str, Tensor]:
-        """The weights of a checkpoint for a training to begin with, their rows by name where names differ.
+        """A checkpoint's weights as initial weights, with rows matched by name where `output_names` differ.
 
         Args:
-            checkpoint: What `read_checkpoint` returned.
+            checkpoint: From `read_checkpoint`.
             path: For messages.
             strict: Whether all names must be the same.
 
         Raises:
-            CheckpointError: If they are not.
+            CheckpointError: With `strict`, if names differ.
         """
         weights: dict[str, Tensor] = dict(checkpoint["state_dict"])
         old, new = self.stored_output_names(checkpoint), self.output_names()
@@ -342,10 +348,10 @@ class BaseTask(pl.LightningModule):
         common = len(set(old) & set(new))
         if strict:
             raise CheckpointError(
-                f"initial_weights: the outputs of {path} mean something else: it has {len(old):,} {self.outputs_word}, "
-                f"the data {len(new):,}, of which {common:,} are in both"
+                f"initial_weights: the outputs of {path} are not those of the data: it has {len(old):,} "
+                f"{self.outputs_word}, the data {len(new):,}, of which {common:,} are in both"
                 f"{' but in another order' if common == len(old) == len(new) else ''}. {self.same_outputs_hint(path)}"
-                "To match them by name, and begin the others anew, set --run.initial_weights_strict false."
+                "To match them by name, and initialise the others, set --run.initial_weights_strict false."
             )
         current = self.state_dict()
         for name, value in weights.items():
@@ -354,28 +360,28 @@ class BaseTask(pl.LightningModule):
                 weights[name] = rows.matched(value, current[name], old, new)
         rank_zero_info(
             f"Initial weights: {common:,} of {len(new):,} {self.outputs_word} are matched by name with the "
-            f"{len(old):,} of the checkpoint; the others begin anew."
+            f"{len(old):,} of the checkpoint; the others are newly initialised."
         )
         return weights
 
     def same_outputs_hint(self, path: str | Path) -> str:
-        """How the outputs can be made those of a checkpoint; ends in a blank."""
+        """How to get the same outputs as a checkpoint, for an error message; ends with a space."""
         return ""
 
     def convert_external_weights(self, path: str) -> dict[str, Tensor] | None:
-        """What `run.initial_weights` names, by this task's names, if it is no checkpoint but another library's."""
+        """The weights of `run.initial_weights` by this task's names, if they are another library's; else None."""
         return None
 
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Builds the network from what the checkpoint holds, unless the constructor does; before weights are loaded."""
+        """Builds the network from a checkpoint, unless the constructor does; called before weights are loaded."""
 
     def log_picture(self, name: str, picture: npt.NDArray[np.uint8]) -> None:
-        """Shows a picture `[H, W, 3]` under the current step in the loggers that can: TensorBoard, W&B, MLflow."""
+        """Logs a picture `[H, W, 3]` at the current step to the loggers that support it: TensorBoard, W&B, MLflow."""
         for logger in self.loggers:
             kind = type(logger).__name__
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(name, picture, self.global_step, dataformats="HWC")
-            elif kind == "WandbLogger":  # not imported, as it need not be installed
+            elif kind == "WandbLogger":  # by name, since it may not be installed
                 logger.log_image(name, [picture], step=self.global_step)  # type: ignore[attr-defined]
             elif kind == "MLFlowLogger":
                 file = f"{name}-{self.global_step}.png"
@@ -383,28 +389,29 @@ class BaseTask(pl.LightningModule):
 
     @property
     def output_directory(self) -> Path:
-        """Where the run keeps its files."""
+        """The run directory."""
         return Path(self.trainer.default_root_dir)
 
 
 class TokenMeanTask(BaseTask):
-    """A task whose training loss is a mean over tokens of the whole optimizer step, whatever it is divided into.
+    """A task whose training loss is a mean over all tokens of an optimizer step, over ranks and accumulated batches.
 
-    A training step returns the *sum* of its losses after `count_tokens`. Lightning divides it by the number of
+    A training step calls `count_tokens` and returns the *sum* of its losses. Lightning divides it by the number of
     accumulated batches and DDP averages over ranks; before clipping, the gradients are rescaled so that the step is
-    sum / number over all ranks and all accumulated batches together. The same mean is logged as `train/loss`.
+    sum / number over all ranks and accumulated batches. The same mean is logged as `train/loss`.
     """
 
     def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
         super().__init__(optimizer, schedule)
-        self._step_sums: Tensor | None = None  # number of tokens and sum of what is logged, since the last step
-        self._window = (0.0, time.perf_counter())  # tokens since a moment, for the speed
+        self._step_sums: Tensor | None = None  # number of tokens and sum of the logged loss, since the last step
+        self._window = (0.0, time.perf_counter())  # number of tokens since a time, for the speed
 
     def count_tokens(self, number: Tensor, logged_sum: Tensor) -> None:
-        """Adds a batch's number of tokens, and the sum over them whose mean is logged as `train/loss`."""
+        """Adds a batch's number of tokens, and the sum over them for the mean `train/loss`."""
         sums = torch.stack((number.double(), logged_sum.detach().double()))
         self._step_sums = sums if self._step_sums is None else self._step_sums + sums
 
+    @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divides the accumulated gradients by the accumulated number of tokens, and logs the mean loss."""
         assert self._step_sums is not None, "a training step counts its tokens"
@@ -428,23 +435,23 @@ class TokenMeanTask(BaseTask):
         self._window = (tokens, since)
 
     def restart_clock(self) -> None:
-        """Leaves what was not training out of the speed."""
+        """Excludes the time since the last step from the training speed."""
         self._window = (0.0, time.perf_counter())
 
+    @override
     def on_train_epoch_start(self) -> None:
-        """Leaves start-up out of the speed."""
         self.restart_clock()
 
+    @override
     def on_validation_end(self) -> None:
-        """Leaves validation out of the speed."""
         self.restart_clock()
 
 
 def plain_value(name: str, value: Any) -> Any:
-    """A constructor argument as plain values, which every checkpoint can be loaded with safely.
+    """Converts a constructor argument to plain values for a checkpoint that can be loaded safely.
 
     Raises:
-        TypeError: If there is something else inside.
+        TypeError: If it contains anything else than plain values and dataclasses.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
@@ -461,17 +468,17 @@ def plain_value(name: str, value: Any) -> Any:
         return {key: plain_value(f"{name}[{key!r}]", item) for key, item in value.items()}
     if hasattr(value, "class_path"):
         raise InputError(
-            f"Argument {name!r} of a task is a description of an object ({value.class_path}), and no object is made of "
-            "one there. Use plain values."
+            f"Argument {name!r} of a task is a description of an object ({value.class_path}), which is not "
+            "instantiated there. Use plain values."
         )
     raise InputError(
-        f"Argument {name!r} of a task is a {type(value).__name__}, which a checkpoint cannot hold safely. "
+        f"Argument {name!r} of a task is a {type(value).__name__}, which cannot be stored safely in a checkpoint. "
         "Use plain values or a dataclass of plain values."
     )
 
 
 def _own_classes() -> dict[str, type]:
-    """The tasks of this project by import path."""
+    """The tasks of this package by import path."""
     found: dict[str, type] = {}
     pending: list[type] = [BaseTask]
     while pending:
@@ -483,7 +490,7 @@ def _own_classes() -> dict[str, type]:
 
 
 def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Turns the plain values of a checkpoint into the dataclasses that the constructor is annotated with."""
+    """Converts the plain values of a checkpoint to the dataclasses of the constructor's annotations."""
     hints = argument_types(task_class, tolerant=False)
     typed = {}
     for name, value in arguments.items():
@@ -495,7 +502,7 @@ def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, A
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without gradients, and in evaluation mode; afterwards in the mode that it was in."""
+    """Evaluation mode without gradients; restores the mode afterwards."""
     was_training = module.training
     module.eval()
     try:
@@ -506,11 +513,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def require_network(network: Network | None) -> Network:
-    """The network, once `configure_model` or `load` has built it.
+    """Returns the network after `configure_model` or `load` has built it.
 
     Raises:
-        RuntimeError: If there is none yet.
+        RuntimeError: If it is not built yet.
     """
     if network is None:
-        raise RuntimeError("The network is built when a Trainer starts, or by `load` from a checkpoint; not before.")
+        raise RuntimeError("The network is not built yet: start a Trainer, or use `load` with a checkpoint.")
     return network

@@ -1,4 +1,4 @@
-"""Object detection with an attended ResNet whose attention is chosen by spec (paper, sections 3 and 4)."""
+"""The LightningModule of object detection, with a ResNet with attention (paper, sections 3 and 4)."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from lightning_attn.networks.images.detection_inference import DetectionInferenc
 from lightning_attn.networks.images.heads.detection import Detection, DetectorSpec
 from lightning_attn.networks.images.network import Detector
 from lightning_attn.networks.weights.torchvision_detectors import is_torchvision_detector, read_torchvision_detector
-from lightning_attn.tasks.detection_evaluation import DetectionEvaluator, enlarged, original_image
+from lightning_attn.tasks.detection_evaluation import DetectionEvaluator, original_image, rescaled
 from lightning_attn.tasks.detection_files import write_detections
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.images import ImageTask
@@ -34,19 +34,19 @@ from lightning_attn.visualization.pictures import Picture
 
 
 class DetectionTask(ImageTask[Categories, Detector]):
-    """Trains, scores and runs a detector; the defaults are the paper's, but for pretrained weights.
+    """Trains, evaluates and runs a detector; the defaults are the paper's, except for pretrained weights.
 
-    The categories come from the DataModule, or from the checkpoint when there is none, and are stored in checkpoints.
+    The categories come from the DataModule, or from the checkpoint if it has none, and are stored in checkpoints.
 
     Args:
-        attention: Attention of the backbone's residual blocks; `mechanism: none` leaves it out ("w/o").
+        attention: Attention of the backbone's residual blocks; `mechanism: none` for none ("w/o").
         backbone: Which ResNet, its weights, and which blocks have attention.
         detector: The detection head.
         optimizer: The optimizer.
-        schedule: The learning rate's course.
-        num_pictures: How many images of a validation, test or prediction are drawn with their boxes.
-        picture_score: Detections of a lower score are not drawn, and do not count in the confusion of categories.
-        inference: How the objects of an image are found in validation, test and prediction.
+        schedule: The learning rate schedule.
+        num_pictures: Number of images of a validation, test or prediction that are drawn with their boxes.
+        picture_score: Detections of a lower score are not drawn, and not included in the confusion matrix.
+        inference: How objects are detected in validation, test and prediction.
     """
 
     task_name: ClassVar[str] = "detection"
@@ -89,6 +89,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Detector:
         return Detector(num_classes, build_backbone(backbone, self.attention), self.detector)
 
+    @override
     def convert_external_weights(self, path: str) -> dict[str, Tensor] | None:
         """The weights of torchvision's detectors; see `read_torchvision_detector`."""
         head = self.detector.head
@@ -114,31 +115,31 @@ class DetectionTask(ImageTask[Categories, Detector]):
         return [DetectionEvaluator(self), *super().configure_evaluators()]
 
     def in_original_pixels(self, batch: DetectionBatch, found: list[Detection]) -> list[Detection]:
-        """Boxes in the image as it is stored, and the data's category ids instead of labels."""
+        """Detections with boxes in pixels of the original images, and category ids instead of labels."""
         ids = torch.tensor((0, *self.known_classes.ids), device=self.device)
         return [
             one | {"labels": ids[one["labels"]]}
-            for one in (enlarged(batch, place, detection) for place, detection in enumerate(found))
+            for one in (rescaled(batch, index, detection) for index, detection in enumerate(found))
         ]
 
     @override
     def pictures(self, batch: DetectionBatch, results: list[Detection]) -> Iterator[tuple[str, Callable[[], Picture]]]:
         targets: list[dict[str, Tensor] | None] = [*batch.targets] or [None] * len(batch)
         outputs = batch.outputs or [Path(name).stem for name in batch.names]
-        for place, (output, detection, target) in enumerate(zip(outputs, results, targets, strict=True)):
-            if batch.paths:  # drawn on the image itself, which has more to see than what the network gets
-                height, width = batch.sizes[place].tolist()
-                detection = enlarged(batch, place, detection)
-                target = None if target is None else enlarged(batch, place, target)
+        for index, (output, detection, target) in enumerate(zip(outputs, results, targets, strict=True)):
+            if batch.paths:  # drawn on the original image, which has more detail than the network's input
+                height, width = batch.sizes[index].tolist()
+                detection = rescaled(batch, index, detection)
+                target = None if target is None else rescaled(batch, index, target)
                 image: Callable[[], ImageArray | Tensor] = functools.partial(
-                    original_image, batch.paths[place], (height, width), self.exif
+                    original_image, batch.paths[index], (height, width), self.exif
                 )
             else:
-                image = functools.partial(Tensor.cpu, batch.images[place])
+                image = functools.partial(Tensor.cpu, batch.images[index])
             truth = None if target is None else _on_cpu(target)
-            yield output, functools.partial(self._drawn, image, _on_cpu(detection), truth)
+            yield output, functools.partial(self._draw, image, _on_cpu(detection), truth)
 
-    def _drawn(
+    def _draw(
         self, image: Callable[[], ImageArray | Tensor], found: Detection, target: dict[str, Tensor] | None
     ) -> Picture:
         categories = self.known_classes.names
@@ -158,10 +159,12 @@ class DetectionTask(ImageTask[Categories, Detector]):
         """The objects in each image, best first: `category`, `score`, and `box` (x1, y1, x2, y2) in its pixels.
 
         Raises:
-            CheckpointError: If the checkpoint does not say how images are resized.
+            CheckpointError: If the checkpoint does not contain the image sizes of its data.
         """
         if "min_size" not in self.preprocessing:
-            raise CheckpointError("The checkpoint does not say how images are resized; evaluate it by the command.")
+            raise CheckpointError(
+                "The checkpoint does not contain min_size of its data; evaluate it by the command line."
+            )
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         lengths = int(self.preprocessing["min_size"]), int(self.preprocessing["max_size"])
         resized = [
@@ -181,19 +184,19 @@ class DetectionTask(ImageTask[Categories, Detector]):
             for one in self.in_original_pixels(batch, self.infer(batch))
         ]
 
+    @override
     def on_predict_epoch_start(self) -> None:
-        """Chooses where the detections of all ranks are written."""
         self._files = PartialResults(self.begin_prediction("detections_so_far"), self.global_rank)
 
+    @override
     def interrupted_note(self) -> str:
-        """Where the detections of an interrupted prediction are."""
         if self._files is None:
             return ""
         self._files.flush()
-        return f"Detections of {len(self._files.results()):,} images are in {self._files.folder}, in lines of JSON."
+        return f"Detections of {len(self._files.results()):,} images are in {self._files.folder}, as JSON lines."
 
+    @override
     def predict_step(self, batch: DetectionBatch, batch_idx: int) -> None:
-        """Detects the objects of a batch, and writes them."""
         assert self._files is not None
         found = self.predict_batch(batch)
         for image_id, name, detection in zip(
@@ -203,8 +206,9 @@ class DetectionTask(ImageTask[Categories, Detector]):
             self._files.add({"id": image_id, "file_name": name, "detections": records})
         self._files.flush()
 
+    @override
     def on_predict_epoch_end(self) -> None:
-        """Writes `predictions/detections.json` as COCO's scorers read it, the images' names, a table, and pictures."""
+        """Writes `predictions/detections.json` in COCO's format, the images' names, a table, and pictures."""
         assert self._files is not None
         self._files.close()
         self.bad_images.report(self.output_directory / "predictions" / "bad_images.csv")
@@ -217,7 +221,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
         path = write_detections(self._files.folder.parent, results, names)
         self._files.remove()
         rank_zero_info(f"Detections in {len(results):,} images written to {path} and {path.with_suffix('.csv').name}")
-        self.kept_pictures.write({})
+        self.picture_evaluator.write({})
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How detection is scored: COCO's numbers, the detections, and what is wrong with them."""
+"""The evaluator of detection: COCO's metrics, files of detections, and an analysis of errors."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class DetectionEvaluator(Evaluator):
-    """COCO's twelve numbers; after a test also the detections, and an analysis of their errors.
+    """COCO's twelve metrics; after a test also writes the detections, and an analysis of their errors.
 
     Args:
-        task: Its steps return detections of the network.
+        task: The task, whose steps return detections of the network.
     """
 
     shown: ClassVar[tuple[str, ...]] = ("ap", "ap50")
@@ -68,25 +68,25 @@ class DetectionEvaluator(Evaluator):
         errors = unused_path(folder / "test_errors")
         write_analysis(errors, analysis, {image["id"]: image["file_name"] for image in self._truth["images"]})
         self._draw_worst(errors / "worst_images", analysis, found)
-        rank_zero_info(f"Confusion, precision by recall and the images with most errors: {errors}")
+        rank_zero_info(f"Confusion matrix, precision-recall curves and the images with most errors: {errors}")
 
     def _draw_worst(self, folder: Path, analysis: DetectionAnalysis, found: Mapping[int, ImageDetections]) -> None:
-        """Pictures of the images with most errors, the worst first, where the data says which files they are."""
+        """Draws the images with most errors, the worst first, if the DataModule provides their files."""
         task, truth = self._task, self._truth
         locate = getattr(task.trainer.datamodule, "images_folder", None)  # type: ignore[attr-defined]
         if locate is None:
             return
         images = {image["id"]: image for image in truth["images"]}
         names = {category["id"]: category["name"] for category in truth["categories"]}
-        for place, errors in enumerate(analysis.images[: task.num_pictures], start=1):
+        for rank, errors in enumerate(analysis.images[: task.num_pictures], start=1):
             if not errors.errors:
                 return
             image, detections = images[errors.image_id], found[errors.image_id]
-            shown = detections.scores >= task.picture_score
+            confident = detections.scores >= task.picture_score
             detected = zip(
-                map(tuple, detections.boxes[shown].tolist()),
-                [names[number] for number in detections.category_ids[shown].tolist()],
-                detections.scores[shown].tolist(),
+                map(tuple, detections.boxes[confident].tolist()),
+                [names[number] for number in detections.category_ids[confident].tolist()],
+                detections.scores[confident].tolist(),
                 errors.detections,
                 strict=True,
             )
@@ -102,18 +102,18 @@ class DetectionEvaluator(Evaluator):
                 list(detected),
                 [(*one, outcome) for one, outcome in zip(objects, errors.objects, strict=True)],
             )
-            save_picture(picture, folder / f"{place:03d}_{unique_stems([image['file_name']])[0]}.png")
+            save_picture(picture, folder / f"{rank:03d}_{unique_stems([image['file_name']])[0]}.png")
 
 
-def enlarged(batch: DetectionBatch, place: int, boxes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The boxes of an image of a batch in pixels of the image as it is stored."""
-    (height, width), image = batch.sizes[place].tolist(), batch.images[place]
+def rescaled(batch: DetectionBatch, index: int, boxes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The boxes of one image of a batch in pixels of the original image."""
+    (height, width), image = batch.sizes[index].tolist(), batch.images[index]
     factors = boxes["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]] * 2)
     return boxes | {"boxes": boxes["boxes"] * factors}
 
 
 def original_image(path: str, size: tuple[int, int], exif: ExifPolicy) -> ImageArray:
-    """The pixels of an image that was read before; grey if it is gone."""
+    """Reads an image file again; a grey image if it can no longer be read."""
     try:
         return read_image(Path(path), size, exif=exif)
     except (ImageError, OSError):

@@ -1,4 +1,4 @@
-"""Files about detections: those of a prediction, and what is wrong with those of a test."""
+"""Writes the detections of a prediction, and the error analysis of a test."""
 
 import csv
 import io
@@ -17,15 +17,15 @@ _CSV_COLUMNS = ("file_name", "category", "score", "x1", "y1", "x2", "y2")
 
 
 def write_detections(folder: Path, results: Results, names: Mapping[int, str]) -> Path:
-    """Makes `detections.json`, `detections.csv` and `images.json` out of the results of all ranks.
+    """Writes `detections.json`, `detections.csv` and `images.json` from the results of all ranks.
 
     Args:
-        folder: Where they are written.
+        folder: The folder to write to.
         results: Of each image `id`, `file_name` and `detections`.
         names: Names of the categories by their ids.
 
     Returns:
-        Path of the first.
+        Path of `detections.json`.
 
     Raises:
         OSError: If they cannot be written.
@@ -53,11 +53,11 @@ def _write_csv(file: BinaryIO, images: Results, names: Mapping[int, str]) -> Non
 
 
 def write_analysis(folder: Path, analysis: DetectionAnalysis, file_names: Mapping[int, str]) -> None:
-    """Tables and figures of what is wrong.
+    """Writes tables and figures of an error analysis.
 
     Args:
-        folder: Where they are written.
-        analysis: What is wrong.
+        folder: The folder to write to.
+        analysis: The analysis.
         file_names: Names of the images by their ids.
     """
     write_table(

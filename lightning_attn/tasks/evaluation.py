@@ -1,4 +1,4 @@
-"""How every task is scored: evaluators, which a task lists, and the callback that runs them in validation and test."""
+"""Evaluators, which score tasks, and the callback that runs them in validation and test."""
 
 import abc
 import math
@@ -24,10 +24,10 @@ __all__ = ["Evaluation", "Evaluator", "SampleMeans"]
 
 
 class Evaluator(abc.ABC):
-    """Scores a pass over the validation or test data, the same on any number of ranks.
+    """Scores a pass over the validation or test data, with the same results on any number of ranks.
 
     Attributes:
-        shown: Which of the logged scores the progress bar shows; None for all.
+        shown: Names of the logged scores in the progress bar; None for all.
         split: Of the current pass, "val" or "test".
     """
 
@@ -35,7 +35,7 @@ class Evaluator(abc.ABC):
     split: str = "val"
 
     def reset(self, split: str) -> None:
-        """Begins a pass.
+        """Starts a pass.
 
         Args:
             split: "val" or "test".
@@ -48,30 +48,30 @@ class Evaluator(abc.ABC):
 
         Args:
             batch: From the DataModule.
-            outputs: What `validation_step` or `test_step` returned for it.
+            outputs: The return value of `validation_step` or `test_step`.
         """
 
     def compute(self) -> dict[str, Any]:
-        """The scores of the pass by name, as plain values; after a test they are written into `test_metrics.json`.
+        """The scores of the pass by name, as plain values; after a test they are written to `test_metrics.json`.
 
-        A collective: it is called on every rank, and returns the same on each.
+        A collective: it is called on every rank, and returns the same scores on each.
         """
         return {}
 
     def logged(self, scores: dict[str, Any]) -> dict[str, float]:
-        """Which numbers are logged, by name; those of `compute` that are floats unless a subclass has others."""
+        """The scores to log, by name; by default those of `compute` that are floats."""
         return {name: value for name, value in scores.items() if isinstance(value, float)}
 
-    def write(self, scores: dict[str, Any]) -> None:  # noqa: B027 - most have nothing to write
-        """Writes or draws further results after a pass, on rank 0 alone.
+    def write(self, scores: dict[str, Any]) -> None:  # noqa: B027 - optional: most write nothing
+        """Writes or draws further results after a pass, on rank 0 only.
 
         Args:
-            scores: What `compute` returned.
+            scores: The result of `compute`.
         """
 
 
 class SampleMeans(Evaluator):
-    """Means over samples: of every value in the dictionary that a step returns, `[B]`, with `ids` in the batch."""
+    """Means over samples of every value `[B]` in the dictionary that a step returns; batches must have `ids`."""
 
     def __init__(self) -> None:
         self._means: dict[str, WeightedMean] = {}
@@ -88,10 +88,10 @@ class SampleMeans(Evaluator):
         ids = batch_field(batch, "ids")
         if not isinstance(outputs, Mapping) or ids is None:
             raise InputError(
-                f"{self.split}: a step must return a dictionary with a value [B] for each sample, such as "
-                "{'accuracy': found == batch['label']}, and the batch must have ids, a number for each sample that "
-                f"is its own in the split; got {type(outputs).__name__} and ids {ids!r}. Or let configure_evaluators "
-                "return evaluators of your own."
+                f"{self.split}: a step must return a dictionary of values [B], one for each sample, such as "
+                "{'accuracy': found == batch['label']}, and the batch must have ids, integers that are unique in the "
+                f"split; got {type(outputs).__name__} and ids {ids!r}. Alternatively return custom evaluators in "
+                "configure_evaluators."
             )
         for name, values in outputs.items():
             mean = self._means.setdefault(name, WeightedMean(self.split))
@@ -100,7 +100,7 @@ class SampleMeans(Evaluator):
     @override
     def compute(self) -> dict[str, Any]:
         names = set(self._means)
-        if dist.is_available() and dist.is_initialized():  # a rank without samples has named nothing
+        if dist.is_available() and dist.is_initialized():  # a rank without samples has no names
             of_ranks: list[set[str]] = [set()] * dist.get_world_size()
             dist.all_gather_object(of_ranks, names)
             names = set().union(*of_ranks)
@@ -110,8 +110,8 @@ class SampleMeans(Evaluator):
 class Evaluation(Callback):
     """Runs a task's evaluators over each pass: reset, update with every batch, compute, log, write.
 
-    Scores are logged as `val/<name>` and `test/<name>`. A test also writes them into `test_metrics.json`. Every task
-    has this callback.
+    Scores are logged as `val/<name>` and `test/<name>`. A test also writes them to `test_metrics.json`. Every task has
+    this callback.
     """
 
     @override
@@ -176,7 +176,7 @@ class Evaluation(Callback):
 
 
 def without_nan(value: Any) -> Any:
-    """Plain values as JSON can hold them: a score that does not exist is NaN, which JSON has not, and becomes null."""
+    """Plain values for JSON, which has no NaN: undefined scores become None (null)."""
     if isinstance(value, dict):
         return {name: without_nan(one) for name, one in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""Evaluators of every task on images: pictures of results, and images that could not be used."""
+"""Evaluators of all tasks on images: pictures of results, and reports of unusable images."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -26,45 +26,45 @@ _logger = logging.getLogger(__name__)
 
 
 class Pictures(Evaluator):
-    """Draws the first images of rank 0: into the loggers after a validation, else into files.
+    """Draws the first images of rank 0: to the loggers after a validation, else to files.
 
     Args:
-        task: Draws them.
-        number: How many.
+        task: The task that draws them.
+        number: Number of pictures.
     """
 
     def __init__(self, task: "ImageTask[Any, Any]", number: int) -> None:
         self._task, self._number = task, number
-        self._kept: dict[str, Callable[[], Picture]] = {}
+        self._pending: dict[str, Callable[[], Picture]] = {}
 
     @override
     def reset(self, split: str) -> None:
         super().reset(split)
-        self._kept = {}
+        self._pending = {}
 
     @override
     def update(self, batch: Any, outputs: Mapping[str, Any]) -> None:
-        if self._task.trainer.is_global_zero and len(self._kept) < self._number:
+        if self._task.trainer.is_global_zero and len(self._pending) < self._number:
             for name, draw in self._task.pictures(batch, outputs["results"]):
-                self._kept[name] = draw
-                if len(self._kept) == self._number:
+                self._pending[name] = draw
+                if len(self._pending) == self._number:
                     break
 
     @override
     def write(self, scores: dict[str, Any]) -> None:
-        kept, self._kept = self._kept, {}
+        pending, self._pending = self._pending, {}
         if self.split == "val":
-            for name, draw in kept.items():
+            for name, draw in pending.items():
                 self._task.log_picture(f"val/{name}", draw())
-        elif kept:
+        elif pending:
             folder = unused_path(self._task.output_directory / "predictions" / f"{self.split}_pictures")
-            for name, draw in kept.items():
+            for name, draw in pending.items():
                 save_picture(draw(), folder / f"{name}.png")
-            rank_zero_info(f"{len(kept)} pictures drawn into {folder}")
+            rank_zero_info(f"{len(pending)} pictures drawn to {folder}")
 
 
 class BadImages(Evaluator):
-    """Says which images could not be used: each when it is met, and all of them at the end of a stage."""
+    """Reports images that could not be used: each when it occurs, and all of them at the end of a stage."""
 
     def __init__(self, task: "ImageTask[Any, Any]") -> None:
         self._task = task
@@ -76,7 +76,9 @@ class BadImages(Evaluator):
     @override
     def reset(self, split: str) -> None:
         super().reset(split)
-        if split != "val" or self._task.trainer.state.fn != TrainerFn.FITTING:  # a validation belongs to its training
+        if (
+            split != "val" or self._task.trainer.state.fn != TrainerFn.FITTING
+        ):  # validations of a training are one stage
             self._found = {}
 
     @override
@@ -93,10 +95,10 @@ class BadImages(Evaluator):
         return {}
 
     def report(self, path: Path | None = None) -> None:
-        """Says which images of all ranks could not be used; a collective.
+        """Logs which images of all ranks could not be used; a collective.
 
         Args:
-            path: A CSV file to write their names and the reasons into; None for none.
+            path: A CSV file to write their names and the reasons to; None for none.
         """
         unreadable = dict.fromkeys(getattr(self._task.trainer.datamodule, "unreadable", ()))  # type: ignore[attr-defined]
         self._found = gather_by_id(self._found | unreadable)
@@ -117,19 +119,19 @@ def print_scores(
     """Prints the scores of a test as a table.
 
     Args:
-        scores: All, `num_images` among them.
-        header: Headings of the columns: what a row is, and its score.
+        scores: All scores, including `num_images`.
+        header: Headings of the two columns.
         per_class: A score for each class.
-        totals: Which of the scores are the last rows.
+        totals: Names of the scores in the last rows.
     """
     table = Table(*header, title=f"Test set, {scores['num_images']} images")
     for name, value in per_class.items():
-        table.add_row(escape(name), _shown(value))
+        table.add_row(escape(name), _formatted(value))
     table.add_section()
     for name in totals:
-        table.add_row(name, _shown(scores[name]))
+        table.add_row(name, _formatted(scores[name]))
     Console().print(table)
 
 
-def _shown(score: float) -> str:
+def _formatted(score: float) -> str:
     return f"{score:.3f}" if score == score else "-"  # NaN is not equal to itself

@@ -1,4 +1,4 @@
-"""What the tasks on images share: a network for the data's classes, stored in checkpoints, and inference."""
+"""The base class of tasks on images: a network for the data's classes, checkpoints, and inference."""
 
 import dataclasses
 import logging
@@ -35,7 +35,7 @@ class Classes(Protocol):
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """What the data calls them."""
+        """The ids of the data set."""
 
 
 PREPROCESSING_KEY = "preprocessing"
@@ -47,27 +47,27 @@ NetworkType = TypeVar("NetworkType", bound=nn.Module)
 
 
 class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
-    """Base of tasks that find classes in images with an attended ResNet.
+    """Base class of tasks that predict classes in images by a ResNet with attention.
 
-    The classes come from the DataModule's attribute `classes_key`, or from the checkpoint when the data has none, and
+    The classes come from the DataModule's attribute `classes_key`, or from the checkpoint if the data has none, and
     are stored in checkpoints under the same key. A subclass sets `classes_key` and `classes_type`, and defines
     `build_network`, `losses`, `infer`, `pictures` and `predict_images`; its evaluators come before those of this class.
 
     Args:
-        attention: Attention of the network; `mechanism: none` leaves it out ("w/o").
-        backbone: Which ResNet, its weights, and where the attention stands.
+        attention: Attention of the network; `mechanism: none` for none ("w/o").
+        backbone: Which ResNet, its weights, and which blocks have attention.
         optimizer: The optimizer.
-        schedule: The learning rate's course.
-        num_pictures: How many images of a validation, test or prediction are drawn with their results.
+        schedule: The learning rate schedule.
+        num_pictures: Number of images of a validation, test or prediction that are drawn with their results.
 
     Attributes:
         classes_key: Name of the classes in the DataModule and in checkpoints.
-        classes_type: The dataclass that holds them.
-        classes: They themselves, as soon as there is a network.
-        preprocessing: What the DataModule does to every image first; stored in checkpoints too, for `predict`.
-        bad_images: The images that could not be used in the last stage.
-        kept_pictures: The pictures of the current pass.
-        network: The network, as soon as it is built.
+        classes_type: The dataclass of the classes.
+        classes: The classes; None before the network is built.
+        preprocessing: Settings of the DataModule's image preprocessing; stored in checkpoints for `predict`.
+        bad_images: The evaluator that reports unusable images.
+        picture_evaluator: The evaluator that draws pictures.
+        network: The network; None before it is built.
     """
 
     classes_key: ClassVar[str] = "classes"
@@ -89,17 +89,17 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         self.classes: ClassesType | None = None
         self.preprocessing: dict[str, int | str] = {}
         self.bad_images = BadImages(self)
-        self.kept_pictures = Pictures(self, num_pictures)
+        self.picture_evaluator = Pictures(self, num_pictures)
         self.network: NetworkType | None = None
 
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> NetworkType:
-        """The network for a number of classes; `backbone` is the task's own, or the same without pretrained weights."""
+        """Builds the network for a number of classes; `backbone` is the task's, perhaps without pretrained weights."""
         raise MissingMethodError(f"{type(self).__name__} must define build_network.")
 
     def check_sizes(self, num_classes: int = 1) -> None:
-        """Builds the network without numbers, for a subclass to call as soon as it knows its parts.
+        """Builds the network on the meta device; a subclass calls this at the end of its constructor.
 
-        The real network waits for the number of classes; a size that does not fit should not wait for the data.
+        The actual network is built when the number of classes is known; invalid sizes are reported before that.
 
         Args:
             num_classes: Any number that the parts do not contradict.
@@ -112,30 +112,31 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     # Network and classes
 
+    @override
     def configure_model(self) -> None:
         """Builds the network for the DataModule's classes, or the checkpoint's for a folder of images."""
         if self.network is not None:
             return
-        self._refuse_synchronised_statistics_on_cpus()
+        self._check_sync_norm()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         self.preprocessing = dict(getattr(datamodule, "preprocessing", {}))
         classes = getattr(datamodule, self.classes_key)
         if classes is None:
             if not self.checkpoint_path:
                 raise InputError(
-                    f"The data has no annotations, which name {self.classes_key}. Give a checkpoint, which has them "
+                    f"The data has no annotations with {self.classes_key}. Give a checkpoint, which contains them "
                     "(--ckpt_path FILE)."
                 )
             classes = self._stored_classes(read_checkpoint(self.checkpoint_path))
         self._build(classes, self.backbone)
 
-    def _refuse_synchronised_statistics_on_cpus(self) -> None:
+    def _check_sync_norm(self) -> None:
         if not self.trainer.training or self.trainer.strategy.root_device.type != "cpu":
             return
         for part in self._arguments:
             if getattr(getattr(self, part, None), "norm", None) == "sync":
                 raise InputError(
-                    f"{part}.norm='sync' shares statistics between GPUs, and this run has none. "
+                    f"{part}.norm='sync' synchronises statistics of GPUs, but this run has none. "
                     f"Use batch or group (--model.{part}.norm batch)."
                 )
 
@@ -164,39 +165,41 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         assert self.classes is not None
         return self.classes
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the classes, without which the network's outputs mean nothing."""
+        """Also stores the classes and the preprocessing."""
         super().on_save_checkpoint(checkpoint)
         stored = dataclasses.asdict(self.known_classes)  # type: ignore[call-overload]  # no protocol says "dataclass"
         checkpoint[self.classes_key] = {name: list(values) for name, values in stored.items()}
         checkpoint[PREPROCESSING_KEY] = self.preprocessing
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also refuses a checkpoint whose outputs mean other classes, by name and order, than the data's."""
-        if self.classes_key in checkpoint:  # otherwise it is another task's, as the base class says
+        """Also refuses a checkpoint whose classes differ from the data's in names or order."""
+        if self.classes_key in checkpoint:  # otherwise it is another task's, which the base class reports
             stored, current = self._stored_classes(checkpoint), self.known_classes
             if stored.names != current.names:
-                way = "Use the data it was trained with."
+                fix = "Use the data it was trained with."
                 if sorted(stored.names) == sorted(current.names):
-                    way = f"They are the same {self.classes_key} in another order: give them in that of the checkpoint."
+                    fix = f"They are the same {self.classes_key} in another order: give them in that of the checkpoint."
                 raise CheckpointError(
                     f"The checkpoint was trained for {self._described(stored)}, but the data has "
-                    f"{self._described(current)}. {way}"
+                    f"{self._described(current)}. {fix}"
                 )
-            if stored.ids != current.ids:  # numbers in files, which the network knows nothing of
+            if stored.ids != current.ids:  # used in files only, not by the network
                 _logger.info(f"Ids of {self.classes_key} are the data's: {self._described(current)}.")
         super().on_load_checkpoint(checkpoint)
 
+    @override
     def output_names(self) -> tuple[str, ...]:
-        """Names of the classes."""
         return self.known_classes.names
 
+    @override
     def stored_output_names(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
-        """The same of a checkpoint."""
         return self._stored_classes(checkpoint).names
 
+    @override
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Builds the network for the classes in the checkpoint, which also holds all weights."""
         self._build(self._stored_classes(checkpoint), _without_weights(self.backbone))
         self.preprocessing = dict(checkpoint.get(PREPROCESSING_KEY, {}))
 
@@ -204,7 +207,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         stored = checkpoint.get(self.classes_key)
         if stored is None:
             raise CheckpointError(
-                f"The checkpoint holds no {self.classes_key}: it was not written by a {type(self).__name__}."
+                f"The checkpoint has no {self.classes_key}: it was not written by a {type(self).__name__}. Use another."
             )
         try:
             require_plain(self.classes_key, stored)
@@ -217,14 +220,14 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         return classes
 
     def _described(self, classes: ClassesType) -> str:
-        """The classes, shortened."""
+        """The number of classes and the first names and ids."""
         pairs = [f"{name} ({number})" for name, number in zip(classes.names, classes.ids, strict=True)]
         return f"{len(pairs)} {self.classes_key}: {', '.join(pairs[:6])}{', ...' if len(pairs) > 6 else ''}"
 
     # Training, validation and test
 
+    @override
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """The sum of the network's losses."""
         self.bad_images.update(batch, {})
         losses = self.losses(batch)
         total = torch.stack(list(losses.values())).sum()
@@ -238,11 +241,11 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         raise MissingMethodError(f"{type(self).__name__} must define losses.")
 
     def infer(self, batch: Any) -> list[Any]:
-        """The network's result for each image of a batch; a rank that has no images gets an empty batch."""
+        """The network's result for each image of a batch; a rank without images gets an empty batch."""
         raise MissingMethodError(f"{type(self).__name__} must define infer.")
 
     def pictures(self, batch: Any, results: list[Any]) -> Iterator[tuple[str, Callable[[], Picture]]]:
-        """Name of each image of a batch, unique and fit for a file, and what draws it later from tensors on the CPU."""
+        """A unique file stem for each image of a batch, and a function that draws it later, from tensors on the CPU."""
         raise MissingMethodError(f"{type(self).__name__} must define pictures.")
 
     @override
@@ -253,7 +256,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     @override
     def configure_evaluators(self) -> list[Evaluator]:
-        return [self.bad_images, self.kept_pictures]
+        return [self.bad_images, self.picture_evaluator]
 
     @override
     def on_fit_start(self) -> None:
@@ -267,22 +270,22 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     # Prediction
 
     def begin_prediction(self, name: str) -> Path:
-        """Begins a pass, and chooses a folder below `predictions/`, the same for all ranks."""
+        """Starts a prediction, and returns a new folder below `predictions/`, the same for all ranks."""
         self.bad_images.reset("predict")
-        self.kept_pictures.reset("predict")
+        self.picture_evaluator.reset("predict")
         folder = unused_path(self.output_directory / "predictions" / name)
-        # Rank 0 decides: by the time that another looks, it may have begun to write.
+        # Rank 0 decides: it may already have written files when another rank checks.
         return Path(self.trainer.strategy.broadcast(str(folder)))
 
     def predict_batch(self, batch: Any) -> list[Any]:
-        """The results of a batch of a prediction, of which pictures are kept."""
+        """The results of a batch of a prediction, which are also passed to the evaluators of images."""
         results = self.infer(batch)
-        for evaluator in (self.bad_images, self.kept_pictures):
+        for evaluator in (self.bad_images, self.picture_evaluator):
             evaluator.update(batch, {"results": results})
         return results
 
     def example_image(self, size: tuple[int, int] | None) -> Tensor:
-        """A random image `[3, H, W]`, uint8, of a graph's size, or of the one that the data is resized to.
+        """A random image `[3, H, W]`, uint8, of this size, or of the size that the data was resized to.
 
         Raises:
             ValueError: If no size is known or it is not positive.
@@ -298,18 +301,18 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         return torch.randint(256, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def predict(self, inputs: Sequence[Image.Image | ImageArray | str | Path], batch_size: int = 1) -> list[Any]:
-        """The results for some images, as plain values, without a Trainer.
+        """The results for images, as plain values, without a Trainer.
 
         Args:
             inputs: Pillow images, paths, or RGB pixels as uint8 `[H, W, 3]`, of any sizes.
-            batch_size: How many the network sees at a time. Images of a batch are padded to one size.
+            batch_size: Number of images per batch, which are padded to one size.
 
         Returns:
-            For each image what `predict_images` of the task returns.
+            For each image the result of the task's `predict_images`.
 
         Raises:
-            RuntimeError: If there is no network yet; `load` makes one.
-            TypeError: If something is not an image.
+            RuntimeError: If the network is not built; `load` builds it.
+            TypeError: If an input is not an image.
             ImageError: If a file cannot be used.
         """
         require_network(self.network)
@@ -326,16 +329,16 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     @property
     def exif(self) -> ExifPolicy:
-        """What the data that the network was trained with did about EXIF orientations."""
+        """How EXIF orientations were handled in the training data."""
         return cast(ExifPolicy, self.preprocessing.get("exif", "apply"))
 
     def predict_images(self, images: list[ImageArray]) -> list[Any]:
-        """The results for images `[H, W, 3]` as they were taken; `predict` calls it, in evaluation mode."""
+        """The results for original images `[H, W, 3]`; `predict` calls it, in evaluation mode."""
         raise MissingMethodError(f"{type(self).__name__} must define predict_images.")
 
 
 def _without_weights(backbone: ResNetSpec) -> ResNetSpec:
-    """The backbone for weights that come from elsewhere."""
+    """The backbone without pretrained weights, for weights of a checkpoint."""
     return dataclasses.replace(backbone, weights="none")
 
 

@@ -1,4 +1,4 @@
-"""Results of a prediction, written as they come: memory does not grow with them, and nothing is lost when it stops."""
+"""Incremental files of a prediction's results, which bound memory and survive an interruption."""
 
 import errno
 import json
@@ -15,14 +15,14 @@ _ORIGIN = "origin.json"
 
 
 class PartialResults:
-    """A line of JSON for each result, in a file of each rank until all are done.
+    """A line of JSON for each result, in one file per rank until the prediction is complete.
 
-    A prediction that is broken off leaves these files, and beside them what it was of.
+    An interrupted prediction leaves these files, with a file of the inputs that the results depend on.
 
     Args:
-        folder: Where the files of all ranks are; it is made.
-        rank: Number of this rank.
-        origin: What the results depend on, as plain values by the words that a message has for them.
+        folder: The folder of the files of all ranks, created if necessary.
+        rank: Index of this rank.
+        origin: The inputs that the results depend on, as plain values by a word for messages.
     """
 
     def __init__(self, folder: Path, rank: int, origin: dict[str, Any] | None = None) -> None:
@@ -32,12 +32,12 @@ class PartialResults:
         self._file: TextIO | None = None
 
     def add(self, record: dict[str, Any]) -> None:
-        """Writes a result, which has an `id`."""
+        """Appends a result, which has an `id`."""
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _drop_broken_line(self._path)
+            _drop_incomplete_line(self._path)
             if self.origin is not None and not (self.folder / _ORIGIN).exists():
-                # Ranks write the same; one replaces the file of the other.
+                # All ranks write the same contents and may replace each other's file.
                 write_file(
                     self.folder / _ORIGIN, lambda file: file.write(json.dumps(self.origin).encode()), replace=True
                 )
@@ -46,10 +46,10 @@ class PartialResults:
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def flush(self) -> None:
-        """Hands what was added to the system.
+        """Flushes the results to the file.
 
         Raises:
-            FileNotFoundError: If somebody has removed the file meanwhile.
+            FileNotFoundError: If the file was removed in the meantime.
         """
         if self._file is not None:
             with naming(self._path):
@@ -58,18 +58,18 @@ class PartialResults:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
 
     def close(self) -> None:
-        """Ends writing; every rank does this before one reads the files."""
+        """Closes the file; every rank must do this before one reads the files."""
         if self._file is not None:
             self.flush()
             self._file.close()
             self._file = None
 
     def results(self) -> "Results":
-        """What all ranks have written."""
+        """The results of all ranks."""
         return Results(sorted(self.folder.glob("rank-*.jsonl")) if self.folder.is_dir() else [])
 
     def remove(self) -> None:
-        """Removes the files of all ranks, whose contents are elsewhere by now."""
+        """Removes the files of all ranks, after their contents were written to the final files."""
         for path in self.folder.glob("rank-*.jsonl") if self.folder.is_dir() else ():
             path.unlink()
         if self.folder.is_dir():
@@ -78,49 +78,49 @@ class PartialResults:
 
 
 def differing_origin(folder: Path, origin: dict[str, Any]) -> list[str]:
-    """What results that were left in a folder depend on, and is another now; by the words for it."""
+    """The words of `origin` whose values differ from those of the partial results in a folder."""
     try:
         stored = json.loads((folder / _ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return ["something that is not noted"]
+        return ["unknown origin"]
     if not isinstance(stored, dict):
-        return ["something that is not noted"]
-    now = json.loads(json.dumps(origin))
-    return [word for word in now if stored.get(word) != now[word]]
+        return ["unknown origin"]
+    current = json.loads(json.dumps(origin))
+    return [word for word in current if stored.get(word) != current[word]]
 
 
-def _drop_broken_line(path: Path) -> None:
-    """Cuts off what follows the last line end: a process was killed while it wrote that."""
+def _drop_incomplete_line(path: Path) -> None:
+    """Truncates a file after its last line break: a killed process may leave an incomplete line."""
     if path.is_file():
         with path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class Results:
-    """The results in the files of all ranks, each once and in the order of their ids; only places are in memory.
+    """The results in the files of all ranks, each once and in the order of their ids; only offsets are in memory.
 
-    A last line that is not whole, as a kill leaves it, does not count.
+    An incomplete last line, left by a killed process, is ignored.
     """
 
     def __init__(self, parts: list[Path]) -> None:
-        self._places: dict[int, tuple[Path, int]] = {}
+        self._offsets: dict[int, tuple[Path, int]] = {}
         for path in parts:
             with path.open("rb") as file:
-                place = 0
+                offset = 0
                 for line in file:
                     if line.endswith(b"\n"):
-                        self._places.setdefault(json.loads(line)["id"], (path, place))
-                    place += len(line)
+                        self._offsets.setdefault(json.loads(line)["id"], (path, offset))
+                    offset += len(line)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._offsets)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         files: dict[Path, BinaryIO] = {}
         try:
-            for _, (path, place) in sorted(self._places.items()):
+            for _, (path, offset) in sorted(self._offsets.items()):
                 file = files.get(path) or files.setdefault(path, path.open("rb"))
-                file.seek(place)
+                file.seek(offset)
                 yield json.loads(file.readline())
         finally:
             for file in files.values():
@@ -128,7 +128,7 @@ class Results:
 
 
 def write_json_list(file: BinaryIO, values: Iterator[Any]) -> None:
-    """A JSON list with one value in a line."""
+    """Writes a JSON list with one value per line."""
     file.write(b"[")
     for number, value in enumerate(values):
         file.write(b",\n" if number else b"\n")

@@ -1,4 +1,4 @@
-"""Semantic segmentation with an attended ResNet whose attention is chosen by spec (paper, sections 3 and 4)."""
+"""The LightningModule of semantic segmentation, with a ResNet with attention (paper, sections 3 and 4)."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -31,18 +31,18 @@ from lightning_attn.visualization.segmentation import draw_segmentation, draw_se
 
 
 class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
-    """Trains, scores and runs a segmentation network; the defaults are the paper's, but for pretrained weights.
+    """Trains, evaluates and runs a segmentation network; the defaults are the paper's, except for pretrained weights.
 
-    The classes come from the DataModule, or from the checkpoint when there is none, and are stored in checkpoints.
+    The classes come from the DataModule, or from the checkpoint if it has none, and are stored in checkpoints.
 
     Args:
-        attention: Attention of the backbone's residual blocks and of the head; `mechanism: none` leaves it out ("w/o").
+        attention: Attention of the backbone's residual blocks and of the head; `mechanism: none` for none ("w/o").
         backbone: Which ResNet, its weights, and which blocks have attention.
         segmenter: The segmentation head.
-        inference: How whole images are segmented in validation, test and prediction.
+        inference: How images are segmented in validation, test and prediction.
         optimizer: The optimizer.
-        schedule: The learning rate's course.
-        num_pictures: How many images of a validation, test or prediction are drawn in the classes' colours.
+        schedule: The learning rate schedule.
+        num_pictures: Number of images of a validation, test or prediction that are drawn in the classes' colours.
     """
 
     task_name: ClassVar[str] = "segmentation"
@@ -95,10 +95,10 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     def pictures(self, batch: SegmentationBatch, results: list[Tensor]) -> Iterator[tuple[str, Callable[[], Picture]]]:
         truths: list[Tensor | None] = [*batch.labels] or [None] * len(batch)
         for name, image, labels, truth in zip(batch.names, batch.images, results, truths, strict=True):
-            draw = functools.partial(self._drawn, image.cpu(), labels.cpu(), None if truth is None else truth.cpu())
+            draw = functools.partial(self._draw, image.cpu(), labels.cpu(), None if truth is None else truth.cpu())
             yield name, draw
 
-    def _drawn(self, image: Tensor, labels: Tensor, truth: Tensor | None) -> Picture:
+    def _draw(self, image: Tensor, labels: Tensor, truth: Tensor | None) -> Picture:
         classes = self.known_classes
         if truth is None:
             return draw_segmentation(image, labels, classes.colours, classes.names)
@@ -107,23 +107,24 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     # Prediction
 
     def predict_images(self, images: list[ImageArray]) -> list[npt.NDArray[np.uint8]]:
-        """The label 0..K-1 of every pixel, `[H, W]` for each image; `known_classes.names` are their names."""
+        """The label 0..K-1 of every pixel, `[H, W]` for each image; `known_classes.names` has their names."""
         batch = [channels_first(image).to(self.device) for image in images]
         return [labels.cpu().numpy() for labels in segment(self.built_network, batch, self.inference)]
 
+    @override
     def on_predict_epoch_start(self) -> None:
-        """Chooses the folder for the labels, one for all ranks."""
         self._label_folder = self.begin_prediction("labels")
 
+    @override
     def predict_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
-        """Segments a batch and writes `<name>_pred_labelIds.png` of each image, as Cityscapes' scorer reads them."""
+        """Segments a batch and writes `<name>_pred_labelIds.png` of each image, in the format of Cityscapes' scorer."""
         assert self._label_folder is not None
         for name, labels in zip(batch.names, self.predict_batch(batch), strict=True):
             ids = self.known_classes.to_ids(labels.cpu().numpy())
             write_file(self._label_folder / f"{name}_pred_labelIds.png", _png(ids), replace=True)
 
+    @override
     def on_predict_epoch_end(self) -> None:
-        """Says which images could not be used, and draws pictures."""
         self.bad_images.report(self.output_directory / "predictions" / "bad_images.csv")
         if self.trainer.is_global_zero:
             classes = self.known_classes
@@ -133,8 +134,8 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
             ]
             header = ("id", "class", "red", "green", "blue")
             path = write_table(self.output_directory / "predictions" / "classes.csv", header, rows)
-            rank_zero_info(f"Label ids written into {self._label_folder}; {path.name} beside it says what they mean")
-            self.kept_pictures.write({})
+            rank_zero_info(f"Label ids written to {self._label_folder}; their classes are in {path.name} beside it")
+            self.picture_evaluator.write({})
 
 
 def _png(ids: npt.NDArray[Any]) -> Callable[[BinaryIO], object]:

@@ -1,4 +1,4 @@
-"""How segmentation is scored: mean IoU, pixel accuracy and the confusion of classes."""
+"""The evaluator of segmentation: mean IoU, pixel accuracy and the confusion matrix."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class SegmentationEvaluator(Evaluator):
     """Mean IoU over the split, and the IoU of every class that occurs.
 
     Args:
-        task: Its steps return the label of every pixel.
+        task: The task, whose steps return the label of every pixel.
     """
 
     shown: ClassVar[tuple[str, ...]] = _TOTALS

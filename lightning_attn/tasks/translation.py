@@ -1,4 +1,4 @@
-"""Translation with an encoder-decoder Transformer whose attentions are chosen by spec (paper, section 3)."""
+"""The LightningModule of translation, with an encoder-decoder Transformer (paper, section 3)."""
 
 import dataclasses
 import json
@@ -31,12 +31,12 @@ VOCABULARY_KEY = "vocabulary"
 
 
 class TranslationTask(TokenMeanTask):
-    """Trains, scores and runs a translation Transformer; the defaults are the paper's base model.
+    """Trains, evaluates and runs a translation Transformer; the defaults are the paper's base model.
 
-    The vocabulary comes from the DataModule, or from the checkpoint when there is none, and is stored in checkpoints.
+    The vocabulary comes from the DataModule, or from the checkpoint if it has none, and is stored in checkpoints.
 
     Args:
-        self_attention: Attention of the encoder and, causal, of the decoder; `mechanism: none` leaves it out ("w/o").
+        self_attention: Attention of the encoder and, causal, of the decoder; `mechanism: none` for none ("w/o").
         cross_attention: Encoder-decoder attention.
         dim: Width C.
         hidden_dim: Width inside the feed-forward networks.
@@ -47,11 +47,11 @@ class TranslationTask(TokenMeanTask):
         tie_embeddings: One matrix for source, target and output.
         label_smoothing: Probability mass spread over the vocabulary in the training loss.
         optimizer: The optimizer.
-        schedule: The learning rate's course.
-        decoding: Beam search for test and prediction.
-        validation_beam_size: Beam of the translations that validation is scored by; 0 scores the loss only.
-        num_examples: How many translations a test prints, and draws the first one's attention if above 0.
-        scoring: How translations are scored.
+        schedule: The learning rate schedule.
+        decoding: Beam search of test and prediction.
+        validation_beam_size: Beam size of the translations in validation; 0 for the loss only.
+        num_examples: Number of translations that a test prints; if above 0, it also draws the attention of the first.
+        scoring: Options of BLEU and chrF.
     """
 
     task_name: ClassVar[str] = "translation"
@@ -96,7 +96,7 @@ class TranslationTask(TokenMeanTask):
             "norm_position": norm_position,
             "tie_embeddings": tie_embeddings,
         }
-        # The network itself waits for the vocabulary; a size that does not fit should not wait for the data.
+        # The actual network is built when the vocabulary is known; invalid sizes are reported before that.
         with torch.device("meta"):
             Transformer(vocabulary_size=1, pad_id=0, **self.network_arguments)
         self.label_smoothing = label_smoothing
@@ -107,12 +107,12 @@ class TranslationTask(TokenMeanTask):
         self.vocabulary: Vocabulary | None = None
         self.network: Transformer | None = None
         self._results: PartialResults | None = None
-        self._done: set[int] = set()  # ids of what an earlier prediction has translated
+        self._done: set[int] = set()  # ids of sentences that an interrupted prediction has translated
 
     # Network and vocabulary
 
+    @override
     def configure_model(self) -> None:
-        """Builds the network for the DataModule's vocabulary."""
         if self.network is None:
             self._build(self.trainer.datamodule.vocabulary)  # type: ignore[attr-defined]
 
@@ -133,50 +133,54 @@ class TranslationTask(TokenMeanTask):
         """
         return require_network(self.network)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the vocabulary, without which token ids mean nothing."""
+        """Also stores the vocabulary."""
         super().on_save_checkpoint(checkpoint)
         assert self.vocabulary is not None
-        # A tensor, because bytes are not among what can be loaded safely.
+        # As a tensor, because weights_only loading does not allow bytes.
         checkpoint[VOCABULARY_KEY] = torch.frombuffer(bytearray(self.vocabulary.model), dtype=torch.uint8)
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also refuses a checkpoint whose token ids mean other text than the data's."""
+        """Also refuses a checkpoint of another vocabulary."""
         super().on_load_checkpoint(checkpoint)
         if _stored_vocabulary(checkpoint) != self.vocabulary:
             raise CheckpointError(
-                "The checkpoint was trained with another vocabulary than the data module has now "
+                "The checkpoint was trained with another vocabulary than that of the DataModule "
                 "(another training text, cleaning, or data.vocabulary_size). Use the data settings it was trained "
                 f"with, or its vocabulary (--data.vocabulary {self.checkpoint_path or 'CHECKPOINT'})."
             )
 
+    @override
     def output_names(self) -> tuple[str, ...]:
-        """The pieces of the vocabulary."""
         assert self.vocabulary is not None
         return tuple(self.vocabulary.pieces(range(self.vocabulary.size)))
 
+    @override
     def stored_output_names(self, checkpoint: dict[str, Any]) -> tuple[str, ...]:
-        """The same of a checkpoint."""
         vocabulary = _stored_vocabulary(checkpoint)
         return tuple(vocabulary.pieces(range(vocabulary.size)))
 
+    @override
     def same_outputs_hint(self, path: str | Path) -> str:
-        """How the vocabulary can be that of a checkpoint."""
-        return f"To train with its vocabulary, as fine-tuning should, give --data.vocabulary {path}. "
+        return f"For fine-tuning, train with its vocabulary: --data.vocabulary {path}. "
 
+    @override
     def configure_data_from_checkpoint(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
-        """The vocabulary, which is otherwise learnt from the training text."""
+        """Sets the vocabulary, which the DataModule would otherwise learn from the training text."""
         if hasattr(datamodule, "given_vocabulary") and VOCABULARY_KEY in checkpoint:
             datamodule.given_vocabulary = _stored_vocabulary(checkpoint)
 
+    @override
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Builds the network for the vocabulary in the checkpoint."""
         self._build(_stored_vocabulary(checkpoint))
 
     # Training
 
+    @override
     def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
-        """The summed loss of a batch; `TokenMeanTask` makes it a mean over the whole optimizer step."""
+        """The summed loss of a batch, as `TokenMeanTask` requires."""
         loss, likelihood, number = self.built_network.loss(batch.source, batch.target, self.label_smoothing)
         self.count_tokens(number, likelihood)
         return loss
@@ -220,11 +224,11 @@ class TranslationTask(TokenMeanTask):
         )
 
     def _translations(self, source: Tensor, prefixes: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
-        """The n best of each sentence, `text` and `score`; of a blank one, which has no token of its own, no text."""
+        """The n best translations of each sentence, with `text` and `score`; an empty text for a blank sentence."""
         assert self.vocabulary is not None
         lengths = (source != self.vocabulary.pad_id).sum(dim=1).tolist()
-        begun = self.vocabulary.encode_batch(list(prefixes)) if any(prefixes) else []
-        found = self._search(source, self.decoding.beam_size, begun)
+        forced = self.vocabulary.encode_batch(list(prefixes)) if any(prefixes) else []
+        found = self._search(source, self.decoding.beam_size, forced)
         return [
             [{"text": self._text(one), "score": one.score} for one in best]
             if length > 1
@@ -238,8 +242,9 @@ class TranslationTask(TokenMeanTask):
 
     # Prediction
 
+    @override
     def on_predict_epoch_start(self) -> None:
-        """Chooses where the translations of all ranks are written, and with `skip_done` reads what is there."""
+        """Chooses the folder of partial results; with `skip_done` reads those of an interrupted prediction."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         self._done = set()
         if getattr(datamodule, "reads_standard_input", False):
@@ -249,17 +254,17 @@ class TranslationTask(TokenMeanTask):
         text = datamodule.predicted_text() if hasattr(datamodule, "predicted_text") else None
         origin = {"text": text, "network": weights, "decoding": dataclasses.asdict(self.decoding)}
         skip_done = getattr(datamodule, "skip_done", False)
-        there = sorted(folder.glob("hypotheses_so_far*"), key=lambda path: path.stat().st_mtime)
-        begun = [path for path in there if not differing_origin(path, origin)]
-        resume = skip_done and bool(begun)
-        if skip_done and there and not begun:
-            differing = " and ".join(differing_origin(there[-1], origin))
+        interrupted = sorted(folder.glob("hypotheses_so_far*"), key=lambda path: path.stat().st_mtime)
+        resumable = [path for path in interrupted if not differing_origin(path, origin)]
+        resume = skip_done and bool(resumable)
+        if skip_done and interrupted and not resumable:
+            differing = " and ".join(differing_origin(interrupted[-1], origin))
             raise InputError(
-                f"skip_done: {there[-1]} holds a prediction that was broken off, of another {differing}. Give the same "
-                "text, checkpoint and decoding to go on with it, or take --data.skip_done away to translate all."
+                f"skip_done: {interrupted[-1]} contains an interrupted prediction of another {differing}. Use the same "
+                "text, checkpoint and decoding to resume it, or remove --data.skip_done to translate all."
             )
-        chosen = begun[-1] if resume else unused_path(folder / "hypotheses_so_far")
-        # Rank 0 decides: by the time that another looks, it may have begun to write.
+        chosen = resumable[-1] if resume else unused_path(folder / "hypotheses_so_far")
+        # Rank 0 decides: it may already have written files when another rank checks.
         chosen = Path(self.trainer.strategy.broadcast(str(chosen)))
         self._results = PartialResults(chosen, self.global_rank, origin)
         self._done = {one["id"] for one in self._results.results()} if resume else set()
@@ -267,26 +272,27 @@ class TranslationTask(TokenMeanTask):
         if self._done:
             rank_zero_info(f"{len(self._done):,} sentences were translated before ({chosen})")
         elif skip_done:
-            rank_zero_info(f"skip_done: {folder} holds no prediction that was broken off; all is translated.")
-        elif begun:
+            rank_zero_info(f"skip_done: {folder} contains no interrupted prediction; all sentences are translated.")
+        elif resumable:
             rank_zero_info(
-                f"{begun[-1]} holds a prediction of the same text that was broken off; with --data.skip_done true it "
-                "would go on."
+                f"{resumable[-1]} contains an interrupted prediction of the same text. To resume it, set "
+                "--data.skip_done true."
             )
 
+    @override
     def interrupted_note(self) -> str:
-        """Where the translations are that were made before a prediction was broken off, and how to go on."""
         if self._results is None:
             return ""
         self._results.flush()
         done = len(self._results.results())
         return (
-            f"{done:,} sentences are translated, in {self._results.folder}. To go on, give the same command with "
+            f"{done:,} sentences are translated, in {self._results.folder}. To resume, repeat the command with "
             "--data.skip_done true."
         )
 
+    @override
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> None:
-        """Translates a batch and writes it, or prints it if it was typed."""
+        """Translates a batch and writes it, or prints it if the text comes from standard input."""
         if getattr(self.trainer.datamodule, "reads_standard_input", False):  # type: ignore[attr-defined]
             for best in self._translations(batch.source, batch.prefixes):
                 text = best[0]["text"] if self.decoding.nbest == 1 else json.dumps(best, ensure_ascii=False)
@@ -295,16 +301,17 @@ class TranslationTask(TokenMeanTask):
         assert self._results is not None
         ids = batch.ids.tolist()
         texts = batch.source_text or [""] * len(ids)
-        left = [place for place, index in enumerate(ids) if index not in self._done]
-        if not left:
+        remaining = [row for row, index in enumerate(ids) if index not in self._done]
+        if not remaining:
             return
-        prefixes = [batch.prefixes[place] for place in left] if batch.prefixes else []
-        for place, best in zip(left, self._translations(batch.source[left], prefixes), strict=True):
-            self._results.add({"id": ids[place], "source": texts[place], "hypotheses": best})
+        prefixes = [batch.prefixes[row] for row in remaining] if batch.prefixes else []
+        for row, best in zip(remaining, self._translations(batch.source[remaining], prefixes), strict=True):
+            self._results.add({"id": ids[row], "source": texts[row], "hypotheses": best})
         self._results.flush()
 
+    @override
     def on_predict_epoch_end(self) -> None:
-        """Writes `predictions/hypotheses.txt`, one sentence a line in corpus order, and all n best with scores."""
+        """Writes `predictions/hypotheses.txt`, one sentence per line in corpus order, and all n best with scores."""
         if self._results is None:
             return
         self._results.close()
@@ -329,14 +336,14 @@ class TranslationTask(TokenMeanTask):
 
         Args:
             inputs: Source sentences, as plain text.
-            batch_size: How many the network sees at a time; those of like length go together.
-            prefixes: What each translation begins with; none for no such constraint.
+            batch_size: Number of sentences per batch; batches have sentences of similar length.
+            prefixes: Forced beginnings of the translations; none for no constraint.
 
         Returns:
-            The best translation of each, in the same order; nothing for a blank sentence.
+            The best translation of each, in the same order; an empty text for a blank sentence.
 
         Raises:
-            RuntimeError: If there is no network yet; `load` makes one.
+            RuntimeError: If the network is not built; `load` builds it.
             TypeError: If `inputs` is one text instead of several.
         """
         require_network(self.network)
@@ -345,9 +352,9 @@ class TranslationTask(TokenMeanTask):
             raise TypeError("predict takes several sentences: give a list, [text] for one.")
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-        strange = [one for one in [*inputs, *prefixes] if not isinstance(one, str)]
-        if strange:
-            raise TypeError(f"predict takes sentences as text, got {type(strange[0]).__name__} ({strange[0]!r}).")
+        invalid = [one for one in [*inputs, *prefixes] if not isinstance(one, str)]
+        if invalid:
+            raise TypeError(f"predict takes sentences as text, got {type(invalid[0]).__name__} ({invalid[0]!r}).")
         if prefixes and len(prefixes) != len(inputs):
             raise InputError(f"prefixes must be one for each of the {len(inputs)} sentences, got {len(prefixes)}.")
         if not inputs:
@@ -358,18 +365,20 @@ class TranslationTask(TokenMeanTask):
         with evaluating(self):
             for begin in range(0, len(order), batch_size):
                 indices = order[begin : begin + batch_size]
-                begun = [prefixes[index] for index in indices] if prefixes else []
-                found = self._translations(dataset.__getitems__(indices).source.to(self.device), begun)
+                forced = [prefixes[index] for index in indices] if prefixes else []
+                found = self._translations(dataset.__getitems__(indices).source.to(self.device), forced)
                 translations.update(zip(indices, (best[0]["text"] for best in found), strict=True))
         return list(translations.values())
 
 
 def _stored_vocabulary(checkpoint: dict[str, Any]) -> Vocabulary:
     if VOCABULARY_KEY not in checkpoint:
-        raise CheckpointError("The checkpoint holds no vocabulary: it was not written by a TranslationTask.")
+        raise CheckpointError("The checkpoint has no vocabulary: it was not written by a TranslationTask. Use another.")
     stored = checkpoint[VOCABULARY_KEY]
     if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.ndim != 1:
-        raise CheckpointError("The checkpoint is damaged: its vocabulary is no bytes. Use another one of the same run.")
+        raise CheckpointError(
+            "The checkpoint is damaged: its vocabulary is not a tensor of bytes. Use another one of the same run."
+        )
     try:
         return Vocabulary(stored.numpy().tobytes())
     except ValueError as error:

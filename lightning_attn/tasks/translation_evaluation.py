@@ -1,4 +1,4 @@
-"""How translation is scored: loss per token, BLEU and chrF; after a test also the translations."""
+"""The evaluator of translation: loss per token, BLEU and chrF, and the files of a test."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class ScoredBatch(TypedDict):
-    """What a step of validation or test returns.
+    """The return value of a validation or test step.
 
-    `losses` are those of each sentence, summed over its tokens, `[B]`; `counts` its tokens, `[B]`; `hypotheses` the
-    best translations, none if only the loss is scored.
+    `losses` are the losses of sentences, summed over their tokens, `[B]`; `counts` the numbers of tokens, `[B]`;
+    `hypotheses` the best translations, empty if only the loss is scored.
     """
 
     losses: Tensor
@@ -35,10 +35,10 @@ class ScoredBatch(TypedDict):
 
 
 class TranslationEvaluator(Evaluator):
-    """Loss per target token and, of translations, corpus BLEU and chrF.
+    """Loss per target token and, with translations, corpus BLEU and chrF.
 
     Args:
-        task: Its steps return a `ScoredBatch`.
+        task: The task, whose steps return a `ScoredBatch`.
     """
 
     def __init__(self, task: "TranslationTask") -> None:
@@ -92,7 +92,7 @@ class TranslationEvaluator(Evaluator):
         batch = TranslationDataset.from_text(task.vocabulary, [source], [target])[0].to(task.device)
         path = unused_path(task.output_directory / "attention.png")
         draw_translation_attention(task.built_network, task.vocabulary, batch.source, batch.target, path)
-        rank_zero_info(f"Attention of the first sentence drawn into {path}")
+        rank_zero_info(f"Attention of the first sentence drawn to {path}")
 
 
 def _print_examples(texts: list[tuple[str, str, str]]) -> None:

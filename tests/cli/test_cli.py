@@ -205,7 +205,7 @@ def test_resume_in_the_middle_of_an_epoch_sees_every_batch_once(run, tiny_config
         (["--model.self_attention.terms", "11"], "terms must be four bits"),
         (["--model.cross_attention.terms", "2222"], "got '2222'"),
         (["--model.cross_attention.mechanism", "none"], "the paper has no such setting"),
-        (["--model.cross_attention.mechanism", "dynamic"], "cannot stand in encoder-decoder attention"),
+        (["--model.cross_attention.mechanism", "dynamic"], "cannot be used in encoder-decoder attention"),
         (["--model.cross_attention.convolution", "deformable"], "Use convolution: regular"),
         (["--model.self_attention.num_heads", "5"], "dim=16 cannot be divided among num_heads=5"),
         (["--model.self_attention.window", "4"], "use 3 or 5"),
@@ -253,7 +253,7 @@ def test_damaged_checkpoints_are_refused_before_anything_is_built(run, tiny_conf
     cut = Path("cut.ckpt")
     for length in (0, 100, len(whole) // 2, len(whole) - 1):
         cut.write_bytes(whole[:length])
-        assert "is not a whole checkpoint" in run("test", "-c", tiny_config, "--ckpt_path", cut, status=2)
+        assert "is not a complete checkpoint" in run("test", "-c", tiny_config, "--ckpt_path", cut, status=2)
     damaged = bytearray(whole)
     with zipfile.ZipFile(path) as archive:
         tensors = (info for info in archive.infolist() if "/data/" in info.filename)
@@ -276,7 +276,7 @@ def test_checkpoint_of_another_task_is_refused(run, tiny_config, in_folder):
     checkpoint["task"] |= {"name": "detection", "class_path": "elsewhere.DetectionTask"}
     torch.save(checkpoint, "other.ckpt")
     printed = run("test", "-c", tiny_config, "--ckpt_path", "other.ckpt", status=2)
-    assert "holds the task 'detection'" in printed
+    assert "is of the task 'detection'" in printed
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -13,7 +13,8 @@ import torch
 from datamodules import WMT14DataModule
 from datamodules.miniature.translation import write_miniature_corpus
 from datamodules.translation.vocabulary import Vocabulary
-from lightning_attn.networks.translation.beam_search import BeamSearchOptions
+from lightning_attn.networks.translation.beam_search import BeamSearchOptions, beam_search
+from lightning_attn.networks.translation.transformer import Transformer
 from lightning_attn.tasks import TranslationTask
 
 RUN = Path("checkpoints/translation/tiny")
@@ -169,21 +170,21 @@ def test_a_prediction_that_was_broken_off_goes_on(run, trained, monkeypatch):
         patch.setattr(TranslationTask, "predict_step", broken_off)
         printed = run("predict", "--ckpt_path", trained, "--data.eval_max_tokens", 100, status=130)
     assert f"{sum(calls)} sentences are translated, in " in printed
-    assert "the same command with --data.skip_done true" in printed
-    assert "with --data.skip_done true it would go on" in run("predict", "--ckpt_path", trained)
+    assert "repeat the command with --data.skip_done true" in printed
+    assert "To resume it, set --data.skip_done true" in run("predict", "--ckpt_path", trained)
     (RUN / "predictions/hypotheses-2.txt").unlink()
     (part,) = (RUN / "predictions/hypotheses_so_far").glob("rank-*.jsonl")
     assert len(part.read_text().splitlines()) == sum(calls)
     with part.open("a") as file:
         file.write('{"id": 30, "sou')  # as a kill may leave it
     done = []
-    translations = TranslationTask._translations
+    start_decoding = Transformer.start_decoding
 
-    def counted(task, source, prefixes=()):
+    def counted(network, source):
         done.append(len(source))
-        return translations(task, source, prefixes)
+        return start_decoding(network, source)
 
-    monkeypatch.setattr(TranslationTask, "_translations", counted)
+    monkeypatch.setattr(Transformer, "start_decoding", counted)
     printed = run("predict", "--ckpt_path", trained, "--data.eval_max_tokens", 100, "--data.skip_done", "true")
     assert f"{sum(calls)} sentences were translated before" in printed
     assert sum(done) == 31 - sum(calls)
@@ -207,9 +208,9 @@ def test_what_is_left_of_another_prediction_is_not_taken(run, trained, monkeypat
         patch.setattr(TranslationTask, "predict_step", broken_off)
         run(*predict, "long.en", status=130)
     skip = ["--data.skip_done", "true"]
-    assert "that was broken off, of another text" in run(*predict, "short.en", *skip, status=2)
+    assert "interrupted prediction of another text" in run(*predict, "short.en", *skip, status=2)
     printed = run(*predict, "long.en", *skip, "--model.decoding.beam_size", 1, status=2)
-    assert "that was broken off, of another decoding" in printed
+    assert "interrupted prediction of another decoding" in printed
     assert "were translated before" in run(*predict, "long.en", *skip)
     assert len((RUN / "predictions/hypotheses.txt").read_text().splitlines()) == 40
 
@@ -266,7 +267,9 @@ def test_no_sequence_comes_twice(trained):
     task.predict(sources)
     network, vocabulary = task.built_network, task.vocabulary
     batch = torch.tensor([[*vocabulary.encode(sources[0]), vocabulary.eos_id]])
-    (best,) = task._search(batch, 3)
+    ids = {name: getattr(vocabulary, name) for name in ("bos_id", "eos_id", "pad_id")}
+    max_lengths = task.decoding.max_lengths(torch.tensor([batch.shape[1]]))
+    (best,) = beam_search(network.start_decoding(batch), 1, task.decoding, **ids, max_lengths=max_lengths)
     assert best
     for one in best:
         pairs = list(zip(one.tokens, one.tokens[1:], strict=False))
@@ -302,7 +305,7 @@ def test_a_prediction_in_a_directory_of_its_own_goes_on_too(run, trained, monkey
     printed = run(*arguments, "--data.skip_done", "true")
     assert f"{calls[0]} sentences were translated before" in printed
     assert len((RUN.with_name("own") / "predictions/hypotheses.txt").read_text().splitlines()) == 31
-    assert "holds no prediction that was broken off" in run(*arguments, "--data.skip_done", "true")
+    assert "contains no interrupted prediction" in run(*arguments, "--data.skip_done", "true")
 
 
 def test_text_without_blanks_between_words_is_not_cleaned_away(tmp_path):
@@ -333,7 +336,8 @@ def test_a_plain_script_prepares_with_many_processes(tmp_path):
     script = tmp_path / "prepare.py"
     script.write_text(
         "print('begun', flush=True)\n"
-        "from datamodules import WMT14DataModule, token_cache\n"
+        "from datamodules import WMT14DataModule\n"
+        "from datamodules.translation import token_cache\n"
         "token_cache.MIN_LINES_FOR_POOL = token_cache.BLOCK_LINES = 1000\n"
         f"module = WMT14DataModule({str(tmp_path / 'corpus')!r}, vocabulary_size=300, preparation_processes=2)\n"
         "module.prepare_data()\n"
