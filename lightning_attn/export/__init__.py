@@ -1,1 +1,1 @@
-"""Trained models as files: safetensors, torch.export programs and ONNX graphs."""
+"""Export of trained models: safetensors, torch.export programs and ONNX graphs."""

@@ -1,4 +1,4 @@
-"""A trained model as files that others can read."""
+"""Exports a checkpoint's model to safetensors, `torch.export` programs or ONNX."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,37 +30,37 @@ def export_checkpoint(
     size: tuple[int, int] | None = None,
     trust: Sequence[str] = (),
 ) -> list[Path]:
-    """Writes a checkpoint's model into files that need no checkpoint.
+    """Exports a checkpoint's model to files that are usable without the checkpoint.
 
-    `safetensors` is the weights, and beside them what they mean as JSON: the class and its arguments, the attention's
-    spec among them, and what came from the data: classes or categories, and the lengths that images are resized to. A
-    vocabulary is among the tensors. The file is read wherever a checkpoint is: by `load`, `--ckpt_path` for evaluation,
-    `--run.initial_weights` and `average`.
+    `safetensors` writes the weights, and a JSON file with the class and its arguments (with the attention's spec) and
+    the properties of the data: classes or categories, and the sizes that images are resized to. A vocabulary is among
+    the tensors. The file can replace a checkpoint in `load`, `--ckpt_path` for evaluation, `--run.initial_weights` and
+    `average`.
 
-    The other two also write what runs, which is checked against the network first: `torch.export`'s program, or ONNX,
-    for which onnxruntime is asked. `programs.json` has their inputs, outputs and largest differences.
+    The other two formats also write an executable graph, after comparing its outputs with the network's: a program of
+    `torch.export`, or ONNX, run by onnxruntime. `programs.json` has their inputs, outputs and largest differences.
 
     Args:
         path: The checkpoint.
-        output: The folder to write into, made if need be; None for `export` beside the checkpoint, or
-            `export-2` and so on.
-        weights: Of a run that averages, the average or the "current" weights.
+        output: The folder to write to, created if necessary; None for `export` beside the checkpoint, or `export-2` and
+            so on.
+        weights: Of a run with weight averaging, the average or the "current" weights.
         format: What to write.
-        size: Height and width of the images that a program is for; None for those that the data was resized to.
+        size: Height and width of a program's input images; None for the size that the data was resized to.
         trust: Packages whose classes the checkpoint may name, for a program; see `BaseTask.load`.
 
     Returns:
-        `model.safetensors`, and after it the programs.
+        The paths of `model.safetensors` and of the programs.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        FileNotFoundError: If the checkpoint does not exist.
         CheckpointError: If it cannot be used.
-        FileExistsError: If the folder has such a file.
-        ValueError: If the network has no such program.
+        FileExistsError: If the folder already has such a file.
+        ValueError: If the network cannot be exported in this format.
         ImportError: If ONNX's packages are missing.
     """
     if format == "safetensors" and size is not None:
-        raise InputError("size: weights have none; it goes with the formats program and onnx. Leave it out.")
+        raise InputError("size is for the formats program and onnx; safetensors has no image size. Leave it out.")
     checkpoint = read_checkpoint(path)
     stored_task(checkpoint, path)
     choose_weights(checkpoint, weights, path)
@@ -74,13 +74,13 @@ def export_checkpoint(
         written += [*graphs, folder / "programs.json"]
     for one in written:
         if one.exists():
-            raise ExistingFileError(f"output: {one} is there already, and nothing is overwritten. Give another folder.")
+            raise ExistingFileError(f"output: {one} already exists and is not overwritten. Choose another folder.")
     descriptions = {}
     with written_together(folder) as scratch:
         for target, graph in graphs.items():
             assert format != "safetensors"
             difference = write_graph(graph, scratch / target.name, format)
-            descriptions[target.name] = graph.described() | {"largest_difference": difference}
+            descriptions[target.name] = graph.describe() | {"largest_difference": difference}
         if descriptions:
             write_json(scratch / "programs.json", descriptions)
         write_safetensors(checkpoint, scratch / file.name)

@@ -1,4 +1,4 @@
-"""Networks as graphs of plain operations, which run without this package: `torch.export` programs and ONNX."""
+"""Exports networks as graphs that run without this package: `torch.export` programs and ONNX."""
 
 import dataclasses
 import io
@@ -18,21 +18,21 @@ from lightning_attn.io import write_file
 GraphFormat = Literal["program", "onnx"]
 
 SUFFIXES: Mapping[GraphFormat, str] = {"program": ".pt2", "onnx": ".onnx"}
-_LARGEST_DIFFERENCE = 1e-2
+_MAX_DIFFERENCE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportGraph:
-    """A part of a network, from tensors to tensors.
+    """A module to export, with examples of its inputs.
 
     Attributes:
-        module: What is exported, in evaluation mode on the CPU. Its `forward` takes the inputs by position and returns
-            a tensor, or a tuple of them.
+        module: The module, in evaluation mode on the CPU. Its `forward` takes the inputs by position and returns
+            a tensor, or a tuple of tensors.
         inputs: An example of each input by name.
-        outputs: What the outputs are, by name.
-        free_axes: By input, the axes whose length may differ from the example's, and what they are; the same name
-            stands for the same length. All others are fixed.
-        ordered: Whether the first axis of an output has an order that another machine's rounding cannot change.
+        outputs: Descriptions of the outputs, by name.
+        free_axes: By input, the axes of variable length, and their names; axes of the same name have the same length.
+            All others are fixed.
+        ordered: Whether the order of an output's first axis is independent of rounding.
     """
 
     module: nn.Module
@@ -41,8 +41,8 @@ class ExportGraph:
     free_axes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
     ordered: bool = True
 
-    def described(self) -> dict[str, Any]:
-        """Inputs and outputs as plain values."""
+    def describe(self) -> dict[str, Any]:
+        """Descriptions of inputs and outputs as plain values."""
         inputs = {
             name: {
                 "dtype": str(example.dtype).removeprefix("torch."),
@@ -54,24 +54,24 @@ class ExportGraph:
 
 
 def write_graph(graph: ExportGraph, path: Path, kind: GraphFormat) -> float:
-    """Exports a program, runs it beside the network, and writes it.
+    """Exports a graph, compares its outputs with those of the module, and writes it.
 
     Args:
-        graph: What to write.
-        path: The file; there must be none.
-        kind: `"program"` for what `torch.export.load` reads, `"onnx"` for ONNX.
+        graph: The graph.
+        path: The file, which must not exist.
+        kind: `"program"` for a file for `torch.export.load`, `"onnx"` for ONNX.
 
     Returns:
-        The largest difference between an output of the program and of the network, on the example.
+        The largest difference between outputs of the exported graph and of the module, for the example inputs.
 
     Raises:
-        ValueError: If torch, or ONNX, has no program for the network, or one that gives something else.
+        ValueError: If torch or ONNX cannot export the module, or the outputs differ.
         ImportError: If `onnx`, `onnxscript` or `onnxruntime` is missing.
         OSError: If the file cannot be written.
     """
     examples = tuple(graph.inputs.values())
     with torch.no_grad(), _quiet():
-        wanted = _outputs(graph.module(*examples))
+        expected = _outputs(graph.module(*examples))
         exported = _export(graph, path.name)
         if kind == "onnx":
             contents, run = _as_onnx(exported, graph, path.name)
@@ -79,10 +79,10 @@ def write_graph(graph: ExportGraph, path: Path, kind: GraphFormat) -> float:
             file = io.BytesIO()
             torch.export.save(exported, file)
             contents, run = file.getvalue(), exported.module()
-        difference = _difference(_outputs(run(*examples)), wanted, graph.ordered)
-    if difference is None or not difference <= _LARGEST_DIFFERENCE:
-        found = "outputs of other sizes" if difference is None else f"outputs that differ by {difference:.3g}"
-        raise InputError(f"{path.name}: the exported program has {found} than the network's. It was not written.")
+        difference = _difference(_outputs(run(*examples)), expected, graph.ordered)
+    if difference is None or not difference <= _MAX_DIFFERENCE:
+        problem = "have other sizes than" if difference is None else f"differ by {difference:.3g} from"
+        raise InputError(f"{path.name}: outputs of the exported program {problem} the network's. It was not written.")
     write_file(path, lambda file: file.write(contents))
     return difference
 
@@ -94,17 +94,17 @@ def _export(graph: ExportGraph, name: str) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(graph.module, tuple(graph.inputs.values()), dynamic_shapes=free, strict=False)
     except Exception as error:
-        # Whatever torch raises here says that it cannot follow the network.
+        # torch raises errors of many kinds for networks that it cannot trace.
         raise InputError(
-            f"{name}: torch.export has no program for this network: {_first_line(error)} The weights alone can be "
-            "exported (--format safetensors)."
+            f"{name}: torch.export cannot export this network: {_first_line(error)} Export the weights alone instead "
+            "(--format safetensors)."
         ) from error
 
 
 def _as_onnx(
     exported: torch.export.ExportedProgram, graph: ExportGraph, name: str
 ) -> tuple[bytes, Callable[..., list[Tensor]]]:
-    """The contents of the file, and what runs it."""
+    """The contents of the ONNX file, and a function that runs it."""
     try:
         import onnxruntime  # an optional dependency
         import onnxscript  # noqa: F401
@@ -123,11 +123,11 @@ def _as_onnx(
         assert converted is not None
         contents: bytes = converted.model_proto.SerializeToString()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; it also has remarks on what the exporter left behind
+        options.log_severity_level = 3  # errors only, no warnings about the exporter's graph
         session = onnxruntime.InferenceSession(contents, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise InputError(
-            f"{name}: ONNX has no program for this network: {_first_line(error)} torch.export may have one "
+            f"{name}: this network cannot be exported to ONNX: {_first_line(error)} torch.export may support it "
             "(--format program)."
         ) from error
 
@@ -142,12 +142,12 @@ def _outputs(result: Tensor | tuple[Tensor, ...] | list[Tensor]) -> list[Tensor]
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _difference(found: list[Tensor], wanted: list[Tensor], ordered: bool) -> float | None:
-    """The largest, relative to the output's largest number if that is above 1; None if sizes differ."""
-    if [one.shape for one in found] != [one.shape for one in wanted]:
+def _difference(found: list[Tensor], expected: list[Tensor], ordered: bool) -> float | None:
+    """The largest difference, relative to the output's largest absolute value if above 1; None if sizes differ."""
+    if [one.shape for one in found] != [one.shape for one in expected]:
         return None
     largest = 0.0
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(found, expected, strict=True):
         if not one.numel():
             continue
         left, right = one.double(), other.double()
@@ -164,7 +164,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on their own inner workings."""
+    """Suppresses the exporters' warnings."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():

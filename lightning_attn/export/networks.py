@@ -1,4 +1,4 @@
-"""The networks of this package as graphs to export: their inputs, outputs and what `torch.export` needs of them."""
+"""The networks of this package as graphs to export, with their inputs and outputs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,13 +20,13 @@ __all__ = ["detection_graphs", "export_graphs", "segmentation_graphs", "translat
 
 
 def export_graphs(task: BaseTask, size: tuple[int, int] | None = None) -> dict[str, ExportGraph]:
-    """The parts of a task's network that are exported, by file name.
+    """The graphs of a task's network to export, by file name.
 
-    A task of your own has a method `export_graphs(size)` that returns them.
+    A custom task defines a method `export_graphs(size)` that returns them.
 
     Args:
         task: The task, with a network.
-        size: Height and width of images in pixels, for tasks on images; None for those that the data was resized to.
+        size: Height and width of images in pixels, for tasks on images; None for the size that the data was resized to.
 
     Raises:
         ValueError: If `size` does not fit the task.
@@ -41,29 +41,31 @@ def export_graphs(task: BaseTask, size: tuple[int, int] | None = None) -> dict[s
         return segmentation_graphs(task.built_network, task.example_image(size))
     if isinstance(task, TranslationTask):
         if size is not None:
-            raise InputError("size: it is of images; a translation's graphs are for all lengths. Leave it out.")
+            raise InputError("size is for tasks on images; graphs of a translation are for all lengths. Leave it out.")
         return translation_graphs(task.built_network)
-    raise MissingMethodError(f"{type(task).__name__} must define export_graphs(self, size) to be exported as one.")
+    raise MissingMethodError(
+        f"{type(task).__name__} must define export_graphs(self, size) for export as a program or ONNX."
+    )
 
 
 def detection_graphs(detector: Detector, image: Tensor) -> dict[str, ExportGraph]:
-    """The whole detector for one image `[3, H, W]`, uint8, of this size."""
+    """The graph of a detector for one image `[3, H, W]`, uint8, of this size."""
     outputs = {
         "boxes": "x1, y1, x2, y2 in pixels of the image, [n, 4]",
-        "labels": "numbers of the categories in model.json, from 1, [n]",
+        "labels": "indices of the categories in model.json, from 1, [n]",
         "scores": "best first, [n]",
     }
     return {"detector": ExportGraph(DetectorGraph(detector), {"image": image}, outputs, ordered=False)}
 
 
 def segmentation_graphs(segmenter: Segmenter, image: Tensor) -> dict[str, ExportGraph]:
-    """The network for one image `[3, H, W]`, uint8, of this size, as a whole and at one scale."""
+    """The graph of a segmentation network for one image `[3, H, W]`, uint8, of this size, without tiles and scales."""
     outputs = {"logits": "of the classes in model.json at every pixel, [classes, height, width]"}
     return {"segmenter": ExportGraph(SegmenterGraph(segmenter), {"image": image}, outputs)}
 
 
 def translation_graphs(network: Transformer) -> dict[str, ExportGraph]:
-    """Encoder and decoder for any number of sentences of any length."""
+    """The graphs of encoder and decoder for any number of sentences of any length."""
     generator = torch.Generator().manual_seed(0)
     source, target = (
         torch.randint(network.source_embedding.num_embeddings, (3, length), generator=generator) for length in (11, 7)
@@ -77,7 +79,7 @@ def translation_graphs(network: Transformer) -> dict[str, ExportGraph]:
         "encoder": ExportGraph(
             encoder,
             {"source": source},
-            {"memory": "of the encoder, [sentences, source tokens, width]"},
+            {"memory": "output of the encoder, [sentences, source tokens, width]"},
             {"source": axes},
         ),
         "decoder": ExportGraph(
@@ -109,7 +111,7 @@ class DetectorGraph(nn.Module):
 
 @contextlib.contextmanager
 def _exportable_suppression() -> Iterator[None]:
-    """Uses one suppression for any number of boxes: torchvision chooses between two by that, which a graph cannot."""
+    """Replaces torchvision's NMS, which selects one of two implementations by the number of boxes, a symbolic value."""
     original = box_ops.batched_nms
     box_ops.batched_nms = _batched_suppression
     try:
@@ -119,20 +121,23 @@ def _exportable_suppression() -> Iterator[None]:
 
 
 def _batched_suppression(boxes: Tensor, scores: Tensor, classes: Tensor, iou_threshold: float) -> Tensor:
-    """The boxes that are kept, best first: classes are moved apart, so that one suppression serves all.
+    """Non-maximum suppression by class in one call: boxes of different classes are shifted apart.
 
     Args:
-        boxes: Within the image, `[n, 4]`; there may be none.
+        boxes: Within the image, `[n, 4]`; may be empty.
         scores: Not below 0, `[n]`.
         classes: `[n]`, int64.
         iou_threshold: Boxes that overlap a better one of their class by more are dropped.
+
+    Returns:
+        Indices of the remaining boxes, best first.
     """
     largest = F.pad(boxes.flatten(), (0, 1)).max()
-    apart = boxes + (classes.to(boxes.dtype) * (largest + 1)).unsqueeze(1)
-    # torch.export assumes that at least two are kept: two outside of every image make that true.
+    shifted = boxes + (classes.to(boxes.dtype) * (largest + 1)).unsqueeze(1)
+    # torch.export assumes at least two results: two boxes outside of every image make that true.
     outside = boxes.new_tensor([[-2.0, -2.0, -1.0, -1.0], [-4.0, -4.0, -3.0, -3.0]])
-    kept = nms(torch.cat((apart, outside)), F.pad(scores, (0, 2), value=-1.0), iou_threshold)
-    inside: Tensor = kept[kept < boxes.shape[0]]
+    selected = nms(torch.cat((shifted, outside)), F.pad(scores, (0, 2), value=-1.0), iou_threshold)
+    inside: Tensor = selected[selected < boxes.shape[0]]
     return inside
 
 
@@ -154,29 +159,26 @@ class SegmenterGraph(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """From source ids `[B, S]` to the memory `[B, S, C]`."""
+    """The encoder of a Transformer in evaluation mode."""
 
     def __init__(self, network: Transformer) -> None:
         super().__init__()
         self.network = network.eval()
 
     def forward(self, source: Tensor) -> Tensor:
-        """See the class."""
+        """Maps source ids `[B, S]` to the memory `[B, S, C]`."""
         memory, _ = self.network.encode(source)
         return memory
 
 
 class DecoderGraph(nn.Module):
-    """From target prefixes `[B, T]`, the memory `[B, S, C]` and its source ids `[B, S]` to the next token's logits.
-
-    The prefixes are read as a whole: it has no cache.
-    """
+    """The decoder of a Transformer in evaluation mode, without a cache: each call processes whole prefixes."""
 
     def __init__(self, network: Transformer) -> None:
         super().__init__()
         self.network = network.eval()
 
     def forward(self, target: Tensor, memory: Tensor, source: Tensor) -> Tensor:
-        """See the class; `[B, V]`."""
+        """Maps target prefixes `[B, T]`, memory `[B, S, C]` and source ids `[B, S]` to the next logits `[B, V]`."""
         states = self.network.decode(target, memory, source == self.network.pad_id)
         return linear(states[:, -1], self.network.output_weight)

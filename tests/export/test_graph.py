@@ -87,7 +87,7 @@ def test_sentences_of_any_length(terms, tmp_path):
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("options", [{}, {"kv_stride": 2}, {"window": 3}])
 def test_maps(terms, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_attn.attention.algorithms.dense._BLOCK_WEIGHTS", 500)  # several blocks of queries
+    monkeypatch.setattr("lightning_attn.attention.algorithms.dense.BLOCK_WEIGHTS", 500)  # several blocks of queries
     attention = randomised(TransformerAttention(8, 2, terms=terms, ndim=2, **options))
     run = written(ExportGraph(attention, {"x": torch.randn(2, 8, 5, 6)}, {"y": ""}), tmp_path)
     x = torch.randn(2, 8, 5, 6)
@@ -190,7 +190,7 @@ def test_a_segmentation_task(run, segmentation_config, in_folder, kind):
     found = loaded(in_folder / "out" / f"segmenter{SUFFIXES[kind]}", kind)(image)
     (expected,) = SegmentationTask.load("out/model.safetensors").built_network([image])
     torch.testing.assert_close(found[0] if kind == "onnx" else found, expected, rtol=1e-3, atol=1e-4)
-    assert "is there already, and nothing is overwritten" in run(*export, "--size", 33, 50, status=2)
+    assert "already exists and is not overwritten" in run(*export, "--size", 33, 50, status=2)
 
 
 @pytest.mark.parametrize("kind", ["program", "onnx"])
@@ -199,7 +199,7 @@ def test_a_translation_task(run, tiny_config, in_folder, kind):
     run("fit", "-c", tiny_config, "--trainer.max_steps", 40, "--trainer.limit_val_batches", 0)
     checkpoint = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"
     export = ["export", "--ckpt_path", checkpoint, "--format", kind, "--output", "out"]
-    assert "size: it is of images" in run(*export, "--size", 5, 5, status=2)
+    assert "size is for tasks on images" in run(*export, "--size", 5, 5, status=2)
     run(*export)
     encoder, decoder = (loaded(in_folder / "out" / f"{name}{SUFFIXES[kind]}", kind) for name in ("encoder", "decoder"))
     if kind == "onnx":
@@ -242,10 +242,10 @@ class HasNoOperatorInONNX(nn.Module):
         (
             DependsOnNumbers(),
             "program",
-            r"one\.pt2: torch\.export has no program for this network: .*[Dd]ata-dependent",
+            r"one\.pt2: torch\.export cannot export this network: .*[Dd]ata-dependent",
         ),
-        (IsOtherwiseExported(), "program", r"one\.pt2: the exported program has outputs that differ by 1 than"),
-        (HasNoOperatorInONNX(), "onnx", r"one\.pt2: ONNX has no program for this network: .*--format program"),
+        (IsOtherwiseExported(), "program", r"one\.pt2: outputs of the exported program differ by 1 from"),
+        (HasNoOperatorInONNX(), "onnx", r"one\.pt2: this network cannot be exported to ONNX: .*--format program"),
     ],
 )
 def test_what_has_no_program(module, kind, message, tmp_path):
@@ -257,7 +257,9 @@ def test_what_has_no_program(module, kind, message, tmp_path):
 def test_other_errors(run, tiny_config, in_folder, monkeypatch):
     run("fit", "-c", tiny_config, *QUICK)
     checkpoint = in_folder / "checkpoints" / "translation" / "tiny" / "last.ckpt"
-    assert "size: weights have none" in run("export", "--ckpt_path", checkpoint, "--size", 5, 5, status=2)
+    assert "size is for the formats program and onnx" in run(
+        "export", "--ckpt_path", checkpoint, "--size", 5, 5, status=2
+    )
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     printed = run("export", "--ckpt_path", checkpoint, "--format", "onnx", "--output", "out", status=2)
     assert "pip install 'lightning-attn[onnx]'" in printed
@@ -268,5 +270,5 @@ def test_a_task_without_graphs_says_what_it_must_define():
     class Own(BaseTask):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"Own must define export_graphs\(self, size\) to be exported as one"):
+    with pytest.raises(NotImplementedError, match=r"Own must define export_graphs\(self, size\) for export"):
         export_graphs(Own(OptimizerSpec(), ScheduleSpec()))

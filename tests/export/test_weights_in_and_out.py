@@ -237,7 +237,7 @@ def test_a_vocabulary_is_exported_too(run, tiny_config, in_folder):
     assert TranslationTask.load("mine/model.safetensors").predict(sentences) == TranslationTask.load(
         checkpoint
     ).predict(sentences)
-    assert "is there already, and nothing is overwritten" in run(
+    assert "already exists and is not overwritten" in run(
         "export", "--ckpt_path", checkpoint, "--output", "mine", status=2
     )
     Path("mine/model.json").write_text("{")
