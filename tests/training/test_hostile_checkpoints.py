@@ -428,12 +428,12 @@ DAMAGE = [
     (("pytorch-lightning_version",), "0.0.1", "is of PyTorch Lightning '0.0.1'"),
     ((*RUN, "trainer"), [1], "trainer of its configuration is no section of options"),
     (OPTIONS, NESTED, "nested more than"),
-    (OPTIONS, SHARED, "is damaged: run holds "),
+    (OPTIONS, SHARED, "is damaged: run contains "),
     (("vocabulary",), "abc", "vocabulary"),
     (("vocabulary",), torch.zeros(1, dtype=torch.uint8).expand(10**12), "vocabulary claims 1,000,000,000,000"),
     (("vocabulary",), torch.zeros(50), "vocabulary"),
     (("vocabulary",), torch.zeros(50, dtype=torch.uint8), "vocabulary"),
-    (("task", "arguments", "x"), SHARED, "is damaged: task holds "),
+    (("task", "arguments", "x"), SHARED, "is damaged: task contains "),
 ]
 
 
@@ -476,8 +476,8 @@ def test_a_configuration_without_some_of_its_parts(run, changed, key):
             lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
             "holds objects|sparse, quantised or",
         ),
-        (lambda weight: weight.to(torch.complex64), r"has the type torch\.complex64"),
-        (lambda weight: weight.to(torch.float8_e4m3fn), r"has the type torch\.float8_e4m3fn"),
+        (lambda weight: weight.to(torch.complex64), r"has the dtype torch\.complex64"),
+        (lambda weight: weight.to(torch.float8_e4m3fn), r"has the dtype torch\.float8_e4m3fn"),
         (lambda weight: torch.empty(weight.shape, device="meta"), "has no data|is not at its expected offset"),
         (
             lambda weight: weight.flatten()[:1].expand(weight.numel()).view(weight.shape),
