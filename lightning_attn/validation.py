@@ -82,11 +82,18 @@ def refuse_unused(spec: Any, choice: str, used_by: Mapping[Any, Collection[str]]
     if given:
         owners = [str(owner) for owner, names in used_by.items() if given.keys() & set(names)]
         options = ", ".join(f"{name}={value!r}" for name, (value, _) in given.items())
-        defaults = ", ".join(f"{name}: {default}" for name, (_, default) in given.items())
+        defaults = ", ".join(f"{name}: {_as_yaml(default)}" for name, (_, default) in given.items())
         raise InputError(
             f"{options}: not used by {choice}={chosen!r}. Leave out, set to the default ({defaults}), or choose "
             f"{choice}: {' or '.join(owners)}."
         )
+
+
+def _as_yaml(value: object) -> str:
+    """A value as it is written in YAML and on the command line."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    return "null" if value is None else f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def divisors(number: int) -> list[int]:

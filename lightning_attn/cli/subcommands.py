@@ -63,6 +63,7 @@ def _run(arguments: list[str]) -> None:
                 save_config_callback=None,
                 seed_everything_default=0,
                 parser_class=Parser,
+                parser_kwargs={"prog": command_name()},
                 args=arguments,
             )
         if command.subcommand == "predict" and getattr(command.model, "bad_images", None):
