@@ -87,7 +87,7 @@ def test_sentences_of_any_length(terms, tmp_path):
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("options", [{}, {"kv_stride": 2}, {"window": 3}])
 def test_maps(terms, options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_attn.attention.algorithms.dense._BLOCK_WEIGHTS", 500)  # several blocks of queries
+    monkeypatch.setattr("lightning_attn.attention.algorithms.dense.BLOCK_WEIGHTS", 500)  # several blocks of queries
     attention = randomised(TransformerAttention(8, 2, terms=terms, ndim=2, **options))
     run = written(ExportGraph(attention, {"x": torch.randn(2, 8, 5, 6)}, {"y": ""}), tmp_path)
     x = torch.randn(2, 8, 5, 6)
