@@ -19,7 +19,7 @@ import pytest
         (["--trainer.devices", "7000"], "trainer.devices: 7000 would start as many processes"),
         (["--seed_everything", "-1"], "seed_everything: -1 must be from 0 to 4294967295"),
         (["--run.save_top_k", "0"], "run.save_top_k must be at least 1"),
-        (["--model.scoring.tokenize", "foo"], "scoring.tokenize: 'foo' is none of none, zh, 13a"),
+        (["--model.scoring.tokenize", "foo"], "scoring.tokenize must be one of none, zh, 13a"),
         (["--data.vocabulary", "nothing.model"], "vocabulary: nothing.model is not there"),
     ],
 )
