@@ -131,7 +131,7 @@ def test_the_batch_size_finder_finds_the_tokens_of_a_batch(run, tiny_config):
 def test_the_batch_size_finder_says_that_the_learning_rate_is_for_another_batch(run, segmentation_config):
     finder = ["--trainer.callbacks", "BatchSizeFinder", "--trainer.callbacks.init_val", 4]
     finder += ["--trainer.callbacks.max_trials", 1, "--trainer.callbacks.steps_per_trial", 1]
-    with pytest.warns(UserWarning, match="scaled for a global batch of 2, .* to a global batch of 4"):
+    with pytest.warns(UserWarning, match="scaled for a global batch size of 2, .* to a global batch size of 4"):
         run("fit", "-c", segmentation_config, *finder)
 
 
@@ -240,7 +240,7 @@ def test_a_command_reads_a_checkpoint_once(run, tiny_config, count_opens):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_training_leaves_nothing_half_done(run, tiny_config, monkeypatch, tmp_path, number):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(token_cache, "train_vocabulary", interrupted)

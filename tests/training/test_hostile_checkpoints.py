@@ -529,7 +529,7 @@ def test_records_that_are_shorter_than_a_tensor(trained, in_folder):
         (lambda stored: stored.flatten()[:1].expand(10**9), "claims .* more than there are"),
         (lambda stored: stored.float(), "its vocabulary is not bytes"),
         (lambda stored: stored.numpy().tobytes(), "its vocabulary is not bytes"),
-        (lambda stored: Path("somewhere"), "holds objects other than tensors and plain values"),
+        (lambda stored: Path("somewhere"), "contains objects other than tensors and plain values"),
     ],
     ids=["sparse", "expanded", "floats", "no tensor", "an object"],
 )

@@ -306,7 +306,7 @@ def test_last_and_auto(run, tiny_config, in_folder):
     runs = in_folder / "checkpoints" / "translation"
     missing = run("fit", "-c", tiny_config, "--ckpt_path", "last", status=2)
     assert "there is none" in missing
-    assert "'auto' begins a new run" in missing
+    assert "'auto' starts a new run" in missing
     assert not runs.exists() or not list(runs.iterdir())
     run("fit", "-c", tiny_config, "--ckpt_path", "auto", "--trainer.max_steps", 2)
     printed = run("fit", "-c", tiny_config, "--ckpt_path", "auto", "--model.optimizer.learning_rate", 0.002)
