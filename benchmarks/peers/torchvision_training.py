@@ -32,6 +32,7 @@ from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.metrics.detection import CocoDetectionMetrics
 from lightning_attn.tasks import BaseTask, DetectionTask
+from lightning_attn.tasks.evaluation import without_nan
 
 PRECISIONS = ("32-true", "bf16-mixed")
 _REPORT_SECONDS = 30.0
@@ -239,10 +240,7 @@ class Peer:
                 found.append({"boxes": boxes, "labels": labels, "scores": detection["scores"]})
             metrics.update(batch.ids, found)
         metrics.compute()
-        numbers = {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in metrics.scores().items()
-        }
+        numbers = without_nan(dict(metrics.scores()))
         self.scores.append({"step": self.steps, "minutes": self.seconds / 60, **numbers})
         report(f"step {self.steps}, {self.seconds / 60:.1f} min: AP {_number(numbers['ap'])}")
 

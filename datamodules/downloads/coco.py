@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.downloads.transfer import RemoteFile, extract_members, fetch
-from lightning_attn.errors import ExistingFileError, InputError, UnusableFileError
-from lightning_attn.io import read_manifest, write_json
+from datamodules.downloads.transfer import RemoteFile, claim_folder, extract_members, fetch
+from lightning_attn.errors import InputError, UnusableFileError
+from lightning_attn.io import write_json
 
 __all__ = ["COCO_PARTS", "OFFICIAL_URL", "CocoPart", "download_coco"]
 
@@ -115,17 +115,7 @@ def download_coco(
             )
     needed = [part for part in parts if set(part.splits) & set(splits)]
     manifest = root / MANIFEST_NAME
-    done = read_manifest(manifest)
-    if done is None:
-        present = [name for name in ("annotations", *offered) if (root / name).exists()]
-        if present:
-            raise ExistingFileError(
-                f"{root} already holds {', '.join(present)}, which this program did not download. They are "
-                "not changed: use another folder for the download, or turn it off (--data.download false)."
-            )
-        root.mkdir(parents=True, exist_ok=True)
-        done = {}
-        write_json(manifest, done, replace=True)
+    done = claim_folder(root, MANIFEST_NAME, ["annotations", *offered])
     for part in needed:
         if done.get(part.path) == part.count == _present(root, part):
             continue

@@ -15,19 +15,20 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lightning_attn.errors import InputError, MissingFileError, UnusableFileError
+from lightning_attn.errors import ExistingFileError, InputError, MissingFileError, UnusableFileError
+from lightning_attn.io import read_manifest, write_json
 
-__all__ = ["DownloadError", "RemoteFile", "extract_members", "fetch"]
+__all__ = ["DownloadError", "RemoteFile", "claim_folder", "extract_members", "fetch"]
 
 _BLOCK = 1 << 18
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504}
@@ -81,6 +82,34 @@ class RemoteFile:
         if self.sha256:
             return "sha256", self.sha256
         return ("md5", self.md5) if self.md5 else None
+
+
+def claim_folder(root: Path, manifest: str, names: Sequence[str]) -> dict[str, Any]:
+    """Prepares a folder for the parts of a data set, which a manifest in it lists.
+
+    Args:
+        root: The folder; created if it does not exist.
+        manifest: File name of the manifest.
+        names: What the parts are stored as.
+
+    Returns:
+        The manifest: what earlier downloads have completed.
+
+    Raises:
+        FileExistsError: If something of these names is in the folder, and no manifest; it is not changed.
+    """
+    done = read_manifest(root / manifest)
+    if done is not None:
+        return done
+    present = [name for name in names if (root / name).exists()]
+    if present:
+        raise ExistingFileError(
+            f"{root} already holds {', '.join(present)}, which this program did not download. They are "
+            "not changed: use another folder for the download, or turn it off (--data.download false)."
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(root / manifest, {}, replace=True)
+    return {}
 
 
 def fetch(

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.downloads.transfer import RemoteFile, extract_members, fetch
-from lightning_attn.errors import ExistingFileError, InputError
-from lightning_attn.io import read_manifest, write_json
+from datamodules.downloads.transfer import RemoteFile, claim_folder, extract_members, fetch
+from lightning_attn.errors import InputError
+from lightning_attn.io import write_json
 
 __all__ = ["OFFICIAL_URL", "WMT14_PARTS", "CorpusPart", "download_wmt14", "read_sgm"]
 
@@ -126,17 +126,7 @@ def download_wmt14(
     root = Path(root)
     manifest = root / MANIFEST_NAME
     names = [f"{part.name}.{language}" for part in parts for language in part.members]
-    present = [name for name in names if (root / name).exists()]
-    done = read_manifest(manifest)
-    if done is None:
-        if present:
-            raise ExistingFileError(
-                f"{root} already holds {', '.join(present)}, which this program did not download. They are "
-                "not changed: use another folder for the download, or turn it off (download: false)."
-            )
-        root.mkdir(parents=True, exist_ok=True)
-        done = {}
-        write_json(manifest, done, replace=True)
+    done = claim_folder(root, MANIFEST_NAME, names)
     for part in parts:
         files = {language: root / f"{part.name}.{language}" for language in part.members}
         sizes = {path.name: path.stat().st_size for path in files.values() if path.exists()}

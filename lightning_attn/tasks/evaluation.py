@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning import Callback
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -15,7 +14,7 @@ from typing_extensions import override
 
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_json
-from lightning_attn.metrics import WeightedMean
+from lightning_attn.metrics import WeightedMean, gather_by_id
 from lightning_attn.training.stop_on_non_finite import batch_field
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class SampleMeans(Evaluator):
     @override
     def reset(self, split: str) -> None:
         super().reset(split)
-        self._means = {}
+        self.clear()
 
     @override
     def update(self, batch: Any, outputs: Mapping[str, Any] | None) -> None:
@@ -105,8 +104,9 @@ class SampleMeans(Evaluator):
                 "averaged over the split: return a value [B] for each sample to score it, or log it yourself."
             )
         ids: Any = batch_field(batch, "ids") if scored else None
+        has_ids = _has_ids(ids)
         for name, value in scored.items():
-            if not _has_ids(ids) or not isinstance(value, Tensor) or value.shape != (len(ids),):
+            if not has_ids or not isinstance(value, Tensor) or value.shape != (len(ids),):
                 got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(
                     f"{self.split}: {name} must be a tensor [B], a value for each sample, such as "
@@ -120,12 +120,8 @@ class SampleMeans(Evaluator):
 
     @override
     def compute(self) -> dict[str, Any]:
-        names = set(self._means)
-        if dist.is_available() and dist.is_initialized():  # a rank without samples has no names
-            of_ranks: list[set[str]] = [set()] * dist.get_world_size()
-            dist.all_gather_object(of_ranks, names)
-            names = set().union(*of_ranks)
-        return {name: self._means.setdefault(name, WeightedMean(self.split)).compute().item() for name in sorted(names)}
+        names = gather_by_id(dict.fromkeys(self._means))  # a rank without samples has none of its own
+        return {name: self._means.setdefault(name, WeightedMean(self.split)).compute().item() for name in names}
 
     @override
     def clear(self) -> None:

@@ -76,9 +76,8 @@ class BadImages(Evaluator):
     @override
     def reset(self, split: str) -> None:
         super().reset(split)
-        if (
-            split != "val" or self._task.trainer.state.fn != TrainerFn.FITTING
-        ):  # validations of a training are one stage
+        # Validations of a training belong to its stage.
+        if split != "val" or self._task.trainer.state.fn != TrainerFn.FITTING:
             self._found = {}
 
     @override
