@@ -28,15 +28,12 @@ GRIDS = [
 ]
 
 
-@pytest.fixture(params=["one tile", "many tiles", "two threads"])
-def tiles(request, monkeypatch):
-    """Small tensors cut as large ones are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2 if request.param == "two threads" else 1)
+@pytest.fixture(params=["one tile", "many tiles", "for two threads"])
+def threads(request, monkeypatch):
+    """Small tensors cut as large ones are; the number of threads that they are cut for."""
     if request.param != "one tile":
         cut_small(monkeypatch)
-    yield
-    torch.set_num_threads(before)
+    return 2 if request.param == "for two threads" else 1
 
 
 def cut_small(monkeypatch, weights=50):
@@ -112,7 +109,7 @@ def some_padding(layout: Layout) -> Tensor:
 
 
 @pytest.mark.parametrize(("query_sizes", "key_sizes", "stride", "memory"), GRIDS)
-def test_tiles_give_the_literal_sums_and_gradients(tiles, query_sizes, key_sizes, stride, memory):
+def test_tiles_give_the_literal_sums_and_gradients(threads, query_sizes, key_sizes, stride, memory):
     torch.manual_seed(0)
     masks = [
         (False, None, False, None),
@@ -138,7 +135,7 @@ def test_tiles_give_the_literal_sums_and_gradients(tiles, query_sizes, key_sizes
             wanted = torch.autograd.grad(expected, inputs, grad)
             arguments = (query_sizes, key_sizes, stride, causal, window, 0.0, None, memory != "features outside")
             for keep in (False, True):
-                out, _ = tiled_attention(*tensors, padding, mask, *arguments, torch.get_num_threads(), keep)
+                out, _ = tiled_attention(*tensors, padding, mask, *arguments, threads, keep)
                 torch.testing.assert_close(out, expected, atol=1e-11, rtol=0)
                 for one, two in zip(torch.autograd.grad(out, inputs, grad), wanted, strict=True):
                     torch.testing.assert_close(one, two, atol=1e-10, rtol=0)
@@ -322,7 +319,10 @@ def test_extreme_energies_do_not_vanish(terms, scale, algorithm):
 
 
 class TestDropout:
-    def test_dropped_weights_are_the_same_in_both_passes(self, tiles):
+    @pytest.mark.parametrize("cut", [False, True], ids=["one tile", "many tiles"])
+    def test_dropped_weights_are_the_same_in_both_passes(self, cut, monkeypatch):
+        if cut:
+            cut_small(monkeypatch)
         for algorithm in ("dense", "tiled"):
             attention = make("1111", 1, algorithm, dropout=0.5).train()
             x = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
