@@ -327,7 +327,7 @@ def table(result: Result) -> Table:
     timed = [name for name in names if any(row.sides.get(name, Side()).timing is not None for row in rows)]
     weighed = [name for name in names if any(row.sides.get(name, Side()).memory is not None for row in rows)]
     plain = list(dict.fromkeys(name.removesuffix(EAGER) for name in timed))
-    others = [name for name in plain if name != "ours" and not name.startswith("ours ")]
+    others = [name for name in plain if name != "ours" and not name.startswith("ours ")] if "ours" in plain else []
     header = ["", *(f"{name} ms" for name in timed), *(f"ours / {name}" for name in others)]
     header += [f"{name.removesuffix(EAGER)} MB" for name in weighed]
     header += ["error"] if any("error" in row.figures or row.difference is not None for row in rows) else []
@@ -363,7 +363,8 @@ def _errors_of_sides(rows: Sequence[Comparison]) -> list[str]:
     return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
-def _measured(checks: Callable[[Case, Run], Iterator[Check]]) -> Callable[[Case, Run], Iterator[Comparison]]:
+def measured(checks: Callable[[Case, Run], Iterator[Check]]) -> Callable[[Case, Run], Iterator[Comparison]]:
+    """The `measure` of a case that consists of checks."""
     return lambda case, run: run_checks(checks(case, run), run)
 
 
@@ -373,7 +374,7 @@ def _case(shape: str, problem: Problem, quick: str) -> Case:
     return Case(
         f"device_check.attention.{name}",
         "forward and backward pass of every set",
-        _measured(set_checks),
+        measured(set_checks),
         problem,
         judge=judge_sets,
         table=table,
@@ -395,7 +396,7 @@ def _cases(suffix: str) -> Iterator[Case]:
     yield Case(
         f"device_check.attention.windows{suffix}",
         "windows beside a plain unfold, and beside E1 with a mask",
-        _measured(window_checks),
+        measured(window_checks),
         windows,
         table=table,
         quick={"problem": dataclasses.replace(windows, shape=f"1x64x6x7s1{suffix}", windows=(3,), rounds=3)},
@@ -405,7 +406,7 @@ def _cases(suffix: str) -> Iterator[Case]:
     yield Case(
         f"device_check.attention.convolutions{suffix}",
         "deformable convolution beside torchvision's, dynamic beside 1111",
-        _measured(convolution_checks),
+        measured(convolution_checks),
         convolutions,
         judge=judge_convolutions,
         table=table,

@@ -43,6 +43,7 @@ from benchmarks import (
     device_behaviour,
     device_correctness,
     device_first_look,
+    device_kernels,
     device_tasks,
     device_training,
 )
@@ -82,6 +83,7 @@ BENCHMARK = Benchmark(
         *device_behaviour.CASES[1:],
         *device_first_look.CASES,
         *device_attention.CASES,
+        *device_kernels.CASES,
         *device_tasks.CASES,
         *device_training.CASES,
     ),
