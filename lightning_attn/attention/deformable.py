@@ -5,6 +5,7 @@ outside the input. That is A_m(q, k) = G(k, q + p_m + offset_m(q)) with the bili
 G(a, b) = prod over axes of max(0, 1 - |a - b|). Offsets come from a convolution of the same kernel.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -38,10 +39,13 @@ from lightning_attn.validation import (
     require_ndim,
 )
 
-Algorithm = Literal["auto", "gather", "torchvision", "reference"]
+Algorithm = Literal["auto", "gather", "triton", "torchvision", "reference"]
 
 Sizes = int | Sequence[int]
 """One number for every axis, or one for each: (y, x) in maps."""
+
+HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
+"""Whether kernels can be compiled for maps on CUDA."""
 
 _MAX_OFFSET = 1e7
 """Larger than any map, and exact in float32."""
@@ -80,9 +84,10 @@ class DeformableConv(nn.Module):
         causal: See above; needs `ndim=1` and `stride=1`.
         bias: Add a learned vector to every output.
         algorithm: `"gather"` samples all taps with one weighted gather and multiplies them with `weight` in blocks;
-            `"torchvision"` is torchvision's operator, for maps; `"reference"` is the equation in plain loops, for
-            tests; `"auto"` is torchvision's operator for maps on CUDA and the gather elsewhere. All give the same
-            numbers.
+            `"triton"` is our kernels for maps on CUDA, which follow autocast and whose gradients are deterministic;
+            `"torchvision"` is torchvision's operator, for maps, in float32 or better; `"reference"` is the equation in
+            plain loops, for tests. `"auto"` is the kernels for maps on CUDA (torchvision's operator where Triton is not
+            installed) and the gather elsewhere. All give the same numbers.
         groups: Groups of channels that are convolved separately, as in torch's convolutions.
         offset_groups: Groups of input channels with separate offsets (and modulation).
         device: Of the parameters, as in torch's modules.
@@ -238,7 +243,11 @@ class DeformableConv(nn.Module):
     def _offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Offsets and modulation, in the layout of `deformable_conv`.
 
-        In the dtype of `offset` also under autocast: in bfloat16 an offset of 5 has a resolution of 1/32.
+        In the dtype of `offset`, float32 as a rule, also under autocast. A convolution in bfloat16 would round its
+        result to eight bits: offsets between 8 and 16 to multiples of 1/16, so that bilinear weights are off by up to
+        1/32, and steps of training smaller than that would not move a tap. Positions, offset plus place on the map,
+        are never in bfloat16, where those from 64 on are multiples of one half. TF32, torch's default for convolutions
+        on CUDA, rounds the factors to eleven bits and sums in float32, and is precise enough.
         """
         with without_autocast(x.device):
             dtype = next((p.dtype for p in self.offset.parameters() if p.is_floating_point()), x.dtype)
@@ -342,9 +351,12 @@ def deformable_conv(
 
     if algorithm == "reference":
         return _by_reference(x, offset, weight, bias, mask, geometry, groups)
-    on_map = ndim == 2 and not causal
-    if algorithm == "torchvision" or (algorithm == "auto" and on_map and x.is_cuda and not is_transformed()):
+    if algorithm == "auto":
+        algorithm = _fastest(x)
+    if algorithm == "torchvision":
         return _torchvision(x, offset, weight, bias, mask, geometry)
+    if algorithm == "triton" and not is_transformed():
+        return _triton(x, offset, weight, bias, mask, geometry)
     return convolve_by_gather(x, offset, weight, bias, mask, geometry, groups)
 
 
@@ -397,8 +409,12 @@ def _check_groups(in_channels: int, out_channels: int, groups: int, offset_group
 def _check_algorithm(algorithm: str, ndim: int) -> None:
     if algorithm not in get_args(Algorithm):
         raise InputError(f"algorithm must be one of {list(get_args(Algorithm))}, got {algorithm!r}.")
-    if algorithm == "torchvision" and ndim == 1:
-        raise InputError("algorithm='torchvision' supports maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
+    if algorithm in ("triton", "torchvision") and ndim == 1:
+        raise InputError(f"algorithm={algorithm!r} supports maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
+    if algorithm == "triton" and not HAS_TRITON:
+        raise InputError(
+            "algorithm='triton' needs the package triton, which is not installed: install it, or use 'auto'."
+        )
 
 
 def _rename_from_mmcv(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -438,6 +454,34 @@ def _by_reference(
         padding=geometry.padding[0],
         causal=geometry.causal,
     )
+
+
+def _fastest(x: Tensor) -> Algorithm:
+    """What `"auto"` takes: exported programs and transforms need plain operations."""
+    if x.dim() == 3 or not x.is_cuda or torch.compiler.is_exporting() or is_transformed():
+        return "gather"
+    return "triton" if HAS_TRITON else "torchvision"
+
+
+def _triton(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """Our kernels, in the dtype of autocast, or else that of the weight."""
+    from lightning_attn.attention.kernels import deformable as kernels  # imports Triton, which takes a while
+
+    if not (x.is_cuda or kernels.RUNS_ANYWHERE):
+        raise InputError(
+            f"algorithm='triton' needs a CUDA device, got x on {x.device.type!r}: move it there, or use 'auto', which "
+            "takes the fastest algorithm of every device. (TRITON_INTERPRET=1 in the environment interprets the "
+            "kernels, slowly.)"
+        )
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    result: Tensor = kernels.deformable_conv(
+        x, offset, weight, bias, mask, geometry.stride, geometry.dilation, geometry.padding, dtype
+    )
+    return result
 
 
 def _torchvision(

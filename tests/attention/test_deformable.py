@@ -363,7 +363,7 @@ def test_offset_parameters_are_found_at_any_depth_and_nothing_else():
         ({"causal": True, "ndim": 2}, r"causal=True needs ndim=1: the positions of a map have no order"),
         ({"causal": True, "ndim": 1, "stride": 2}, r"causal=True needs stride=1, got 2"),
         ({"causal": True, "ndim": 1, "padding": 1}, r"pads 2 zeros on the left only; leave padding=None, got 1"),
-        ({"algorithm": "fast"}, r"algorithm must be one of \['auto', 'gather', 'torchvision', 'reference'\]"),
+        ({"algorithm": "fast"}, r"algorithm must be one of \['auto', 'gather', 'triton', 'torchvision', 'reference'\]"),
         ({"algorithm": "torchvision", "ndim": 1}, r"algorithm='torchvision' supports maps only.*'auto' or 'gather'"),
     ],
 )
