@@ -1,0 +1,1 @@
+"""Hand-written GPU kernels in Triton, imported only by the algorithms that use them."""
