@@ -460,8 +460,8 @@ def _fastest(x: Tensor) -> Algorithm:
     """What `"auto"` takes: exported programs and transforms need plain operations."""
     if x.dim() == 3 or not x.is_cuda or torch.compiler.is_exporting() or is_transformed():
         return "gather"
-    # The kernels are compiled and interpreted in tests but have never run on a device, where torchvision's operator has.
-    # That adds gradients in any order.
+    # The kernels are compiled and interpreted in tests but have never run on a device. Torchvision's operator has; it
+    # adds gradients in any order.
     return "triton" if HAS_TRITON and torch.are_deterministic_algorithms_enabled() else "torchvision"
 
 
