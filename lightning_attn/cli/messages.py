@@ -233,6 +233,7 @@ def configure_messages() -> None:
         ".*WeightAveraging callback with a model that overrides.*",  # nothing is sharded here
         ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # made before training starts
         ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
+        ".*You have overridden `on_before_batch_transfer`.*",  # no DataModule here has one of its own
         ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
         ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
         ".*Total length of `?list`? across ranks is zero.*",  # training without validation, which the log says

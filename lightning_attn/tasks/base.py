@@ -414,7 +414,7 @@ class TokenMeanTask(BaseTask):
     def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
         super().__init__(optimizer, schedule)
         self._step_sums: Tensor | None = None  # number of tokens and sum of the logged loss, since the last step
-        self._window = (0.0, time.perf_counter())  # number of tokens since a time, for the speed
+        self._window: tuple[Tensor | float, float] = (0.0, time.perf_counter())  # tokens since a time, for the speed
 
     def count_tokens(self, number: Tensor, logged_sum: Tensor) -> None:
         """Adds a batch's number of tokens, and the sum over them for the mean `train/loss`."""
@@ -433,14 +433,16 @@ class TokenMeanTask(BaseTask):
         gradients = gradients_of(optimizer)
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         self.log("train/loss", (logged_sum / number).float(), prog_bar=True)
-        self._log_speed(float(number))
+        self._log_speed(number)
 
-    def _log_speed(self, number: float) -> None:
+    def _log_speed(self, number: Tensor) -> None:
+        """Logs the speed every `log_every_n_steps`; only then does the host wait for the device."""
         tokens, since = self._window
-        tokens, now = tokens + number, time.perf_counter()
+        tokens = tokens + number
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
-            self.log("train/tokens_per_second", tokens / (now - since), prog_bar=True)
+            count, now = float(tokens), time.perf_counter()
+            self.log("train/tokens_per_second", count / (now - since), prog_bar=True)
             tokens, since = 0.0, now
         self._window = (tokens, since)
 

@@ -102,6 +102,10 @@ class DetectionTask(ImageTask[Categories, Detector]):
     # Training, validation and test
 
     @override
+    def check_targets(self, batch: DetectionBatch) -> None:
+        self.built_network.head.check_values(batch.targets)
+
+    @override
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = self.built_network(batch.images, batch.targets)
         return losses

@@ -235,6 +235,16 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch))
         return total
 
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Checks targets for a GPU while they are on the CPU; on the GPU that would make the host wait."""
+        if self.trainer.training and self.device.type != "cpu":
+            self.check_targets(batch)
+        return batch
+
+    def check_targets(self, batch: Any) -> None:
+        """Raises a ValueError for a training batch on the CPU whose targets have values that the network refuses."""
+
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """The network's losses for a batch by name, to be summed."""
         raise MissingMethodError(f"{type(self).__name__} must define losses.")

@@ -79,6 +79,10 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     # Training, validation and test
 
     @override
+    def check_targets(self, batch: SegmentationBatch) -> None:
+        self.built_network.head.check_values(batch.labels)
+
+    @override
     def losses(self, batch: SegmentationBatch) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = self.built_network(batch.images, batch.labels)
         return losses

@@ -204,11 +204,12 @@ class Transformer(nn.Module):
         """Encodes source ids `[B, S]`.
 
         Returns:
-            The memory `[B, S, C]` and its padding mask `[B, S]`, which is None if nothing is padded.
+            The memory `[B, S, C]` and its padding mask `[B, S]`, which on a CPU is None if nothing is padded.
         """
         padding: Tensor | None = source == self.pad_id
-        # An exported program always has the mask: its sentences are not known yet.
-        if padding is not None and not torch.compiler.is_exporting() and not bool(padding.any()):
+        # A GPU would make the host wait for the answer, and an exported program does not know its sentences yet.
+        looks = source.device.type == "cpu" and not torch.compiler.is_exporting()
+        if looks and padding is not None and not bool(padding.any()):
             padding = None
         x = self._embed(source)
         for layer in self.encoder:
@@ -245,7 +246,11 @@ class Transformer(nn.Module):
         states = self.decode(target[:, :-1], *self.encode(source))
         labels = target[:, 1:]
         real = labels != self.pad_id
-        loss, likelihood = summed_cross_entropy(states[real], self.output_weight, labels[real], label_smoothing)
+        if target.device.type == "cpu":
+            rows, targets, ignored = states[real], labels[real], None
+        else:  # the number of rows that are selected would make the host wait for a GPU
+            rows, targets, ignored = states.flatten(0, 1), labels.flatten(), self.pad_id
+        loss, likelihood = summed_cross_entropy(rows, self.output_weight, targets, label_smoothing, ignored)
         return loss, likelihood, real.sum()
 
     def sentence_losses(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -216,7 +216,7 @@ class DetectionHead(nn.Module, abc.ABC):
         return {name: level.float() for name, level in levels.items()}
 
     def check_targets(self, images: Sequence[Tensor], targets: Sequence[Target]) -> None:
-        """Checks that targets are as described in `losses`.
+        """Checks that targets have the shapes and dtypes described in `losses`.
 
         Raises:
             ValueError: If not; the message names the first invalid one.
@@ -234,6 +234,15 @@ class DetectionHead(nn.Module, abc.ABC):
                     f"targets[{index}]['labels'] must be int64 [{len(boxes)}], one for each box, "
                     f"got {labels.dtype} {tuple(labels.shape)}."
                 )
+
+    def check_values(self, targets: Sequence[Target]) -> None:
+        """Checks that labels are known, and that boxes are finite and have an area. Waits for a GPU.
+
+        Raises:
+            ValueError: If not; the message names the first invalid one.
+        """
+        if not targets:
+            return
         boxes = torch.cat([target["boxes"] for target in targets])
         labels = torch.cat([target["labels"] for target in targets])
         valid_labels = (labels >= 1) & (labels <= self.num_classes)

@@ -166,13 +166,9 @@ class SegmentationHead(nn.Module):
         Args:
             features: Of B images.
             targets: For every image uint8 `[H, W]`, 0 to K - 1, or 255 for ignored pixels.
-
-        Raises:
-            ValueError: If a label has another value.
         """
         spec, size, weights = self.spec, features.batch_size, self.class_weights
         labels = padded_labels(targets, size, IGNORED)
-        self._check_values(labels)
         logits = _upsampled(self(features.maps["c5"]), size)
         if spec.ohem_threshold:
             losses = {"loss_head": hard_cross_entropy(logits, labels, spec.ohem_threshold, spec.ohem_min_kept, weights)}
@@ -203,16 +199,22 @@ class SegmentationHead(nn.Module):
                     f"got {label.dtype} {list(label.shape)}. Crop and resize labels together with their image."
                 )
 
-    def _check_values(self, labels: Tensor) -> None:
-        # Bytes plus 1 wrap around: 255 becomes 0, so that any value above num_classes is invalid.
-        if int((labels + 1).amax()) <= self.num_classes:
-            return
-        index, row, column = ((labels >= self.num_classes) & (labels != IGNORED)).nonzero()[0].tolist()
-        raise InputError(
-            f"labels[{index}][{row}, {column}] is {int(labels[index, row, column])}, but the network has the labels 0 "
-            f"to {self.num_classes - 1}, and {IGNORED} for ignored pixels. Map the data's ids to labels, and build the "
-            "network with as many classes as the data."
-        )
+    def check_values(self, targets: Sequence[Tensor]) -> None:
+        """Checks that every label is a class, or 255. Waits for a GPU.
+
+        Raises:
+            ValueError: If not; the message names the first pixel.
+        """
+        for index, labels in enumerate(targets):
+            # Bytes plus 1 wrap around: 255 becomes 0, so that any value above num_classes is invalid.
+            if int((labels + 1).amax()) <= self.num_classes:
+                continue
+            row, column = ((labels >= self.num_classes) & (labels != IGNORED)).nonzero()[0].tolist()
+            raise InputError(
+                f"labels[{index}][{row}, {column}] is {int(labels[row, column])}, but the network has the labels 0 "
+                f"to {self.num_classes - 1}, and {IGNORED} for ignored pixels. Map the data's ids to labels, and build "
+                "the network with as many classes as the data."
+            )
 
 
 class AuxiliaryHead(nn.Module):
@@ -276,7 +278,8 @@ def _total_weight(labels: Tensor, pixels: Tensor, weights: Tensor | None) -> Ten
     """The sum of the class weights of some pixels, but never 0."""
     if weights is None:
         return pixels.sum().clamp(min=1)
-    return weights[labels[pixels].long()].sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    of_pixels = weights[labels.long().clamp(max=len(weights) - 1)]  # not selected first: a GPU would make the host wait
+    return of_pixels.where(pixels, 0).sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:
