@@ -120,7 +120,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
 
     def in_original_pixels(self, batch: DetectionBatch, found: list[Detection]) -> list[Detection]:
         """Detections with boxes in pixels of the original images, and category ids instead of labels."""
-        ids = torch.tensor((0, *self.known_classes.ids), device=self.device)
+        ids = _category_ids(self.known_classes.ids, self.device)
         return [
             one | {"labels": ids[one["labels"]]}
             for one in (rescaled(batch, index, detection) for index, detection in enumerate(found))
@@ -226,6 +226,13 @@ class DetectionTask(ImageTask[Categories, Detector]):
         self._files.remove()
         rank_zero_info(f"Detections in {len(results):,} images written to {path} and {path.with_suffix('.csv').name}")
         self.picture_evaluator.write({})
+
+
+@functools.lru_cache(maxsize=4)
+def _category_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """The category id of every label, on a device: moving them there for each batch would make the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor((0, *ids), device=device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
