@@ -45,6 +45,10 @@ class ImageHead(Protocol[HeadTarget, ResultType]):
         """Losses by name, to be summed."""
         ...
 
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile, each as a whole."""
+        ...
+
     def results(self, features: Features) -> list[ResultType]:
         """A result for every image."""
         ...
@@ -110,6 +114,10 @@ class ImageNetwork(nn.Module, Generic[TargetType, ResultType]):
             results = self.head.results(self.backbone(batch, align_corners=self.head.align_corners))
             found.update(zip(indices, results, strict=True))
         return [found[index] for index in range(len(images))]
+
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile, each as a whole."""
+        return [*self.backbone.body.modules_to_compile(), *self.head.modules_to_compile()]
 
 
 class Detector(ImageNetwork[Target, Detection]):

@@ -12,11 +12,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_attn.attention import AttentionCache, AttentionSpec, DecodingCache, SelfAttention, build_attention
 from lightning_attn.attention.cpu.linear import Linear, PackedLinear, linear
 from lightning_attn.attention.projections import is_hooked, is_plain
 from lightning_attn.errors import InputError
+from lightning_attn.networks.compilation import outside_graph
+from lightning_attn.networks.recomputation import RecomputableLayer
 from lightning_attn.networks.translation.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.translation.dropout import Dropout
 
@@ -64,7 +67,7 @@ class FeedForward(nn.Sequential):
         return lambda x: last(dropout(activation(first(x))))
 
 
-class _Layer(nn.Module):
+class _Layer(RecomputableLayer, nn.Module):
     """Base of encoder and decoder layers: an optional self-attention, and a feed-forward network."""
 
     def __init__(
@@ -83,10 +86,17 @@ class _Layer(nn.Module):
         self.feed_forward = FeedForward(dim, hidden_dim, dropout)
         self.feed_forward_residual = Residual(dim, dropout, norm_position)
 
+    @property
+    @override
+    def has_attention(self) -> bool:
+        return True
+
     def _compute_self_attention(self, x: Tensor, padding: Tensor | None) -> Tensor:
         if self.self_attention is None:
             return x
-        output = self.self_attention(self.self_attention_residual.before(x), key_padding_mask=padding)
+        query = self.self_attention_residual.before(x)
+        # A protocol, of modules only.
+        output = outside_graph(self.self_attention, query, key_padding_mask=padding)  # type: ignore[arg-type]
         return self.self_attention_residual.after(x, output)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -98,6 +108,9 @@ class EncoderLayer(_Layer):
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """Maps `[B, S, C]` to the same shape; `padding` `[B, S]` is True where padded."""
+        return self.run(self._compute, x, padding)
+
+    def _compute(self, x: Tensor, padding: Tensor | None) -> Tensor:
         return self._feed_forward(self._compute_self_attention(x, padding))
 
 
@@ -119,9 +132,12 @@ class DecoderLayer(_Layer):
 
     def forward(self, x: Tensor, memory: Tensor, memory_padding: Tensor | None) -> Tensor:
         """Maps `[B, T, C]` to the same shape, with the encoder's output `memory` `[B, S, C]`."""
+        return self.run(self._compute, x, memory, memory_padding)
+
+    def _compute(self, x: Tensor, memory: Tensor, memory_padding: Tensor | None) -> Tensor:
         x = self._compute_self_attention(x, None)
         query = self.cross_attention_residual.before(x)
-        output = self.cross_attention(query, memory, key_padding_mask=memory_padding)
+        output = outside_graph(self.cross_attention, query, memory, key_padding_mask=memory_padding)
         return self._feed_forward(self.cross_attention_residual.after(x, output))
 
     def cross_attention_query(self, x: Tensor) -> Tensor:
@@ -193,6 +209,10 @@ class Transformer(nn.Module):
         last_norms = norm_position == "pre"  # the output of pre-norm layers is not normalised
         self.encoder_norm = nn.LayerNorm(dim) if last_norms else nn.Identity()
         self.decoder_norm = nn.LayerNorm(dim) if last_norms else nn.Identity()
+
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile, each as a whole: the layers."""
+        return [*self.encoder, *self.decoder]
 
     @property
     def output_weight(self) -> Tensor:

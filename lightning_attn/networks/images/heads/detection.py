@@ -210,6 +210,10 @@ class DetectionHead(nn.Module, abc.ABC):
     def results(self, features: Features) -> list[Detection]:
         """For every image `boxes` as in `losses`, within the image, `labels` and `scores`, best first."""
 
+    @abc.abstractmethod
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile: convolutions and linear layers."""
+
     def levels(self, features: Features) -> dict[str, Tensor]:
         """Five levels of the pyramid by name, finest first, float32 `[B, fpn_channels, H', W']`."""
         levels: dict[str, Tensor] = self.fpn({name: features.maps[name] for name in self.names})

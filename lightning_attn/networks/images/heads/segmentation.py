@@ -11,11 +11,14 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_attn.attention import AttentionSpec, build_attention
 from lightning_attn.errors import InputError
+from lightning_attn.networks.compilation import outside_graph
 from lightning_attn.networks.images.backbone import Features, norm_factory
 from lightning_attn.networks.images.batching import padded_labels
+from lightning_attn.networks.recomputation import RecomputableLayer
 from lightning_attn.validation import is_number, require_dropout, require_int
 
 HeadNorm = Literal["batch", "sync", "group"]
@@ -83,7 +86,7 @@ class SegmenterSpec:
             )
 
 
-class SegmentationHead(nn.Module):
+class SegmentationHead(RecomputableLayer, nn.Module):
     """Maps conv5 to logits: 3x3, attention, 3x3, concatenation with the input, 3x3, dropout, 1x1.
 
     Norm and ReLU follow each 3x3 convolution. (In CCNet's code it is a leaky ReLU of slope 0.01, the default of its
@@ -148,11 +151,16 @@ class SegmentationHead(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, 1)
         self.auxiliary = AuxiliaryHead(channels["c4"], num_classes, spec) if spec.auxiliary_weight else None
 
+    @property
+    @override
+    def has_attention(self) -> bool:
+        return self.attention is not None
+
     def forward(self, conv5: Tensor) -> Tensor:
         """Maps conv5, `[B, C, H, W]`, to logits, `[B, K, H, W]`."""
         context = self.reduce(conv5)
         if self.attention is not None:
-            context = self.attention(context)
+            context = self.run(outside_graph, self.attention, context)
         context = self.refine(context)
         logits: Tensor = self.classifier(self.dropout(self.fuse(torch.cat((conv5, context), 1))))
         return logits
@@ -183,6 +191,10 @@ class SegmentationHead(nn.Module):
         """For every image the logits of its pixels, float32 `[K, H, W]`."""
         logits = _upsampled(self(features.maps["c5"]), features.batch_size)
         return [one[:, :height, :width] for one, (height, width) in zip(logits, features.image_sizes, strict=True)]
+
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile, each as a whole."""
+        return [self] if self.auxiliary is None else [self, self.auxiliary]
 
     def check_targets(self, images: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         """Checks that labels have the sizes of their images.
