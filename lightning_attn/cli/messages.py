@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_attn.cli.launching import dead_rank
@@ -32,6 +33,11 @@ TRACEBACK_VARIABLE = "LIGHTNING_ATTN_TRACEBACK"  # set to anything: errors keep 
 
 _LONGEST_PATH = 200  # characters of a path that a message shows
 _RESUME = "What was saved is complete: resume with --ckpt_path auto."
+# What torch's allocators and NVIDIA's libraries say where they raise no error of a class of their own.
+_NO_MEMORY = re.compile(
+    "CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+    "|DefaultCPUAllocator: (can't allocate|not enough) memory"
+)
 NOISE = re.compile(
     r"^\s*(-\s*)?(Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value type: "
     r"|Given value: |Expected a <class 'NoneType'>)"
@@ -54,6 +60,9 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
     if os.environ.get(TRACEBACK_VARIABLE):
         return None
     text = _without_worker(error)
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if out_of_memory or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+        return _of_memory(text, arguments)
     if _is_full(error):
         return _of_full(error, arguments)
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
@@ -116,6 +125,26 @@ def _of_full(error: OSError, arguments: Sequence[str]) -> str:
     if "fit" in arguments[:1]:
         return f"{kept}, then resume with --ckpt_path auto."
     return f"{kept}, or give another place ({_option(arguments)}), and run again."
+
+
+def _of_memory(text: str, arguments: Sequence[str]) -> str:
+    """What saves memory, and how to go on."""
+    said = (text.splitlines() or [""])[0].rstrip(".")
+    subject = f"Out of memory{f' ({said})' if said else ''}."
+    if "fit" not in arguments[:1]:
+        return (
+            f"{subject} These options save memory: smaller batches (--data.eval_batch_size for images, "
+            "--data.eval_max_tokens for text), --trainer.precision bf16-mixed, tiles for large images "
+            "(--model.inference.mode sliding) and fewer beams for text (--model.decoding.beam_size)."
+        )
+    return (
+        f"{subject} These options save memory, and train the same network: smaller batches (--data.batch_size for "
+        "images, --data.max_tokens for text), with --trainer.accumulate_grad_batches for as large a step as before; "
+        "--trainer.precision bf16-mixed; --model.activation_checkpointing true, which computes layers with attention "
+        "once more instead of storing them. Fewer keys (--model.attention.kv_stride 2) save it too, in another "
+        "network. last.ckpt is as it was: resume with --ckpt_path auto and such options, those of the data only from "
+        "the end of an epoch on."
+    )
 
 
 def _option(arguments: Sequence[str]) -> str:
