@@ -258,8 +258,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
         labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for ignored pixels.
         weights: Of the classes in the mean, `[K]`; None for equal weights.
     """
-    total = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=IGNORED, reduction="sum")
-    return total / _total_weight(labels, labels != IGNORED, weights)
+    # CUDA's kernels that sum by themselves are not deterministic.
+    reduction = "sum" if logits.device.type == "cpu" else "none"
+    losses = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=IGNORED, reduction=reduction)
+    return losses.sum() / _total_weight(labels, labels != IGNORED, weights)
 
 
 def hard_cross_entropy(
@@ -278,12 +280,18 @@ def hard_cross_entropy(
     losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none")
     with torch.no_grad():
         # Ignored pixels have a loss of 0, and rank with the easiest.
-        min_hard_loss = losses.flatten().kthvalue(max(losses.numel() - min_kept, 0) + 1).values
+        min_hard_loss = _kth_highest(losses.flatten(), min(min_kept, losses.numel()))
         easy = (losses <= -math.log(threshold)) & (losses < min_hard_loss)  # False for NaN, which so reaches the loss
         hard_pixels = (labels != IGNORED) & ~easy
     if weights is not None:
         losses = losses * weights[labels.long().clamp(max=len(weights) - 1)]  # ignored pixels are never hard
     return losses.where(hard_pixels, 0).sum() / _total_weight(labels, hard_pixels, weights)
+
+
+def _kth_highest(values: Tensor, k: int) -> Tensor:
+    if values.device.type == "cpu":
+        return values.kthvalue(len(values) - k + 1).values
+    return values.topk(k).values[-1]  # CUDA's kthvalue has no deterministic form: of equal values it takes any
 
 
 def _total_weight(labels: Tensor, pixels: Tensor, weights: Tensor | None) -> Tensor:
