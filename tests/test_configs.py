@@ -181,6 +181,26 @@ def test_an_overlay_replaces_any_other_of_its_slot(slot):
         assert AttentionSpec(**first | second) == AttentionSpec(**second)
 
 
+def trainer_of(name: str) -> dict[str, object]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["trainer"]
+
+
+def test_an_overlay_of_a_machine_replaces_any_other():
+    """Each decides where processes run; what a check that everything runs decides is another matter."""
+    machines = {path.stem: trainer_of(f"trainer/{path.stem}") for path in paths("trainer") if path.stem != "debug"}
+    assert {frozenset(fields) for fields in machines.values()} == {
+        frozenset(("accelerator", "devices", "num_nodes", "strategy"))
+    }
+    assert machines["cpu"]["accelerator"] == "cpu"
+
+
+@pytest.mark.parametrize("task", ["translation", "detection", "segmentation"])
+def test_the_miniature_configurations_run_on_whatever_is_there(task):
+    """On one GPU if there is one: the same experiment on every machine."""
+    fields = trainer_of(f"miniature/{task}")
+    assert (fields["accelerator"], fields["devices"]) == ("auto", 1)
+
+
 @pytest.mark.parametrize("path", paths("trainer"), ids=lambda path: path.stem)
 def test_trainer_overlays(run, tiny_config, path):
     """On one CPU process: what differs from host to host is taken back."""

@@ -170,6 +170,7 @@ class CommandLine(LightningCLI):
         kwargs["callbacks"] = [*given, *callbacks]
         with trainer_errors(options):
             trainer = super().instantiate_trainer(**kwargs)
+        run.set_matmul_precision(trainer.strategy.root_device)
         rank_zero_info(f"Run directory: {self.run_path}")
         if trainer.world_size > 1:
             if type(self.model).__module__.startswith("lightning_attn."):

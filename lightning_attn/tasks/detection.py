@@ -1,13 +1,13 @@
 """The LightningModule of object detection, with a ResNet with attention (paper, sections 3 and 4)."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from datamodules.detection.annotations import Categories
@@ -17,7 +17,9 @@ from datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.metrics.detection import coco_records, image_detections
+from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.batching import ChannelsLast
 from lightning_attn.networks.images.detection_inference import DetectionInferenceSpec, detect
 from lightning_attn.networks.images.heads.detection import Detection, DetectorSpec
 from lightning_attn.networks.images.network import Detector
@@ -47,6 +49,11 @@ class DetectionTask(ImageTask[Categories, Detector]):
         num_pictures: Number of images of a validation, test or prediction that are drawn with their boxes.
         picture_score: Detections of a lower score are not drawn, and not included in the confusion matrix.
         inference: How objects are detected in validation, test and prediction.
+        channels_last: Whether maps and weights lie in memory with the channels of a position side by side; "auto" where
+            convolutions are made for that: on CPUs and on CUDA. See docs/gpu.md.
+        compile: Whether training compiles the layers around attentions by `torch.compile`. See docs/gpu.md.
+        activation_checkpointing: Whether residual blocks and a head with attention store their inputs only, and compute
+            the rest again in the backward pass: less memory for more time, with the same results.
     """
 
     task_name: ClassVar[str] = "detection"
@@ -75,8 +82,20 @@ class DetectionTask(ImageTask[Categories, Detector]):
         num_pictures: int = 8,
         picture_score: float = 0.5,
         inference: DetectionInferenceSpec = DetectionInferenceSpec(),  # noqa: B008 - a frozen value
+        channels_last: ChannelsLast = "auto",
+        compile: bool | CompileBackend = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(attention, backbone, optimizer, schedule, num_pictures)
+        super().__init__(
+            attention,
+            backbone,
+            optimizer,
+            schedule,
+            num_pictures,
+            channels_last=channels_last,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+        )
         if not 0 <= picture_score <= 1:
             raise InputError(f"picture_score must be between 0 and 1, got {picture_score}.")
         self.detector = detector
@@ -102,6 +121,14 @@ class DetectionTask(ImageTask[Categories, Detector]):
     # Training, validation and test
 
     @override
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        return self.built_network.modules_to_compile()
+
+    @override
+    def check_targets(self, batch: DetectionBatch) -> None:
+        self.built_network.head.check_values(batch.targets)
+
+    @override
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = self.built_network(batch.images, batch.targets)
         return losses
@@ -116,7 +143,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
 
     def in_original_pixels(self, batch: DetectionBatch, found: list[Detection]) -> list[Detection]:
         """Detections with boxes in pixels of the original images, and category ids instead of labels."""
-        ids = torch.tensor((0, *self.known_classes.ids), device=self.device)
+        ids = _category_ids(self.known_classes.ids, self.device)
         return [
             one | {"labels": ids[one["labels"]]}
             for one in (rescaled(batch, index, detection) for index, detection in enumerate(found))
@@ -222,6 +249,13 @@ class DetectionTask(ImageTask[Categories, Detector]):
         self._files.remove()
         rank_zero_info(f"Detections in {len(results):,} images written to {path} and {path.with_suffix('.csv').name}")
         self.picture_evaluator.write({})
+
+
+@functools.lru_cache(maxsize=4)
+def _category_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """The category id of every label, on a device: moving them there for each batch would make the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor((0, *ids), device=device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The LightningModule of semantic segmentation, with a ResNet with attention (paper, sections 3 and 4)."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from datamodules.images.files import ImageArray, channels_first
@@ -17,7 +17,9 @@ from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.io import write_file, write_table
+from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.batching import ChannelsLast
 from lightning_attn.networks.images.heads.segmentation import SegmenterSpec
 from lightning_attn.networks.images.network import Segmenter
 from lightning_attn.networks.images.segmentation_inference import InferenceSpec, segment
@@ -43,6 +45,11 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         optimizer: The optimizer.
         schedule: The learning rate schedule.
         num_pictures: Number of images of a validation, test or prediction that are drawn in the classes' colours.
+        channels_last: Whether maps and weights lie in memory with the channels of a position side by side; "auto" where
+            convolutions are made for that: on CPUs and on CUDA. See docs/gpu.md.
+        compile: Whether training compiles the layers around attentions by `torch.compile`. See docs/gpu.md.
+        activation_checkpointing: Whether residual blocks and a head with attention store their inputs only, and compute
+            the rest again in the backward pass: less memory for more time, with the same results.
     """
 
     task_name: ClassVar[str] = "segmentation"
@@ -65,8 +72,20 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         ),
         schedule: ScheduleSpec = ScheduleSpec(name="poly", warmup_steps=0),  # noqa: B008 - a frozen value
         num_pictures: int = 8,
+        channels_last: ChannelsLast = "auto",
+        compile: bool | CompileBackend = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(attention, backbone, optimizer, schedule, num_pictures)
+        super().__init__(
+            attention,
+            backbone,
+            optimizer,
+            schedule,
+            num_pictures,
+            channels_last=channels_last,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+        )
         self.segmenter, self.inference = segmenter, inference
         self.check_sizes(len(segmenter.class_weights) or 1)
         self._label_folder: Path | None = None
@@ -77,6 +96,14 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         return Segmenter(num_classes, built, self.attention, self.segmenter)
 
     # Training, validation and test
+
+    @override
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        return self.built_network.modules_to_compile()
+
+    @override
+    def check_targets(self, batch: SegmentationBatch) -> None:
+        self.built_network.head.check_values(batch.labels)
 
     @override
     def losses(self, batch: SegmentationBatch) -> dict[str, Tensor]:

@@ -82,6 +82,10 @@ class FasterRCNNHead(DetectionHead):
         detections, _ = self._run(features, None)
         return detections
 
+    @override
+    def modules_to_compile(self) -> list[nn.Module]:
+        return [self.fpn, self.rpn.head, self.roi_heads.box_head, self.roi_heads.box_predictor]
+
     def _run(self, features: Features, targets: Sequence[Target] | None) -> tuple[list[Detection], dict[str, Tensor]]:
         levels = self.levels(features)
         proposals, proposal_losses = self.rpn(image_list(features, levels), levels, targets)
