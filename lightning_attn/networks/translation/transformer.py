@@ -208,7 +208,8 @@ class Transformer(nn.Module):
         """
         padding: Tensor | None = source == self.pad_id
         # An exported program always has the mask: its sentences are not known yet.
-        if padding is not None and not torch.compiler.is_exporting() and not bool(padding.any()):
+        # The meta device has no values to look at.
+        if padding is not None and not torch.compiler.is_exporting() and (source.is_meta or not bool(padding.any())):
             padding = None
         x = self._embed(source)
         for layer in self.encoder:
