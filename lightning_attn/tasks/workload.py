@@ -24,6 +24,7 @@ __all__ = [
 Network = TypeVar("Network", bound=nn.Module)
 
 _COCO_CATEGORIES = 80
+_COCO_SPLITS = {"train": "train2017", "val": "val2017", "test": "val2017"}  # its test split has no public annotations
 _BOXES = 8  # objects in a made-up image, about COCO's mean
 
 
@@ -136,7 +137,7 @@ def number_of_categories(datamodule: Any, options: WorkloadOptions) -> tuple[int
         categories = None
     if categories is not None:
         return len(categories.names), ""
-    if kind == "COCODataModule" and datamodule.split_names["train"] == "train2017":
+    if kind == "COCODataModule" and datamodule.split_names == _COCO_SPLITS:
         return _COCO_CATEGORIES, f"COCO's {_COCO_CATEGORIES} categories, as {datamodule.root} holds no annotations"
     raise InputError(
         f"num_classes: the number of categories is not known, as {getattr(datamodule, 'root', kind)} holds no "

@@ -118,6 +118,10 @@ def test_size_and_overlay(profile):
             "(--num_classes 80), or the folder of the data (--data.root FOLDER)",
         ),
         (
+            ["-c", FASTER_RCNN.with_name("bccd.yaml"), "--device", "meta"],
+            "num_classes: the number of categories is not known",
+        ),
+        (
             ["-c", FASTER_RCNN, "--data.min_size", 0, "--data.max_size", 0, "--device", "meta"],
             "size: COCODataModule neither resizes nor crops its images, so that they have no one size. Give height and "
             "width in pixels (--size 800 1333)",
