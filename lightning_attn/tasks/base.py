@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.tasks.evaluation import Evaluation, Evaluator, SampleMeans
+from lightning_attn.tasks.workload import Workload, WorkloadOptions
 from lightning_attn.training.checkpoint_keys import FORMAT, FORMAT_KEY, TASK_KEY, WEIGHTS_KEY, StoredTask
 from lightning_attn.training.checkpoints import (
     CheckpointError,
@@ -364,6 +365,18 @@ class BaseTask(pl.LightningModule):
     def predict(self, inputs: Any) -> list[Any]:
         """The results for inputs as plain values, one for each input; for a task from `load`."""
         raise MissingMethodError(f"{type(self).__name__} must define predict to be used without a Trainer.")
+
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        """The network and a batch of made-up inputs for `profile`, which reads no data.
+
+        Args:
+            datamodule: The data of the configuration, before its setup: its options only.
+            options: Device, sizes and number of classes.
+
+        Raises:
+            ValueError: If a number is neither known nor given.
+        """
+        raise MissingMethodError(f"{type(self).__name__} must define workload(self, datamodule, options) for profile.")
 
     def interrupted_note(self) -> str:
         """The message of an interrupted evaluation: what is done, where it is stored, and how to resume."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -27,8 +28,19 @@ from lightning_attn.networks.weights.torchvision_detectors import is_torchvision
 from lightning_attn.tasks.detection_evaluation import DetectionEvaluator, original_image, rescaled
 from lightning_attn.tasks.detection_files import write_detections
 from lightning_attn.tasks.evaluation import Evaluator
-from lightning_attn.tasks.images import ImageTask
+from lightning_attn.tasks.images import ImageTask, without_weights
 from lightning_attn.tasks.prediction_files import PartialResults
+from lightning_attn.tasks.workload import (
+    Workload,
+    WorkloadOptions,
+    build_network,
+    image_size,
+    number_of_categories,
+    random_boxes,
+    random_images,
+    total_loss,
+    total_of_outputs,
+)
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
@@ -117,6 +129,38 @@ class DetectionTask(ImageTask[Categories, Detector]):
         classes = self.known_classes
         state = read_torchvision_detector(path, head, classes.names, classes.ids)
         return {f"network.{name}": value for name, value in state.items()}
+
+    @override
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        device, size = options.device, image_size(datamodule, options)
+        num_classes, note = number_of_categories(datamodule, options)
+        network, notes = build_network(lambda: self.build_network(num_classes, without_weights(self.backbone)), device)
+        batch_size = options.batch_size or int(getattr(datamodule, "batch_size", 1))
+        images = random_images(batch_size, size, device)
+        if device.type == "meta":
+            head = network.head
+
+            def outputs() -> list[Tensor]:
+                return head.outputs(network.backbone(images, align_corners=head.align_corners))
+
+            forward: Callable[[], object] = outputs
+            loss = functools.partial(total_of_outputs, outputs)
+            notes += ("without values: all layers, on as many regions as the options allow; no losses, no suppression",)
+        else:
+            targets = random_boxes(batch_size, size, num_classes, device)
+            forward = functools.partial(network, images)
+            loss = functools.partial(total_loss, network, images, targets)
+            notes += ("made-up images and weights: how many regions are proposed is not as in a trained network",)
+        return Workload(
+            network,
+            forward,
+            loss,
+            batch_size,
+            "images",
+            batch_size,
+            f"{batch_size} x {size[0]}x{size[1]} pixels, {num_classes} categories",
+            tuple(filter(None, (note, *notes))),
+        )
 
     # Training, validation and test
 

@@ -128,7 +128,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             ValueError: If the parts do not fit one another.
         """
         with torch.device("meta"):
-            self.build_network(num_classes, _without_weights(self.backbone))
+            self.build_network(num_classes, without_weights(self.backbone))
 
     # Network and classes
 
@@ -162,7 +162,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     def _build(self, classes: ClassesType, backbone: ResNetSpec) -> None:
         self.classes = classes
-        self.require_size(lambda: self.build_network(len(classes.names), _without_weights(self.backbone)))
+        self.require_size(lambda: self.build_network(len(classes.names), without_weights(self.backbone)))
         network = self.build_network(len(classes.names), backbone)
         if self._recomputes_activations:
             recompute_activations(network)
@@ -225,7 +225,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     @override
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._build(self._stored_classes(checkpoint), _without_weights(self.backbone))
+        self._build(self._stored_classes(checkpoint), without_weights(self.backbone))
         self.preprocessing = dict(checkpoint.get(PREPROCESSING_KEY, {}))
 
     def _stored_classes(self, checkpoint: dict[str, Any]) -> ClassesType:
@@ -372,7 +372,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         raise MissingMethodError(f"{type(self).__name__} must define predict_images.")
 
 
-def _without_weights(backbone: ResNetSpec) -> ResNetSpec:
+def without_weights(backbone: ResNetSpec) -> ResNetSpec:
     """The backbone without pretrained weights, for weights of a checkpoint."""
     return dataclasses.replace(backbone, weights="none")
 

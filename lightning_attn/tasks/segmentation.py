@@ -7,6 +7,8 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pytorch_lightning as pl
+import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from datamodules.images.files import ImageArray, channels_first
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.errors import InputError
 from lightning_attn.io import write_file, write_table
 from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
@@ -24,8 +27,17 @@ from lightning_attn.networks.images.heads.segmentation import SegmenterSpec
 from lightning_attn.networks.images.network import Segmenter
 from lightning_attn.networks.images.segmentation_inference import InferenceSpec, segment
 from lightning_attn.tasks.evaluation import Evaluator
-from lightning_attn.tasks.images import ImageTask
+from lightning_attn.tasks.images import ImageTask, without_weights
 from lightning_attn.tasks.segmentation_evaluation import SegmentationEvaluator
+from lightning_attn.tasks.workload import (
+    Workload,
+    WorkloadOptions,
+    build_network,
+    image_size,
+    random_images,
+    total_loss,
+    total_of_outputs,
+)
 from lightning_attn.training.checkpoints import OutputRows
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture
@@ -94,6 +106,47 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
     def build_network(self, num_classes: int, backbone: ResNetSpec) -> Segmenter:
         built = build_backbone(backbone, self.attention, self.segmenter.output_stride)
         return Segmenter(num_classes, built, self.attention, self.segmenter)
+
+    @override
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        device, size = options.device, image_size(datamodule, options)
+        classes = getattr(datamodule, "classes", None)
+        num_classes = options.num_classes or (len(classes.names) if classes is not None else 0)
+        if not num_classes:
+            raise InputError("num_classes: the data has no classes. Give their number (--num_classes 19).")
+        network, notes = build_network(lambda: self.build_network(num_classes, without_weights(self.backbone)), device)
+        batch_size = options.batch_size or int(getattr(datamodule, "batch_size", 1))
+        images = random_images(batch_size, size, device)
+        if device.type == "meta":
+
+            def outputs() -> list[Tensor]:
+                head = network.head
+                maps = network.backbone(images, align_corners=head.align_corners).maps
+                logits = [head(maps["c5"])]
+                if network.training and head.auxiliary is not None:
+                    logits.append(head.auxiliary(maps["c4"]))
+                return logits
+
+            forward: Callable[[], object] = outputs
+            loss = functools.partial(total_of_outputs, outputs)
+            notes += ("without values: all layers up to the logits; no losses",)
+        else:
+            generator = torch.Generator().manual_seed(1)
+            labels = [
+                torch.randint(num_classes, size, generator=generator, dtype=torch.uint8).to(device) for _ in images
+            ]
+            forward = functools.partial(network, images)
+            loss = functools.partial(total_loss, network, images, labels)
+        return Workload(
+            network,
+            forward,
+            loss,
+            batch_size,
+            "images",
+            batch_size,
+            f"{batch_size} x {size[0]}x{size[1]} pixels, {num_classes} classes",
+            notes,
+        )
 
     # Training, validation and test
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from datamodules.translation.batches import TranslationBatch, TranslationDataset
-from datamodules.translation.vocabulary import VOCABULARY_KEY, Vocabulary
+from datamodules.translation.vocabulary import PAD_ID, VOCABULARY_KEY, Vocabulary
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.io import unused_path, write_file
@@ -26,6 +26,7 @@ from lightning_attn.tasks.base import TokenMeanTask, check_checkpointing, evalua
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.prediction_files import PartialResults, differing_origin
 from lightning_attn.tasks.translation_evaluation import ScoredBatch, TranslationEvaluator
+from lightning_attn.tasks.workload import Workload, WorkloadOptions, build_network
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows, crc32_of
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 
@@ -188,6 +189,45 @@ class TranslationTask(TokenMeanTask):
     @override
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._build(_stored_vocabulary(checkpoint))
+
+    @override
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        """The defaults are pairs of 50 and 50 tokens, with which the paper's count is given."""
+        device, (source_length, target_length) = options.device, options.size or (50, 50)
+        vocabulary_size = options.num_classes or int(getattr(datamodule, "vocabulary_size", 0))
+        if not vocabulary_size:
+            raise InputError("num_classes: the data has no vocabulary_size. Give the number of pieces of words.")
+        network, notes = build_network(
+            lambda: Transformer(vocabulary_size=vocabulary_size, pad_id=PAD_ID, **self.network_arguments), device
+        )
+        tokens = int(getattr(datamodule, "max_tokens", 0))
+        batch_size = options.batch_size or max(1, tokens // max(source_length, target_length))
+        generator = torch.Generator().manual_seed(0)
+        source, target = (
+            torch.empty(batch_size, length, dtype=torch.int64, device=device)
+            if device.type == "meta"
+            else torch.randint(PAD_ID + 1, vocabulary_size, (batch_size, length), generator=generator).to(device)
+            for length in (source_length, target_length + 1)
+        )
+
+        def loss() -> Tensor:
+            if device.type == "meta":  # the loss looks for padding
+                logits: Tensor = network(source, target[:, :-1])
+                return logits.sum()
+            smoothed: Tensor = network.loss(source, target, self.label_smoothing)[0]
+            return smoothed / target[:, 1:].numel()
+
+        return Workload(
+            network,
+            lambda: network(source, target[:, :-1]),
+            loss,
+            batch_size,
+            "tokens",
+            batch_size * target_length,
+            f"{batch_size} pairs of {source_length} and {target_length} tokens, {vocabulary_size:,} pieces",
+            (*notes, "the forward pass sees the whole target; decoding step by step costs more"),
+            paper_omits_own=True,  # the output projection
+        )
 
     # Training
 

@@ -227,9 +227,10 @@ class Transformer(nn.Module):
             The memory `[B, S, C]` and its padding mask `[B, S]`, which on a CPU is None if nothing is padded.
         """
         padding: Tensor | None = source == self.pad_id
-        # A GPU would make the host wait for the answer, and an exported program does not know its sentences yet.
+        # A GPU would make the host wait for the answer, the meta device has no values, and an exported program does not
+        # know its sentences yet.
         looks = source.device.type == "cpu" and not torch.compiler.is_exporting()
-        if looks and padding is not None and not bool(padding.any()):
+        if source.is_meta or (looks and padding is not None and not bool(padding.any())):
             padding = None
         x = self._embed(source)
         for layer in self.encoder:

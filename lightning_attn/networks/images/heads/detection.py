@@ -214,6 +214,13 @@ class DetectionHead(nn.Module, abc.ABC):
     def modules_to_compile(self) -> list[nn.Module]:
         """The modules that `torch.compile` may compile: convolutions and linear layers."""
 
+    @abc.abstractmethod
+    def outputs(self, features: Features) -> list[Tensor]:
+        """What the layers compute of all anchors, and of as many regions as can be, without looking at any value.
+
+        It runs on the meta device, where neither the proposals nor the detections exist.
+        """
+
     def levels(self, features: Features) -> dict[str, Tensor]:
         """Five levels of the pyramid by name, finest first, float32 `[B, fpn_channels, H', W']`."""
         levels: dict[str, Tensor] = self.fpn({name: features.maps[name] for name in self.names})
