@@ -105,7 +105,8 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
     needed = runner.needed(selected)
     seconds = estimated_seconds(study, before, needed, options.jobs)
     estimate = "of unknown duration" if seconds is None else f"about {format_duration(seconds)}"
-    console.print(escape(f"{study.name}: {counts_line(selected)}; {len(needed)} to run, {estimate}"))
+    plan = f"{len(needed)} to run, {estimate}" if needed else "nothing to run"
+    console.print(escape(f"{study.name}: {counts_line(selected)}; {plan}"))
     _say_left(console, selected, runner)
     if options.dry_run:
         for status in needed:

@@ -34,7 +34,7 @@ _KEYS = (
     *("description", "base", "axes", "exclude", "seeds", "metric", "mode", "scale", "test_checkpoint", "budget"),
     *("time_per_cell", "reference", "findings"),
 )
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _AXIS = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _OPTION = re.compile(r"(model|data|trainer)\.[\w.]+\+?")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*")
@@ -323,7 +323,7 @@ class _Reader:
         if not isinstance(label, str):
             raise self.fail(key, f"the label is read as the {type(label).__name__} {label!r}: quote it.")
         if not _LABEL.fullmatch(label):
-            raise self.fail(key, "a label has letters, digits, '.', '+' and '-', as it names folders.")
+            raise self.fail(key, "a label has letters, digits, '_', '.', '+' and '-', as it names folders.")
         overlays: list[Path] = []
         options: dict[str, Any] = {}
         for part in value if isinstance(value, list) else [value]:
@@ -473,7 +473,7 @@ def format_duration(seconds: float) -> str:
     """Seconds in the largest fitting unit, such as "45 min"."""
     for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
+            return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.0f} s"
 
 

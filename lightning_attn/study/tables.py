@@ -31,6 +31,7 @@ def counts_line(statuses: Sequence[CellStatus]) -> str:
 def cells_table(study: Study, statuses: Sequence[CellStatus], title: str = "") -> Table:
     """A row a cell: state, step, score in validation and test, time left."""
     table = Table("cell", "seed", "state", "step", "validation", study.metric, "ETA", title=title, title_justify="left")
+    table.columns[2].min_width = max(map(len, STATES))
     for status in statuses:
         state = _coloured(status.state) + (f": {escape(status.reason)}" if status.reason else "")
         step = "-" if status.step is None else f"{status.step:,}"

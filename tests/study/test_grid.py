@@ -1,10 +1,13 @@
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lightning_attn.study.grid import Study
+
+REPOSITORY = Path(__file__).parents[2]
 
 STUDY = {
     "base": ["base.yaml"],
@@ -157,3 +160,13 @@ def test_files_that_are_missing_or_no_yaml(write):
     Path("study.yaml").write_text("- a")
     with pytest.raises(ValueError, match="holds a list"):
         Study.read("study.yaml")
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    text = (REPOSITORY / "docs/studies.md").read_text(encoding="utf-8")
+    example = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "my_study.yaml").write_text(example.replace("configs/", f"{REPOSITORY}/configs/"))
+    study = Study.read(tmp_path / "my_study.yaml")
+    assert (len(study.groups), len(study.cells), len(study.findings)) == (3, 9, 2)
+    assert f"my_study: {len(study.cells)} waiting; {len(study.cells)} to run, about 27 min" in text
+    assert all(cell.readable_name in text for cell in study.cells[:2])

@@ -303,9 +303,9 @@ def test_states_of_damaged_and_foreign_files(write):
     status = read_statuses(study, Path("cells"))[2]
     assert (status.state, status.step, status.validation) == ("interrupted", 3, pytest.approx(2.0))
     # A training that was started by hand has the lock of its run directory only.
-    holder = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print(flush=True); time.sleep(60)"
+    holder = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print(flush=True); input()"
     lock = folders[2] / "translation/run/.lock"
-    process = subprocess.Popen([sys.executable, "-c", holder, str(lock)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", holder, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         process.stdout.readline()
         assert states(study)[2] == "running"
