@@ -16,6 +16,7 @@ from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.errors import InputError, UserError
 from lightning_attn.study.grid import Cell, Study, format_duration
 from lightning_attn.study.runner import Runner, estimated_seconds
+from lightning_attn.study.slurm import submit_cells
 from lightning_attn.study.states import CellStatus, read_statuses
 from lightning_attn.study.tables import as_data, cells_table, counts_line, findings_table, groups_table
 
@@ -82,12 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--rerun-stale", action="store_true", help="begin cells anew that older code ran; those are kept")
     run.add_argument("--fail-fast", action="store_true", help="end, saving, after the first failure")
     run.add_argument("--dry-run", action="store_true", help="only show what would be run, and how long it would take")
+    run.add_argument("--slurm", action="store_true", help="submit one SLURM job a cell instead, and end")
+    run.add_argument(
+        *("--sbatch",), action="append", default=[], metavar="OPTION", help="of these jobs: --sbatch=--time=4:00:00"
+    )
     run.add_argument("--yes", action="store_true", help="run past the study's budget without asking")
     parts["status"].add_argument("--json", action="store_true", help="as JSON")
     return parser
 
 
 def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Namespace) -> None:
+    if not options.slurm and options.sbatch:
+        raise InputError(f"sbatch: {options.sbatch[0]} is an option of jobs. Give --slurm too, or leave it out.")
+    if options.slurm and (options.jobs != 1 or options.fail_fast):
+        raise InputError("slurm: SLURM decides what runs at a time. Leave out --jobs and --fail-fast.")
     console = Console()
     runner = Runner(
         study,
@@ -114,6 +123,10 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
         return
     if seconds is not None and study.budget is not None and seconds > study.budget and not options.yes:
         _require_consent(study, seconds, study.budget)
+    if options.slurm:
+        for cell, number in submit_cells(needed, _command(), options.sbatch):
+            console.print(escape(f"job {number}: {cell.name}"), soft_wrap=True, highlight=False)
+        return
     after = runner.run([status.cell for status in selected])
     if needed:
         everything = read_statuses(study, root)

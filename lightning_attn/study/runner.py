@@ -84,6 +84,8 @@ class Runner:
         return [status for status in statuses if self._is_needed(status)]
 
     def _is_needed(self, status: CellStatus) -> bool:
+        if status.job:
+            return False
         if status.state == "stale":
             return self.rerun_stale or not status.is_finished  # another configuration's folder is another one
         return status.state in ("waiting", "interrupted", "running") or (status.state == "failed" and self.retry_failed)

@@ -12,28 +12,45 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from lightning_attn.errors import UnusableFileError
 from lightning_attn.io import write_json
 from lightning_attn.processes import is_running, start_of
 from lightning_attn.study.grid import RUN_NAME, Cell, Group, Study
 from lightning_attn.training.code_version import code_version
 
-__all__ = ["COMMAND_MARK", "STATES", "Attempt", "CellFolder", "CellStatus", "State", "read_statuses", "scores_of"]
+__all__ = [
+    "COMMAND_MARK",
+    "EXIT_CODE_FILE",
+    "JOB_FILE",
+    "STATES",
+    "Attempt",
+    "CellFolder",
+    "CellStatus",
+    "State",
+    "queued_jobs",
+    "read_statuses",
+    "scores_of",
+]
 
 State: TypeAlias = Literal["waiting", "running", "interrupted", "failed", "done", "stale"]
 STATES: tuple[State, ...] = ("done", "running", "waiting", "interrupted", "failed", "stale")
 
+_RUNNING_JOBS = ("RUNNING", "COMPLETING", "CONFIGURING")
 _TAIL = 16 * 1024  # bytes at the end of a file that are read
 _LOCK_TRIES, _LOCK_PAUSE = 40, 0.025  # `status` looks at a lock by taking it for a moment
-_STOPPED = {-number for number in range(1, 65)} | {128 + number for number in (1, 2, 9, 15)}  # by signals
+_STOPPED = {-number for number in range(1, 65)} | {128 + number for number in (1, 2, 9, 10, 15)}  # by signals
 _PROGRESS = re.compile(r"step (\d+)/(\d+) ETA (\S+ min|unknown)")
+JOB_FILE, EXIT_CODE_FILE = "slurm_job", "exit_code"  # of a cell that was submitted to SLURM
 COMMAND_MARK = "\n$ "  # in the log, before each command
 
 
@@ -146,6 +163,13 @@ class CellFolder:
                 return self.path.rename(target)
             number += 1
 
+    def word(self, name: str) -> str:
+        """What a small file of the folder says; empty if there is none."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+
     def end_of_log(self, lines: int = 12) -> str:
         """The last lines of the log."""
         return "\n".join(_tail(self.log).rstrip().splitlines()[-lines:])
@@ -165,6 +189,7 @@ class CellStatus:
         validation: The newest value of the same score in validation, in the same unit.
         eta: Time left as the training prints it; empty if unknown.
         seconds: Of its processes so far; None if no runner measured them.
+        job: Number of its SLURM job in the queue; empty if there is none.
     """
 
     cell: Cell
@@ -176,6 +201,7 @@ class CellStatus:
     validation: float | None
     eta: str
     seconds: float | None
+    job: str
 
     @property
     def is_finished(self) -> bool:
@@ -190,6 +216,7 @@ class CellStatus:
         root: Path,
         others: Mapping[str, str] | None = None,
         *,
+        jobs: Mapping[str, str] | None = None,
         is_ours: bool = False,
     ) -> "CellStatus":
         """Reads the state of one cell.
@@ -199,6 +226,7 @@ class CellStatus:
             cell: The cell.
             root: Folder of the study's cells.
             others: Folders of the same readable name but another configuration, by that name.
+            jobs: Of SLURM's queue, their states.
             is_ours: Whether this process itself holds the lock.
         """
         folder = CellFolder(root / cell.name)
@@ -214,10 +242,17 @@ class CellStatus:
                 step, eta = max(step or 0, int(printed[-1][0])), printed[-1][2].replace("unknown", "")
         if score is not None:
             step = cell.total_steps or step
+        job = folder.word(JOB_FILE)
+        queued = (jobs or {}).get(job, "") if job else ""
         ended = [one.ended - one.started for one in attempts if one.ended is not None]
         state, reason = _state(cell, attempts, run, score, damage, taken, (others or {}).get(cell.readable_name))
+        code = folder.word(EXIT_CODE_FILE)
+        if queued and state != "done":
+            state, reason = "running" if queued in _RUNNING_JOBS else "waiting", f"SLURM job {job} is {queued}"
+        elif job and state in ("waiting", "interrupted") and code.isdecimal() and int(code) not in {0, *_STOPPED}:
+            state, reason = "failed", f"SLURM job {job} ended with status {code}"
         seconds = math.fsum(ended) if ended else None
-        return cls(cell, folder, state, reason, score, step, validation, eta, seconds)
+        return cls(cell, folder, state, reason, score, step, validation, eta, seconds, job if queued else "")
 
 
 def read_statuses(study: Study, root: Path, cells: Sequence[Cell] | None = None) -> list[CellStatus]:
@@ -233,7 +268,25 @@ def read_statuses(study: Study, root: Path, cells: Sequence[Cell] | None = None)
     for name in sorted(path.name for path in root.iterdir()) if root.is_dir() else []:
         if (match := re.fullmatch(r"(.+)_[0-9a-f]{8}", name)) and name not in known:
             others[match[1]] = name
-    return [CellStatus.read(study, cell, root, others) for cell in (study.cells if cells is None else cells)]
+    chosen = study.cells if cells is None else cells
+    jobs = queued_jobs() if any((root / cell.name / JOB_FILE).is_file() for cell in chosen) else {}
+    return [CellStatus.read(study, cell, root, others, jobs=jobs) for cell in chosen]
+
+
+def queued_jobs() -> dict[str, str]:
+    """This user's jobs in SLURM's queue: numbers and states such as PENDING; none where there is no SLURM."""
+    program = shutil.which("squeue")
+    if program is None:
+        return {}
+    words = [program, "--noheader", "--me", "--format=%i|%T"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UnusableFileError(
+            f"slurm: squeue does not say which jobs are in the queue ({error}). Try again."
+        ) from error
+    lines = (line.strip().partition("|") for line in done.stdout.splitlines())
+    return {number: state for number, _, state in lines if number}
 
 
 def scores_of(statuses: Sequence[CellStatus]) -> dict[Group, dict[int, float]]:

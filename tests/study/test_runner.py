@@ -372,3 +372,17 @@ def test_status_as_data(write):
     (finding,) = data["findings"]
     assert (finding["verdict"], finding["difference"]["n"]) == ("undecided", 2)  # the same difference twice
     assert finding["difference"]["mean"] == pytest.approx(100.0)
+
+
+def test_the_table_on_a_terminal(write):
+    study = write(pause=0.5, steps=6, fail={"b": "test"})
+    with Path("printed.txt").open("w") as file:
+        console = Console(file=file, force_terminal=True, width=160)
+        runner = Runner(study, Path("cells"), [sys.executable, "train.py"], jobs=3, console=console)
+        statuses = runner.run(study.cells)
+    assert [status.state for status in statuses] == ["done", "failed", "done"]
+    printed = Path("printed.txt").read_text()
+    assert "3 running" in printed
+    assert "1.5 min" in printed  # what the trainings say is left
+    assert "2 done, 1 failed" in printed.rpartition("\n")[0][-400:]
+    assert "this was to be expected" in printed
