@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def run_study_command(arguments: Sequence[str]) -> None:
         else:
             for cell in cells:
                 print(cell.shell_line(_command(), root / cell.name))
+    except KeyboardInterrupt as stop:  # outside of a run, which ends in its own way
+        raise SystemExit(128 + signal.SIGINT) from stop
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(1) from error  # such as of `| head`

@@ -320,6 +320,8 @@ def _state(
         return "failed", damage
     if attempts and attempts[-1].has_failed:
         return "failed", f"{attempts[-1].stage} ended with status {attempts[-1].exit_code}"
+    if attempts and attempts[-1].stage == "test" and attempts[-1].exit_code == 0:
+        return "failed", "the test has written no test_metrics.json"
     if attempts or run is not None:
         last = attempts[-1] if attempts else None
         killed = last is not None and last.exit_code == -9 and not last.asked_to_stop

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,6 +153,13 @@ def test_a_failed_cell_stops_nothing_and_is_retried_when_asked_to(write, stage):
     assert states(study) == ["done"] * 3
     # What succeeded is not repeated: after a failed test only the test.
     assert [event[0] for event in events()[number:]] == ["fit", "test"][["fit", "test"].index(stage) :]
+
+
+def test_a_test_that_leaves_no_scores_has_failed(write):
+    study = write()
+    Path("train.py").write_text(TRAIN.replace('"test_metrics.json").write', '"other.json").write'))
+    statuses = run_all(study, cells=study.cells[:1])
+    assert (statuses[0].state, statuses[0].reason) == ("failed", "the test has written no test_metrics.json")
 
 
 def test_fail_fast(write):
@@ -381,8 +389,8 @@ def test_the_table_on_a_terminal(write):
         runner = Runner(study, Path("cells"), [sys.executable, "train.py"], jobs=3, console=console)
         statuses = runner.run(study.cells)
     assert [status.state for status in statuses] == ["done", "failed", "done"]
-    printed = Path("printed.txt").read_text()
+    printed = re.sub("\x1b[^a-zA-Z]*[a-zA-Z]", "", Path("printed.txt").read_text())  # without colours
     assert "3 running" in printed
     assert "1.5 min" in printed  # what the trainings say is left
-    assert "2 done, 1 failed" in printed.rpartition("\n")[0][-400:]
+    assert printed.strip().endswith("study: 2 done, 1 failed")
     assert "this was to be expected" in printed
