@@ -21,7 +21,7 @@ from lightning_attn.training.trust import argument_types
 # Open files of a run, and of each process that makes batches for it; both are generous.
 _FILES, _FILES_OF_WORKER = 64, 32
 
-__all__ = ["check_open_files", "check_trainer", "check_values", "trainer_errors"]
+__all__ = ["check_open_files", "check_trainer", "check_values", "checked_precision", "trainer_errors"]
 
 
 def check_values(configuration: Mapping[str, Any]) -> None:
@@ -85,13 +85,7 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
             f"trainer.devices: {devices} would start as many processes on {available_cores()} cores; give {most} or "
             "fewer."
         )
-    precision = str(options["precision"] or "32-true")
-    usual = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
-    if usual.get(precision, precision) not in task.precisions:
-        raise ConfigurationError(
-            f"trainer.precision: {precision!r} is not supported by {type(task).__name__}; give one of "
-            f"{', '.join(task.precisions)} (bf16-mixed computes in bfloat16 where that is safe)."
-        )
+    checked_precision(options["precision"], task)
     if options["accumulate_grad_batches"] is not None and options["accumulate_grad_batches"] < 1:
         raise ConfigurationError(
             f"trainer.accumulate_grad_batches: {options['accumulate_grad_batches']} must be at least 1, which is one "
@@ -111,6 +105,22 @@ def check_trainer(options: Mapping[str, Any], task: BaseTask, subcommand: str) -
                     f"trainer.{name}: 0 trains nothing. Leave it out, or score what there is with the subcommand "
                     "validate."
                 )
+
+
+def checked_precision(given: str | int | None, task: BaseTask) -> str:
+    """The full name of a Trainer's precision, `"32-true"` for none.
+
+    Raises:
+        ConfigurationError: If the task does not support it.
+    """
+    usual = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+    precision = str(given or "32-true")
+    if usual.get(precision, precision) not in task.precisions:
+        raise ConfigurationError(
+            f"trainer.precision: {precision!r} is not supported by {type(task).__name__}; give one of "
+            f"{', '.join(task.precisions)} (bf16-mixed computes in bfloat16 where that is safe)."
+        )
+    return usual.get(precision, precision)
 
 
 def check_open_files(workers: int) -> None:

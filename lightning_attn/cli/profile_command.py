@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_attn.cli.checks import check_values
+from lightning_attn.cli.checks import check_values, checked_precision
 from lightning_attn.cli.command_line import files_first
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.cli.parser import Parser
@@ -32,7 +33,7 @@ __all__ = ["profile_command"]
 
 _DEVICES = ("auto", "cpu", "cuda", "meta")
 _SAMPLES = {"images": "image", "tokens": "pair"}
-_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 def profile_command(arguments: list[str]) -> None:
@@ -64,17 +65,16 @@ def profile_command(arguments: list[str]) -> None:
     built = _builder().instantiate_classes(given)
     task: BaseTask = built.model
     size = None if options.size is None else (options.size[0], options.size[1])
-    precision = str(options.trainer.precision or "32-true")
-    autocast = _DTYPES.get(precision.partition("-")[0]) if not precision.endswith("-true") else None
+    precision = checked_precision(options.trainer.precision, task)
     workload = task.workload(built.data, WorkloadOptions(device, size, options.batch_size, options.num_classes))
-    if precision.startswith("64"):
+    if precision == "64-true":
         workload.network.double()
     with _progress() as progress:
         profile = profile_network(
             workload,
             lambda network: _optimizer(task, network, device),
             repetitions=options.repetitions,
-            autocast=autocast,
+            autocast=_AUTOCAST.get(precision),
             progress=progress,
         )
     facts = {
@@ -84,7 +84,7 @@ def profile_command(arguments: list[str]) -> None:
         "device": _described(device),
         "threads": torch.get_num_threads(),
         "precision": precision if device.type != "meta" else "no values (meta)",
-        "command": " ".join([command_name(), "profile", *arguments]),
+        "command": f"{command_name()} profile {shlex.join(arguments)}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: value for name, value in run_directory.origin().items() if name != "git"},
         "commit": run_directory.origin()["git"],
