@@ -137,7 +137,7 @@ def test_looking_now_and_then_ends_with_the_same_weights_and_message(optimizer, 
 
 
 def test_a_checkpoint_is_not_written_after_a_broken_step(run, tiny_config, in_folder, spoilt, monkeypatch):
-    monkeypatch.setattr("lightning_attn.tasks.base.StopOnNonFinite", functools.partial(StopOnNonFinite, 100))
+    monkeypatch.setattr(StopOnNonFinite.__init__, "__defaults__", (100,))
     seen = spoilt(TranslationTask, 3, lambda task, loss: loss * float("nan"))
     printed = run("fit", "-c", tiny_config, *SAVED_EVERY_STEP, "--trainer.max_steps", 6, status=2)
     assert "error: Stopped at step 3: the loss of batch 3 of epoch 0 is nan" in printed
