@@ -27,6 +27,8 @@ class Run:
         report: Called with what is measured next.
         clock: Gives the time in seconds.
         isolate: Calls a function in a fresh process, as `in_fresh_process`.
+        time_left: Seconds until the end of the run.
+        earlier: What an interrupted run has measured of the case, by name.
     """
 
     threads: int = 2
@@ -34,6 +36,8 @@ class Run:
     report: Callable[[str], object] = lambda text: None
     clock: Callable[[], float] = time.perf_counter
     isolate: Callable[..., Any] = in_fresh_process
+    time_left: Callable[[], float] = lambda: math.inf
+    earlier: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Benchmark:
         packages: Distributions whose versions the figures depend on, beside torch, torchvision and Lightning.
         find: Cases by a name that none of `cases` has; raises a `ValueError` for what is no case.
         draw: Makes a figure of results, if there is anything to draw.
+        command: Runs it from a command line of its own; None for that of all benchmarks, `runner.main`.
     """
 
     name: str
@@ -158,6 +163,7 @@ class Benchmark:
     packages: tuple[str, ...] = ()
     find: Callable[[str], Sequence[Case]] | None = None
     draw: Callable[[Sequence[Result]], "Figure | None"] | None = None
+    command: Callable[[Sequence[str]], object] | None = None
 
     def cases_named(self, name: str) -> Sequence[Case]:
         """The cases of a name, which may leave out the benchmark's.

@@ -2,18 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from datamodules.detection.datamodule import DetectionBatch
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.networks.images import backbone
 from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.networks.images.batching import NormalizedBatch
 from lightning_attn.networks.images.heads.detection import DetectorSpec
 from lightning_attn.networks.images.network import Detector
+
+if TYPE_CHECKING:
+    from datamodules.detection.datamodule import DetectionBatch  # needs Lightning, which a network does not
 
 ATTENTIONS: Mapping[str, dict[str, Any]] = {
     "none": {"mechanism": "none"},
@@ -55,7 +57,15 @@ class Problem:
             f"{self.height}x{self.width}"
         )
 
-    def batch(self, seed: int = 0) -> DetectionBatch:
+    def batch(self, seed: int = 0) -> "DetectionBatch":
+        """`samples` as a data module gives them."""
+        from datamodules.detection.datamodule import DetectionBatch
+
+        images, targets = self.samples(seed)
+        sizes = torch.tensor([[self.height, self.width]] * self.images)
+        return DetectionBatch(torch.arange(self.images), images, targets, sizes)  # type: ignore[arg-type]
+
+    def samples(self, seed: int = 0) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Random images with random boxes, each at most half as wide and high as its image."""
         generator = torch.Generator().manual_seed(seed)
         size = torch.tensor((self.width, self.height))
@@ -68,8 +78,7 @@ class Problem:
             boxes = torch.cat((corners * size, (corners + extents) * size), dim=1)
             labels = torch.randint(1, self.classes + 1, (self.boxes,), generator=generator)
             targets.append({"boxes": boxes, "labels": labels})
-        sizes = torch.tensor([[self.height, self.width]] * self.images)
-        return DetectionBatch(torch.arange(self.images), images, targets, sizes)  # type: ignore[arg-type]
+        return images, targets
 
     def attention(self, side: str) -> AttentionSpec:
         """The attention of one of `ATTENTIONS`."""
@@ -114,13 +123,13 @@ def build_backbone(problem: Problem, attention: AttentionSpec) -> nn.Module:
     return network
 
 
-def normalized(batch: DetectionBatch) -> Tensor:
+def normalized(batch: "DetectionBatch") -> Tensor:
     """The images as a backbone takes them, `[B, 3, H, W]`."""
     images: Tensor = NormalizedBatch()(batch.images, 32)
     return images
 
 
-def detector_loss(network: nn.Module, batch: DetectionBatch) -> tuple[Tensor, dict[str, float]]:
+def detector_loss(network: nn.Module, batch: "DetectionBatch") -> tuple[Tensor, dict[str, float]]:
     """The sum of a detector's losses, and each of them."""
     losses = network(batch.images, batch.targets)
     return torch.stack(list(losses.values())).sum(), {name: float(loss.detach()) for name, loss in losses.items()}

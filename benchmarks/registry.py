@@ -12,6 +12,7 @@ NAMES = (
     "segmentation",
     "segmentation_loading",
     "memory_growth",
+    "device_check",
 )
 
 

@@ -10,16 +10,17 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table as StyledTable
 
 from benchmarks.case import Benchmark, Case, Table
 from benchmarks.fresh_process import REPOSITORY
 from benchmarks.results import Result, Target, ratio
 from lightning_attn.io import unused_path, write_figure, write_json, write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console  # what a terminal needs; files are written without it
 
 _WIDTH = 220  # characters of the output where it is a file, which has no width of its own
 
@@ -114,13 +115,17 @@ def tabulate(case: Case, result: Result) -> Table:
     return Table(header, cells, [*notes, *case.notes(result)])
 
 
-def output_console() -> Console:
+def output_console() -> "Console":
     """The output, wide where it is a file."""
+    from rich.console import Console
+
     return Console() if sys.stdout.isatty() else Console(width=_WIDTH)
 
 
-def print_result(console: Console, case: Case, result: Result) -> None:
+def print_result(console: "Console", case: Case, result: Result) -> None:
     """A table with its notes; red is what missed its target."""
+    from rich.table import Table as StyledTable
+
     table = tabulate(case, result)
     console.print(f"{result.case}: {result.title}", style="italic", highlight=False, markup=False)
     styled = StyledTable()
@@ -211,12 +216,20 @@ def write_report(benchmark: Benchmark, reports: Sequence[Report], folder: Path, 
     """
     path = unused_path(folder / f"{stem}.md")
     if len(reports) == 1:
-        [report] = reports
-        values = report._asdict() | {"results": [dataclasses.asdict(result) for result in report.results]}
-        path = write_json(unused_path(folder / f"{stem}.json"), values).with_suffix(".md")
+        path = write_json(unused_path(folder / f"{stem}.json"), _values(reports[0])).with_suffix(".md")
     write_text(path, markdown(benchmark, reports))
     figure = None if benchmark.draw is None else benchmark.draw(merged(reports))
     if figure is not None:
         write_figure(path.with_suffix(".png"), figure)
     print(f"Results: {path.with_suffix('')}.*")
     return path
+
+
+def update_report(benchmark: Benchmark, report: Report, path: Path) -> None:
+    """Replaces the JSON file `path` of a run in progress, and the Markdown beside it; each is complete at any time."""
+    write_json(path, _values(report), replace=True)
+    write_text(path.with_suffix(".md"), markdown(benchmark, [report]), replace=True)
+
+
+def _values(report: Report) -> dict[str, Any]:
+    return report._asdict() | {"results": [dataclasses.asdict(result) for result in report.results]}

@@ -3,7 +3,9 @@
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+Outcome: TypeAlias = Literal["measured", "wrong", "failed", "not run"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident memory of a process of its own, in bytes."""
+    """Resident memory of a process of its own, or what an accelerator's allocator holds, in bytes."""
 
     before: int
     peak: int
@@ -104,6 +106,8 @@ class Comparison:
             value; None where none was compared.
         figures: Everything else that was measured, as plain values.
         targets: Figures beside their bounds.
+        outcome: `wrong` if a value is incorrect, `failed` after an error, `not run` if time or a package is missing.
+        reason: Why it is not `measured`.
     """
 
     name: str = ""
@@ -111,6 +115,13 @@ class Comparison:
     difference: float | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
+    outcome: Outcome = "measured"
+    reason: str = ""
+
+    def add_wrong(self, reason: str) -> None:
+        """Marks it as incorrect; reasons add up."""
+        earlier = f"{self.reason}; " if self.outcome == "wrong" else ""
+        self.outcome, self.reason = "wrong", earlier + reason
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import math
 import signal
@@ -11,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as StyledTable
 
 from benchmarks import registry
 from benchmarks.case import Benchmark, Case, Run
@@ -137,6 +135,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str], **settings: Any) -> lis
         SystemExit: If the arguments are wrong, something is not installed, or with 130 after an interrupt, when what
             was measured is written.
     """
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
     parser = argument_parser(benchmark)
     options = parser.parse_args(arguments)
     console = output_console()
@@ -209,6 +210,8 @@ def run_as_command(name: str) -> None:
 
 def list_cases() -> None:
     """Prints all cases."""
+    from rich.table import Table as StyledTable
+
     table = StyledTable(
         "case", "what is compared", title="python -m benchmarks CASE... [options]", title_justify="left"
     )
@@ -247,6 +250,8 @@ def run_named(arguments: Sequence[str]) -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from error
     for benchmark, _ in chosen.values():
-        argument_parser(benchmark).parse_args(options)  # no benchmark starts before the options of all are read
+        if benchmark.command is None:
+            argument_parser(benchmark).parse_args(options)  # no benchmark starts before the options of all are read
     for benchmark, cases in chosen.values():
-        main(benchmark, [*options, *(["--cases", ",".join(cases)] if cases else [])])
+        run = functools.partial(main, benchmark) if benchmark.command is None else benchmark.command
+        run([*options, *(["--cases", ",".join(cases)] if cases else [])])

@@ -112,7 +112,7 @@ def test_mid_epoch_resume_on_two_ranks(run_process, tiny_config, in_folder):
 def test_detection_on_two_ranks(run, run_process, detection_config, coco, in_folder):
     """One image of five on a rank, or none: the same scores and files, and nobody waits for ever."""
     runs = in_folder / "checkpoints" / "detection"
-    longer = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 2]
+    longer = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 15]
     run_process("fit", "-c", detection_config, "--run.name", "two", *longer, *TWO_RANKS)
     stored = ["-c", runs / "two" / "config_fit.yaml", "--ckpt_path", runs / "two" / "last.ckpt"]
     single = ["--data.eval_batch_size", 1]  # the padding of an image does not depend on its neighbours
@@ -141,7 +141,7 @@ def test_detection_on_two_ranks(run, run_process, detection_config, coco, in_fol
 def test_segmentation_on_two_ranks(run, run_process, segmentation_config, cityscapes, in_folder):
     """The same confusion matrix and the same files, also where a rank has no image."""
     run_directory = in_folder / "checkpoints" / "segmentation" / "two"
-    longer = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 2]
+    longer = ["--trainer.max_steps", 30, "--trainer.val_check_interval", 15]
     run_process("fit", "-c", segmentation_config, "--run.name", "two", *longer, *TWO_RANKS)
     stored = ["-c", run_directory / "config_fit.yaml", "--ckpt_path", run_directory / "last.ckpt"]
     run("predict", *stored, *ONE_RANK)

@@ -1,5 +1,6 @@
 """What `benchmarks.attention` compares with: a plain way, torch's fused attention, mmcv's and torchvision's modules."""
 
+import functools
 import math
 
 import torch
@@ -14,11 +15,14 @@ from lightning_attn.networks.weights.mmcv import to_mmcv
 
 
 class FloorAttention(nn.Module):
-    """E1 alone by torch's fused attention, with the same four projections and stride as the modules compared."""
+    """E1 alone by torch's fused attention, with the same four projections and stride as the modules compared.
 
-    def __init__(self, dim: int, ndim: int, kv_stride: int) -> None:
+    With a window, on maps of stride 1, the fused attention gets the keys outside as a mask of all pairs.
+    """
+
+    def __init__(self, dim: int, ndim: int, kv_stride: int, causal: bool = False, window: int | None = None) -> None:
         super().__init__()
-        self.ndim, self.kv_stride = ndim, kv_stride
+        self.ndim, self.kv_stride, self.causal, self.window = ndim, kv_stride, causal, window
         self.query, self.key, self.value = (self._projection(dim, bias=False) for _ in range(3))
         self.out = self._projection(dim, bias=True)
 
@@ -30,7 +34,8 @@ class FloorAttention(nn.Module):
         step = slice(None, None, self.kv_stride)
         keys = x[:, :, step, step] if self.ndim == 2 else x[:, step]
         query, key, value = self._heads(self.query(x)), self._heads(self.key(keys)), self._heads(self.value(keys))
-        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        mask = None if self.window is None else _inside_window(self.window, (x.shape[2], x.shape[3]), x.device)
+        attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=self.causal, scale=1.0)
         if self.ndim == 1:
             out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         else:
@@ -120,6 +125,70 @@ class NaiveAttention(nn.Module):
         return torch.unflatten(projected, 2, (HEADS, -1)).transpose(1, 2)
 
 
+class UnfoldedAttention(nn.Module):
+    """Attention in a window of a map as one writes it first: the keys of every window side by side, by `unfold`.
+
+    It has the parameters of a `TransformerAttention`, and gives the same.
+    """
+
+    def __init__(self, attention: TransformerAttention) -> None:
+        super().__init__()
+        self.e1, self.e2, self.e3, self.e4 = parse_terms(attention.terms)
+        assert isinstance(attention.window, int)
+        self.window = attention.window
+        self.parts = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to the same."""
+        parts, (batch, _, height, width) = self.parts, x.shape
+        z = x.flatten(2).transpose(1, 2)
+        energies = x.new_zeros(())
+        query = None
+        if self.e1 or self.e2:
+            query = torch.unflatten(parts.query_proj(z), 2, (parts.num_heads, -1))  # [B, N, M, d]
+        if self.e1 or self.e3:
+            keys = self._windows(parts.key_proj, z, height)
+            if query is None or not self.e1:
+                energies = energies + torch.einsum("md,bmdkn->bmkn", parts.key_bias, keys)
+            else:
+                content = query + parts.key_bias if self.e3 else query
+                energies = energies + torch.einsum("bnmd,bmdkn->bmkn", content, keys)
+        if self.e2 or self.e4:
+            relative = self._relative(x.device)
+            if query is None or not self.e2:
+                energies = energies + torch.einsum("md,kmd->mk", parts.position_bias, relative)[None, :, :, None]
+            else:
+                content = query + parts.position_bias if self.e4 else query
+                energies = energies + torch.einsum("bnmd,kmd->bmkn", content, relative)
+        outside = F.unfold(x.new_ones(1, 1, height, width), self.window, padding=self.window // 2) == 0
+        weights = energies.expand(batch, -1, -1, height * width).masked_fill(outside, -math.inf).softmax(2)
+        attended = torch.einsum("bmkn,bmdkn->bnmd", weights, self._windows(parts.value_proj, z, height)).flatten(2)
+        out: Tensor = parts.out_proj(attended)
+        return out.transpose(1, 2).reshape(x.shape)
+
+    def _windows(self, projection: nn.Module, z: Tensor, height: int) -> Tensor:
+        """The projected contents of every window, `[B, M, d, taps, N]`."""
+        grid = torch.unflatten(projection(z).transpose(1, 2), 2, (height, -1))
+        windows = F.unfold(grid, self.window, padding=self.window // 2)
+        return windows.view(len(z), self.parts.num_heads, self.parts.head_dim, self.window**2, z.shape[1])
+
+    def _relative(self, device: torch.device) -> Tensor:
+        """V^R R of every tap, `[taps, M, d]`."""
+        offsets = torch.arange(self.window, device=device) - self.window // 2
+        along = relative_encoding(offsets, self.parts.dim // 2)
+        x_first = torch.cat([along.repeat(self.window, 1), along.repeat_interleave(self.window, 0)], dim=1)
+        projected = F.linear(x_first, self.parts.position_proj.weight) / math.sqrt(2)
+        return torch.unflatten(projected, 1, (self.parts.num_heads, -1))
+
+
+@functools.lru_cache(maxsize=2)
+def _inside_window(window: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """True where a key of a map is in the window around a query, `[N, N]`."""
+    rows, columns = (torch.arange(n, device=device) for n in size)
+    near_y, near_x = ((n[:, None] - n).abs() <= window // 2 for n in (rows, columns))
+    return (near_y[:, None, :, None] & near_x[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
 class TorchvisionDeformable(nn.Module):
     """torchvision's operator with a convolution that makes its offsets."""
 
@@ -137,24 +206,30 @@ class TorchvisionDeformable(nn.Module):
         return out
 
 
-def build_module(side: str, shape: Shape, kind: str) -> nn.Module:
+def build_module(side: str, shape: Shape, kind: str, *, causal: bool = False, window: int | None = None) -> nn.Module:
     """The module of a side; the same seed gives all sides of a kind, save the floor, the same weights.
 
     A map's attention is in a gated residual, as mmcv's is.
 
     Args:
-        side: `"ours"`, `"naive"`, `"mmcv"`, `"torchvision"` or `"floor"`.
+        side: `"ours"`, `"naive"`, `"unfold"`, `"mmcv"`, `"torchvision"` or `"floor"`.
         shape: Size of the problem.
         kind: Term set, or `"deformable"`.
+        causal: Hide later keys; of ours and the floor.
+        window: Width of the window that keys come from; of ours, `unfold` and the floor.
     """
     torch.manual_seed(0)
     if kind == "deformable":
         return _build_deformable(side, shape.channels)
     if side == "floor":
-        return _gated(FloorAttention(shape.channels, shape.ndim, shape.kv_stride), shape)
-    attention = TransformerAttention(shape.channels, HEADS, kind, ndim=shape.ndim, kv_stride=shape.kv_stride)
+        return _gated(FloorAttention(shape.channels, shape.ndim, shape.kv_stride, causal, window), shape)
+    attention = TransformerAttention(
+        shape.channels, HEADS, kind, ndim=shape.ndim, kv_stride=shape.kv_stride, causal=causal, window=window
+    )
     if side == "naive":
         return _gated(NaiveAttention(attention), shape)
+    if side == "unfold":
+        return _gated(UnfoldedAttention(attention), shape)
     if side == "ours":
         return _gated(attention, shape)
     from mmcv.cnn.bricks import GeneralizedAttention

@@ -53,7 +53,7 @@ class TorchTransformer(nn.Module):
         states = self.transformer(
             self._embed(source),
             self._embed(inputs),
-            tgt_mask=torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool).triu(1),
+            tgt_mask=torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool, device=inputs.device).triu(1),
             tgt_is_causal=True,
             src_key_padding_mask=padding,
             memory_key_padding_mask=padding,

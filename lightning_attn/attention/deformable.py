@@ -5,7 +5,7 @@ outside the input. That is A_m(q, k) = G(k, q + p_m + offset_m(q)) with the bili
 G(a, b) = prod over axes of max(0, 1 - |a - b|). Offsets come from a convolution of the same kernel.
 """
 
-import dataclasses
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d
 from typing_extensions import override
 
@@ -21,6 +20,14 @@ from lightning_attn.attention import reference
 from lightning_attn.attention.decoding import DeformableConvCache
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
+from lightning_attn.attention.sampling import (
+    Geometry,
+    axis_taps,
+    by_tap,
+    convolve_by_gather,
+    find_corners,
+    sampled_product,
+)
 from lightning_attn.attention.transforms import is_transformed
 from lightning_attn.errors import InputError
 from lightning_attn.validation import (
@@ -32,13 +39,13 @@ from lightning_attn.validation import (
     require_ndim,
 )
 
-Algorithm = Literal["auto", "gather", "torchvision", "reference"]
+Algorithm = Literal["auto", "gather", "triton", "torchvision", "reference"]
 
 Sizes = int | Sequence[int]
 """One number for every axis, or one for each: (y, x) in maps."""
 
-BLOCK_ELEMENTS = 4_000_000
-"""Sampled values in memory at once, 16 MB: larger blocks cost new memory pages, smaller ones more calls."""
+HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
+"""Whether kernels can be compiled for maps on CUDA."""
 
 _MAX_OFFSET = 1e7
 """Larger than any map, and exact in float32."""
@@ -77,9 +84,10 @@ class DeformableConv(nn.Module):
         causal: See above; needs `ndim=1` and `stride=1`.
         bias: Add a learned vector to every output.
         algorithm: `"gather"` samples all taps with one weighted gather and multiplies them with `weight` in blocks;
-            `"torchvision"` is torchvision's operator, for maps; `"reference"` is the equation in plain loops, for
-            tests; `"auto"` is torchvision's operator for maps on CUDA and the gather elsewhere. All give the same
-            numbers.
+            `"triton"` is our kernels for maps on CUDA, which follow autocast and whose gradients are deterministic;
+            `"torchvision"` is torchvision's operator, for maps, in float32 or better; `"reference"` is the equation in
+            plain loops, for tests. `"auto"` is the kernels for maps on CUDA (torchvision's operator where Triton is not
+            installed) and the gather elsewhere. All give the same numbers.
         groups: Groups of channels that are convolved separately, as in torch's convolutions.
         offset_groups: Groups of input channels with separate offsets (and modulation).
         device: Of the parameters, as in torch's modules.
@@ -225,8 +233,8 @@ class DeformableConv(nn.Module):
             raise ValueError("new_cache: only a causal convolution is decoded step by step; build it with causal=True.")
         return DeformableConvCache()
 
-    def _geometry(self) -> "_Geometry":
-        return _Geometry(self.kernel_size, self.stride, self.dilation, self.padding, self.causal)
+    def _geometry(self) -> Geometry:
+        return Geometry(self.kernel_size, self.stride, self.dilation, self.padding, self.causal)
 
     def _past(self) -> int:
         """How far the first tap of a causal convolution lies before its query."""
@@ -235,7 +243,11 @@ class DeformableConv(nn.Module):
     def _offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Offsets and modulation, in the layout of `deformable_conv`.
 
-        In the dtype of `offset` also under autocast: in bfloat16 an offset of 5 has a resolution of 1/32.
+        In the dtype of `offset`, float32 as a rule, also under autocast. A convolution in bfloat16 would round its
+        result to eight bits: offsets between 8 and 16 to multiples of 1/16, so that bilinear weights are off by up to
+        1/32, and steps of training smaller than that would not move a tap. Positions, offset plus place on the map,
+        are never in bfloat16, where those from 64 on are multiples of one half. TF32, torch's default for convolutions
+        on CUDA, rounds the factors to eleven bits and sums in float32, and is precise enough.
         """
         with without_autocast(x.device):
             dtype = next((p.dtype for p in self.offset.parameters() if p.is_floating_point()), x.dtype)
@@ -258,12 +270,12 @@ class DeformableConv(nn.Module):
         first, past = cache.length, self._past()
         cache.append(x)
         offset, mask = self._offsets(cache.read(first - past))
-        move = _by_tap(offset, self.offset_groups)
-        mask = None if mask is None else _by_tap(mask, self.offset_groups)
-        start = _axis_taps(x.shape[1], self.kernel_size[0], 1, self.dilation[0], past - first, offset)
+        move = by_tap(offset, self.offset_groups)
+        mask = None if mask is None else by_tap(mask, self.offset_groups)
+        start = axis_taps(x.shape[1], self.kernel_size[0], 1, self.dilation[0], past - first, offset)
         last = torch.arange(first, cache.length, device=x.device)[:, None, None, None]
-        index, weights = _corners([move + start.unsqueeze(-1)], [cache.length], last, mask)
-        product = _sampled_product(
+        index, weights = find_corners([move + start.unsqueeze(-1)], [cache.length], last, mask)
+        product = sampled_product(
             cache.storage[None],
             cache.rows(index).flatten(0, 1)[None],
             weights.to(cache.storage.dtype).flatten(0, 1)[None],
@@ -297,10 +309,7 @@ def deformable_conv(
 ) -> Tensor:
     """Deformable convolution with given offsets (Eq. 4), in one or two dimensions by the rank of `x`.
 
-    The gather needs, besides its inputs and output, a copy of `x` with one more position and, for the backward pass,
-    an index and a weight per tap and corner: with K taps and N queries 48 K N bytes in two dimensions, 1.8 MB for 3 x 3
-    at 50 x 84. The sampled values (C K N values, 39 MB there with 256 channels) exist in blocks of about 16 MB only,
-    and are sampled again in the backward pass.
+    What the taps read, C K N values for K taps and N queries, is not kept for the backward pass but read again.
 
     Args:
         x: `[B, L, C]` or `[B, C, H, W]`.
@@ -342,90 +351,18 @@ def deformable_conv(
 
     if algorithm == "reference":
         return _by_reference(x, offset, weight, bias, mask, geometry, groups)
-    on_map = ndim == 2 and not causal
-    if algorithm == "torchvision" or (algorithm == "auto" and on_map and x.is_cuda and not is_transformed()):
+    if algorithm == "auto":
+        algorithm = _fastest(x)
+    if algorithm == "torchvision":
         return _torchvision(x, offset, weight, bias, mask, geometry)
-
-    rows = x if ndim == 1 else x.flatten(2).transpose(1, 2)
-    # Axes of moves, mask and positions: sample, query (two axes in a map), tap (two axes in a map), group of offsets.
-    if ndim == 1:
-        moves = [_by_tap(offset, groups)]
-        mask = None if mask is None else _by_tap(mask, groups)
-    else:
-        moves = list(torch.unflatten(offset, 1, (groups, *kernel, 2)).permute(4, 0, 5, 6, 2, 3, 1))
-        mask = None if mask is None else torch.unflatten(mask, 1, (groups, *kernel)).permute(0, 4, 5, 2, 3, 1)
-    positions = []
-    for axis, (move, count) in enumerate(zip(moves, outputs, strict=True)):
-        left = geometry.reach(axis) if causal else geometry.padding[axis]
-        start = _axis_taps(count, kernel[axis], geometry.stride[axis], geometry.dilation[axis], left, move)
-        shape = [1] * (2 * ndim + 1)
-        shape[axis], shape[ndim + axis] = count, kernel[axis]
-        positions.append(move + start.view(shape))
-    sizes = list(x.shape[1:2] if ndim == 1 else x.shape[2:])
-    last = torch.arange(sizes[0], device=x.device)[:, None, None, None] if causal else None
-    index, weights = _corners(positions, sizes, last, mask)
-    dtype = computation_dtype(x)
-    flat = (x.shape[0], math.prod(outputs), geometry.taps, groups, 2**ndim)
-    product = _convolve(
-        F.pad(rows, (0, 0, 1, 0)).to(dtype), index.reshape(flat), weights.to(dtype).reshape(flat), weight, bias
-    )
-    if ndim == 1:
-        return product
-    result = torch.unflatten(product.transpose(1, 2), 2, outputs)
-    # In the memory format of x: later layers are slow if formats alternate.
-    if is_transformed():  # the memory format is unknown there
-        return result
-    return result if x.is_contiguous(memory_format=torch.channels_last) else result.contiguous()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Geometry:
-    """The positions of the taps before offsets are added; one number for each axis, y before x."""
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[int, ...]
-    causal: bool
-
-    @property
-    def taps(self) -> int:
-        """Number of taps K."""
-        return math.prod(self.kernel_size)
-
-    def reach(self, axis: int) -> int:
-        """Distance from the first to the last tap."""
-        return self.dilation[axis] * (self.kernel_size[axis] - 1)
-
-    def output_sizes(self, x: Tensor) -> list[int]:
-        """The grid of queries for `[B, L, C]` or `[B, C, H, W]`.
-
-        Raises:
-            ValueError: If `x` is too small for any query.
-        """
-        sizes = list(x.shape[1:2] if x.dim() == 3 else x.shape[2:])
-        reaches = [self.reach(axis) for axis in range(len(sizes))]
-        if self.causal:
-            least = [1]
-            outputs = sizes
-        else:
-            least = [max(1, reach - 2 * pad + 1) for reach, pad in zip(reaches, self.padding, strict=True)]
-            outputs = [
-                (size + 2 * pad - reach - 1) // stride + 1
-                for size, pad, reach, stride in zip(sizes, self.padding, reaches, self.stride, strict=True)
-            ]
-        if any(size < needed for size, needed in zip(sizes, least, strict=True)):
-            raise InputError(
-                f"x must have at least {_format_sizes(least)} positions along each axis for "
-                f"kernel_size={_format_sizes(self.kernel_size)}, dilation={_format_sizes(self.dilation)} and "
-                f"padding={_format_sizes(self.padding)}, got shape {tuple(x.shape)}."
-            )
-        return outputs
+    if algorithm == "triton" and not is_transformed():
+        return _triton(x, offset, weight, bias, mask, geometry)
+    return convolve_by_gather(x, offset, weight, bias, mask, geometry, groups)
 
 
 def _geometry(
     ndim: int, kernel_size: Sizes, stride: Sizes, dilation: Sizes, padding: Sizes | None, causal: bool
-) -> _Geometry:
+) -> Geometry:
     """Checked sizes for every axis."""
     kernel, strides, dilations = (
         _sizes(name, value, ndim, 1)
@@ -442,7 +379,7 @@ def _geometry(
                 f"causal=True pads {reaches[0]} zeros on the left only; leave padding=None, got {padding}."
             )
     pads = tuple(reach // 2 for reach in reaches) if padding is None else _sizes("padding", padding, ndim, 0)
-    return _Geometry(kernel, strides, dilations, pads, causal)
+    return Geometry(kernel, strides, dilations, pads, causal)
 
 
 def _sizes(name: str, value: Sizes, ndim: int, least: int) -> tuple[int, ...]:
@@ -456,11 +393,6 @@ def _sizes(name: str, value: Sizes, ndim: int, least: int) -> tuple[int, ...]:
     for number in value:
         require_int(name, number, least)
     return tuple(value)
-
-
-def _format_sizes(values: Sequence[int]) -> str:
-    """One number if all are equal, else all of them."""
-    return str(values[0]) if len(set(values)) == 1 else str(tuple(values))
 
 
 def _check_groups(in_channels: int, out_channels: int, groups: int, offset_groups: int) -> None:
@@ -477,8 +409,12 @@ def _check_groups(in_channels: int, out_channels: int, groups: int, offset_group
 def _check_algorithm(algorithm: str, ndim: int) -> None:
     if algorithm not in get_args(Algorithm):
         raise InputError(f"algorithm must be one of {list(get_args(Algorithm))}, got {algorithm!r}.")
-    if algorithm == "torchvision" and ndim == 1:
-        raise InputError("algorithm='torchvision' supports maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
+    if algorithm in ("triton", "torchvision") and ndim == 1:
+        raise InputError(f"algorithm={algorithm!r} supports maps only; for sequences (ndim=1) use 'auto' or 'gather'.")
+    if algorithm == "triton" and not HAS_TRITON:
+        raise InputError(
+            "algorithm='triton' needs the package triton, which is not installed: install it, or use 'auto'."
+        )
 
 
 def _rename_from_mmcv(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -488,165 +424,13 @@ def _rename_from_mmcv(module: nn.Module, state: dict[str, Any], prefix: str, *_:
             state[prefix + ours + name.removeprefix(prefix + theirs)] = state.pop(name)
 
 
-def _by_tap(channels: Tensor, groups: int) -> Tensor:
-    """Offsets or modulation of sequences by tap and group, `[B, L', k, groups]`, of `[B, L', groups k]`."""
-    return torch.unflatten(channels, 2, (groups, -1)).transpose(2, 3)
-
-
-def _axis_taps(count: int, kernel_size: int, stride: int, dilation: int, left: int, like: Tensor) -> Tensor:
-    """Positions of the taps of each query along one axis before offsets, `[count, k]`, in float32 or better."""
-    queries = torch.arange(count, device=like.device) * stride - left
-    taps = torch.arange(kernel_size, device=like.device) * dilation
-    return (queries[:, None] + taps).to(computation_dtype(like))
-
-
-def _corners(
-    positions: list[Tensor], sizes: list[int], last: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The grid points around each sampling position and their bilinear weights G(k, position), times `mask`.
-
-    Args:
-        positions: One tensor per axis, y before x, all of one shape.
-        sizes: Number of grid points along each axis.
-        last: The last grid point that may be read, to broadcast against `[positions, corner]`; None for all.
-        mask: Factor on the weights, in the shape of a position.
-
-    Returns:
-        Indices, 1 + the number of the grid point in raster order, or 0 outside; and weights. Each has the shape of a
-        position with one more axis for the 2 or 4 corners.
-    """
-    index = torch.zeros((), dtype=torch.long, device=positions[0].device)
-    inside = torch.ones((), dtype=torch.bool, device=positions[0].device)
-    weights = positions[0].new_ones(()) if mask is None else mask[..., None]
-    for position, size in zip(positions, sizes, strict=True):
-        # Any position further outside gives the same and must not overflow the integer. At -1 itself the slope is that
-        # of position 0.
-        position = position.clamp(-2, size)
-        lower = position.detach().floor()
-        fraction = position - lower
-        corner = torch.stack((lower, lower + 1), dim=-1)
-        within = (corner >= 0) & (corner <= (size - 1 if last is None else last))
-        inside = (inside[..., None] & within[..., None, :]).flatten(-2)
-        index = (index[..., None] * size + corner.long()[..., None, :]).flatten(-2)
-        bilinear = torch.stack((1 - fraction, fraction), dim=-1)
-        weights = (weights[..., None] * bilinear[..., None, :]).flatten(-2)
-    # NaN positions are never inside; their weights stay NaN.
-    return torch.where(inside, index + 1, 0), weights
-
-
-def _convolve(rows: Tensor, index: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`_sampled_product` in blocks, whose samples are not saved for the backward pass but recomputed.
-
-    Small blocks are faster as well: sampled values stay in the caches. Exported programs, whose lengths may be
-    symbolic, and transforms, which support no recomputation, use one block.
-    """
-    batch, queries, taps = index.shape[:3]
-    if torch.compiler.is_exporting() or is_transformed() or 0 in index.shape:
-        return _sampled_product(rows, index, weights, weight, bias)
-    block_queries = max(1, BLOCK_ELEMENTS // (taps * rows.shape[2]))
-    block_samples = max(1, block_queries // queries)
-    parts = math.ceil(queries / block_queries)
-    outputs = []
-    for samples in zip(*(torch.split(t, block_samples) for t in (rows, index, weights)), strict=True):
-        for part in zip(samples[1].chunk(parts, dim=1), samples[2].chunk(parts, dim=1), strict=True):
-            arguments = (samples[0], *part, weight, bias)
-            if torch.is_grad_enabled():
-                block = checkpoint(_sampled_product, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                block = _sampled_product(*arguments)
-            outputs.append(block.flatten(0, 1))
-    return torch.unflatten(torch.cat(outputs), 0, (batch, queries))
-
-
-def _sampled_product(rows: Tensor, index: Tensor, weights: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Samples the taps of each query and multiplies them with the weights of the convolution.
-
-    Args:
-        rows: The contents to sample from, `[B, R, C]`; row 0 of each sample is zero.
-        index: Rows to read, of the same sample, `[B, N, K, groups of offsets, corners]`.
-        weights: Their bilinear weights, in the dtype of `rows`.
-        weight: `[out, C / groups, k(_y, k_x)]`, K in all.
-        bias: `[out]`.
-
-    Returns:
-        `[B, N, out]`.
-    """
-    batch, queries, taps, offset_groups, corners = index.shape
-    channels = rows.shape[2]
-    # One row for each group of channels, one after the other.
-    table = rows.reshape(-1, channels // offset_groups)
-    first = torch.arange(batch, device=index.device)[:, None, None, None, None] * rows.shape[1]
-    bags = (index + first) * offset_groups
-    if offset_groups > 1:
-        bags = bags + torch.arange(offset_groups, device=index.device)[:, None]
-    sampled = _weighted_rows(table, bags.view(-1, corners), weights.reshape(-1, corners))
-    sampled = sampled.view(batch * queries, taps, channels).to(weight.dtype)
-    groups = channels // weight.shape[1]
-    matrix = weight.flatten(2).transpose(1, 2)  # [out, K, C / groups]: channels of a tap are contiguous, as sampled
-    if groups > 1:
-        by_group = torch.unflatten(sampled, 2, (groups, -1))
-        product = torch.einsum("nkgc,gokc->ngo", by_group, torch.unflatten(matrix, 0, (groups, -1))).flatten(1)
-        product = product if bias is None else product + bias.to(product.dtype)
-    elif sampled.is_cpu and sampled.shape[0] and not (torch.compiler.is_compiling() or is_transformed()):
-        # The same product as a 1x1 convolution, which is faster on the CPU (26 against 44 ms for a map of 50 x 84 with
-        # 256 channels).
-        image = sampled.flatten(1)[None, :, None].permute(0, 3, 1, 2)
-        product = F.conv2d(image, matrix.flatten(1)[:, :, None, None], bias)[0, :, :, 0].T
-    else:
-        product = F.linear(sampled.flatten(1), matrix.flatten(1), bias)
-    return torch.unflatten(product, 0, (batch, queries))
-
-
-def _weighted_rows(table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of rows of a table `[R, C]`, with row indices and weights `[n, corners]`: `[n, C]`."""
-    if is_transformed() or 0 in bags.shape:
-        return torch.einsum("nkc,nk->nc", table[bags], weights)
-    if torch.compiler.is_compiling():
-        return F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
-    rows: Tensor = _WeightedRows.apply(table, bags, weights)
-    return rows
-
-
-class _WeightedRows(torch.autograd.Function):
-    """`F.embedding_bag` with a backward pass that can be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
-        numbers = bags.flatten()
-        starts = torch.arange(0, bags.numel(), bags.shape[1], device=bags.device)
-        out, *places = torch.ops.aten._embedding_bag(table, numbers, starts, False, 0, False, weights.flatten())
-        ctx.save_for_backward(table, bags, weights, starts, *places)
-        result: Tensor = out
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        table, bags, weights, starts, *places = ctx.saved_tensors
-        needs_table, _, needs_weights = ctx.needs_input_grad
-        if torch.is_grad_enabled() or is_transformed():
-            by_bag = grad.unsqueeze(1) * weights.unsqueeze(2)
-            grad_table = torch.zeros_like(table).index_add(0, bags.flatten(), by_bag.flatten(0, 1))
-            grad_weights = torch.einsum("nkc,nc->nk", table[bags], grad)
-        else:
-            numbers, factors, place = bags.flatten(), weights.flatten(), places[0]
-            if needs_table:
-                grad_table = torch.ops.aten._embedding_bag_backward(
-                    grad, numbers, starts, *places, table.shape[0], False, 0, False, factors
-                )
-            if needs_weights:
-                grad_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                    grad, table, numbers, starts, place, 0
-                ).view_as(weights)
-        return grad_table if needs_table else None, None, grad_weights if needs_weights else None
-
-
 def _by_reference(
     x: Tensor,
     offset: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    geometry: _Geometry,
+    geometry: Geometry,
     offset_groups: int,
 ) -> Tensor:
     """The equation in loops, for one group and the same sizes along both axes.
@@ -672,8 +456,36 @@ def _by_reference(
     )
 
 
+def _fastest(x: Tensor) -> Algorithm:
+    """What `"auto"` takes: exported programs and transforms need plain operations."""
+    if x.dim() == 3 or not x.is_cuda or torch.compiler.is_exporting() or is_transformed():
+        return "gather"
+    return "triton" if HAS_TRITON else "torchvision"
+
+
+def _triton(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """Our kernels, in the dtype of autocast, or else that of the weight."""
+    from lightning_attn.attention.kernels import deformable as kernels  # imports Triton, which takes a while
+
+    if not (x.is_cuda or kernels.RUNS_ANYWHERE):
+        raise InputError(
+            f"algorithm='triton' needs a CUDA device, got x on {x.device.type!r}: move it there, or use 'auto', which "
+            "takes the fastest algorithm of every device. (TRITON_INTERPRET=1 in the environment interprets the "
+            "kernels, slowly.)"
+        )
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    result: Tensor = kernels.deformable_conv(
+        x, offset, weight, bias, mask, geometry.stride, geometry.dilation, geometry.padding, dtype
+    )
+    return result
+
+
 def _torchvision(
-    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, geometry: _Geometry
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, geometry: Geometry
 ) -> Tensor:
     """The operator of torchvision in float32 or better, without NaN offsets, for which it reads out of bounds."""
     dtype = computation_dtype(x)

@@ -30,6 +30,8 @@ class Energies:
         relative_keys: V^R R by axis (y, then x; None for the y of a sentence), `[offsets, M, d]` for the offsets of
             `layout.offset_range` and one more, float32 or better.
         layout: The grids.
+        is_linear_in_encoding: Whether V^R is a matrix, so that the energies along an axis lie in the space of the
+            encodings R. A layer that replaces it may add a bias or do anything else.
     """
 
     content_query: Tensor | None
@@ -38,6 +40,7 @@ class Energies:
     position_query: Tensor | None
     relative_keys: tuple[Tensor | None, Tensor] | None
     layout: Layout
+    is_linear_in_encoding: bool = True
 
     @property
     def position_is_shared(self) -> bool:

@@ -322,7 +322,8 @@ class TransformerAttention(nn.Module):
             position_query = self._by_head(self.position_bias, self.position_bias)
         if e2 or e4:
             relative_keys = self._relative_keys(layout, query.device)
-        return Energies(content_query, projected_key, key_energy, position_query, relative_keys, layout)
+        is_linear = not (e2 or e4) or has_only_weight(self.position_proj)
+        return Energies(content_query, projected_key, key_energy, position_query, relative_keys, layout, is_linear)
 
     def project_heads(self, projection: nn.Module, x: Tensor) -> Tensor:
         """Projects `[B, N, C]` of a sentence or `[B, C, N]` of a map to `[B, M, N, d]`, in the memory layout of `x`."""

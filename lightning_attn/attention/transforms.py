@@ -1,4 +1,4 @@
-"""Detects forward-mode derivatives, `torch.func` transforms and batched gradients.
+"""Detects forward-mode derivatives, `torch.func` transforms, batched gradients and dispatch modes.
 
 Our custom operators and torch's fused ones have no rule for these; the modules then use plain operations. The functions
 queried here are private to torch. Where one is missing, the answer is no, and torch itself raises an error.
@@ -33,3 +33,9 @@ def is_transformed(*tensors: Tensor) -> bool:
         return True
     batched = getattr(_functorch, "is_legacy_batchedtensor", None)
     return batched is not None and any(batched(tensor) for tensor in tensors)
+
+
+def has_dispatch_mode() -> bool:
+    """Whether a dispatch mode is active, such as `FlopCounterMode`, which sees every operator that runs."""
+    length = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    return length is not None and length() > 0

@@ -78,9 +78,9 @@ class RunRecord:
         return min(points) if best_mode(name) == "min" else max(points, key=lambda point: point[0])
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps that were logged."""
-        return max((points[-1][0] + 1 for points in self.curves.values() if points), default=0)
+    def steps(self) -> int | None:
+        """Optimizer steps that were logged; None if nothing was."""
+        return max((points[-1][0] + 1 for points in self.curves.values() if points), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,8 @@ class Comparison:
 
     def scores(self) -> list[tuple[str, ...]]:
         """Steps, best validation scores with their steps, and test scores: name, and the value in each run."""
-        rows: list[tuple[str, ...]] = [("steps", *(f"{run.steps:,}" for run in self.runs))]
+        steps = ["-" if run.steps is None else f"{run.steps:,}" for run in self.runs]
+        rows: list[tuple[str, ...]] = [("steps", *steps)]
         for name in sorted({name for run in self.runs for name in run.curves if name.startswith("val/")}):
             found = [run.best(name) for run in self.runs]
             rows.append((f"{name}, best", *("-" if one is None else f"{one[0]:.5g} at {one[1]:,}" for one in found)))

@@ -4,8 +4,6 @@ A `UserError` is shown as its message alone, and so is what the parser, Lightnin
 files. Any other error is a bug, of this project or of a class of the user's, and keeps its traceback.
 """
 
-import dataclasses
-import difflib
 import errno
 import inspect
 import itertools
@@ -23,20 +21,14 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_attn.cli.launching import dead_rank
-from lightning_attn.cli.run_options import RunOptions
+from lightning_attn.cli.parser_messages import clean_parser_message
 from lightning_attn.errors import UserError
-from lightning_attn.tasks import BaseTask
 from lightning_attn.training import run_directory
 
 TRACEBACK_VARIABLE = "LIGHTNING_ATTN_TRACEBACK"  # set to anything: errors keep their traceback
 
 _LONGEST_PATH = 200  # characters of a path that a message shows
 _RESUME = "What was saved is complete: resume with --ckpt_path auto."
-NOISE = re.compile(
-    r"^\s*(-\s*)?(Does not validate against any of the Union subtypes|Subtypes: |Errors:|Given value type: "
-    r"|Given value: |Expected a <class 'NoneType'>)"
-)
-"""Lines of the parser's messages that say nothing about the mistake."""
 
 __all__ = ["TRACEBACK_VARIABLE", "configure_messages", "message_of"]
 
@@ -167,56 +159,6 @@ def _has_lost_rank(text: str) -> bool:
 
 def _is_full(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def clean_parser_message(message: str) -> str:
-    """A parser's message without what says nothing about the mistake, and with the fix of common ones."""
-    lines = [line.rstrip() for line in message.splitlines() if line.strip() and not NOISE.match(line)]
-    text = re.sub(r"^\s*-\s*", "", "\n".join(lines))
-    if re.search(r"Expected a <class 'str'>. Got value: -?[0-9.]+$", text, re.MULTILINE):
-        text += (
-            '\nA text is expected. Quote it in YAML, as in terms: "0010": '
-            "unquoted, 0010 is the number 8 and 1111 an integer."
-        )
-    if re.search(r"Expected a <class 'tuple'>", text):
-        text += '\nA list is expected, such as "[0.8, 1.0]"; "[]" is an empty one.'
-    if 'Parser key "trainer.precision"' in text:
-        return "trainer.precision: give 32-true, bf16-mixed, 16-mixed or, for translation, 64-true."
-    literal = re.search(r"Expected a typing.Literal\[(.*?)\]", text)
-    if literal:
-        text += f"\nOne of {literal.group(1)} is expected."
-    missing = re.search(r"arguments are required: (.*)", text)
-    if missing and re.search(r"\b\w+\.(model|data)\b", missing.group(1)):
-        text += (
-            "\nGive a complete configuration, such as -c configs/detection/own_images.yaml, and yours after it; or a "
-            "checkpoint, which holds one (--ckpt_path FILE)."
-        )
-    elif missing and (key := re.search(r'Parser key "([\w.]+)"', text)):
-        names = [name for name in re.split(r"[,\s]+", missing.group(1)) if name]
-        text += f"\nGive {' and '.join(f'--{key.group(1)}.{name} VALUE' for name in names)} after it."
-    unknown = re.search(r"(?:not accept(?:ed)? option|Option|unrecognized arguments:) '?-*([\w.]+)", text)
-    if unknown:
-        wrong = unknown.group(1).split(".")
-        close = [name for part in wrong for name in difflib.get_close_matches(part, _known_options(), n=1, cutoff=0.75)]
-        close = [name for name in close if name not in wrong]
-        if close:
-            text += f"\nDid you mean {close[-1]!r}?"
-    return text
-
-
-def _known_options() -> set[str]:
-    """Names of the arguments of everything that can be configured."""
-    names = {"model", "data", "trainer", "run", "seed_everything", "ckpt_path", "class_path", "init_args"}
-    names |= {"format", "output", "size", "trust", "weights"}  # of the subcommands that run no Trainer
-    pending: list[type] = [pl.Trainer, BaseTask, pl.LightningDataModule, RunOptions]
-    while pending:
-        configurable = pending.pop()
-        pending += configurable.__subclasses__()
-        for parameter in inspect.signature(configurable).parameters.values():
-            names.add(parameter.name)
-            if dataclasses.is_dataclass(parameter.default):
-                names |= {field.name for field in dataclasses.fields(parameter.default)}
-    return names
 
 
 def configure_messages() -> None:

@@ -164,6 +164,25 @@ class BaseTask(pl.LightningModule):
         """The callbacks that every run of a task needs; a subclass extends this list."""
         return [ExactResume(), StopOnNonFinite(), Evaluation()]
 
+    @override
+    def setup(self, stage: str) -> None:
+        """Checks that a subclass's `configure_callbacks` keeps the callbacks of the base class.
+
+        Raises:
+            ValueError: If one is missing: scores or exact resume would be silently absent.
+        """
+        present = self.trainer.callbacks  # type: ignore[attr-defined]
+        missing = [
+            needed.__name__
+            for needed in (ExactResume, StopOnNonFinite, Evaluation)
+            if not any(isinstance(one, needed) for one in present)
+        ]
+        if missing:
+            raise InputError(
+                f"{type(self).__name__}.configure_callbacks leaves out {', '.join(missing)}, which every task needs: "
+                "return [*super().configure_callbacks(), ...]."
+            )
+
     def from_data(self, name: str) -> Any:
         """An attribute of the DataModule that the network is built from.
 

@@ -28,15 +28,12 @@ GRIDS = [
 ]
 
 
-@pytest.fixture(params=["one tile", "many tiles", "two threads"])
-def tiles(request, monkeypatch):
-    """Small tensors cut as large ones are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2 if request.param == "two threads" else 1)
+@pytest.fixture(params=["one tile", "many tiles", "for two threads"])
+def threads(request, monkeypatch):
+    """Small tensors cut as large ones are; the number of threads that they are cut for."""
     if request.param != "one tile":
         cut_small(monkeypatch)
-    yield
-    torch.set_num_threads(before)
+    return 2 if request.param == "for two threads" else 1
 
 
 def cut_small(monkeypatch, weights=50):
@@ -112,7 +109,7 @@ def some_padding(layout: Layout) -> Tensor:
 
 
 @pytest.mark.parametrize(("query_sizes", "key_sizes", "stride", "memory"), GRIDS)
-def test_tiles_give_the_literal_sums_and_gradients(tiles, query_sizes, key_sizes, stride, memory):
+def test_tiles_give_the_literal_sums_and_gradients(threads, query_sizes, key_sizes, stride, memory):
     torch.manual_seed(0)
     masks = [
         (False, None, False, None),
@@ -138,7 +135,7 @@ def test_tiles_give_the_literal_sums_and_gradients(tiles, query_sizes, key_sizes
             wanted = torch.autograd.grad(expected, inputs, grad)
             arguments = (query_sizes, key_sizes, stride, causal, window, 0.0, None, memory != "features outside")
             for keep in (False, True):
-                out, _ = tiled_attention(*tensors, padding, mask, *arguments, torch.get_num_threads(), keep)
+                out, _ = tiled_attention(*tensors, padding, mask, *arguments, threads, keep)
                 torch.testing.assert_close(out, expected, atol=1e-11, rtol=0)
                 for one, two in zip(torch.autograd.grad(out, inputs, grad), wanted, strict=True):
                     torch.testing.assert_close(one, two, atol=1e-10, rtol=0)
@@ -208,11 +205,10 @@ def test_each_algorithm_that_fits_gives_the_reference(terms, ndim, settings):
                 )
     e1, e2, _, e4 = (bit == "1" for bit in terms)
     masked = "causal" in settings or "window" in settings
-    assert {"dense", "tiled", "reference"} <= used
+    assert {"dense", "augmented_sdpa", "tiled", "reference"} <= used
     assert ("pooled" in used) == (terms == "0010" and not masked)
     assert ("separable" in used) == (terms in ("0001", "0011") and ndim == 2 and "causal" not in settings)
     assert ("sdpa" in used) == (e1 and not e2 and not e4)
-    assert ("augmented_sdpa" in used) == ((e1 or e2) and "window" not in settings)
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "dense", "tiled", "sdpa", "augmented_sdpa"])
@@ -244,6 +240,54 @@ def test_a_long_sentence_has_its_position_energies_as_further_features(monkeypat
         attention, x = make(terms, 1, "tiled", **settings), torch.randn(2, 70, 8).double()
         expected = make(terms, 1, "dense", **settings)(x)
         torch.testing.assert_close(attention(x), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["tiled", "augmented_sdpa"])
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_energies_of_a_layer_that_replaces_the_position_projection(ndim, algorithm, monkeypatch):
+    # They are in no space of few dimensions: that of the encodings is for a matrix alone.
+    monkeypatch.setattr(tiled, "MAX_SENTENCE_KEYS", 4)
+
+    class Bent(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(super().forward(x))
+
+    x = torch.randn(2, 40, 8) if ndim == 1 else torch.randn(2, 8, 9, 40)
+    for kind in (torch.nn.Linear, Bent) if ndim == 1 else (torch.nn.Linear,):
+        layer = kind(8, 8).double()
+        torch.nn.init.normal_(layer.bias, std=5.0)
+        one, other = make("1111", ndim, algorithm), make("1111", ndim, "dense")
+        one.position_proj = other.position_proj = layer
+        torch.testing.assert_close(one(x.double()), other(x.double()), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("terms", TERM_SETS)
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        ((600,), {"window": 5}),
+        ((600,), {"window": 5, "causal": True, "kv_stride": 2}),
+        ((19, 3), {"window": 3}),
+        ((19, 3), {"window": 1, "kv_stride": 2}),
+        ((1, 300), {"window": 3}),
+        ((5, 4), {"causal": True, "kv_stride": 2}),
+    ],
+    ids=str,
+)
+def test_blocks_of_a_window_and_masks_by_query(terms, sizes, settings):
+    ndim = len(sizes)
+    x = torch.randn(2, *sizes, 8) if ndim == 1 else torch.randn(2, 8, *sizes)
+    x = x.double().requires_grad_()
+    padding = torch.zeros(2, *sizes, dtype=torch.bool)
+    padding[1, ..., -2:] = True
+    count = x[0].numel() // 8
+    mask = torch.rand(2, 1, count, count) < 0.2 if count < 100 else None
+    results = []
+    for algorithm in ("augmented_sdpa", "dense"):
+        out = make(terms, ndim, algorithm, **settings)(x, key_padding_mask=padding, attention_mask=mask)
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize(("count", "stride", "features"), [(84, 1, 128), (25, 2, 256), (300, 1, 512), (5, 3, 8)])
@@ -285,7 +329,15 @@ def test_what_is_chosen():
     assert chosen("1000", device="cuda") == chosen("1010", device="cuda", dropout=0.1) == "sdpa"
     assert chosen("1000", device="cuda", padded=True) == "augmented_sdpa"
     assert chosen("1111", device="cuda") == chosen("0111", ndim=1, device="cuda", causal=True) == "augmented_sdpa"
-    assert chosen("1111", device="cuda", window=(3, 3)) == "tiled"
+    for facts in (
+        {"window": (3, 3)},
+        {"masked": True},
+        {"causal": True, "stride": 2},
+        {"dropout": 0.1},
+        {"padded": True},
+    ):
+        names = {chosen(terms, ndim=ndim, device="cuda", **facts) for terms in TERM_SETS for ndim in (1, 2)}
+        assert names <= {"pooled", "separable", "sdpa", "augmented_sdpa"}, "tiles are cut for the caches of a CPU"
 
 
 def test_an_unknown_algorithm_is_refused():
@@ -322,7 +374,10 @@ def test_extreme_energies_do_not_vanish(terms, scale, algorithm):
 
 
 class TestDropout:
-    def test_dropped_weights_are_the_same_in_both_passes(self, tiles):
+    @pytest.mark.parametrize("cut", [False, True], ids=["one tile", "many tiles"])
+    def test_dropped_weights_are_the_same_in_both_passes(self, cut, monkeypatch):
+        if cut:
+            cut_small(monkeypatch)
         for algorithm in ("dense", "tiled"):
             attention = make("1111", 1, algorithm, dropout=0.5).train()
             x = torch.randn(2, 6, 8, dtype=torch.float64, requires_grad=True)
@@ -406,6 +461,21 @@ class TestCompiled:
             assert torch.allclose(out, expected)
             grad = torch.randn_like(out)
             assert torch.allclose(*(torch.autograd.grad(y, x, grad)[0] for y in (out, expected)))
+
+    def test_maps_of_changing_sizes_around_the_fused_kernel(self):
+        # What is chosen on a GPU is left out of graphs, so that a new size compiles nothing.
+        torch._dynamo.reset()
+        attention = make("1111", 2, "augmented_sdpa")
+        compiled = torch.compile(attention, backend="aot_eager", dynamic=True)
+        graphs = []
+        for rows, columns in ((3, 4), (9, 5), (10, 17), (6, 21), (11, 12)):
+            x = torch.randn(2, 8, rows, columns).double().requires_grad_()
+            out, expected = compiled(x), attention(x)
+            torch.testing.assert_close(out, expected)
+            grad = torch.randn_like(out)
+            torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (out, expected)))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert graphs[-1] == graphs[1], "later sizes are computed by the graphs of the first two"
 
     @pytest.mark.parametrize("ndim", [1, 2])
     def test_by_inductor_with_padding(self, ndim):

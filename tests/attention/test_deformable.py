@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
-from lightning_attn.attention import deformable
+from lightning_attn.attention import sampling
 from lightning_attn.attention.deformable import DeformableConv, deformable_conv, offset_parameters
 
 GEOMETRIES = [
@@ -258,7 +258,7 @@ def test_reordered_cache_follows_the_sentences():
 
 @pytest.mark.parametrize("block", [1, 60, 400, 10**6])
 def test_the_size_of_a_block_does_not_change_anything(block, monkeypatch):
-    monkeypatch.setattr(deformable, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(sampling, "BLOCK_ELEMENTS", block)
     x, weight, bias, offset = draw(5, 3, 3, 4), draw(4, 3, 3, 3), draw(4), draw(5, 18, 3, 4)
     y = deformable_conv(x, offset, weight, bias, algorithm="gather")
     assert_same(y, deform_conv2d(x, offset, weight, bias, padding=1), [x, offset, weight, bias])
@@ -278,7 +278,7 @@ def test_what_the_taps_read_is_not_kept_for_the_backward_pass():
 def test_large_enough_for_several_blocks_in_single_precision():
     x, offset = torch.randn(2, 128, 50, 60), torch.randn(2, 18, 50, 60) * 2
     weight = torch.randn(16, 128, 3, 3) / 34
-    assert x.shape[1] * 9 * 3000 * 2 > deformable.BLOCK_ELEMENTS
+    assert x.shape[1] * 9 * 3000 * 2 > sampling.BLOCK_ELEMENTS
     y = deformable_conv(x, offset, weight, algorithm="gather")
     torch.testing.assert_close(y, deform_conv2d(x, offset, weight, padding=1), rtol=1e-5, atol=1e-5)
 
@@ -363,7 +363,7 @@ def test_offset_parameters_are_found_at_any_depth_and_nothing_else():
         ({"causal": True, "ndim": 2}, r"causal=True needs ndim=1: the positions of a map have no order"),
         ({"causal": True, "ndim": 1, "stride": 2}, r"causal=True needs stride=1, got 2"),
         ({"causal": True, "ndim": 1, "padding": 1}, r"pads 2 zeros on the left only; leave padding=None, got 1"),
-        ({"algorithm": "fast"}, r"algorithm must be one of \['auto', 'gather', 'torchvision', 'reference'\]"),
+        ({"algorithm": "fast"}, r"algorithm must be one of \['auto', 'gather', 'triton', 'torchvision', 'reference'\]"),
         ({"algorithm": "torchvision", "ndim": 1}, r"algorithm='torchvision' supports maps only.*'auto' or 'gather'"),
     ],
 )

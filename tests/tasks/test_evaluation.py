@@ -112,3 +112,14 @@ def test_an_evaluator_gets_batches_scores_and_is_cleared(tmp_path):
     assert found == {"val/right": pytest.approx(1.2), "val/largest": 2.0}
     assert calls == [("reset", "val"), ("write", {"largest": 2.0, "word": "no number"}), ("clear",)]
     assert own.evaluators[1].largest == 2.0
+
+
+def test_a_task_that_drops_the_callbacks_of_the_base_class_is_refused(tmp_path):
+    class Own(Task):
+        def configure_callbacks(self):
+            return []
+
+    with pytest.raises(
+        ValueError, match=r"Own.configure_callbacks leaves out ExactResume, StopOnNonFinite, Evaluation"
+    ):
+        scores(lambda batch: {"right": batch["value"]}, tmp_path=tmp_path, task=Own)

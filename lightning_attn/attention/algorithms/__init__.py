@@ -6,7 +6,7 @@ All compute Eq. 2 and 8. Cost with N_q queries, N_k keys on a grid of `rows x co
     separable        E4, E3 + E4; maps    N_q (rows + columns) C: one softmax along each axis
     dense            any                  N_q N_k C, all weights in memory at once, in plain torch operations
     sdpa             E1, E1 + E3          N_q N_k C in torch's fused kernels
-    augmented_sdpa   E1 or E2             N_q N_k (C + r) in the same kernels, with r extra features of queries and keys
+    augmented_sdpa   any                  N_q N_k (C + r) in the same kernels, with r extra features of queries and keys
     tiled            any                  N_q N_k C tile by tile; N_q n_k^2 C in a window of n_k
     reference        any                  the equations as written, in loops
 

@@ -7,10 +7,12 @@ axis lie in one space of dimension r, far below K, that does not depend on the w
     q' = [U z_q + u, c_y, c_x, 1]    k' = [V^C x_k, Psi_y[k_y], Psi_x[k_x], E3 and padding]
 
 q' . k' is the sum of all energies, up to the rounding of the dtype. After FlashBias (arXiv 2505.12044), which
-approximates general biases; this is exact.
+approximates general biases; this is exact. Masks that depend on the query are given to the kernel, with a window block
+by block.
 """
 
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,13 +21,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_attn.attention.algorithms.base import Algorithm, AttentionInputs, AttentionProblem
-from lightning_attn.attention.algorithms.sdpa import fused_attention, needs_no_mask
+from lightning_attn.attention.algorithms.sdpa import fused_attention
 from lightning_attn.attention.energies import Energies
+from lightning_attn.attention.layout import Layout
 from lightning_attn.attention.projections import without_autocast
-from lightning_attn.attention.transforms import constant_when_compiled
+from lightning_attn.attention.transforms import not_compiled
 
 _HIDDEN, _HIDDEN_FLOAT16 = -1e30, -30000.0
 """Energy of a padding key: far below any other; in float16 as low as a sum of energies still allows."""
+
+_MIN_WINDOW_BLOCK = (8, 256)
+"""Rows of a map, or positions of a sentence, that one call of the kernel computes with a window."""
 
 _BLOCK_QUERIES = 64
 """Queries of a sentence whose position energies are in memory at once while c is computed."""
@@ -38,13 +44,6 @@ class AugmentedSDPA(Algorithm):
 
     @override
     def unsupported_reason(self, problem: AttentionProblem) -> str | None:
-        e1, e2, _, _ = problem.uses
-        if not e1 and not e2:
-            return "it needs E1 or E2: without the query's content other algorithms are cheaper"
-        if not needs_no_mask(problem):
-            return (
-                "it supports no window, no attention_mask, and a causal mask only where keys are at the query positions"
-            )
         return None
 
     @override
@@ -53,21 +52,67 @@ class AugmentedSDPA(Algorithm):
         return problem.device not in ("cpu", "meta") and not (problem.transformed or problem.exported)
 
     @override
+    @not_compiled  # the number of features depends on the sizes of a map, of which each would be compiled anew
     def compute(self, inputs: AttentionInputs) -> Tensor:
-        value, padding = inputs.projected_value(), inputs.padding()
-        query, key = augmented(inputs.energies(), value, padding)
-        fully_masked = None
-        if padding is not None and inputs.layout.causal:
-            fully_masked = ((~padding).cumsum(dim=-1) == 0)[:, None, :, None]
-        elif padding is not None:
-            fully_masked = padding.all(dim=-1)[:, None, None, None]
+        value, padding, layout = inputs.projected_value(), inputs.padding(), inputs.layout
         width = value.shape[-1]
-        # The kernels of a CPU, and the fastest ones of CUDA, need one width for query, key and value.
-        padded = F.pad(value, (0, query.shape[-1] - width)) if query.shape[-1] > width else value
-        out = fused_attention(
-            query, key, padded, inputs.dropout, is_causal=inputs.layout.causal, fully_masked=fully_masked
-        )
-        return out[..., :width]
+        if layout.window is None and inputs.attention_mask is None and (layout.aligned or not layout.causal):
+            query, key = augmented(inputs.energies(), value, padding)
+            fully_masked = None
+            if padding is not None and layout.causal:
+                fully_masked = ((~padding).cumsum(dim=-1) == 0)[:, None, :, None]
+            elif padding is not None:
+                fully_masked = padding.all(dim=-1)[:, None, None, None]
+            out = fused_attention(
+                query,
+                key,
+                _padded(value, query.shape[-1]),
+                inputs.dropout,
+                is_causal=layout.causal,
+                fully_masked=fully_masked,
+            )
+            return out[..., :width]
+        query, key = augmented(inputs.energies(), value)
+        value = _padded(value, query.shape[-1])
+        blocks = []
+        for queries, keys in _blocks(layout):
+            hidden = inputs.hidden(queries.start, queries.stop)
+            assert hidden is not None, "a window, a causal mask or an attention_mask hides keys"
+            block = (query[:, :, queries], key[:, :, keys], value[:, :, keys], inputs.dropout)
+            blocks.append(fused_attention(*block, hidden=hidden[..., keys]))
+        return torch.cat(blocks, dim=2)[..., :width]
+
+
+def _padded(value: Tensor, width: int) -> Tensor:
+    """Values with zeros up to a width.
+
+    The kernels of a CPU, and the fastest ones of CUDA, need one width for query, key and value.
+    """
+    return F.pad(value, (0, width - value.shape[-1])) if width > value.shape[-1] else value
+
+
+def _blocks(layout: Layout) -> Iterator[tuple[slice, slice]]:
+    """Queries, and the keys that a window lets them see, as ranges of flattened positions; all without a window.
+
+    Whole rows of a map: with `n_y` rows of queries the kernel sees `2 n_y - 1` rows of keys instead of all.
+    """
+    rows, columns = layout.query_sizes
+    if layout.window is None:
+        yield slice(0, layout.num_queries), slice(0, layout.num_keys)
+        return
+    axis = 0 if rows > 1 else 1
+    length = max(layout.window[axis], _MIN_WINDOW_BLOCK[axis])
+    for start in range(0, layout.query_sizes[axis], length):
+        span = slice(start, min(start + length, layout.query_sizes[axis]))
+        if axis == 0:
+            keys = layout.visible_keys((span, slice(0, columns)))[0]
+            key_columns = layout.key_sizes[1]
+            queries = slice(span.start * columns, span.stop * columns)
+            yield queries, slice(keys.start * key_columns, keys.stop * key_columns)
+        else:
+            # A map of one row may have several rows of keys; its window is small.
+            keys = layout.visible_keys((slice(0, 1), span))[1]
+            yield span, keys if layout.key_sizes[0] == 1 else slice(0, layout.num_keys)
 
 
 def augmented(energies: Energies, value: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -115,7 +160,10 @@ def _coefficients(energies: Energies, axis: int, dtype: torch.dtype) -> tuple[Te
     layout, relative_keys = energies.layout, energies.relative_keys[axis]
     assert relative_keys is not None, "checked above"
     features = relative_keys.shape[1] * relative_keys.shape[2] // (1 if energies.relative_keys[0] is None else 2)
-    basis = position_basis(layout.key_sizes[axis], layout.stride, features, dtype, relative_keys.device)
+    if energies.is_linear_in_encoding:
+        basis = position_basis(layout.key_sizes[axis], layout.stride, features, dtype, relative_keys.device)
+    else:  # any energies: a column for each key
+        basis = torch.eye(layout.key_sizes[axis], dtype=relative_keys.dtype, device=relative_keys.device)
     if energies.position_is_shared:
         along = energies.along(axis)
         assert along is not None, "there is an energy along it"
@@ -135,7 +183,6 @@ def _coefficients(energies: Energies, axis: int, dtype: torch.dtype) -> tuple[Te
     return torch.einsum(equation, grid, keys), basis.to(dtype)
 
 
-@constant_when_compiled
 def position_basis(num_keys: int, stride: int, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Psi `[num_keys, r]` with orthonormal columns, in float32 or better; cached for each set of arguments.
 

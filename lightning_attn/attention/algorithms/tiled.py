@@ -71,7 +71,8 @@ class Tiled(Algorithm):
         along_y: Tensor | None = None
         along_x: Tensor | None = None
         is_sentence = inputs.attention.ndim == 1
-        if energies.position_query is not None and is_sentence and layout.num_keys > MAX_SENTENCE_KEYS:
+        is_long = is_sentence and not torch.compiler.is_compiling() and layout.num_keys > MAX_SENTENCE_KEYS
+        if energies.position_query is not None and is_long:
             query, key = augmented(dataclasses.replace(energies, key_energy=None), value)
         elif energies.position_query is not None:
             sizes = (batch, heads, *layout.query_sizes, -1)

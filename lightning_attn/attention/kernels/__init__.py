@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, which is optional: each is imported when the algorithm that asks for it is first used."""
+"""Hand-written GPU kernels in Triton, imported only by the algorithms that use them."""
