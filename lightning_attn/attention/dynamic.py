@@ -1,8 +1,6 @@
 """Dynamic convolution of Eq. 5 to 7, one and two-dimensional, with the gated linear unit in front of it."""
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -14,6 +12,7 @@ from typing_extensions import override
 
 from lightning_attn.attention import reference
 from lightning_attn.attention.decoding import DynamicConvCache
+from lightning_attn.attention.kernels import HAS_TRITON
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import has_only_weight, is_plain, project, project_map
 from lightning_attn.attention.taps import aggregate_by_taps, aggregate_in_plain_operations
@@ -39,16 +38,13 @@ _ALGORITHMS = {1: ("auto", "band", "reference"), 2: ("auto", "triton", "taps", "
 KERNEL_ELEMENTS = 1 << 24
 # Elements of such a block: few enough to stay in cache, enough rows for matrix products at full speed.
 BLOCK_ELEMENTS = 1 << 23
-# The same for the Triton kernel, which saves logits in the projections' type: again 64 MiB, in half precision. Its blocks
-# are computed in registers, so that they are only limited by memory; smaller ones would not fill a GPU.
+# The same for the Triton kernel, which saves the logits, in the dtype of the projections: again 64 MiB, in half
+# precision. Its blocks need not fit in a cache, but must have enough rows to fill a GPU.
 TRITON_KERNEL_ELEMENTS = 1 << 25
 TRITON_BLOCK_ELEMENTS = 1 << 26
 # Minimum queries of one band matrix, if the kernel has fewer taps. Longer sentences are split: a long band is mostly
 # zeros.
 BAND_QUERIES = 64
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class DynamicConv(nn.Module):
@@ -119,6 +115,8 @@ class DynamicConv(nn.Module):
         self.dim, self.kernel_size, self.groups, self.ndim = dim, kernel_size, groups, ndim
         self.causal, self.dropout, self.algorithm = causal, dropout, algorithm
         self.weight_softmax, self.renorm_padding = weight_softmax, renorm_padding
+        if algorithm == "triton" and (reason := self._setting_without_triton()):
+            raise InputError(_triton_error(reason))
         self.input_proj = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
         self.kernel_proj = nn.Linear(dim, groups * kernel_size**ndim, bias=False, device=device, dtype=dtype)
         self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
@@ -299,34 +297,34 @@ class DynamicConv(nn.Module):
         if self.algorithm not in ("auto", "triton"):
             return False
         reason = self._triton_refusal(content)
-        if reason is None or self.algorithm == "auto":
-            return reason is None
-        raise InputError(
-            f"algorithm='triton' cannot compute this convolution: {reason}. "
-            "Use algorithm='auto', which takes 'taps' where Triton cannot be used."
-        )
+        if reason is not None and self.algorithm == "triton":
+            raise InputError(_triton_error(reason))
+        return reason is None
+
+    def _setting_without_triton(self) -> str | None:
+        """Why no map can be computed by the Triton kernel; None if there is no reason."""
+        if not HAS_TRITON:
+            return "the package triton is not installed"
+        if not self.weight_softmax:
+            return "it supports no weight_softmax=False"
+        if self.renorm_padding:
+            return "it supports no renorm_padding=True"
+        return None
 
     def _triton_refusal(self, content: Tensor) -> str | None:
         """Why the Triton kernel cannot compute this map; None if it can."""
-        if not _HAS_TRITON:
-            return "Triton is not installed; torch's wheels for CUDA bring it"
-        if content.device.type != "cuda" and not (_INTERPRETS_TRITON and self.algorithm == "triton"):
-            return f"x is on the device {content.device.type!r}, not on a CUDA device"
+        if not (content.is_cuda or (self.algorithm == "triton" and _interprets_triton())):
+            return f"x is on {content.device.type!r}, not on a CUDA device"
         if content.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return f"x is {content.dtype}, not float32, float16 or bfloat16"
-        for name, used in (
-            ("weight_softmax=False", not self.weight_softmax),
-            ("renorm_padding=True", self.renorm_padding),
-            (f"dropout={self.dropout:g} in training", self.training and self.dropout > 0.0),
-            ("a transform of torch.func or a forward-mode derivative", is_transformed()),
-            ("torch.export", torch.compiler.is_exporting()),
-        ):
-            if used:
-                return f"it does not support {name}"
-        return None
+            return f"it supports float32, float16 and bfloat16, and the convolution is in {content.dtype}"
+        if self.training and self.dropout > 0.0:
+            return f"it supports no dropout, got dropout={self.dropout:g} in training mode"
+        if is_transformed() or torch.compiler.is_exporting():
+            return "it supports no transforms of torch.func, forward-mode derivatives and torch.export"
+        return self._setting_without_triton()
 
     def _aggregate_map_by_triton(self, content: Tensor, value: Tensor) -> Tensor:
-        from lightning_attn.attention.kernels.dynamic import softmax_and_aggregate  # Triton is optional
+        from lightning_attn.attention.kernels.dynamic import softmax_and_aggregate  # imports Triton
 
         radius = self.kernel_size // 2
         value = torch.unflatten(value, 1, (self.groups, -1))
@@ -346,7 +344,7 @@ class DynamicConv(nn.Module):
         def predict(start: int, stop: int) -> Tensor:
             part = content[:, :, start:stop].transpose(0, 1)
             logits = torch.mm(self.kernel_proj.weight, part.flatten(1))
-            return torch.unflatten(logits.view(-1, *part.shape[1:]), 0, (self.groups, -1)).movedim(2, 0)
+            return logits.view(self.groups, self.kernel_size**2, *part.shape[1:]).movedim(2, 0)
 
         return predict
 
@@ -459,6 +457,22 @@ def _aggregate_by_shifts(kernel: Tensor, value: Tensor, first: int) -> Tensor:
     for tap in range(1, taps):
         total = total + kernel[..., tap, None] * padded[:, tap : tap + rows]
     return total
+
+
+def _triton_error(reason: str) -> str:
+    return (
+        f"algorithm='triton' cannot compute this convolution: {reason}. "
+        "Use 'auto', which takes the fastest algorithm that can."
+    )
+
+
+def _interprets_triton() -> bool:
+    """Whether Triton interprets kernels, which it does on any device."""
+    if not HAS_TRITON:
+        return False
+    from lightning_attn.attention.kernels.dynamic import RUNS_ANYWHERE
+
+    return RUNS_ANYWHERE
 
 
 def _checkpointed(block: Callable[[int, int], Tensor], random: bool) -> Callable[[int, int], Tensor]:

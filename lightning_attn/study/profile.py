@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - to
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: PLC2701 - torch has no public name
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_attn.attention.deformable import HAS_TRITON
 from lightning_attn.attention.factory import build_attention
 from lightning_attn.attention.flops import paper_count
+from lightning_attn.attention.kernels import HAS_TRITON
 from lightning_attn.attention.spec import AttentionSpec
 from lightning_attn.errors import InputError
 
@@ -68,7 +68,8 @@ def count_multiply_adds(module: Callable[..., Any], *args: Any, backward: bool =
         ValueError: With `backward`, if no output requires a gradient.
     """
     if HAS_TRITON and any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves((args, kwargs))):
-        importlib.import_module("lightning_attn.attention.kernels.deformable")  # registers formulas of its operators
+        for name in ("deformable", "dynamic"):
+            importlib.import_module(f"lightning_attn.attention.kernels.{name}")  # registers formulas of its operators
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     uncounted = _UncountedMode(counter.flop_registry)
     if backward:  # detached from the graph of the arguments

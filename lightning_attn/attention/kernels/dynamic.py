@@ -1,24 +1,27 @@
-"""Softmax over the taps of a dynamic convolution and the sum over its window, in Triton, for maps (Eq. 5 to 7).
+"""Dynamic convolution of maps (Eq. 5 to 7) in Triton: softmax over the taps and sum over the window in one kernel.
 
-With N_k taps and G groups the logits are by far the largest tensors: N N_k G numbers, 31 x 31 taps on 50 x 84 positions
-129 MB an image in half precision, against 2 MB of values. So each kernel reads them once, as they come from the
-predictor, and normalised kernels are never stored: the forward pass keeps the maximum and the sum of a query's row by
-row (online softmax) and saves their log-sum-exp L, and both kernels of the backward pass recompute
-w = exp(logit - L). With s_k = <grad, v_k> over the channels of a group, the gradient of a logit is
-w_k (s_k - sum_j w_j s_j), whose sum is <grad, out>; that of a value is gathered from the queries that read it, without
-atomic additions, so that results are deterministic.
+With N_k taps and G groups the logits are by far the largest tensor: N N_k G numbers, 129 MB an image for 31 x 31 taps
+on 50 x 84 positions in half precision, where the values are 2 MB. So they are read as the predictor wrote them, and
+normalised weights never exist in memory. The forward pass goes through the window row by row, with the maximum and the
+sum of what it has seen (online softmax), and saves the log-sum-exp L of each query. The backward pass computes the
+weights again, w_k = exp(logit_k - L). With s_k = <grad, v_k> over the channels of a group the gradient of a logit is
+w_k (s_k - sum_j w_j s_j), in which the sum is <grad, out>. The gradient of a value is gathered from the queries that
+read it. No addition is atomic, so that results are deterministic.
 
-Division of work: a thread has one position and up to 32 channels of a group, so that a weight is computed once for
-all of them and every sum stays in registers; neighbouring threads have neighbouring positions, so that a tap of the
-logits is one contiguous load. Values are copied once, 4 MB, into vectors of 16 bytes of one position's channels with
-zeros around the map: a tap costs a thread two loads for 16 channels in half precision, and no comparison. A program
-has a block of positions in reading order; its taps go row by row, so that their values, a few rows of 84 x 32 bytes,
-stay in L1. There is no matrix product: tensor cores would need the logits as band matrices, whose elements lie in
-N_k different rows of memory.
+A thread has one position and up to 32 channels of a group: it computes a weight once for all of them, all its sums
+stay in registers, and it exchanges nothing with other threads. Neighbouring threads have neighbouring positions, so
+that a tap is one contiguous load of logits. Values and gradients are first copied, 4 MB, into vectors of 16 bytes of
+one position's channels, with zeros around the map: 16 channels in half precision are two loads without a comparison. A
+program has a block of positions in reading order, whose rows of values stay in L1 while it goes along a row of taps.
+There is no matrix product: for tensor cores the logits would have to be band matrices, whose elements lie in N_k
+places.
 
-Blocks have 128 positions: compiled for an H100 the kernels need at most 128 registers a thread, which is 16 warps on
-each multiprocessor, and 2 x 256 x 50 x 84 makes 1,056 programs, 8 for each of 132. Smaller maps have smaller blocks,
-until there are as many programs. Nothing is tuned at run time.
+For 16 channels in bfloat16 a tap takes a warp 50 to 62 instructions, 16 of which are the additions, and about 11
+accesses to L1, which an H100 does in about the same time: 31 x 31 taps at 2 x 256 x 50 x 84 are 4 million warp-taps in
+each of three kernels. Reading their logits, 258 MB, takes a third of that. The kernels then need at most 64 registers
+a thread, so that 8 programs of 128 positions fit on a multiprocessor; the 1,056 programs of that map are 8 for each of
+132. Smaller maps have smaller blocks until there are about as many. Nothing is tuned at run time, and the size of a
+map compiles nothing new.
 """
 
 import math
@@ -29,6 +32,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lightning_attn.attention.taps import aggregate_in_plain_operations
 from lightning_attn.attention.transforms import is_transformed
@@ -41,6 +45,14 @@ VECTOR_BYTES = 16  # of a load
 MAX_CHANNELS = 32  # of a thread
 MAX_BLOCK = 128
 MIN_PROGRAMS = 1024
+
+_SIZES = [
+    "sample_stride", "group_stride", "tap_stride", "grad_sample_stride", "grad_group_stride", "grad_tap_stride",
+    "groups", "channels", "queries", "positions", "width", "first", "value_spots", "value_columns", "value_row",
+    "grad_spots", "grad_columns", "grad_row",
+]  # fmt: skip
+"""Arguments whose values compile no further variant of a kernel: maps of all sizes run the same code."""
+_UNALIGNED = ["logits", "out", "normaliser", "grad_logits", "grad_value"]  # read and written number by number
 
 
 @triton.jit
@@ -89,7 +101,7 @@ def _channels(chunk: tl.tensor, packs: tl.constexpr, block: tl.constexpr, lanes:
     return (chunk * packs + tl.arange(0, packs * block)[:, None] // block) * lanes + tl.arange(0, lanes)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def forward_kernel(
     logits: tl.tensor,
     value: tl.tensor,
@@ -149,7 +161,7 @@ def forward_kernel(
         tl.store(normaliser + sample * queries + query, highest + tl.log(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def grad_logits_kernel(
     grad: tl.tensor,
     logits: tl.tensor,
@@ -231,7 +243,7 @@ def grad_logits_kernel(
         value += value_columns * lanes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_UNALIGNED)
 def grad_value_kernel(
     grad: tl.tensor,
     logits: tl.tensor,
@@ -291,6 +303,10 @@ def grad_value_kernel(
     tl.store(grad_value + offsets, result, mask=_repeat(inside, packs)[:, None] & (channel < channels))
 
 
+RUNS_ANYWHERE: bool = not isinstance(forward_kernel, triton.runtime.JITFunction)
+"""Whether Triton interprets kernels, as it does with TRITON_INTERPRET=1 in the environment, on any device."""
+
+
 def vector_shape(channels: int, bytes_each: int) -> dict[str, int]:
     """How the channels of a group are divided: `chunks` of `packs` vectors of `lanes` channels, the last one padded.
 
@@ -325,7 +341,7 @@ def softmax_and_aggregate(logits: Tensor, value: Tensor, taps_x: int, first: int
     Returns:
         `[B, G, d, H, W]` in float32.
     """
-    out, _ = _forward(logits, value, taps_x, first)
+    out: Tensor = _forward(logits, value, taps_x, first)[0]
     return out
 
 
@@ -406,7 +422,7 @@ def _launch(kernel: Any, arguments: tuple[Any, ...], positions: int, maps: int, 
     block = block_size(positions, maps)
     programs = triton.cdiv(positions, block) * maps
     if programs:
-        with torch.cuda.device_of(arguments[0]):
+        with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
             kernel[(programs,)](*arguments, **vectors, block=block, num_warps=block // WARP)
 
 
@@ -444,3 +460,15 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor,
 
 
 _forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.lightning_attn.dynamic_kernel)
+def _flops(logits: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """A product for each channel and tap, of those too that are outside the map."""
+    return 2 * math.prod(value[:3]) * math.prod(logits[2:])
+
+
+@register_flop_formula(torch.ops.lightning_attn.dynamic_kernel_backward)
+def _backward_flops(grad: torch.Size, logits: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """One for the gradient of the tap's weight, one for that of the value."""
+    return 2 * _flops(logits, value)
