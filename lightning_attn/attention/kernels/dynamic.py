@@ -285,7 +285,8 @@ def grad_value_kernel(
     grad += (sample * chunks + chunk) * packs * grad_spots * lanes
 
     result = tl.zeros([packs * block, lanes], tl.float32)
-    for i in range(low, high):
+    i = low
+    while i < high:
         query_y = y - first - i
         shift = taps_x // 2 - (first + i) * width
         row_inside = (query_y >= 0) & (query_y < rows)
@@ -298,6 +299,7 @@ def grad_value_kernel(
             weight = tl.exp2((logit - tl.load(normaliser + query, mask=read, other=0.0)) * LOG2_E)
             result += _repeat(weight, packs)[:, None] * _load(grad - tap * lanes, spot, grad_spots, packs, lanes)
         logits += taps_x * tap_stride
+        i += 1
     channel = _channels(chunk, packs, block, lanes)
     offsets = (sample * channels + channel) * positions + _repeat(position, packs)[:, None]
     tl.store(grad_value + offsets, result, mask=_repeat(inside, packs)[:, None] & (channel < channels))
