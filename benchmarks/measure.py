@@ -1,14 +1,13 @@
 """How time and memory are measured: steps timed in turn, and the peak of the memory of a process."""
 
 import gc
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from benchmarks.fresh_process import describe
 from benchmarks.results import Memory, Timing
+from lightning_attn.study.memory import PROCESS_STATUS, ProcessStatus
 
 # Bytes of the program's files that may leave memory during a measurement.
 _LOST_PAGES = 1_000_000
@@ -72,35 +71,6 @@ def timed_in_turn(
         for name in running[shift:] + running[:shift]:
             seconds[name].append(run(name, keep=False))
     return {name: errors.get(name) or Timing(tuple(runs)) for name, runs in seconds.items()}
-
-
-class ProcessStatus:
-    """What Linux knows exactly of the memory of this process; see proc_pid_status(5) and proc_pid_clear_refs(5)."""
-
-    status, clear_refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    @classmethod
-    def here(cls) -> "ProcessStatus | None":
-        """None on other systems, and where the peak cannot be reset."""
-        return cls() if cls.status.exists() and os.access(cls.clear_refs, os.W_OK) else None
-
-    def reset_peak(self) -> None:
-        """`VmHWM` becomes `VmRSS`."""
-        self.clear_refs.write_text("5", encoding="ascii")
-
-    def read(self, field: str) -> int:
-        """Bytes of a field.
-
-        Raises:
-            OSError: If there is no such field.
-        """
-        for line in self.status.read_text(encoding="ascii").splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-        raise OSError(f"{self.status} has no field {field}.")
-
-
-PROCESS_STATUS = ProcessStatus.here()
 
 
 def peak_memory(

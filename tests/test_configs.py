@@ -15,6 +15,7 @@ from datamodules.miniature.segmentation import write_miniature_segmentation
 from datamodules.miniature.translation import write_miniature_corpus
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.attention.spec import TERM_SETS
+from lightning_attn.study.grid import Study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ONE_PROCESS = [
@@ -181,8 +182,55 @@ def test_an_overlay_replaces_any_other_of_its_slot(slot):
         assert AttentionSpec(**first | second) == AttentionSpec(**second)
 
 
+def trainer_of(name: str) -> dict[str, object]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["trainer"]
+
+
+def test_an_overlay_of_a_machine_replaces_any_other():
+    """Each decides where processes run; what a check that everything runs decides is another matter."""
+    machines = {path.stem: trainer_of(f"trainer/{path.stem}") for path in paths("trainer") if path.stem != "debug"}
+    assert {frozenset(fields) for fields in machines.values()} == {
+        frozenset(("accelerator", "devices", "num_nodes", "strategy"))
+    }
+    assert machines["cpu"]["accelerator"] == "cpu"
+
+
+@pytest.mark.parametrize("task", ["translation", "detection", "segmentation"])
+def test_the_miniature_configurations_run_on_whatever_is_there(task):
+    """On one GPU if there is one: the same experiment on every machine."""
+    fields = trainer_of(f"miniature/{task}")
+    assert (fields["accelerator"], fields["devices"]) == ("auto", 1)
+
+
 @pytest.mark.parametrize("path", paths("trainer"), ids=lambda path: path.stem)
 def test_trainer_overlays(run, tiny_config, path):
     """On one CPU process: what differs from host to host is taken back."""
     run("fit", "-c", tiny_config, "-c", path, *ONE_PROCESS, "--trainer.max_steps", 2)
     assert Path("checkpoints/translation/tiny/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("path", paths("studies"), ids=lambda path: path.stem)
+def test_every_cell_of_a_study_is_a_configuration(run, path):
+    """The parser of the command resolves each, to the attention that its label promises."""
+    study = Study.read(path)
+    ((axis, levels),) = study.axes.items()
+    slot = axis.removesuffix("_attention")
+    assert [cell.group for cell in study.cells if cell.seed == 0] == [(level.label,) for level in levels]
+    assert study.reference.keys() == set(study.groups)
+    for cell in study.cells:
+        if cell.seed == study.seeds[-1]:
+            printed = run(*cell.arguments("fit", Path("cell")), "--print_config")
+            resolved = yaml.safe_load(printed[printed.index("seed_everything:") :])
+            spec = resolved["model"]["init_args"][axis]
+            fields = promised(f"{slot}_{cell.group[0]}")[1]
+            assert {name: spec[name] for name in fields} == fields
+            AttentionSpec(**spec)
+            assert resolved["seed_everything"] == study.seeds[-1]
+            assert resolved["trainer"]["max_steps"] == cell.total_steps
+
+
+def test_there_is_a_study_for_every_table_of_the_paper():
+    """Fig. 3a to 3d; each column of Tables 2 and 3 is a task."""
+    columns = [f"table_{number}_{task}" for number in (2, 3) for task in ("detection", "segmentation", "translation")]
+    wanted = {*(f"figure_3{letter}" for letter in "abcd"), *columns}
+    assert {f"{name}_miniature" for name in wanted} <= {path.stem for path in paths("studies")}

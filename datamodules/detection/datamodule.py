@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,8 @@ class DetectionBatch(ImageBatch):
         sizes: Height and width of each image before it was resized, `[B, 2]`.
         names: File names, below the folder of the split.
     """
+
+    on_cpu: ClassVar[tuple[str, ...]] = (*ImageBatch.on_cpu, "sizes")
 
     targets: list[dict[str, Tensor]]
     sizes: LongTensor

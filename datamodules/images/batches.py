@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import cv2
 import torch
@@ -48,7 +48,12 @@ class ImageBatch:
         outputs: For each image the stem of its output files, unique in a split.
         paths: The files.
         bad: Images of this batch that could not be used.
+
+    Attributes:
+        on_cpu: Fields that stay on the CPU, where they are read.
     """
+
+    on_cpu: ClassVar[tuple[str, ...]] = ("ids",)
 
     ids: LongTensor
     images: list[Tensor]
@@ -60,16 +65,23 @@ class ImageBatch:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> Self:
-        """A copy on another device."""
+        """A copy on another device, except for `on_cpu`."""
         asynchronous = torch.device(device).type == "cuda"
         return self._each(lambda tensor: tensor.to(device, non_blocking=asynchronous))
 
     def pin_memory(self) -> Self:
-        """A copy in page-locked memory."""
+        """A copy in page-locked memory, except for `on_cpu`."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(**{one.name: _changed(getattr(self, one.name), change) for one in fields(self)})
+        return replace(
+            self,
+            **{
+                one.name: _changed(getattr(self, one.name), change)
+                for one in fields(self)
+                if one.name not in self.on_cpu
+            },
+        )
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
@@ -53,9 +53,14 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         on_bad_image: How a file that cannot be used is treated: `stop` with an error that names it, or `skip` it and
             log it. Prediction always skips it, and lists it at the end.
 
+    Attributes:
+        usual_size: Height and width of the largest images, of data whose images are all alike; None for others.
+
     Raises:
         ValueError: If a value is out of range, or no split is named.
     """
+
+    usual_size: ClassVar[tuple[int, int] | None] = None
 
     def __init__(
         self,

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
+from datamodules.detection.annotations import Categories
 from datamodules.detection.coco import COCODataModule
 from datamodules.detection.transforms import Augmentation
 from datamodules.machine import user_cache_folder
-from datamodules.miniature.detection import write_miniature_detection
+from datamodules.miniature.detection import MINIATURE_CATEGORIES, write_miniature_detection
 
 __all__ = ["MiniatureDetectionDataModule"]
 
@@ -45,6 +46,13 @@ class MiniatureDetectionDataModule(COCODataModule):
             eval_batch_size=eval_batch_size,
             predict_folder=predict_folder,
         )
+
+    usual_size = (160, 192)
+
+    @override
+    def read_categories(self) -> Categories:
+        """Those that are drawn, whether or not the set is there."""
+        return Categories(tuple(MINIATURE_CATEGORIES), tuple(MINIATURE_CATEGORIES.values()))
 
     @override
     def prepare_files(self, splits: Sequence[str]) -> None:

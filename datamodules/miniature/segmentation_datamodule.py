@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from datamodules.machine import user_cache_folder
+from datamodules.miniature.painting import HEIGHT, WIDTH
 from datamodules.miniature.segmentation import MINIATURE_CLASSES, write_miniature_segmentation
 from datamodules.segmentation.cityscapes import CityscapesDataModule
 from datamodules.segmentation.transforms import SegmentationAugmentation
@@ -43,6 +44,8 @@ class MiniatureSegmentationDataModule(CityscapesDataModule):
             eval_batch_size=eval_batch_size,
             predict_folder=predict_folder,
         )
+
+    usual_size = (HEIGHT, WIDTH)
 
     @override
     def prepare_files(self, splits: Sequence[str]) -> None:

@@ -69,17 +69,15 @@ class TranslationBatch:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> "TranslationBatch":
-        """A copy on another device."""
+        """A copy on another device, except for the ids, which are read on the CPU."""
         asynchronous = torch.device(device).type == "cuda"
-        ids, source, target = (
-            tensor.to(device, non_blocking=asynchronous) for tensor in (self.ids, self.source, self.target)
-        )
-        return replace(self, ids=ids, source=source, target=target)  # type: ignore[arg-type]
+        source, target = (tensor.to(device, non_blocking=asynchronous) for tensor in (self.source, self.target))
+        return replace(self, source=source, target=target)  # type: ignore[arg-type]
 
     def pin_memory(self) -> "TranslationBatch":
-        """A copy in page-locked memory."""
-        ids, source, target = (tensor.pin_memory() for tensor in (self.ids, self.source, self.target))
-        return replace(self, ids=ids, source=source, target=target)  # type: ignore[arg-type]
+        """A copy in page-locked memory, except for the ids."""
+        source, target = (tensor.pin_memory() for tensor in (self.source, self.target))
+        return replace(self, source=source, target=target)  # type: ignore[arg-type]
 
 
 class TranslationDataset(Dataset[TranslationBatch]):

@@ -83,8 +83,8 @@ class DeformableConv(nn.Module):
         algorithm: `"gather"` samples all taps with one weighted gather and multiplies them with `weight` in blocks;
             `"triton"` is our kernels for maps on CUDA, which follow autocast and whose gradients are deterministic;
             `"torchvision"` is torchvision's operator, for maps, in float32 or better; `"reference"` is the equation in
-            plain loops, for tests. `"auto"` is the kernels for maps on CUDA (torchvision's operator where Triton is not
-            installed) and the gather elsewhere. All give the same numbers.
+            plain loops, for tests. `"auto"` is torchvision's operator for maps on CUDA, the kernels under
+            `torch.use_deterministic_algorithms`, and the gather elsewhere. All give the same numbers.
         groups: Groups of channels that are convolved separately, as in torch's convolutions.
         offset_groups: Groups of input channels with separate offsets (and modulation).
         device: Of the parameters, as in torch's modules.
@@ -457,7 +457,9 @@ def _fastest(x: Tensor) -> Algorithm:
     """What `"auto"` takes: exported programs and transforms need plain operations."""
     if x.dim() == 3 or not x.is_cuda or torch.compiler.is_exporting() or is_transformed():
         return "gather"
-    return "triton" if HAS_TRITON else "torchvision"
+    # The kernels are compiled and interpreted in tests but have never run on a device. Torchvision's operator has; it
+    # adds gradients in any order.
+    return "triton" if HAS_TRITON and torch.are_deterministic_algorithms_enabled() else "torchvision"
 
 
 def _triton(

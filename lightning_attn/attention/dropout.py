@@ -50,7 +50,8 @@ def _factors(
     seed: Tensor, probability: float, dtype: torch.dtype, rows: Tensor, num_keys: int, keys: Tensor | None
 ) -> Tensor:
     dropped = min(round(probability * _LEVELS), _LEVELS - 1)
-    start = _splitmix64_(rows * _INCREMENT + seed.to(rows.device)).unsqueeze(-1)
+    # A seed on the CPU becomes an argument of the kernel; moving it to a GPU would make the host wait.
+    start = _splitmix64_(rows * _INCREMENT + seed).unsqueeze(-1)
     if keys is None:
         words = torch.arange(1, -(-num_keys // _LANES) + 1, device=rows.device)
         numbers = _splitmix64_(start + words * _INCREMENT).view(torch.int16)[..., :num_keys]

@@ -63,9 +63,12 @@ def project_map(layer: nn.Module, x: Tensor) -> Tensor:
     return projected.transpose(1, 2)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Disables autocast on devices that support it (meta does not)."""
+def has_autocast(device: str) -> bool:
+    """Whether a kind of device supports autocast; meta does not."""
     # torch.compile of torch 2.11 cannot trace the second question.
-    if device.type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Disables autocast on devices that support it."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else contextlib.nullcontext()

@@ -14,7 +14,14 @@ from lightning_attn.attention.decoding import AttentionCache
 from lightning_attn.attention.energies import Energies
 from lightning_attn.attention.layout import Layout, masked_softmax
 from lightning_attn.attention.positions import computation_dtype, relative_encoding
-from lightning_attn.attention.projections import has_only_weight, is_plain, project, project_map, without_autocast
+from lightning_attn.attention.projections import (
+    has_autocast,
+    has_only_weight,
+    is_plain,
+    project,
+    project_map,
+    without_autocast,
+)
 from lightning_attn.attention.spec import TERM_NAMES, AlgorithmName, AttentionSpec, parse_terms
 from lightning_attn.attention.transforms import is_transformed
 from lightning_attn.errors import InputError
@@ -525,7 +532,7 @@ def _projected_dtype(x: Tensor) -> torch.dtype:
 
 
 def _is_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:

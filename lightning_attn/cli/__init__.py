@@ -26,6 +26,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
     if answer(arguments):
         return
+    if arguments[0] == "study":
+        from lightning_attn.cli.study import run_study_command
+
+        run_study_command(arguments[1:])
+        return
     # Only now, as this imports torch and Lightning, which takes seconds.
     from lightning_attn.cli.subcommands import run
 

@@ -83,7 +83,7 @@ class CommandLine(LightningCLI):
         self._typed, self._stored_name = {}, None
         if isinstance(typed, list):
             self._typed = {option: value_of(f"--run.{option}", typed) for option in ("name", "root")}
-            given = _files_first(typed)
+            given = files_first(typed)
             stored = stored_configuration(given, self.subcommands())
             if stored is None:
                 self.config = parser.parse_args(given)
@@ -170,6 +170,7 @@ class CommandLine(LightningCLI):
         kwargs["callbacks"] = [*given, *callbacks]
         with trainer_errors(options):
             trainer = super().instantiate_trainer(**kwargs)
+        run.set_matmul_precision(trainer.strategy.root_device)
         rank_zero_info(f"Run directory: {self.run_path}")
         if trainer.world_size > 1:
             if type(self.model).__module__.startswith("lightning_attn."):
@@ -262,7 +263,7 @@ def _by_option(sections: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _files_first(arguments: list[str]) -> list[str]:
+def files_first(arguments: list[str]) -> list[str]:
     """Configuration files before options, so that options win whatever the order on the command line."""
     files: list[str] = []
     others: list[str] = []

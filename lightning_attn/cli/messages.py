@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_attn.cli.launching import dead_rank
@@ -29,6 +30,11 @@ TRACEBACK_VARIABLE = "LIGHTNING_ATTN_TRACEBACK"  # set to anything: errors keep 
 
 _LONGEST_PATH = 200  # characters of a path that a message shows
 _RESUME = "What was saved is complete: resume with --ckpt_path auto."
+# What torch's allocators and NVIDIA's libraries say where they raise no error of a class of their own.
+_NO_MEMORY = re.compile(
+    "CUDA error: out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+    "|DefaultCPUAllocator: (can't allocate|not enough) memory"
+)
 
 __all__ = ["TRACEBACK_VARIABLE", "configure_messages", "message_of"]
 
@@ -46,6 +52,9 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
     if os.environ.get(TRACEBACK_VARIABLE):
         return None
     text = _without_worker(error)
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if out_of_memory or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+        return _of_memory(text, arguments)
     if _is_full(error):
         return _of_full(error, arguments)
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
@@ -110,10 +119,30 @@ def _of_full(error: OSError, arguments: Sequence[str]) -> str:
     return f"{kept}, or give another place ({_option(arguments)}), and run again."
 
 
+def _of_memory(text: str, arguments: Sequence[str]) -> str:
+    """What saves memory, and how to go on."""
+    said = (text.splitlines() or [""])[0].rstrip(".")
+    subject = f"Out of memory{f' ({said})' if said else ''}."
+    if "fit" not in arguments[:1]:
+        return (
+            f"{subject} These options save memory: smaller batches (--data.eval_batch_size for images, "
+            "--data.eval_max_tokens for text), --trainer.precision bf16-mixed, tiles for large images "
+            "(--model.inference.mode sliding) and fewer beams for text (--model.decoding.beam_size)."
+        )
+    return (
+        f"{subject} These options save memory, and train the same network: smaller batches (--data.batch_size for "
+        "images, --data.max_tokens for text), with --trainer.accumulate_grad_batches for as large a step as before; "
+        "--trainer.precision bf16-mixed; --model.activation_checkpointing true, which computes layers with attention "
+        "once more instead of storing them. Fewer keys (--model.attention.kv_stride 2) save it too, in another "
+        "network. last.ckpt is as it was: resume with --ckpt_path auto and such options, those of the data only from "
+        "the end of an epoch on."
+    )
+
+
 def _option(arguments: Sequence[str]) -> str:
     """The option that says where this subcommand writes."""
     subcommand = arguments[0] if arguments else ""
-    return "--output" if subcommand in ("export", "average", "compare") else "--run.root FOLDER"
+    return "--output" if subcommand in ("export", "average", "compare", "profile") else "--run.root FOLDER"
 
 
 def _path(error: OSError) -> str:
@@ -175,6 +204,7 @@ def configure_messages() -> None:
         ".*WeightAveraging callback with a model that overrides.*",  # nothing is sharded here
         ".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # made before training starts
         ".*callbacks used to create the checkpoint need to be provided.*",  # a test needs no checkpoint callbacks
+        ".*You have overridden `on_before_batch_transfer`.*",  # no DataModule here has one of its own
         ".*treespec, LeafSpec.*is deprecated.*",  # Lightning's own call
         ".*predict returned None if it was on purpose.*",  # predictions are gathered and written at the end
         ".*Total length of `?list`? across ranks is zero.*",  # training without validation, which the log says

@@ -1,8 +1,10 @@
-"""Options of a run itself: where its files are, and what it begins with."""
+"""Options of a run itself: where its files are, what it begins with, and how precisely it computes."""
 
 import dataclasses
 import re
 from typing import Literal
+
+import torch
 
 from lightning_attn.errors import InputError
 from lightning_attn.training.checkpoints import Weights
@@ -12,7 +14,7 @@ _LONGEST_NAME = 200  # bytes; a number may come behind it
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where a run keeps its files.
+    """Where a run keeps its files, what it begins with, and how precisely it computes.
 
     Attributes:
         name: Folder of the run, `<root>/<task>/<name>/`; empty for the name of the first configuration file. A name
@@ -30,6 +32,10 @@ class RunOptions:
             what fits is taken, classes and pieces by name, and the log lists the rest.
         weights: Which weights of a run with averaging are validated, tested and predicted with: `"averaged"` or
             `"current"`.
+        float32_matmul_precision: How float32 matrices are multiplied on a GPU that has TF32: `"high"` rounds them to
+            10 bits of mantissa first (TF32, as cuDNN's convolutions do anyway), `"medium"` to 7 (bfloat16), and
+            `"highest"` not at all. bf16-mixed has few such products, and a CPU is left as it is. It is
+            `torch.set_float32_matmul_precision`; do not set torch.backends.cuda.matmul in the same process.
     """
 
     name: str = ""
@@ -41,6 +47,7 @@ class RunOptions:
     initial_weights: str = ""
     initial_weights_strict: bool = True
     weights: Weights = "averaged"
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "high"
 
     def __post_init__(self) -> None:
         if self.name in (".", "..") or re.search(r"[/\\\0\ud800-\udfff]", self.name):
@@ -52,3 +59,8 @@ class RunOptions:
             raise InputError(f"run.save_top_k must be at least 1, got {self.save_top_k}.")
         if self.checkpoint_every_n_steps < 0:
             raise InputError(f"run.checkpoint_every_n_steps must be at least 0, got {self.checkpoint_every_n_steps}.")
+
+    def set_matmul_precision(self, device: torch.device) -> None:
+        """Sets the precision of float32 matrix products for a run on this device."""
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision(self.float32_matmul_precision)

@@ -19,6 +19,7 @@ from lightning_attn.cli.comparison import compare_runs
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.cli.messages import configure_messages, message_of
 from lightning_attn.cli.parser import Parser
+from lightning_attn.cli.profile_command import profile_command
 from lightning_attn.cli.stored_configuration import TRUST_HELP
 from lightning_attn.export.checkpoint import export_checkpoint
 from lightning_attn.tasks import BaseTask
@@ -147,7 +148,7 @@ def _compare(arguments: list[str]) -> None:
         rank_zero_info(f"Written to {comparison.write(Path(options['output']))}")
 
 
-_FURTHER_COMMANDS = {"average": _average, "export": _export, "compare": _compare}
+_FURTHER_COMMANDS = {"average": _average, "export": _export, "profile": profile_command, "compare": _compare}
 
 
 @contextlib.contextmanager

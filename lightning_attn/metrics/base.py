@@ -1,7 +1,7 @@
 """The base of the metrics: a `torchmetrics.Metric` that gathers a record of each sample by id and scores it once."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,6 +12,7 @@ from torchmetrics.metric import CompositionalMetric
 from typing_extensions import override
 
 from lightning_attn.errors import InputError
+from lightning_attn.metrics.copies import DelayedCopies
 from lightning_attn.metrics.gather import add_record, gather_by_id, true_on_any_rank
 
 __all__ = ["GatheredMetric", "Score", "ScoresMetric", "nothing_to_score"]
@@ -38,6 +39,8 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
     - `MetricCollection` never merges two of these metrics (`compute_groups`).
     - `state_dict` is empty, and `to` moves results only: records stay on the CPU. Pickling, `deepcopy` and `clone`
       include them; `merge_state` raises an error.
+    - Samples on a GPU become records in the next `update` or `compute`, so that no batch waits for its results
+      (`DelayedCopies`); an error about them is raised there.
 
     Args:
         nothing_to_score: The error message of `compute` if no rank has anything to score.
@@ -52,6 +55,7 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
         self._records: dict[int, RecordT] = {}
         self._gathered: dict[int, RecordT] | None = None
         self._scores: ScoresT | None = None
+        self._copies = DelayedCopies()
 
     @override
     def compute(self) -> ResultT:
@@ -61,6 +65,7 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
             InputError: On every rank, if no rank has anything to score.
             ValueError: On every rank, if ranks have different ground truths for an id.
         """
+        self._copies.finish()
         if true_on_any_rank(self._scores is None):
             gathered = gather_by_id(self._records, self._truth)
             self._scores = self._score_gathered(gathered)
@@ -72,9 +77,11 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> ResultT:
         """Adds samples as `update` does; returns the scores of these alone, of this rank, NaN if there are none."""
+        self._copies.finish()
         records, self._records = self._records, {}
         try:
             self.update(*args, **kwargs)
+            self._copies.finish()
             batch = self._records
         finally:
             self._records = records
@@ -88,6 +95,12 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
     def reset(self) -> None:
         super().reset()
         self._records, self._gathered, self._scores = {}, None, None
+        self._copies = DelayedCopies()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        self._copies.finish()
+        return super().__getstate__()
 
     def gathered(self) -> dict[int, RecordT]:
         """The records that `compute` scored, of all ranks, sorted by sample id. Not a collective: one rank may call it.
@@ -96,6 +109,11 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
             RuntimeError: If `compute` was not called since the last `update` or `reset`.
         """
         return _computed(self._gathered)
+
+    def _add_later(self, tensors: Sequence[Tensor], add: Callable[[list[Tensor]], None]) -> None:
+        """Calls `add`, which adds records, with the tensors on the CPU; see `DelayedCopies`."""
+        self._gathered = self._scores = None
+        self._copies.add(tensors, add)
 
     def _add(self, sample: int, record: RecordT) -> None:
         """Adds a sample's record, unless its id was added before."""

@@ -177,20 +177,31 @@ class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
         """
         if len(ids) != len(detections):
             raise ValueError(f"ids and detections must be of equal length, got {len(ids)} and {len(detections)}.")
-        for image_id, found in zip(map(index, ids), detections, strict=True):
+        image_ids = list(map(index, ids.tolist() if isinstance(ids, Tensor) else ids))
+        for image_id in image_ids:
             if image_id not in self._image_ids:
                 raise ValueError(
                     f"image id {image_id} is not in the ground truth of the split {self.split!r}, which has "
                     f"{len(self._image_ids)} images: pass the ids of its annotation file."
                 )
-            record = image_detections(image_id, found)
-            unknown = set(record.category_ids.tolist()) - self._names.keys()
-            if unknown:
-                raise ValueError(
-                    f"detections of image {image_id}: {min(unknown)} is not a category id of the split {self.split!r} "
-                    f"({_shortened(self._names)}). Convert the network's labels to category ids first."
-                )
-            self._add(image_id, record)
+        keys = ("boxes", "labels", "scores")
+
+        def add(copies: list[Tensor]) -> None:
+            for number, image_id in enumerate(image_ids):
+                self._add_image(image_id, dict(zip(keys, copies[3 * number : 3 * number + 3], strict=True)))
+
+        if image_ids:
+            self._add_later([found[key] for found in detections for key in keys], add)
+
+    def _add_image(self, image_id: int, found: Mapping[str, Tensor]) -> None:
+        record = image_detections(image_id, found)
+        unknown = set(record.category_ids.tolist()) - self._names.keys()
+        if unknown:
+            raise ValueError(
+                f"detections of image {image_id}: {min(unknown)} is not a category id of the split {self.split!r} "
+                f"({_shortened(self._names)}). Convert the network's labels to category ids first."
+            )
+        self._add(image_id, record)
 
     def records(self) -> list[CocoRecord]:
         """The scored detections of all ranks in the format of a results file. Not a collective: one rank may call it.

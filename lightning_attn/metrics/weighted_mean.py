@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from operator import index
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -35,7 +36,7 @@ class WeightedMean(GatheredMetric[Term, float, Tensor]):
 
         Args:
             ids: index of each sample in the split, B integers.
-            sums: each sample's quantity summed over its elements, `[B]`, floating point. Waits for the device.
+            sums: each sample's quantity summed over its elements, `[B]`, floating point.
             counts: number of elements of each sample, `[B]`, integer.
 
         Raises:
@@ -46,8 +47,15 @@ class WeightedMean(GatheredMetric[Term, float, Tensor]):
                 f"sums and counts must have one entry for each of the {len(ids)} ids, and counts must be integers; got "
                 f"shapes {list(sums.shape)} and {list(counts.shape)} and counts of {counts.dtype}."
             )
-        for sample, total, count in zip(ids, sums.tolist(), counts.tolist(), strict=True):
-            self._add(index(sample), (total, count))
+        given = ids if isinstance(ids, Tensor) else torch.tensor(list(map(index, ids)), dtype=torch.long)
+
+        def add(copies: list[Tensor]) -> None:
+            samples, totals, numbers = (copy.tolist() for copy in copies)
+            for sample, total, count in zip(samples, totals, numbers, strict=True):
+                self._add(index(sample), (total, count))
+
+        if len(given):
+            self._add_later([given, sums, counts], add)
 
     @staticmethod
     @override

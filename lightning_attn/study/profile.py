@@ -1,10 +1,11 @@
 """Counts the multiply-adds of a module while it runs, for comparison with the paper's count."""
 
+import contextlib
 import dataclasses
 import importlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -67,23 +68,13 @@ def count_multiply_adds(module: Callable[..., Any], *args: Any, backward: bool =
     Raises:
         ValueError: With `backward`, if no output requires a gradient.
     """
-    if HAS_TRITON and any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves((args, kwargs))):
-        for name in ("deformable", "dynamic"):
-            importlib.import_module(f"lightning_attn.attention.kernels.{name}")  # registers formulas of its operators
-    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    uncounted = _UncountedMode(counter.flop_registry)
+    on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves((args, kwargs)))
     if backward:  # detached from the graph of the arguments
         args, kwargs = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), (args, kwargs))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # dispatch modes see the operators of their own thread only
-    try:
-        # The mode that is entered last sees an operator first.
-        with uncounted, counter, _CustomOperatorMode(counter.flop_registry), torch.set_grad_enabled(backward):
-            output = module(*args, **kwargs)
-            if backward:
-                _run_backward(module, output)
-    finally:
-        torch.set_num_threads(threads)
+    with _counting(on_cuda) as (counter, uncounted), torch.set_grad_enabled(backward):
+        output = module(*args, **kwargs)
+        if backward:
+            _run_backward(module, output)
     counts = counter.get_flop_counts()
     by_operator = {str(operator): flops // 2 for operator, flops in counts.get("Global", {}).items() if flops}
     root = type(module).__name__
@@ -94,6 +85,100 @@ def count_multiply_adds(module: Callable[..., Any], *args: Any, backward: bool =
     }
     total = sum(by_operator.values())
     return MeasuredCount(total, by_operator, {**by_module, "": total}, dict(uncounted.elements))
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnCounts:
+    """Multiply-adds of one run by the module that does them itself, outside its named submodules.
+
+    Attributes:
+        by_module: For each name the multiply-adds of each operator, such as `"aten.mm"`.
+        uncounted: As in `MeasuredCount`.
+    """
+
+    by_module: dict[str, dict[str, int]]
+    uncounted: dict[str, int]
+
+
+def count_own_multiply_adds(run: Callable[[], object], names: Mapping[nn.Module, str]) -> OwnCounts:
+    """Runs a function once, in the current gradient mode, and attributes multiply-adds to the innermost named module.
+
+    Counts the same operators as `count_multiply_adds`. The backward pass, if `run` has one, is attributed to `""`.
+
+    Args:
+        run: Calls the modules.
+        names: The modules that are told apart; `""` is what is outside all of them.
+    """
+    on_cuda = any(parameter.is_cuda for module in names for parameter in module.parameters())
+    with _counting(on_cuda, _InnermostTracker(names)) as (counter, uncounted):
+        run()
+    counts = {
+        name: {str(operator): flops // 2 for operator, flops in operators.items() if flops}
+        for name, operators in counter.flop_counts.items()
+        if name != "Global"
+    }
+    return OwnCounts(counts, dict(uncounted.elements))
+
+
+class _InnermostTracker:
+    """Has the interface of torch's ModuleTracker, but names the innermost module alone."""
+
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        self.parents = {"Global", ""}
+        self._innermost = innermost_module(names, self._changed)
+
+    def _changed(self, name: str) -> None:
+        self.parents = {"Global", name}
+
+    def __enter__(self) -> None:
+        self._innermost.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._innermost.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def innermost_module(names: Mapping[nn.Module, str], changed: Callable[[str], object]) -> Iterator[None]:
+    """Calls `changed` with the name of the innermost running module whenever that changes; `""` outside all of them."""
+    running = [""]
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(names[module])
+        changed(running[-1])
+
+    def leave(*_: Any) -> None:
+        running.pop()
+        changed(running[-1])
+
+    handles = []
+    for module in names:
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _counting(
+    on_cuda: bool, tracker: _InnermostTracker | None = None
+) -> Iterator[tuple[FlopCounterMode, "_UncountedMode"]]:
+    if HAS_TRITON and on_cuda:
+        for name in ("deformable", "dynamic"):
+            importlib.import_module(f"lightning_attn.attention.kernels.{name}")  # registers formulas of its operators
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    if tracker is not None:
+        counter.mod_tracker = tracker  # type: ignore[assignment]  # which the counter enters and leaves
+    uncounted = _UncountedMode(counter.flop_registry)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # dispatch modes see the operators of their own thread only
+    try:
+        # The mode that is entered last sees an operator first.
+        with uncounted, counter, _CustomOperatorMode(counter.flop_registry):
+            yield counter, uncounted
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _run_backward(module: Callable[..., Any], output: Any) -> None:
@@ -174,7 +259,7 @@ class _CustomOperatorMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         devices = {x.device.type.upper() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if (
             not isinstance(func, torch._ops.OpOverload)
-            or func.namespace in ("aten", "prim", "prims")
+            or func.namespace in ("aten", "prim", "prims", "torchvision")  # torchvision's are not written in Python
             or func.overloadpacket in self.formulas
             or devices not in ({"CPU"}, {"CUDA"})
         ):
@@ -284,6 +369,16 @@ def _deform_conv2d_backward(
     return 2 * (samples * sampling + 2 * math.prod(grad) * math.prod(weight[1:]))
 
 
+def _roi_align(_: Shape, __: Shape, _scale: float, _h: int, _w: int, samples: int, *___: Any, out_shape: Shape) -> int:
+    """Bilinear samples; how many an adaptive number (0) makes depends on the boxes, and is not counted."""
+    return 2 * _BILINEAR_PRODUCTS * max(0, samples) ** 2 * math.prod(out_shape)
+
+
+def _roi_align_backward(grad: Shape, *rest: Any, **_: Any) -> int:
+    samples: int = rest[8]
+    return 2 * _BILINEAR_PRODUCTS * max(0, samples) ** 2 * math.prod(grad)
+
+
 def _embedding_bag(
     weight: Shape,
     indices: Shape,
@@ -309,6 +404,20 @@ def _embedding_bag_weights_backward(grad: Shape, _weight: Shape, indices: Shape,
     return 2 * math.prod(indices) * grad[-1]
 
 
+def _dynamic_taps(kernel: Shape, value: Shape, first: int, **_: Any) -> int:
+    """A product for every tap, query and channel, where the tap is inside the map along y."""
+    taps, queries = kernel[2], kernel[4]
+    rows = sum(
+        max(0, min(queries, value[3] - shift) - max(0, -shift)) for shift in (tap + first for tap in range(taps))
+    )
+    return 2 * math.prod(value[:3]) * rows * kernel[3] * kernel[5]
+
+
+def _dynamic_taps_backward(_: Shape, kernel: Shape, value: Shape, first: int, **__: Any) -> int:
+    """The gradients of kernel and values."""
+    return 2 * _dynamic_taps(kernel, value, first)
+
+
 def _product(*_: Any, out_val: Tensor, **__: Any) -> int:
     return 2 * out_val.numel() if out_val.is_floating_point() else 0
 
@@ -326,8 +435,13 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     _aten.grid_sampler_2d_backward: _grid_sampler_backward,
     _torchvision.deform_conv2d: _deform_conv2d,
     _torchvision._deform_conv2d_backward: _deform_conv2d_backward,
+    _torchvision.roi_align: _roi_align,
+    _torchvision._roi_align_backward: _roi_align_backward,
     **dict.fromkeys((_aten._embedding_bag, _aten._embedding_bag_forward_only), _embedding_bag),
     _aten._embedding_bag_backward: _embedding_bag_backward,
     _aten._embedding_bag_per_sample_weights_backward: _embedding_bag_weights_backward,
+    # Tap by tap as their kernels count, but at once: there are up to 31 x 31 taps.
+    torch.ops.lightning_attn.dynamic_taps: _dynamic_taps,
+    torch.ops.lightning_attn.dynamic_taps_backward: _dynamic_taps_backward,
     **dict.fromkeys((_aten.mul, _aten.mul_, _aten.addcmul, _aten.addcmul_), _product),
 }

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_attn.errors import InputError, MissingMethodError
+from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.tasks.evaluation import Evaluation, Evaluator, SampleMeans
+from lightning_attn.tasks.workload import Workload, WorkloadOptions
 from lightning_attn.training.checkpoint_keys import FORMAT, FORMAT_KEY, TASK_KEY, WEIGHTS_KEY, StoredTask
 from lightning_attn.training.checkpoints import (
     CheckpointError,
@@ -34,6 +36,7 @@ from lightning_attn.training.checkpoints import (
     read_checkpoint,
     stored_task,
 )
+from lightning_attn.training.compilation import CompileModules
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec, gradient_scaler, gradients_of
 from lightning_attn.training.resuming import ExactResume
 from lightning_attn.training.stop_on_non_finite import StopOnNonFinite
@@ -55,6 +58,8 @@ class BaseTask(pl.LightningModule):
     Args:
         optimizer: The optimizer. All parameters are one group, except for the offsets of deformable convolutions.
         schedule: The learning rate schedule, stepped after every optimizer step.
+        compile: Whether training compiles `modules_to_compile` by `torch.compile`; or its backend, see
+            `CompileBackend`; true is `"inductor"`. Checkpoints are the same.
 
     Attributes:
         task_name: Folder of the runs, `checkpoints/<task_name>/<name>/`.
@@ -78,7 +83,9 @@ class BaseTask(pl.LightningModule):
     checkpoint_path: str = ""
     stored_numbers: int | None = None
 
-    def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
+    def __init__(
+        self, optimizer: OptimizerSpec, schedule: ScheduleSpec, *, compile: bool | CompileBackend = False
+    ) -> None:
         super().__init__()
         # Collects the arguments of the subclass's constructor too. Checkpoints store them under another key than
         # "hyper_parameters", by which the Lightning CLI would override the command line.
@@ -86,6 +93,11 @@ class BaseTask(pl.LightningModule):
         self._arguments = {name: plain_value(name, value) for name, value in self.hparams.items()}
         self.optimizer = optimizer
         self.schedule = schedule
+        if compile not in (False, True, *get_args(CompileBackend)):
+            raise InputError(
+                f"compile must be true, false or one of {list(get_args(CompileBackend))}, got {compile!r}."
+            )
+        self._compile_backend: CompileBackend | None = "inductor" if compile is True else compile or None
         self._evaluators: list[Evaluator] | None = None
         self.fresh_optimizer_groups: list[dict[str, Any]] = []
         self._scaled_for = 0  # the global batch size that the learning rate was scaled for; 0 for none
@@ -162,7 +174,14 @@ class BaseTask(pl.LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that every run of a task needs; a subclass extends this list."""
-        return [ExactResume(), StopOnNonFinite(), Evaluation()]
+        callbacks: list[Callback] = [ExactResume(), StopOnNonFinite(), Evaluation()]
+        if self._compile_backend is not None:
+            callbacks.append(CompileModules(self.modules_to_compile, self._compile_backend))
+        return callbacks
+
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        """The modules that `compile` compiles, each as a whole and for inputs of all sizes."""
+        return []
 
     @override
     def setup(self, stage: str) -> None:
@@ -347,6 +366,18 @@ class BaseTask(pl.LightningModule):
         """The results for inputs as plain values, one for each input; for a task from `load`."""
         raise MissingMethodError(f"{type(self).__name__} must define predict to be used without a Trainer.")
 
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        """The network and a batch of made-up inputs for `profile`, which reads no data.
+
+        Args:
+            datamodule: The data of the configuration, before its setup: its options only.
+            options: Device, sizes and number of classes.
+
+        Raises:
+            ValueError: If a number is neither known nor given.
+        """
+        raise MissingMethodError(f"{type(self).__name__} must define workload(self, datamodule, options) for profile.")
+
     def interrupted_note(self) -> str:
         """The message of an interrupted evaluation: what is done, where it is stored, and how to resume."""
         return ""
@@ -430,10 +461,12 @@ class TokenMeanTask(BaseTask):
     sum / number over all ranks and accumulated batches. The same mean is logged as `train/loss`.
     """
 
-    def __init__(self, optimizer: OptimizerSpec, schedule: ScheduleSpec) -> None:
-        super().__init__(optimizer, schedule)
+    def __init__(
+        self, optimizer: OptimizerSpec, schedule: ScheduleSpec, *, compile: bool | CompileBackend = False
+    ) -> None:
+        super().__init__(optimizer, schedule, compile=compile)
         self._step_sums: Tensor | None = None  # number of tokens and sum of the logged loss, since the last step
-        self._window = (0.0, time.perf_counter())  # number of tokens since a time, for the speed
+        self._window: tuple[Tensor | float, float] = (0.0, time.perf_counter())  # tokens since a time, for the speed
 
     def count_tokens(self, number: Tensor, logged_sum: Tensor) -> None:
         """Adds a batch's number of tokens, and the sum over them for the mean `train/loss`."""
@@ -452,14 +485,16 @@ class TokenMeanTask(BaseTask):
         gradients = gradients_of(optimizer)
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         self.log("train/loss", (logged_sum / number).float(), prog_bar=True)
-        self._log_speed(float(number))
+        self._log_speed(number)
 
-    def _log_speed(self, number: float) -> None:
+    def _log_speed(self, number: Tensor) -> None:
+        """Logs the speed every `log_every_n_steps`; only then does the host wait for the device."""
         tokens, since = self._window
-        tokens, now = tokens + number, time.perf_counter()
+        tokens = tokens + number
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
-            self.log("train/tokens_per_second", tokens / (now - since), prog_bar=True)
+            count, now = float(tokens), time.perf_counter()
+            self.log("train/tokens_per_second", count / (now - since), prog_bar=True)
             tokens, since = 0.0, now
         self._window = (tokens, since)
 
@@ -539,6 +574,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         module.train(was_training)
+
+
+def check_checkpointing(activation_checkpointing: bool, compile: bool | CompileBackend) -> None:
+    """Refuses activation checkpointing of a compiled network: torch runs recomputed layers without their graphs.
+
+    Raises:
+        ValueError: If both are on.
+    """
+    if activation_checkpointing and compile:
+        raise InputError(
+            f"activation_checkpointing=True with compile={compile!r}: layers that are computed again are not compiled. "
+            "Set one of them to false."
+        )
 
 
 def require_network(network: Network | None) -> Network:

@@ -1,13 +1,14 @@
 """The LightningModule of object detection, with a ResNet with attention (paper, sections 3 and 4)."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from datamodules.detection.annotations import Categories
@@ -17,7 +18,9 @@ from datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.metrics.detection import coco_records, image_detections
+from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.batching import ChannelsLast
 from lightning_attn.networks.images.detection_inference import DetectionInferenceSpec, detect
 from lightning_attn.networks.images.heads.detection import Detection, DetectorSpec
 from lightning_attn.networks.images.network import Detector
@@ -25,8 +28,19 @@ from lightning_attn.networks.weights.torchvision_detectors import is_torchvision
 from lightning_attn.tasks.detection_evaluation import DetectionEvaluator, original_image, rescaled
 from lightning_attn.tasks.detection_files import write_detections
 from lightning_attn.tasks.evaluation import Evaluator
-from lightning_attn.tasks.images import ImageTask
+from lightning_attn.tasks.images import ImageTask, without_weights
 from lightning_attn.tasks.prediction_files import PartialResults
+from lightning_attn.tasks.workload import (
+    Workload,
+    WorkloadOptions,
+    build_network,
+    image_size,
+    number_of_categories,
+    random_boxes,
+    random_images,
+    total_loss,
+    total_of_outputs,
+)
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
@@ -47,6 +61,11 @@ class DetectionTask(ImageTask[Categories, Detector]):
         num_pictures: Number of images of a validation, test or prediction that are drawn with their boxes.
         picture_score: Detections of a lower score are not drawn, and not included in the confusion matrix.
         inference: How objects are detected in validation, test and prediction.
+        channels_last: Whether maps and weights lie in memory with the channels of a position side by side; "auto" where
+            convolutions are made for that: on CPUs and on CUDA. See docs/gpu.md.
+        compile: Whether training compiles the layers around attentions by `torch.compile`. See docs/gpu.md.
+        activation_checkpointing: Whether residual blocks and a head with attention store their inputs only, and compute
+            the rest again in the backward pass: less memory for more time, with the same results.
     """
 
     task_name: ClassVar[str] = "detection"
@@ -75,8 +94,20 @@ class DetectionTask(ImageTask[Categories, Detector]):
         num_pictures: int = 8,
         picture_score: float = 0.5,
         inference: DetectionInferenceSpec = DetectionInferenceSpec(),  # noqa: B008 - a frozen value
+        channels_last: ChannelsLast = "auto",
+        compile: bool | CompileBackend = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(attention, backbone, optimizer, schedule, num_pictures)
+        super().__init__(
+            attention,
+            backbone,
+            optimizer,
+            schedule,
+            num_pictures,
+            channels_last=channels_last,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+        )
         if not 0 <= picture_score <= 1:
             raise InputError(f"picture_score must be between 0 and 1, got {picture_score}.")
         self.detector = detector
@@ -99,7 +130,47 @@ class DetectionTask(ImageTask[Categories, Detector]):
         state = read_torchvision_detector(path, head, classes.names, classes.ids)
         return {f"network.{name}": value for name, value in state.items()}
 
+    @override
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        device, size = options.device, image_size(datamodule, options)
+        num_classes, note = number_of_categories(datamodule, options)
+        network, notes = build_network(lambda: self.build_network(num_classes, without_weights(self.backbone)), device)
+        batch_size = options.batch_size or int(getattr(datamodule, "batch_size", 1))
+        images = random_images(batch_size, size, device)
+        if device.type == "meta":
+            head = network.head
+
+            def outputs() -> list[Tensor]:
+                return head.outputs(network.backbone(images, align_corners=head.align_corners))
+
+            forward: Callable[[], object] = outputs
+            loss = functools.partial(total_of_outputs, outputs)
+            notes += ("without values: all layers, on as many regions as the options allow; no losses, no suppression",)
+        else:
+            targets = random_boxes(batch_size, size, num_classes, device)
+            forward = functools.partial(network, images)
+            loss = functools.partial(total_loss, network, images, targets)
+            notes += ("made-up images and weights: how many regions are proposed is not as in a trained network",)
+        return Workload(
+            network,
+            forward,
+            loss,
+            batch_size,
+            "images",
+            batch_size,
+            f"{batch_size} x {size[0]}x{size[1]} pixels, {num_classes} categories",
+            tuple(filter(None, (note, *notes))),
+        )
+
     # Training, validation and test
+
+    @override
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        return self.built_network.modules_to_compile()
+
+    @override
+    def check_targets(self, batch: DetectionBatch) -> None:
+        self.built_network.head.check_values(batch.targets)
 
     @override
     def losses(self, batch: DetectionBatch) -> dict[str, Tensor]:
@@ -116,7 +187,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
 
     def in_original_pixels(self, batch: DetectionBatch, found: list[Detection]) -> list[Detection]:
         """Detections with boxes in pixels of the original images, and category ids instead of labels."""
-        ids = torch.tensor((0, *self.known_classes.ids), device=self.device)
+        ids = _category_ids(self.known_classes.ids, self.device)
         return [
             one | {"labels": ids[one["labels"]]}
             for one in (rescaled(batch, index, detection) for index, detection in enumerate(found))
@@ -222,6 +293,13 @@ class DetectionTask(ImageTask[Categories, Detector]):
         self._files.remove()
         rank_zero_info(f"Detections in {len(results):,} images written to {path} and {path.with_suffix('.csv').name}")
         self.picture_evaluator.write({})
+
+
+@functools.lru_cache(maxsize=4)
+def _category_ids(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """The category id of every label, on a device: moving them there for each batch would make the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor((0, *ids), device=device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

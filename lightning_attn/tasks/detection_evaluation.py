@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
@@ -112,8 +113,10 @@ class DetectionEvaluator(Evaluator):
 def rescaled(batch: DetectionBatch, index: int, boxes: dict[str, Tensor]) -> dict[str, Tensor]:
     """The boxes of one image of a batch in pixels of the original image."""
     (height, width), image = batch.sizes[index].tolist(), batch.images[index]
-    factors = boxes["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]] * 2)
-    return boxes | {"boxes": boxes["boxes"] * factors}
+    x, y = boxes["boxes"].view(-1, 2, 2).unbind(2)
+    # Factors as numbers: as a tensor, a GPU would make the host wait for them.
+    scaled = torch.stack((x * (width / image.shape[2]), y * (height / image.shape[1])), dim=2)
+    return boxes | {"boxes": scaled.view(-1, 4)}
 
 
 def original_image(path: str, size: tuple[int, int], exif: ExifPolicy) -> ImageArray:

@@ -16,8 +16,11 @@ from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.io import unused_path
+from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.tasks.base import BaseTask, evaluating, require_network
+from lightning_attn.networks.images.batching import ChannelsLast, use_channels_last
+from lightning_attn.networks.recomputation import recompute_activations
+from lightning_attn.tasks.base import BaseTask, check_checkpointing, evaluating, require_network
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.image_evaluators import BadImages, Pictures
 from lightning_attn.training.checkpoint_keys import PREPROCESSING_KEY
@@ -58,6 +61,10 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         optimizer: The optimizer.
         schedule: The learning rate schedule.
         num_pictures: Number of images of a validation, test or prediction that are drawn with their results.
+        channels_last: The memory format of maps and weights; see `NormalizedBatch`.
+        compile: See `BaseTask`.
+        activation_checkpointing: Whether residual blocks and a head with attention store their inputs only, and compute
+            the rest again in the backward pass: less memory for more time, with the same results.
 
     Attributes:
         classes_key: Name of the classes in the DataModule and in checkpoints.
@@ -79,8 +86,22 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         optimizer: OptimizerSpec,
         schedule: ScheduleSpec,
         num_pictures: int,
+        *,
+        channels_last: ChannelsLast = "auto",
+        compile: bool | CompileBackend = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimizer, schedule, compile=compile)
+        if channels_last not in (True, False, "auto"):
+            raise InputError(f"channels_last must be true, false or auto, got {channels_last!r}.")
+        if channels_last is False and compile in (True, "inductor"):
+            raise InputError(
+                f"channels_last=False with compile={compile!r}: convolutions of other maps are compiled again for each "
+                "size of an image. Set channels_last to auto, or compile to false."
+            )
+        check_checkpointing(activation_checkpointing, compile)
+        self._channels_last: ChannelsLast = channels_last
+        self._recomputes_activations = activation_checkpointing
         if num_pictures < 0:
             raise InputError(f"num_pictures must be at least 0, got {num_pictures}.")
         self.attention, self.backbone = attention, backbone
@@ -107,7 +128,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             ValueError: If the parts do not fit one another.
         """
         with torch.device("meta"):
-            self.build_network(num_classes, _without_weights(self.backbone))
+            self.build_network(num_classes, without_weights(self.backbone))
 
     # Network and classes
 
@@ -141,8 +162,13 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     def _build(self, classes: ClassesType, backbone: ResNetSpec) -> None:
         self.classes = classes
-        self.require_size(lambda: self.build_network(len(classes.names), _without_weights(self.backbone)))
-        self.network = self.build_network(len(classes.names), backbone)
+        self.require_size(lambda: self.build_network(len(classes.names), without_weights(self.backbone)))
+        network = self.build_network(len(classes.names), backbone)
+        if self._recomputes_activations:
+            recompute_activations(network)
+        device = torch.device("cpu") if self._trainer is None else self.trainer.strategy.root_device
+        use_channels_last(network, self._channels_last, device)
+        self.network = network
 
     @property
     def built_network(self) -> NetworkType:
@@ -199,7 +225,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     @override
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._build(self._stored_classes(checkpoint), _without_weights(self.backbone))
+        self._build(self._stored_classes(checkpoint), without_weights(self.backbone))
         self.preprocessing = dict(checkpoint.get(PREPROCESSING_KEY, {}))
 
     def _stored_classes(self, checkpoint: dict[str, Any]) -> ClassesType:
@@ -234,6 +260,16 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         if len(losses) > 1:
             self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch))
         return total
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Checks targets for a GPU while they are on the CPU; on the GPU that would make the host wait."""
+        if self.trainer.training and self.device.type != "cpu":
+            self.check_targets(batch)
+        return batch
+
+    def check_targets(self, batch: Any) -> None:
+        """Raises a ValueError for a training batch on the CPU whose targets have values that the network refuses."""
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """The network's losses for a batch by name, to be summed."""
@@ -336,7 +372,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         raise MissingMethodError(f"{type(self).__name__} must define predict_images.")
 
 
-def _without_weights(backbone: ResNetSpec) -> ResNetSpec:
+def without_weights(backbone: ResNetSpec) -> ResNetSpec:
     """The backbone without pretrained weights, for weights of a checkpoint."""
     return dataclasses.replace(backbone, weights="none")
 

@@ -1,29 +1,43 @@
 """The LightningModule of semantic segmentation, with a ResNet with attention (paper, sections 3 and 4)."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pytorch_lightning as pl
+import torch
 from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from datamodules.images.files import ImageArray, channels_first
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.errors import InputError
 from lightning_attn.io import write_file, write_table
+from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
+from lightning_attn.networks.images.batching import ChannelsLast
 from lightning_attn.networks.images.heads.segmentation import SegmenterSpec
 from lightning_attn.networks.images.network import Segmenter
 from lightning_attn.networks.images.segmentation_inference import InferenceSpec, segment
 from lightning_attn.tasks.evaluation import Evaluator
-from lightning_attn.tasks.images import ImageTask
+from lightning_attn.tasks.images import ImageTask, without_weights
 from lightning_attn.tasks.segmentation_evaluation import SegmentationEvaluator
+from lightning_attn.tasks.workload import (
+    Workload,
+    WorkloadOptions,
+    build_network,
+    image_size,
+    random_images,
+    total_loss,
+    total_of_outputs,
+)
 from lightning_attn.training.checkpoints import OutputRows
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 from lightning_attn.visualization.pictures import Picture
@@ -43,6 +57,11 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         optimizer: The optimizer.
         schedule: The learning rate schedule.
         num_pictures: Number of images of a validation, test or prediction that are drawn in the classes' colours.
+        channels_last: Whether maps and weights lie in memory with the channels of a position side by side; "auto" where
+            convolutions are made for that: on CPUs and on CUDA. See docs/gpu.md.
+        compile: Whether training compiles the layers around attentions by `torch.compile`. See docs/gpu.md.
+        activation_checkpointing: Whether residual blocks and a head with attention store their inputs only, and compute
+            the rest again in the backward pass: less memory for more time, with the same results.
     """
 
     task_name: ClassVar[str] = "segmentation"
@@ -65,8 +84,20 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         ),
         schedule: ScheduleSpec = ScheduleSpec(name="poly", warmup_steps=0),  # noqa: B008 - a frozen value
         num_pictures: int = 8,
+        channels_last: ChannelsLast = "auto",
+        compile: bool | CompileBackend = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(attention, backbone, optimizer, schedule, num_pictures)
+        super().__init__(
+            attention,
+            backbone,
+            optimizer,
+            schedule,
+            num_pictures,
+            channels_last=channels_last,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+        )
         self.segmenter, self.inference = segmenter, inference
         self.check_sizes(len(segmenter.class_weights) or 1)
         self._label_folder: Path | None = None
@@ -76,7 +107,56 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
         built = build_backbone(backbone, self.attention, self.segmenter.output_stride)
         return Segmenter(num_classes, built, self.attention, self.segmenter)
 
+    @override
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        device, size = options.device, image_size(datamodule, options)
+        classes = getattr(datamodule, "classes", None)
+        num_classes = options.num_classes or (len(classes.names) if classes is not None else 0)
+        if not num_classes:
+            raise InputError("num_classes: the data has no classes. Give their number (--num_classes 19).")
+        network, notes = build_network(lambda: self.build_network(num_classes, without_weights(self.backbone)), device)
+        batch_size = options.batch_size or int(getattr(datamodule, "batch_size", 1))
+        images = random_images(batch_size, size, device)
+        if device.type == "meta":
+
+            def outputs() -> list[Tensor]:
+                head = network.head
+                maps = network.backbone(images, align_corners=head.align_corners).maps
+                logits = [head(maps["c5"])]
+                if network.training and head.auxiliary is not None:
+                    logits.append(head.auxiliary(maps["c4"]))
+                return logits
+
+            forward: Callable[[], object] = outputs
+            loss = functools.partial(total_of_outputs, outputs)
+            notes += ("without values: all layers up to the logits; no losses",)
+        else:
+            generator = torch.Generator().manual_seed(1)
+            labels = [
+                torch.randint(num_classes, size, generator=generator, dtype=torch.uint8).to(device) for _ in images
+            ]
+            forward = functools.partial(network, images)
+            loss = functools.partial(total_loss, network, images, labels)
+        return Workload(
+            network,
+            forward,
+            loss,
+            batch_size,
+            "images",
+            batch_size,
+            f"{batch_size} x {size[0]}x{size[1]} pixels, {num_classes} classes",
+            notes,
+        )
+
     # Training, validation and test
+
+    @override
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        return self.built_network.modules_to_compile()
+
+    @override
+    def check_targets(self, batch: SegmentationBatch) -> None:
+        self.built_network.head.check_values(batch.labels)
 
     @override
     def losses(self, batch: SegmentationBatch) -> dict[str, Tensor]:

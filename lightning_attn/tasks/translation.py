@@ -9,21 +9,24 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from datamodules.translation.batches import TranslationBatch, TranslationDataset
-from datamodules.translation.vocabulary import VOCABULARY_KEY, Vocabulary
+from datamodules.translation.vocabulary import PAD_ID, VOCABULARY_KEY, Vocabulary
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.io import unused_path, write_file
 from lightning_attn.metrics.translation import TranslationScoring, one_line
+from lightning_attn.networks.compilation import CompileBackend
+from lightning_attn.networks.recomputation import recompute_activations
 from lightning_attn.networks.translation.beam_search import BeamSearchOptions, Hypothesis, beam_search
 from lightning_attn.networks.translation.transformer import NormPosition, Transformer
-from lightning_attn.tasks.base import TokenMeanTask, evaluating, require_network
+from lightning_attn.tasks.base import TokenMeanTask, check_checkpointing, evaluating, require_network
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.prediction_files import PartialResults, differing_origin
 from lightning_attn.tasks.translation_evaluation import ScoredBatch, TranslationEvaluator
+from lightning_attn.tasks.workload import Workload, WorkloadOptions, build_network
 from lightning_attn.training.checkpoints import CheckpointError, OutputRows, crc32_of
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec
 
@@ -50,6 +53,9 @@ class TranslationTask(TokenMeanTask):
         validation_beam_size: Beam size of the translations in validation; 0 for the loss only.
         num_examples: Number of translations that a test prints; if above 0, it also draws the attention of the first.
         scoring: Options of BLEU and chrF.
+        compile: Whether training compiles the layers around attentions by `torch.compile`. See docs/gpu.md.
+        activation_checkpointing: Whether layers store their inputs only, and compute the rest again in the backward
+            pass: less memory for more time, with the same results.
     """
 
     task_name: ClassVar[str] = "translation"
@@ -77,8 +83,10 @@ class TranslationTask(TokenMeanTask):
         validation_beam_size: int = 1,
         num_examples: int = 5,
         scoring: TranslationScoring = TranslationScoring(),  # noqa: B008 - a frozen value
+        compile: bool | CompileBackend = False,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule)
+        super().__init__(optimizer, schedule, compile=compile)
         if not 0 <= label_smoothing < 1:
             raise InputError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}.")
         if validation_beam_size < 0 or num_examples < 0:
@@ -102,6 +110,8 @@ class TranslationTask(TokenMeanTask):
         self.validation_beam_size = validation_beam_size
         self.num_examples = num_examples
         self.scoring = scoring
+        check_checkpointing(activation_checkpointing, compile)
+        self._recomputes_activations = activation_checkpointing
         self.vocabulary: Vocabulary | None = None
         self.network: Transformer | None = None
         self._results: PartialResults | None = None
@@ -121,6 +131,12 @@ class TranslationTask(TokenMeanTask):
         self.vocabulary = vocabulary
         self.require_size(build)
         self.network = build()
+        if self._recomputes_activations:
+            recompute_activations(self.network)
+
+    @override
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        return self.built_network.modules_to_compile()
 
     @property
     def built_network(self) -> Transformer:
@@ -173,6 +189,45 @@ class TranslationTask(TokenMeanTask):
     @override
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._build(_stored_vocabulary(checkpoint))
+
+    @override
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        """The defaults are pairs of 50 and 50 tokens, with which the paper's count is given."""
+        device, (source_length, target_length) = options.device, options.size or (50, 50)
+        vocabulary_size = options.num_classes or int(getattr(datamodule, "vocabulary_size", 0))
+        if not vocabulary_size:
+            raise InputError("num_classes: the data has no vocabulary_size. Give the number of pieces of words.")
+        network, notes = build_network(
+            lambda: Transformer(vocabulary_size=vocabulary_size, pad_id=PAD_ID, **self.network_arguments), device
+        )
+        tokens = int(getattr(datamodule, "max_tokens", 0))
+        batch_size = options.batch_size or max(1, tokens // max(source_length, target_length))
+        generator = torch.Generator().manual_seed(0)
+        source, target = (
+            torch.empty(batch_size, length, dtype=torch.int64, device=device)
+            if device.type == "meta"
+            else torch.randint(PAD_ID + 1, vocabulary_size, (batch_size, length), generator=generator).to(device)
+            for length in (source_length, target_length + 1)
+        )
+
+        def loss() -> Tensor:
+            if device.type == "meta":  # the loss looks for padding
+                logits: Tensor = network(source, target[:, :-1])
+                return logits.sum()
+            smoothed: Tensor = network.loss(source, target, self.label_smoothing)[0]
+            return smoothed / target[:, 1:].numel()
+
+        return Workload(
+            network,
+            lambda: network(source, target[:, :-1]),
+            loss,
+            batch_size,
+            "tokens",
+            batch_size * target_length,
+            f"{batch_size} pairs of {source_length} and {target_length} tokens, {vocabulary_size:,} pieces",
+            (*notes, "the forward pass sees the whole target; decoding step by step costs more"),
+            paper_omits_own=True,  # the output projection
+        )
 
     # Training
 

@@ -34,27 +34,44 @@ class _Clock:
 
 
 class TrainingBar(RichProgressBar):
-    """Lightning's progress bar with the time left for the training, not only for the epoch."""
+    """Lightning's progress bar with the time left for the training, not only for the epoch.
+
+    In training, what is logged is read twice a second: reading it at every step would make the host wait for a GPU.
+    """
+
+    _EVERY_SECONDS = 0.5
 
     def __init__(self) -> None:
         super().__init__()
         self._clock = _Clock()
+        self._items: dict[str, int | str | float | dict[str, float]] = {}
+        self._read_at = 0.0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.start(trainer)
+        self._read_at = 0.0
         super().on_train_start(trainer, pl_module)
 
     @override
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
+        now = time.perf_counter()
+        if trainer.training and now - self._read_at < self._EVERY_SECONDS:
+            return self._items
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         if trainer.training:
             items["step"] = f"{trainer.global_step}/{trainer.estimated_stepping_batches}"
             items["ETA"] = self._clock.left(trainer)
+            self._items, self._read_at = items, now
         return items
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._read_at = 0.0
+        super().on_train_epoch_end(trainer, pl_module)
 
     @override
     def _get_train_description(self, current_epoch: int) -> str:

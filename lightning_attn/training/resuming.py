@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.types import LRSchedulerConfig
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -389,7 +390,10 @@ class ExactResume(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gives the optimizer the current options, where the checkpoint had others."""
+        """Gives the optimizer the current options, and its state the memory format of the weights, if others were."""
+        if self._resumed:
+            for optimizer in trainer.optimizers:
+                _match_memory_format(optimizer)
         fresh = getattr(pl_module, "fresh_optimizer_groups", None)
         if not self._resumed or not fresh:
             return
@@ -437,6 +441,14 @@ class ExactResume(Callback):
             )
             return
         set_random_streams(streams[trainer.global_rank], pl_module.device)
+
+
+def _match_memory_format(optimizer: Optimizer) -> None:
+    """Lays the optimizer's state out as its parameters: fused kernels read both in the order of memory."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _complete_momentum(optimizer: Optimizer) -> None:

@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 import lightning_attn
 from lightning_attn.errors import ExistingFileError, NotAFolderError, UnusableFileError, UserError
 from lightning_attn.io import remove_parts, write_json
+from lightning_attn.training.code_version import code_version
 
 MARKER = "run.json"
 _VARIABLE = "LIGHTNING_ATTN_RUN_DIRECTORY"
@@ -199,6 +200,7 @@ def origin() -> dict[str, Any]:
         "torch": metadata.version("torch"),
         "pytorch_lightning": metadata.version("pytorch-lightning"),
         "python": platform.python_version(),
+        "code": code_version(),
         "git": _git("describe", "--always", "--dirty", "--abbrev=12"),
     }
 

@@ -1,5 +1,6 @@
 """An end to a training whose numbers are not finite, before its weights are lost."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,24 +25,53 @@ class NonFiniteError(UserError, FloatingPointError):
     """A training whose loss or gradient is NaN or infinite."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """An optimizer step that was not looked at yet.
+
+    Attributes:
+        number: Which step, from 1.
+        batches: Those whose gradients were accumulated.
+        parameters: Those that have a gradient.
+        norms: Of their gradients, on the device, `[parameters]`.
+    """
+
+    number: int
+    batches: list[_Batch]
+    parameters: list[Tensor]
+    norms: Tensor
+
+
 class StopOnNonFinite(Callback):
     """Ends a training whose gradient is NaN or infinite before that gets into the weights; every task brings it.
 
     The gradients are looked at, once an optimizer step, and not the loss: they are the same on all ranks, so that all
     of them end together. With the gradient scaler of fp16, which skips such steps, only the losses are.
 
+    On a GPU, looking would make the host wait for the device. There a fused optimizer skips the first step with such a
+    gradient, and all later ones, by itself; the training ends when the host looks the next time: every few steps, and
+    before each validation and each checkpoint. The weights and the message are the same as if it had looked at once.
+
+    Args:
+        every_n_steps: Optimizer steps between two looks, with a fused optimizer (others are looked at in each step);
+            None for 1 on the CPU, and elsewhere `trainer.log_every_n_steps`, at which the logger waits for the device.
+
     Raises:
         NonFiniteError: Out of the training, with the step, the samples, and the last checkpoint that is sound.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        self.every_n_steps = every_n_steps
         self._place = ""
         self._samples: tuple[Any, list[str]] = None, []
         self._batches: list[_Batch] = []  # of this step
+        self._steps: list[_Step] = []
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._batches = []
+        self._batches, self._steps = [], []
+        for optimizer in trainer.optimizers:
+            vars(optimizer).pop("found_inf", None)  # of a training that ended here before
 
     @override
     def on_train_batch_start(
@@ -59,19 +89,54 @@ class StopOnNonFinite(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         batches, self._batches = self._batches, []
+        number = trainer.global_step + 1
         if gradient_scaler(trainer) is not None:
-            if all(bool(loss.isfinite()) for *_, loss in batches):
+            if not all(bool(loss.isfinite()) for *_, loss in batches):
+                self._end(trainer, pl_module, _Step(number, batches, [], torch.empty(0)))
+            return
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None
+        ]
+        if not parameters:
+            return
+        norms = torch.stack(torch._foreach_norm(gradients_of(optimizer)))
+        self._steps.append(_Step(number, batches, parameters, norms))
+        every = self.every_n_steps or _default_interval(trainer, norms.device)
+        if every > 1 and _can_skip(optimizer):
+            _skip_from_here_if(norms.isfinite().all().logical_not(), optimizer)
+            if number % every:
                 return
-        else:
-            gradients = gradients_of(optimizer)
-            if not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
-                return
-        self._end(trainer, pl_module, batches)
+        self._look(trainer, pl_module)
 
-    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: list[_Batch]) -> NoReturn:
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Looks before every checkpoint, which would otherwise count steps that were skipped."""
+        self._look(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Waits for the device, and ends the training at the first step that was not finite."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return
+        finite = torch.stack([step.norms.isfinite().all() for step in steps]).tolist()
+        for step, is_finite in zip(steps, finite, strict=True):
+            if not is_finite:
+                self._end(trainer, pl_module, step)
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: _Step) -> NoReturn:
         found = [
             f"the loss of {place} is {float(loss)}{_described(ids, names)}"
-            for place, ids, names, loss in batches
+            for place, ids, names, loss in step.batches
             if not bool(loss.isfinite())
         ]
         if trainer.world_size > 1 and gradient_scaler(trainer) is None:
@@ -79,19 +144,34 @@ class StopOnNonFinite(Callback):
             dist.all_gather_object(of_ranks, found)
             found = [f"on rank {rank}, {line}" for rank, lines in enumerate(of_ranks) for line in lines]
         if not found:
-            broken = [
-                name
-                for name, parameter in pl_module.named_parameters()
-                if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-            ]
-            places = ", ".join(f"{place}{_described(ids, names)}" for place, ids, names, _ in batches)
-            found = [f"the loss is finite, but the gradient of {', '.join(broken[:3])} is not, after {places}"]
+            finite = step.norms.isfinite().tolist()
+            broken = {id(parameter) for parameter, one in zip(step.parameters, finite, strict=True) if not one}
+            names_of_broken = [name for name, parameter in pl_module.named_parameters() if id(parameter) in broken]
+            places = ", ".join(f"{place}{_described(ids, names)}" for place, ids, names, _ in step.batches)
+            found = [f"the loss is finite, but the gradient of {', '.join(names_of_broken[:3])} is not, after {places}"]
         raise NonFiniteError(
-            f"Stopped at step {trainer.global_step + 1}: {'; '.join(found)}. The weights are as they were before this "
+            f"Stopped at step {step.number}: {'; '.join(found)}. The weights are as they were before this "
             f"step. {_sound_checkpoint(trainer)} A lower learning rate (--model.optimizer.learning_rate), a longer "
             "warm-up, clipping (--trainer.gradient_clip_val 1) or full precision (--trainer.precision 32-true) may "
             "help, and a look at these samples."
         )
+
+
+def _default_interval(trainer: pl.Trainer, device: torch.device) -> int:
+    """Optimizer steps between two looks."""
+    return 1 if device.type == "cpu" else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+
+def _can_skip(optimizer: Optimizer) -> bool:
+    """Whether `step` reads the attribute `found_inf`, by which the gradient scaler makes fused optimizers skip it."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _skip_from_here_if(broken: Tensor, optimizer: Any) -> None:
+    """Makes this step of an optimizer, and all later ones, change nothing, if a flag on the device is true."""
+    earlier: Tensor | None = getattr(optimizer, "found_inf", None)
+    flag = broken.float()
+    optimizer.found_inf = flag if earlier is None else torch.maximum(earlier, flag)
 
 
 def batch_field(batch: Any, name: str, default: Any = None) -> Any:

@@ -1,5 +1,6 @@
 """Averages of the weights during a training: exponential, or the equal mean of some steps."""
 
+import itertools
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,32 +14,52 @@ from lightning_attn.errors import InputError
 
 
 class _Averaging(WeightAveraging):
-    """Lightning's averaging of weights and buffers, in a second copy of the module, with three things changed.
+    """Lightning's averaging of weights and buffers, in a second copy of the module, with four things changed.
 
     Lightning swaps the average in for validation, saves it as a checkpoint's `state_dict` (and the weights that are
     trained as `current_model_state`), and leaves it in the module after training. But until the first step that counts
     its copy has the weights from before the training; here it follows the current ones. It makes the copy before the
-    module is moved to its device, and then fetches all weights to the CPU at every step; here the copy moves too. And
-    it averages integers and, with rounding errors, what is frozen.
+    module is moved to its device, and then fetches all weights to the CPU at every step; here the copy moves too. It
+    keeps the number of averages on that device, which the host would wait for at every step; here it is on the CPU.
+    And it averages integers and, with rounding errors, what is frozen.
     """
-
-    def __init__(self) -> None:
-        super().__init__(multi_avg_fn=self._move)
 
     def share(self, number: int) -> float:
         """Share of the current weights in the new average, when `number` (at least 1) were averaged before."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def _move(self, averages: list[Tensor], currents: list[Tensor], number: Tensor | int) -> None:
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, currents, self.share(int(number)))  # exact where both are equal
-        else:
-            torch._foreach_copy_(averages, currents)
+    def _update(self, pl_module: pl.LightningModule) -> None:
+        """Adds the current weights and buffers to the average."""
+        average = self._average
+        number = int(average.n_averaged)
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        averages = itertools.chain(average.module.parameters(), average.module.buffers())
+        currents = itertools.chain(pl_module.parameters(), pl_module.buffers())
+        for one, current in zip(averages, currents, strict=True):
+            group = groups.setdefault((one.device, one.dtype), ([], []))
+            group[0].append(one.detach())
+            group[1].append(current.detach())
+        for (_, dtype), (old, new) in groups.items():
+            if number and dtype.is_floating_point:
+                torch._foreach_lerp_(old, new, self.share(number))  # exact where both are equal
+            else:
+                torch._foreach_copy_(old, new)
+        average.n_averaged += 1
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._average.to(pl_module.device)
+        self._average.module.to(pl_module.device)
+        self._average.n_averaged = self._average.n_averaged.cpu()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step > self._latest_update_step and self.should_update(step_idx=step - 1):
+            self._update(pl_module)
+            self._latest_update_step = step
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -66,7 +87,7 @@ class _Averaging(WeightAveraging):
 
     def _follow(self, pl_module: pl.LightningModule) -> None:
         if self._average.n_averaged == 0:
-            self._average.update_parameters(pl_module)  # the first time, a plain copy
+            self._update(pl_module)  # the first time, a plain copy
             self._average.n_averaged.zero_()
 
 

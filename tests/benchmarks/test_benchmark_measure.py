@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks.fresh_process import FreshProcessError, in_fresh_process
-from benchmarks.measure import PROCESS_STATUS, peak_memory, timed_in_turn
+from benchmarks.measure import peak_memory, timed_in_turn
 from benchmarks.results import Comparison, Memory, Result, Side, Target, Timing, overlap, ratio
+from lightning_attn.study.memory import PROCESS_STATUS
 
 
 def side(*seconds, increase=None):

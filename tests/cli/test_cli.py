@@ -501,7 +501,7 @@ def test_mistakes_in_commands_without_a_trainer(run, arguments, message):
     assert len(printed.splitlines()) <= 4
 
 
-@pytest.mark.parametrize("command", ["average", "export", "compare"])
+@pytest.mark.parametrize("command", ["average", "export", "compare", "profile"])
 def test_help_of_commands_without_a_trainer(run, command):
     printed = run(command, "--help")
     assert printed.startswith(f"usage: python train.py {command} ")

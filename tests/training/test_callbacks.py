@@ -110,7 +110,18 @@ def test_the_average_is_kept_on_the_device_of_the_module():
     callback.setup(pl.Trainer(logger=False, accelerator="cpu"), module, "fit")
     callback.on_fit_start(pl.Trainer(logger=False, accelerator="cpu"), module.to("meta"))
     assert callback._average_model.module.weight.device.type == "meta"
-    assert callback._average_model.n_averaged.device.type == "meta"
+    assert callback._average_model.n_averaged.device.type == "cpu", "read at every step: a GPU would have to finish it"
+
+
+def test_averaging_asks_for_no_number_of_a_tensor():
+    """A GPU would have to finish its work first; on the meta device there are no numbers."""
+    callback, module, trainer = ExponentialAveraging(), Normalised(), pl.Trainer(logger=False, accelerator="cpu")
+    callback.setup(trainer, module, "fit")
+    callback.on_fit_start(trainer, module.to("meta"))
+    for step in (1, 2, 3):
+        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+    assert callback.state_dict() == {"latest_update_step": 3}
 
 
 def test_averaging_mistakes():
@@ -187,3 +198,18 @@ def test_bar_shows_step_and_time_left(monkeypatch):
     assert re.fullmatch(r"[\d.]+ min", training[-1]["ETA"])
     assert training[-1]["train/loss"] == 0.125
     assert bar._get_train_description(0) == "Epoch 0"
+
+
+def test_the_bar_reads_what_is_logged_now_and_then(monkeypatch):
+    """Each reading makes the host wait for a GPU."""
+    readings = []
+    original = pl.Trainer.progress_bar_metrics.fget
+
+    def read(trainer):
+        readings.append(trainer.global_step)
+        return original(trainer)
+
+    monkeypatch.setattr(pl.Trainer, "progress_bar_metrics", property(read))
+    monkeypatch.setattr("lightning_attn.training.progress.time.perf_counter", lambda: 1.0)
+    fit(TrainingBar(), steps=6, enable_progress_bar=True, limit_val_batches=0)
+    assert set(readings) == {1, 6}, "at the first step and at the end of the epoch, half a second not having passed"

@@ -13,9 +13,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 from torchvision.ops import FrozenBatchNorm2d
 from typing_extensions import override
 
-from lightning_attn.attention import AttentionSpec, build_attention
+from lightning_attn.attention import AttentionSpec, DeformableConv, build_attention
+from lightning_attn.attention.transforms import is_transformed
 from lightning_attn.errors import InputError
+from lightning_attn.networks.compilation import outside_graph
 from lightning_attn.networks.images.batching import NormalizedBatch
+from lightning_attn.networks.recomputation import RecomputableLayer
 from lightning_attn.networks.weights.torchvision import (
     load_weights,
     names_added_by_attention,
@@ -144,57 +147,79 @@ class FrozenBatchNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision p
         return x.mul_(scale.view(1, -1, 1, 1)).add_(shift.view(1, -1, 1, 1))
 
 
-class AttendedBottleneck(Bottleneck):  # type: ignore[misc]
-    """torchvision's `Bottleneck` with attention between the 3x3 convolution and the last one (Fig. 2a).
-
-    That is 1x1, 3x3 (regular or deformable), norm, ReLU, attention, 1x1, and the residual connection of the block.
+class _AttendedBlock(RecomputableLayer):
+    """What the residual blocks with attention have in common.
 
     Attributes:
         convolution_name: Name of the convolution before the attention.
         attention: Maps `[B, C, H, W]` to the same shape; None for none.
     """
 
-    convolution_name = "conv2"
+    convolution_name: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attention: nn.Module | None = None
 
+    @property
+    @override
+    def has_attention(self) -> bool:
+        return self.attention is not None or isinstance(getattr(self, self.convolution_name), DeformableConv)
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps `[B, C_in, H, W]` to `[B, C_out, H', W']`."""
+        return self.run(self._compute, x)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """The convolution before the attention."""
+        convolution: nn.Module = getattr(self, self.convolution_name)
+        if not isinstance(convolution, DeformableConv):
+            regular: Tensor = convolution(x)
+            return regular
+        convolved: Tensor = outside_graph(convolution, x)
+        if not is_transformed() and x.is_contiguous(memory_format=torch.channels_last):
+            return convolved.contiguous(memory_format=torch.channels_last)  # torchvision's operator returns the other
+        return convolved
+
+    def _attend(self, x: Tensor) -> Tensor:
+        attended: Tensor = x if self.attention is None else outside_graph(self.attention, x)
+        return attended
+
+
+class AttendedBottleneck(_AttendedBlock, Bottleneck):  # type: ignore[misc]
+    """torchvision's `Bottleneck` with attention between the 3x3 convolution and the last one (Fig. 2a).
+
+    That is 1x1, 3x3 (regular or deformable), norm, ReLU, attention, 1x1, and the residual connection of the block.
+    """
+
+    convolution_name = "conv2"
+
+    @override
+    def _compute(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        if self.attention is not None:
-            out = self.attention(out)
+        out = self._attend(self.relu(self.bn2(self._convolve(out))))
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
         activated: Tensor = self.relu(out)
         return activated
 
 
-class AttendedBasicBlock(BasicBlock):  # type: ignore[misc]
+class AttendedBasicBlock(_AttendedBlock, BasicBlock):  # type: ignore[misc]
     """torchvision's `BasicBlock` with attention between its two 3x3 convolutions.
 
     The paper has bottlenecks only. The position after the first convolution corresponds to theirs: on the output of
     a 3x3 convolution after norm and ReLU, followed by the block's last convolution, and with the same channels, 256 in
     conv4 and 512 in conv5. The first convolution is therefore the one that may be deformable.
-
-    Attributes:
-        convolution_name: Name of the convolution before the attention.
-        attention: Maps `[B, C, H, W]` to the same shape; None for none.
     """
 
     convolution_name = "conv1"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.attention: nn.Module | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps `[B, C_in, H, W]` to `[B, C_out, H', W']`."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        if self.attention is not None:
-            out = self.attention(out)
+    @override
+    def _compute(self, x: Tensor) -> Tensor:
+        out = self._attend(self.relu(self.bn1(self._convolve(x))))
         out = self.bn2(self.conv2(out))
         out += x if self.downsample is None else self.downsample(x)
         activated: Tensor = self.relu(out)
@@ -286,6 +311,16 @@ class ResNet(nn.Module):
         for name, layer in zip(self.channels, (self.layer1, self.layer2, self.layer3, self.layer4), strict=True):
             x = outputs[name] = layer(x)
         return outputs
+
+    def modules_to_compile(self) -> list[nn.Module]:
+        """Whole stages without attention, and the blocks of the others."""
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        attended = [any(isinstance(one, _AttendedBlock) and one.has_attention for one in stage) for stage in stages]
+        return [
+            module
+            for stage, has_attention in zip(stages, attended, strict=True)
+            for module in (stage if has_attention else [stage])
+        ]
 
     @override
     def train(self, mode: bool = True) -> "ResNet":

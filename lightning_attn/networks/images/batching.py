@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_attn.errors import InputError
+
+ChannelsLast = bool | Literal["auto"]
+"""Whether maps lie in memory with the channels of a position side by side; see `NormalizedBatch`."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -14,13 +18,23 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class NormalizedBatch(nn.Module):
-    """Puts images of different sizes into one batch, normalised as ImageNet's networks were trained."""
+    """Puts images of different sizes into one batch, normalised as ImageNet's networks were trained.
+
+    Attributes:
+        channels_last: The memory format of the batch, which convolutions and normalisations pass on, so that it is that
+            of the whole network: `[B, C, H, W]` with the channels of a position side by side, or with its rows.
+            `"auto"` is channels last on CPUs and on CUDA. On a CPU a training step of a detector takes a sixth less
+            time. The half precision (and TF32) convolutions of NVIDIA's GPUs are made for it, and otherwise convert
+            their input and output. It does not pay for float32 without TF32 there, or in a network of a few channels.
+            Results are the same up to rounding.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
+        self.channels_last: ChannelsLast = "auto"
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
@@ -40,8 +54,8 @@ class NormalizedBatch(nn.Module):
         """
         check_images(images)
         height, width = padded_size(images, stride, align_corners=align_corners)
-        # On a CPU the whole network inherits this layout, and a training step of a detector is a sixth faster.
-        layout = torch.channels_last if self.mean.device.type == "cpu" else torch.contiguous_format
+        channels_last = prefers_channels_last(self.channels_last, self.mean.device)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         batch = torch.empty(
             (len(images), 3, height, width), dtype=self.mean.dtype, device=self.mean.device, memory_format=layout
         ).zero_()
@@ -50,6 +64,28 @@ class NormalizedBatch(nn.Module):
             torch.div(image, 255, out=inside)
             inside.sub_(self.mean).div_(self.std)
         return batch
+
+
+def prefers_channels_last(choice: ChannelsLast, device: torch.device) -> bool:
+    """What a choice means on a device."""
+    return device.type in ("cpu", "cuda") if choice == "auto" else choice
+
+
+def use_channels_last(network: nn.Module, choice: ChannelsLast, device: torch.device) -> None:
+    """Sets the memory format of a network's batches and of its weights.
+
+    With `"auto"`, weights on a CPU stay as they are: they are laid out for every product there anyway.
+
+    Args:
+        network: With a `NormalizedBatch`.
+        choice: See `NormalizedBatch`.
+        device: Where the network will run.
+    """
+    for module in network.modules():
+        if isinstance(module, NormalizedBatch):
+            module.channels_last = choice
+    if choice is True or (device.type != "cpu" and prefers_channels_last(choice, device)):
+        network.to(memory_format=torch.channels_last)
 
 
 def padded_size(images: Sequence[Tensor], stride: int, *, align_corners: bool) -> tuple[int, int]:

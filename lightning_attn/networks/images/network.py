@@ -34,11 +34,19 @@ class ImageHead(Protocol[HeadTarget, ResultType]):
     """Whether all images of a batch must have the same size in evaluation."""
 
     def check_targets(self, images: Sequence[Tensor], targets: Sequence[HeadTarget]) -> None:
-        """Raises a ValueError for targets that are not as `losses` describes them."""
+        """Raises a ValueError for targets whose shapes and dtypes are not as `losses` describes them."""
+        ...
+
+    def check_values(self, targets: Sequence[HeadTarget]) -> None:
+        """Raises a ValueError for targets with values that are not as `losses` describes them. Waits for a GPU."""
         ...
 
     def losses(self, features: Features, targets: Sequence[HeadTarget]) -> dict[str, Tensor]:
         """Losses by name, to be summed."""
+        ...
+
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile, each as a whole."""
         ...
 
     def results(self, features: Features) -> list[ResultType]:
@@ -83,13 +91,17 @@ class ImageNetwork(nn.Module, Generic[TargetType, ResultType]):
             not depend on the other images.
 
         Raises:
-            ValueError: If images or targets are not as described, or the targets do not fit the mode.
+            ValueError: If images or targets are not as described, or the targets do not fit the mode. Values of targets
+                are checked on the CPU only: on a GPU that would make the host wait. There, call `head.check_values`
+                before they are moved, as the tasks do.
         """
         check_images(images)
         if self.training:
             if targets is None:
                 raise InputError("targets is required in training mode; call eval() for results.")
             self.head.check_targets(images, targets)
+            if images[0].device.type == "cpu":
+                self.head.check_values(targets)
             return self.head.losses(self.backbone(images, align_corners=self.head.align_corners), targets)
         if targets is not None:
             raise InputError("targets was given in evaluation mode, which has no losses; call train() for losses.")
@@ -102,6 +114,10 @@ class ImageNetwork(nn.Module, Generic[TargetType, ResultType]):
             results = self.head.results(self.backbone(batch, align_corners=self.head.align_corners))
             found.update(zip(indices, results, strict=True))
         return [found[index] for index in range(len(images))]
+
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile, each as a whole."""
+        return [*self.backbone.body.modules_to_compile(), *self.head.modules_to_compile()]
 
 
 class Detector(ImageNetwork[Target, Detection]):

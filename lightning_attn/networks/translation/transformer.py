@@ -12,11 +12,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_attn.attention import AttentionCache, AttentionSpec, DecodingCache, SelfAttention, build_attention
 from lightning_attn.attention.cpu.linear import Linear, PackedLinear, linear
 from lightning_attn.attention.projections import is_hooked, is_plain
 from lightning_attn.errors import InputError
+from lightning_attn.networks.compilation import outside_graph
+from lightning_attn.networks.recomputation import RecomputableLayer
 from lightning_attn.networks.translation.cross_entropy import summed_cross_entropy
 from lightning_attn.networks.translation.dropout import Dropout
 
@@ -64,7 +67,7 @@ class FeedForward(nn.Sequential):
         return lambda x: last(dropout(activation(first(x))))
 
 
-class _Layer(nn.Module):
+class _Layer(RecomputableLayer, nn.Module):
     """Base of encoder and decoder layers: an optional self-attention, and a feed-forward network."""
 
     def __init__(
@@ -83,10 +86,17 @@ class _Layer(nn.Module):
         self.feed_forward = FeedForward(dim, hidden_dim, dropout)
         self.feed_forward_residual = Residual(dim, dropout, norm_position)
 
+    @property
+    @override
+    def has_attention(self) -> bool:
+        return True
+
     def _compute_self_attention(self, x: Tensor, padding: Tensor | None) -> Tensor:
         if self.self_attention is None:
             return x
-        output = self.self_attention(self.self_attention_residual.before(x), key_padding_mask=padding)
+        query = self.self_attention_residual.before(x)
+        # A protocol, of modules only.
+        output = outside_graph(self.self_attention, query, key_padding_mask=padding)  # type: ignore[arg-type]
         return self.self_attention_residual.after(x, output)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -98,6 +108,9 @@ class EncoderLayer(_Layer):
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         """Maps `[B, S, C]` to the same shape; `padding` `[B, S]` is True where padded."""
+        return self.run(self._compute, x, padding)
+
+    def _compute(self, x: Tensor, padding: Tensor | None) -> Tensor:
         return self._feed_forward(self._compute_self_attention(x, padding))
 
 
@@ -119,9 +132,12 @@ class DecoderLayer(_Layer):
 
     def forward(self, x: Tensor, memory: Tensor, memory_padding: Tensor | None) -> Tensor:
         """Maps `[B, T, C]` to the same shape, with the encoder's output `memory` `[B, S, C]`."""
+        return self.run(self._compute, x, memory, memory_padding)
+
+    def _compute(self, x: Tensor, memory: Tensor, memory_padding: Tensor | None) -> Tensor:
         x = self._compute_self_attention(x, None)
         query = self.cross_attention_residual.before(x)
-        output = self.cross_attention(query, memory, key_padding_mask=memory_padding)
+        output = outside_graph(self.cross_attention, query, memory, key_padding_mask=memory_padding)
         return self._feed_forward(self.cross_attention_residual.after(x, output))
 
     def cross_attention_query(self, x: Tensor) -> Tensor:
@@ -194,6 +210,10 @@ class Transformer(nn.Module):
         self.encoder_norm = nn.LayerNorm(dim) if last_norms else nn.Identity()
         self.decoder_norm = nn.LayerNorm(dim) if last_norms else nn.Identity()
 
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile, each as a whole: the layers."""
+        return [*self.encoder, *self.decoder]
+
     @property
     def output_weight(self) -> Tensor:
         """Weight of the output projection, `[V, C]`; with tied embeddings that of the source embedding."""
@@ -204,11 +224,13 @@ class Transformer(nn.Module):
         """Encodes source ids `[B, S]`.
 
         Returns:
-            The memory `[B, S, C]` and its padding mask `[B, S]`, which is None if nothing is padded.
+            The memory `[B, S, C]` and its padding mask `[B, S]`, which on a CPU is None if nothing is padded.
         """
         padding: Tensor | None = source == self.pad_id
-        # An exported program always has the mask: its sentences are not known yet.
-        if padding is not None and not torch.compiler.is_exporting() and not bool(padding.any()):
+        # A GPU would make the host wait for the answer, the meta device has no values, and an exported program does not
+        # know its sentences yet.
+        looks = source.device.type == "cpu" and not torch.compiler.is_exporting()
+        if source.is_meta or (looks and padding is not None and not bool(padding.any())):
             padding = None
         x = self._embed(source)
         for layer in self.encoder:
@@ -245,7 +267,11 @@ class Transformer(nn.Module):
         states = self.decode(target[:, :-1], *self.encode(source))
         labels = target[:, 1:]
         real = labels != self.pad_id
-        loss, likelihood = summed_cross_entropy(states[real], self.output_weight, labels[real], label_smoothing)
+        if target.device.type == "cpu":
+            rows, targets, ignored = states[real], labels[real], None
+        else:  # the number of rows that are selected would make the host wait for a GPU
+            rows, targets, ignored = states.flatten(0, 1), labels.flatten(), self.pad_id
+        loss, likelihood = summed_cross_entropy(rows, self.output_weight, targets, label_smoothing, ignored)
         return loss, likelihood, real.sum()
 
     def sentence_losses(self, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

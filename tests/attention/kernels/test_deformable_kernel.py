@@ -68,7 +68,7 @@ def test_a_map_on_cuda_runs_in_one_operator_without_reading_a_number(modulated):
     # Fake tensors refuse every read of a value, as a synchronisation with the device would be. Their gradients cannot
     # be computed on a device that does not exist, so the operator of the backward pass is called by itself.
     with FakeTensorMode(), Recorded() as recorded:
-        module = DeformableConv(8, 6, modulated=modulated, stride=2, device="cuda")
+        module = DeformableConv(8, 6, modulated=modulated, stride=2, algorithm="triton", device="cuda")
         x = torch.empty(2, 8, 9, 12, device="cuda").to(memory_format=torch.channels_last)
         y = module(x)
         assert y.shape == (2, 6, 5, 6)
@@ -84,6 +84,20 @@ def test_a_map_on_cuda_runs_in_one_operator_without_reading_a_number(modulated):
             assert gradient.device == tensor.device
     assert {"lightning_attn::deformable_conv", "lightning_attn::deformable_conv_backward"} <= recorded.names
     assert not any("deform_conv2d" in name for name in recorded.names)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("deterministic", "operator"), [(False, "torchvision::deform_conv2d"), (True, "lightning_attn::deformable_conv")]
+)
+def test_what_is_chosen_on_cuda(deterministic, operator):
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with FakeTensorMode(), Recorded() as recorded:
+            DeformableConv(8, 6, device="cuda")(torch.empty(2, 8, 5, 6, device="cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert operator in recorded.names
 
 
 def test_without_triton_a_map_on_cuda_is_torchvisions(monkeypatch):

@@ -30,6 +30,21 @@ def test_values_and_gradients_are_those_of_torch(monkeypatch, smoothing, chunk):
     assert not likelihood.requires_grad
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_ignored_rows_are_like_rows_that_are_not_there(monkeypatch, smoothing, ignored):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ROWS", 4)
+    hidden, weight, target = example(classes=4)
+    kept = target != ignored
+    assert 0 < kept.sum() < len(kept)
+    found = summed_cross_entropy(hidden, weight, target, smoothing, ignored)
+    gradients = torch.autograd.grad(found[0], (hidden, weight))
+    expected = summed_cross_entropy(hidden[kept], weight, target[kept], smoothing)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected[0], (hidden, weight)))
+    assert not gradients[0][~kept].any()
+
+
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_large_logits_neither_overflow_nor_lose_the_normaliser(size):
     hidden, weight, target = example(dtype=torch.float32)

@@ -210,13 +210,24 @@ class DetectionHead(nn.Module, abc.ABC):
     def results(self, features: Features) -> list[Detection]:
         """For every image `boxes` as in `losses`, within the image, `labels` and `scores`, best first."""
 
+    @abc.abstractmethod
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile: convolutions and linear layers."""
+
+    @abc.abstractmethod
+    def outputs(self, features: Features) -> list[Tensor]:
+        """What the layers compute of all anchors, and of as many regions as can be, without looking at any value.
+
+        It runs on the meta device, where neither the proposals nor the detections exist.
+        """
+
     def levels(self, features: Features) -> dict[str, Tensor]:
         """Five levels of the pyramid by name, finest first, float32 `[B, fpn_channels, H', W']`."""
         levels: dict[str, Tensor] = self.fpn({name: features.maps[name] for name in self.names})
         return {name: level.float() for name, level in levels.items()}
 
     def check_targets(self, images: Sequence[Tensor], targets: Sequence[Target]) -> None:
-        """Checks that targets are as described in `losses`.
+        """Checks that targets have the shapes and dtypes described in `losses`.
 
         Raises:
             ValueError: If not; the message names the first invalid one.
@@ -234,6 +245,15 @@ class DetectionHead(nn.Module, abc.ABC):
                     f"targets[{index}]['labels'] must be int64 [{len(boxes)}], one for each box, "
                     f"got {labels.dtype} {tuple(labels.shape)}."
                 )
+
+    def check_values(self, targets: Sequence[Target]) -> None:
+        """Checks that labels are known, and that boxes are finite and have an area. Waits for a GPU.
+
+        Raises:
+            ValueError: If not; the message names the first invalid one.
+        """
+        if not targets:
+            return
         boxes = torch.cat([target["boxes"] for target in targets])
         labels = torch.cat([target["labels"] for target in targets])
         valid_labels = (labels >= 1) & (labels <= self.num_classes)

@@ -82,6 +82,21 @@ class FasterRCNNHead(DetectionHead):
         detections, _ = self._run(features, None)
         return detections
 
+    @override
+    def modules_to_compile(self) -> list[nn.Module]:
+        return [self.fpn, self.rpn.head, self.roi_heads.box_head, self.roi_heads.box_predictor]
+
+    @override
+    def outputs(self, features: Features) -> list[Tensor]:
+        levels = list(self.levels(features).values())
+        logits, deltas = self.rpn.head(levels)
+        sampler, pool = self.roi_heads.fg_bg_sampler, self.roi_heads.box_roi_pool
+        regions = sampler.batch_size_per_image if self.training else self.rpn.post_nms_top_n()
+        # In place of what RoIAlign would pool, with a gradient to the pyramid.
+        pooled = levels[0].mean().expand(len(features.image_sizes) * regions, levels[0].shape[1], *pool.output_size)
+        scores, boxes = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
+        return [*logits, *deltas, scores, boxes]
+
     def _run(self, features: Features, targets: Sequence[Target] | None) -> tuple[list[Detection], dict[str, Tensor]]:
         levels = self.levels(features)
         proposals, proposal_losses = self.rpn(image_list(features, levels), levels, targets)

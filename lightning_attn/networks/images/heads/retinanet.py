@@ -64,6 +64,14 @@ class RetinaNetHead(DetectionHead):
         found = self.retinanet.postprocess_detections(by_level, anchors_by_level, features.image_sizes)
         return [detection | {"labels": detection["labels"] + 1} for detection in found]
 
+    @override
+    def modules_to_compile(self) -> list[nn.Module]:
+        return [self.fpn, self.retinanet.head]
+
+    @override
+    def outputs(self, features: Features) -> list[Tensor]:
+        return list(self.retinanet.head(list(self.levels(features).values())).values())
+
     def _run(self, features: Features) -> tuple[dict[str, Tensor], list[Tensor], list[tuple[int, int]]]:
         """Outputs for all anchors, the anchors of each image, and height and width of each level."""
         levels = self.levels(features)

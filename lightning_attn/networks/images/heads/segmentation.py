@@ -11,11 +11,14 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_attn.attention import AttentionSpec, build_attention
 from lightning_attn.errors import InputError
+from lightning_attn.networks.compilation import outside_graph
 from lightning_attn.networks.images.backbone import Features, norm_factory
 from lightning_attn.networks.images.batching import padded_labels
+from lightning_attn.networks.recomputation import RecomputableLayer
 from lightning_attn.validation import is_number, require_dropout, require_int
 
 HeadNorm = Literal["batch", "sync", "group"]
@@ -83,7 +86,7 @@ class SegmenterSpec:
             )
 
 
-class SegmentationHead(nn.Module):
+class SegmentationHead(RecomputableLayer, nn.Module):
     """Maps conv5 to logits: 3x3, attention, 3x3, concatenation with the input, 3x3, dropout, 1x1.
 
     Norm and ReLU follow each 3x3 convolution. (In CCNet's code it is a leaky ReLU of slope 0.01, the default of its
@@ -148,11 +151,16 @@ class SegmentationHead(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, 1)
         self.auxiliary = AuxiliaryHead(channels["c4"], num_classes, spec) if spec.auxiliary_weight else None
 
+    @property
+    @override
+    def has_attention(self) -> bool:
+        return self.attention is not None
+
     def forward(self, conv5: Tensor) -> Tensor:
         """Maps conv5, `[B, C, H, W]`, to logits, `[B, K, H, W]`."""
         context = self.reduce(conv5)
         if self.attention is not None:
-            context = self.attention(context)
+            context = self.run(outside_graph, self.attention, context)
         context = self.refine(context)
         logits: Tensor = self.classifier(self.dropout(self.fuse(torch.cat((conv5, context), 1))))
         return logits
@@ -166,13 +174,9 @@ class SegmentationHead(nn.Module):
         Args:
             features: Of B images.
             targets: For every image uint8 `[H, W]`, 0 to K - 1, or 255 for ignored pixels.
-
-        Raises:
-            ValueError: If a label has another value.
         """
         spec, size, weights = self.spec, features.batch_size, self.class_weights
         labels = padded_labels(targets, size, IGNORED)
-        self._check_values(labels)
         logits = _upsampled(self(features.maps["c5"]), size)
         if spec.ohem_threshold:
             losses = {"loss_head": hard_cross_entropy(logits, labels, spec.ohem_threshold, spec.ohem_min_kept, weights)}
@@ -187,6 +191,10 @@ class SegmentationHead(nn.Module):
         """For every image the logits of its pixels, float32 `[K, H, W]`."""
         logits = _upsampled(self(features.maps["c5"]), features.batch_size)
         return [one[:, :height, :width] for one, (height, width) in zip(logits, features.image_sizes, strict=True)]
+
+    def modules_to_compile(self) -> list[nn.Module]:
+        """The modules that `torch.compile` may compile, each as a whole."""
+        return [self] if self.auxiliary is None else [self, self.auxiliary]
 
     def check_targets(self, images: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         """Checks that labels have the sizes of their images.
@@ -203,16 +211,22 @@ class SegmentationHead(nn.Module):
                     f"got {label.dtype} {list(label.shape)}. Crop and resize labels together with their image."
                 )
 
-    def _check_values(self, labels: Tensor) -> None:
-        # Bytes plus 1 wrap around: 255 becomes 0, so that any value above num_classes is invalid.
-        if int((labels + 1).amax()) <= self.num_classes:
-            return
-        index, row, column = ((labels >= self.num_classes) & (labels != IGNORED)).nonzero()[0].tolist()
-        raise InputError(
-            f"labels[{index}][{row}, {column}] is {int(labels[index, row, column])}, but the network has the labels 0 "
-            f"to {self.num_classes - 1}, and {IGNORED} for ignored pixels. Map the data's ids to labels, and build the "
-            "network with as many classes as the data."
-        )
+    def check_values(self, targets: Sequence[Tensor]) -> None:
+        """Checks that every label is a class, or 255. Waits for a GPU.
+
+        Raises:
+            ValueError: If not; the message names the first pixel.
+        """
+        for index, labels in enumerate(targets):
+            # Bytes plus 1 wrap around: 255 becomes 0, so that any value above num_classes is invalid.
+            if int((labels + 1).amax()) <= self.num_classes:
+                continue
+            row, column = ((labels >= self.num_classes) & (labels != IGNORED)).nonzero()[0].tolist()
+            raise InputError(
+                f"labels[{index}][{row}, {column}] is {int(labels[row, column])}, but the network has the labels 0 "
+                f"to {self.num_classes - 1}, and {IGNORED} for ignored pixels. Map the data's ids to labels, and build "
+                "the network with as many classes as the data."
+            )
 
 
 class AuxiliaryHead(nn.Module):
@@ -244,8 +258,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
         labels: Uint8 `[B, H, W]`, 0 to K - 1, or 255 for ignored pixels.
         weights: Of the classes in the mean, `[K]`; None for equal weights.
     """
-    total = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=IGNORED, reduction="sum")
-    return total / _total_weight(labels, labels != IGNORED, weights)
+    # CUDA's kernels that sum by themselves are not deterministic.
+    reduction = "sum" if logits.device.type == "cpu" else "none"
+    losses = F.cross_entropy(logits, labels.long(), weight=weights, ignore_index=IGNORED, reduction=reduction)
+    return losses.sum() / _total_weight(labels, labels != IGNORED, weights)
 
 
 def hard_cross_entropy(
@@ -264,7 +280,7 @@ def hard_cross_entropy(
     losses = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none")
     with torch.no_grad():
         # Ignored pixels have a loss of 0, and rank with the easiest.
-        min_hard_loss = losses.flatten().kthvalue(max(losses.numel() - min_kept, 0) + 1).values
+        min_hard_loss = _kth_highest(losses.flatten(), min(min_kept, losses.numel()))
         easy = (losses <= -math.log(threshold)) & (losses < min_hard_loss)  # False for NaN, which so reaches the loss
         hard_pixels = (labels != IGNORED) & ~easy
     if weights is not None:
@@ -272,11 +288,18 @@ def hard_cross_entropy(
     return losses.where(hard_pixels, 0).sum() / _total_weight(labels, hard_pixels, weights)
 
 
+def _kth_highest(values: Tensor, k: int) -> Tensor:
+    if values.device.type == "cpu":
+        return values.kthvalue(len(values) - k + 1).values
+    return values.topk(k).values[-1]  # CUDA's kthvalue has no deterministic form: of equal values it takes any
+
+
 def _total_weight(labels: Tensor, pixels: Tensor, weights: Tensor | None) -> Tensor:
     """The sum of the class weights of some pixels, but never 0."""
     if weights is None:
         return pixels.sum().clamp(min=1)
-    return weights[labels[pixels].long()].sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    of_pixels = weights[labels.long().clamp(max=len(weights) - 1)]  # not selected first: a GPU would make the host wait
+    return of_pixels.where(pixels, 0).sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:

@@ -1,0 +1,307 @@
+"""Runs the cells of a study: each the public command in a process of its own."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from lightning_attn.errors import InputError
+from lightning_attn.io import naming
+from lightning_attn.study.grid import Cell, Study, format_duration
+from lightning_attn.study.states import COMMAND_MARK, Attempt, CellFolder, CellStatus, read_statuses
+from lightning_attn.study.tables import live_table
+
+__all__ = ["Runner", "estimated_seconds", "visible_gpus"]
+
+_POLL = 0.1  # seconds between looks at the processes
+_REFRESH = 2.0  # seconds between looks at their files
+
+
+@dataclasses.dataclass
+class _Job:
+    """A process of a cell."""
+
+    cell: Cell
+    folder: CellFolder
+    lock: int
+    process: subprocess.Popen[bytes]
+    attempts: list[Attempt]
+
+
+class Runner:
+    """Runs the cells of a study that are not done.
+
+    Args:
+        study: The study.
+        root: Folder of its cells.
+        command: What the arguments of a cell are given to, such as `["python", "train.py"]`.
+        jobs: Cells at a time. They share the processors (OMP_NUM_THREADS, unless it is set) and the GPUs
+            (CUDA_VISIBLE_DEVICES).
+        retry_failed: Whether failed cells are run again; they resume from their last checkpoint.
+        rerun_stale: Whether cells that another version of the code ran are begun anew; the older folders are kept.
+        fail_fast: Whether the first failure ends the others, which save.
+        console: For messages and the table.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        root: Path,
+        command: Sequence[str],
+        *,
+        jobs: int = 1,
+        retry_failed: bool = False,
+        rerun_stale: bool = False,
+        fail_fast: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        if jobs < 1:
+            raise InputError(f"jobs must be at least 1, got {jobs}.")
+        self.study, self.root, self.command, self.jobs = study, root, list(command), jobs
+        self.retry_failed, self.rerun_stale, self.fail_fast = retry_failed, rerun_stale, fail_fast
+        self.console = console or Console()
+        self.received: int | None = None  # the first signal that asked to stop
+        self._signals = 0
+        self._is_stopping = False
+        self._running: dict[int, _Job] = {}  # by slot
+        self._gpus = visible_gpus(os.environ)
+
+    def needed(self, statuses: Sequence[CellStatus]) -> list[CellStatus]:
+        """Those that are to be run."""
+        return [status for status in statuses if self._is_needed(status)]
+
+    def _is_needed(self, status: CellStatus) -> bool:
+        if status.job:
+            return False
+        if status.state == "stale":
+            return self.rerun_stale or not status.is_finished  # another configuration's folder is another one
+        return status.state in ("waiting", "interrupted", "running") or (status.state == "failed" and self.retry_failed)
+
+    def run(self, cells: Sequence[Cell]) -> list[CellStatus]:
+        """Runs what is needed of some cells, until nothing is left or a signal asks to stop.
+
+        The first Ctrl-C, SIGTERM or SIGHUP is passed on to the cells, which save and end; the second ends them at
+        once; a third kills them.
+
+        Returns:
+            The states afterwards.
+        """
+        pending = [status.cell for status in self.needed(read_statuses(self.study, self.root, cells))]
+        shown = 0.0
+        with self._signals_received(), self._display(cells) as refresh:
+            handled = 0
+            while pending or self._running:
+                if self._signals > handled:
+                    handled = self._signals
+                    pending.clear()
+                    self._stop(self.received or signal.SIGTERM, kill=handled > 2)
+                for slot in [slot for slot, job in self._running.items() if job.process.poll() is not None]:
+                    if self._finish(slot) and self.fail_fast and not self._is_stopping:
+                        pending.clear()
+                        self._stop(signal.SIGTERM)
+                if not self._is_stopping:
+                    self._start(pending)
+                if time.monotonic() - shown > _REFRESH:
+                    refresh()
+                    shown = time.monotonic()
+                time.sleep(_POLL)
+            refresh()
+        return read_statuses(self.study, self.root, cells)
+
+    def _start(self, pending: list[Cell]) -> None:
+        """Starts cells in free slots; those that other processes work on are left for later."""
+        free = [slot for slot in range(self.jobs) if slot not in self._running]
+        orphans = 0  # cells of a runner that was killed: each uses a slot until it ends
+        for cell in list(pending):
+            if len(free) <= orphans:
+                return
+            folder = CellFolder(self.root / cell.name)
+            lock = None if folder.is_taken() else folder.acquire()
+            if lock is None:
+                attempts = folder.attempts()
+                orphans += bool(attempts) and not attempts[-1].is_of_living_runner
+                continue
+            pending.remove(cell)
+            status = CellStatus.read(self.study, cell, self.root, is_ours=True)
+            if not self._is_needed(status):  # another process has finished it meanwhile
+                os.close(lock)
+                continue
+            if status.is_finished:
+                self.console.print(escape(f"{cell.name}: the older run is kept in {folder.set_aside().name}"))
+                os.close(lock)
+                lock = folder.acquire()
+                if lock is None:
+                    continue
+            attempts = folder.attempts()
+            fitted = any(one.stage == "fit" and one.exit_code == 0 for one in attempts) and folder.run_directory()
+            self._launch(free.pop(0), cell, folder, lock, "test" if fitted else "fit", attempts)
+
+    def _launch(
+        self,
+        slot: int,
+        cell: Cell,
+        folder: CellFolder,
+        lock: int,
+        stage: Literal["fit", "test"],
+        attempts: list[Attempt],
+    ) -> None:
+        words = [*self.command, *cell.arguments(stage, folder.path)]
+        attempts.append(Attempt(stage, time.time()))
+        folder.write_attempts(cell, attempts)
+        with naming(folder.log), folder.log.open("ab") as log:
+            log.write(f"{COMMAND_MARK}{shlex.join(words)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(slot),
+                pass_fds=(lock,),
+                start_new_session=True,  # Ctrl-C comes through this process, once
+            )
+        self._running[slot] = _Job(cell, folder, lock, process, attempts)
+        self._say(f"{cell.name}: {stage} started")
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        """Of a cell: its share of the processors and GPUs."""
+        variables = dict(os.environ)
+        if "OMP_NUM_THREADS" not in variables:
+            variables["OMP_NUM_THREADS"] = str(max(1, _processors() // self.jobs))
+        if self._gpus and self.jobs > 1:
+            share = self._gpus[slot :: self.jobs] or [self._gpus[slot % len(self._gpus)]]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(share)
+        return variables
+
+    def _finish(self, slot: int) -> bool:
+        """Notes how a process ended, and goes on with the test after a training; returns whether it failed."""
+        job = self._running.pop(slot)
+        last = job.attempts[-1]
+        last.ended, last.exit_code = time.time(), job.process.returncode
+        job.folder.write_attempts(job.cell, job.attempts)
+        took = format_duration(last.ended - last.started)
+        if last.exit_code == 0 and last.stage == "fit" and not self._is_stopping:
+            self._launch(slot, job.cell, job.folder, job.lock, "test", job.attempts)
+            return False
+        os.close(job.lock)
+        status = CellStatus.read(self.study, job.cell, self.root)
+        if status.is_finished:
+            self._say(f"{job.cell.name}: done, {self.study.metric} {status.score:.4g}")
+        elif status.state != "failed":
+            self._say(f"{job.cell.name}: {last.stage} {status.state} after {took} {status.reason}".rstrip())
+        else:
+            self.console.print(f"[bold red]failed[/] {escape(job.cell.name)}: {escape(status.reason)} after {took}")
+            self.console.print(escape(job.folder.end_of_log()), highlight=False)
+            self.console.print(escape(f"The whole log: {job.folder.log}"))
+        return status.state == "failed"
+
+    def _stop(self, number: int, *, kill: bool = False) -> None:
+        """Passes a signal on to the cells: a training saves its state and ends."""
+        self._is_stopping = True
+        for job in self._running.values():
+            job.attempts[-1].asked_to_stop = True
+            with contextlib.suppress(ProcessLookupError):
+                if kill:
+                    os.killpg(job.process.pid, signal.SIGKILL)
+                else:
+                    job.process.send_signal(number)
+
+    @contextlib.contextmanager
+    def _signals_received(self) -> Iterator[None]:
+        """Counts the signals that ask to stop, instead of ending by them."""
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            self.received = self.received or number
+            self._signals += 1
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        earlier = {number: signal.signal(number, receive) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _display(self, cells: Sequence[Cell]) -> Iterator[Callable[[], None]]:
+        """What draws a table of the cells again; nothing where the output is no terminal."""
+        if not self.console.is_terminal:
+            yield lambda: None
+            return
+        with Live(console=self.console, auto_refresh=False) as live:
+
+            def draw() -> None:
+                statuses = read_statuses(self.study, self.root, cells)
+                seconds = estimated_seconds(self.study, statuses, self.needed(statuses), self.jobs)
+                live.update(live_table(self.study, statuses, seconds), refresh=True)
+
+            yield draw
+
+    def _say(self, line: str) -> None:
+        if not self.console.is_terminal:  # there the table shows it
+            self.console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def estimated_seconds(
+    study: Study, statuses: Sequence[CellStatus], needed: Sequence[CellStatus], jobs: int
+) -> float | None:
+    """How long cells will take: as those of the same group took, or else all, or else the study's `time_per_cell`.
+
+    Args:
+        study: The study.
+        statuses: Of all its cells.
+        needed: Of those to be run; one that was begun takes what is left of its steps.
+        jobs: Cells at a time.
+
+    Returns:
+        Seconds; None if nothing is known.
+    """
+    measured: dict[tuple[str, ...], list[float]] = {}
+    for status in statuses:
+        if status.is_finished and status.seconds is not None:
+            measured.setdefault(status.cell.group, []).append(status.seconds)
+    everything = [seconds for some in measured.values() for seconds in some]
+    total = 0.0
+    for status in needed:
+        known = measured.get(status.cell.group) or everything
+        one = sum(known) / len(known) if known else study.time_per_cell
+        if one is None:
+            return None
+        steps = status.cell.total_steps
+        share = min(1.0, (status.step or 0) / steps) if steps and not status.is_finished else 0.0
+        total += one * (1 - share)
+    return total / min(jobs, max(1, len(needed)))
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that a process of this environment may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [one.strip() for one in given.split(",") if one.strip() not in ("", "-1")]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
+        return [str(number) for number, line in enumerate(done.stdout.splitlines()) if line.startswith("GPU ")]
+    return []
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
