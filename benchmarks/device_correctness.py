@@ -362,12 +362,15 @@ def _check_convolution(
 
 
 def supports(module: nn.Module, algorithm: str) -> bool:
-    """Whether a convolution has an algorithm for its number of dimensions."""
+    """Whether a convolution has an algorithm for its number of dimensions and its settings on the device."""
+    settings: dict[str, Any] = {"ndim": module.ndim, "algorithm": algorithm, "device": device()}
     try:
         if isinstance(module, DeformableConv):
-            DeformableConv(8, 8, 3, ndim=module.ndim, algorithm=algorithm)  # type: ignore[arg-type]
-        elif isinstance(module, DynamicConv):
-            DynamicConv(8, 3, 8, ndim=module.ndim, algorithm=algorithm)  # type: ignore[arg-type]
+            small: nn.Module = DeformableConv(8, 8, 3, **settings)
+        else:
+            small = DynamicConv(8, 3, 8, renorm_padding=module.renorm_padding, **settings)  # type: ignore[arg-type]
+        with torch.no_grad():
+            small(torch.zeros((1, 8, 3, 3) if module.ndim == 2 else (1, 3, 8), device=device()))
     except InputError:
         return False
     return True

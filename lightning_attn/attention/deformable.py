@@ -5,7 +5,6 @@ outside the input. That is A_m(q, k) = G(k, q + p_m + offset_m(q)) with the bili
 G(a, b) = prod over axes of max(0, 1 - |a - b|). Offsets come from a convolution of the same kernel.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -18,6 +17,7 @@ from typing_extensions import override
 
 from lightning_attn.attention import reference
 from lightning_attn.attention.decoding import DeformableConvCache
+from lightning_attn.attention.kernels import HAS_TRITON
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
 from lightning_attn.attention.sampling import (
@@ -43,9 +43,6 @@ Algorithm = Literal["auto", "gather", "triton", "torchvision", "reference"]
 
 Sizes = int | Sequence[int]
 """One number for every axis, or one for each: (y, x) in maps."""
-
-HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
-"""Whether kernels can be compiled for maps on CUDA."""
 
 _MAX_OFFSET = 1e7
 """Larger than any map, and exact in float32."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,10 @@ from typing_extensions import override
 
 from lightning_attn.attention import reference
 from lightning_attn.attention.decoding import DynamicConvCache
+from lightning_attn.attention.kernels import HAS_TRITON
 from lightning_attn.attention.positions import computation_dtype
-from lightning_attn.attention.projections import is_plain, project, project_map
+from lightning_attn.attention.projections import has_only_weight, is_plain, project, project_map
+from lightning_attn.attention.taps import aggregate_by_taps, aggregate_in_plain_operations
 from lightning_attn.attention.transforms import is_transformed
 from lightning_attn.errors import InputError
 from lightning_attn.validation import (
@@ -27,15 +29,19 @@ from lightning_attn.validation import (
     require_odd,
 )
 
-DynamicAlgorithm = Literal["auto", "band", "taps", "reference"]
+DynamicAlgorithm = Literal["auto", "band", "triton", "taps", "reference"]
 
-_ALGORITHMS = {1: ("auto", "band", "reference"), 2: ("auto", "taps", "reference")}
+_ALGORITHMS = {1: ("auto", "band", "reference"), 2: ("auto", "triton", "taps", "reference")}
 
 # Maximum elements of the predicted kernels, N x G x N_k, that are saved for the backward pass (64 MiB in float32).
 # Larger kernels are computed block by block and recomputed in the backward pass.
 KERNEL_ELEMENTS = 1 << 24
 # Elements of such a block: few enough to stay in cache, enough rows for matrix products at full speed.
 BLOCK_ELEMENTS = 1 << 23
+# The same for the Triton kernel, which saves the logits, in the dtype of the projections: again 64 MiB, in half
+# precision. Its blocks need not fit in a cache, but must have enough rows to fill a GPU.
+TRITON_KERNEL_ELEMENTS = 1 << 25
+TRITON_BLOCK_ELEMENTS = 1 << 26
 # Minimum queries of one band matrix, if the kernel has fewer taps. Longer sentences are split: a long band is mostly
 # zeros.
 BAND_QUERIES = 64
@@ -56,8 +62,9 @@ class DynamicConv(nn.Module):
     next group, taps of a map row by row), `out_proj` (W), and with `conv_bias=True` a vector `conv_bias`. Projections
     may be replaced, wrapped, parametrised or hooked; such a layer is called, once in each pass.
 
-    The unfolded input N x C x N_k never exists. Sentences are multiplied with band matrices, maps summed over shifted
-    copies tap by tap. Kernels of more than `KERNEL_ELEMENTS` elements are computed in blocks and recomputed in the
+    The unfolded input N x C x N_k never exists. Sentences are multiplied with band matrices. Maps are summed over
+    shifted copies tap by tap, or on a GPU in one kernel that also normalises the weights. Weights of more than
+    `KERNEL_ELEMENTS` elements (`TRITON_KERNEL_ELEMENTS` in that kernel) are computed in blocks and recomputed in the
     backward pass.
 
     Args:
@@ -67,7 +74,9 @@ class DynamicConv(nn.Module):
         ndim: 1 for sequences `[B, L, C]`, 2 for maps `[B, C, H, W]`.
         causal: The kernel covers the positions q - n_k + 1 to q instead of those around q. Sequences only.
         dropout: Probability of dropping an element of the normalised kernel in training.
-        algorithm: `"auto"` or the one for `ndim`, which are the same today: `"band"` for sequences, `"taps"` for maps;
+        algorithm: `"band"` for sequences; `"triton"` or `"taps"` for maps; `"auto"` takes `"triton"` where that can
+            compute the input: on a CUDA device with Triton, float32 or half precision, normalised kernels without
+            `renorm_padding` and without dropout in this pass, neither exported nor transformed by `torch.func`.
             `"reference"` runs the literal loops of `reference.py`, without dropout.
         weight_softmax: Normalise the kernel by a softmax (Eq. 7). This and the next two are named as in fairseq.
         conv_bias: Add a learned vector to the convolution's output, before `out_proj`.
@@ -106,6 +115,8 @@ class DynamicConv(nn.Module):
         self.dim, self.kernel_size, self.groups, self.ndim = dim, kernel_size, groups, ndim
         self.causal, self.dropout, self.algorithm = causal, dropout, algorithm
         self.weight_softmax, self.renorm_padding = weight_softmax, renorm_padding
+        if algorithm == "triton" and (reason := self._setting_without_triton()):
+            raise InputError(_triton_error(reason))
         self.input_proj = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
         self.kernel_proj = nn.Linear(dim, groups * kernel_size**ndim, bias=False, device=device, dtype=dtype)
         self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
@@ -179,6 +190,8 @@ class DynamicConv(nn.Module):
         value = content if padding is None else content.masked_fill(padding, 0.0)
         if self.ndim == 1:
             aggregated = self._aggregate_sequence(content, value, key_padding_mask, cache)
+        elif self._takes_triton(content):
+            aggregated = self._aggregate_map_by_triton(content, value)
         else:
             aggregated = self._aggregate_map(content, value, key_padding_mask)
         if self.conv_bias is not None:
@@ -272,12 +285,68 @@ class DynamicConv(nn.Module):
             outside = self._outside_of_map(start, stop, content, padding)
             kernel = torch.unflatten(self._kernel(logits(start, stop), outside), 2, (self.kernel_size, -1))
             plain = torch.compiler.is_exporting() or is_transformed()
-            aggregate = _aggregate_in_plain_operations if plain else aggregate_by_taps
+            aggregate = aggregate_in_plain_operations if plain else aggregate_by_taps
             aggregated: Tensor = aggregate(kernel, value[:, :, :, low:high], start - radius - low)
             return aggregated
 
         aggregated = self._in_blocks(block, content.shape[2], content.shape[0] * content.shape[3], dim=3)
         return aggregated.flatten(1, 2).to(content.dtype)
+
+    def _takes_triton(self, content: Tensor) -> bool:
+        """Whether the Triton kernel computes this map; an error if it was asked for and cannot."""
+        if self.algorithm not in ("auto", "triton"):
+            return False
+        reason = self._triton_refusal(content)
+        if reason is not None and self.algorithm == "triton":
+            raise InputError(_triton_error(reason))
+        return reason is None
+
+    def _setting_without_triton(self) -> str | None:
+        """Why no map can be computed by the Triton kernel; None if there is no reason."""
+        if not HAS_TRITON:
+            return "the package triton is not installed"
+        if not self.weight_softmax:
+            return "it supports no weight_softmax=False"
+        if self.renorm_padding:
+            return "it supports no renorm_padding=True"
+        return None
+
+    def _triton_refusal(self, content: Tensor) -> str | None:
+        """Why the Triton kernel cannot compute this map; None if it can."""
+        if not (content.is_cuda or (self.algorithm == "triton" and _interprets_triton())):
+            return f"x is on {content.device.type!r}, not on a CUDA device"
+        if content.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"it supports float32, float16 and bfloat16, and the convolution is in {content.dtype}"
+        if self.training and self.dropout > 0.0:
+            return f"it supports no dropout, got dropout={self.dropout:g} in training mode"
+        if is_transformed() or torch.compiler.is_exporting():
+            return "it supports no transforms of torch.func, forward-mode derivatives and torch.export"
+        return self._setting_without_triton()
+
+    def _aggregate_map_by_triton(self, content: Tensor, value: Tensor) -> Tensor:
+        from lightning_attn.attention.kernels.dynamic import softmax_and_aggregate  # imports Triton
+
+        radius = self.kernel_size // 2
+        value = torch.unflatten(value, 1, (self.groups, -1))
+        logits = self._logits_by_one_product(content) if has_only_weight(self.kernel_proj) else self._logits(content)
+
+        def block(start: int, stop: int) -> Tensor:
+            low, high = max(0, start - radius), min(value.shape[3], stop + radius)
+            part = value[:, :, :, low:high]
+            return softmax_and_aggregate(logits(start, stop), part, self.kernel_size, start - radius - low)
+
+        aggregated = self._in_blocks(block, content.shape[2], content.shape[0] * content.shape[3], dim=3, triton=True)
+        return aggregated.flatten(1, 2).to(content.dtype)
+
+    def _logits_by_one_product(self, content: Tensor) -> Callable[[int, int], Tensor]:
+        """`_logits` of a map by a single matrix product for all samples, G and N_k before B in memory."""
+
+        def predict(start: int, stop: int) -> Tensor:
+            part = content[:, :, start:stop].transpose(0, 1)
+            logits = torch.mm(self.kernel_proj.weight, part.flatten(1))
+            return logits.view(self.groups, self.kernel_size**2, *part.shape[1:]).movedim(2, 0)
+
+        return predict
 
     def _outside_of_map(self, start: int, stop: int, content: Tensor, padding: Tensor | None) -> Tensor | None:
         """True at kernel positions without a key, `[B or 1, 1, N_k, rows, W]`; None without `renorm_padding`."""
@@ -290,13 +359,16 @@ class DynamicConv(nn.Module):
         taps = padded.unfold(1, stop - start, 1).unfold(2, width, 1)  # [B or 1, n, n, rows, W]
         return ~taps.flatten(1, 2).unsqueeze(1)
 
-    def _in_blocks(self, block: Callable[[int, int], Tensor], rows: int, positions: int, dim: int) -> Tensor:
+    def _in_blocks(
+        self, block: Callable[[int, int], Tensor], rows: int, positions: int, dim: int, triton: bool = False
+    ) -> Tensor:
         """`block(start, stop)` for `rows` rows of `positions` each, joined along `dim`; in pieces for large kernels."""
         row_elements = max(1, positions * self.groups * self.kernel_size**self.ndim)
-        if rows * row_elements <= KERNEL_ELEMENTS or is_transformed():  # transforms support no recomputation
+        saved = TRITON_KERNEL_ELEMENTS if triton else KERNEL_ELEMENTS
+        if rows * row_elements <= saved or is_transformed():  # transforms support no recomputation
             return block(0, rows)
         run = _checkpointed(block, self.training and self.dropout > 0.0) if torch.is_grad_enabled() else block
-        step = max(1, BLOCK_ELEMENTS // row_elements)
+        step = max(1, (TRITON_BLOCK_ELEMENTS if triton else BLOCK_ELEMENTS) // row_elements)
         return torch.cat([run(start, min(start + step, rows)) for start in range(0, rows, step)], dim=dim)
 
     def _by_reference(self, x: Tensor, padding: Tensor | None, cache: DynamicConvCache | None) -> Tensor:
@@ -387,108 +459,20 @@ def _aggregate_by_shifts(kernel: Tensor, value: Tensor, first: int) -> Tensor:
     return total
 
 
-@torch.library.custom_op("lightning_attn::dynamic_taps", mutates_args=())
-def aggregate_by_taps(kernel: Tensor, value: Tensor, first: int) -> Tensor:
-    """Sums over the window of a map tap by tap, in memory of the order of the input (Eq. 5).
-
-    Tap (i, j) of the query in row y and column x reads row y + i + first and column x + j - n_x // 2.
-
-    A custom operator, so that `torch.compile` does not unroll up to 31 x 31 taps.
-
-    Args:
-        kernel: `[B, G, n_y, n_x, H, W]`.
-        value: `[B, G, d, H', W]`, zero outside.
-        first: Row that the first tap of the first query reads.
-
-    Returns:
-        `[B, G, d, H, W]`.
-    """
-    out = value.new_zeros(*value.shape[:3], *kernel.shape[-2:])
-    windows = _tap_windows(_padded(value, kernel.shape[3]), kernel.shape[3])
-    for i in range(kernel.shape[2]):
-        rows, read_rows = _overlap(kernel.shape[4], value.shape[3], i + first)
-        target = out[:, :, :, rows]
-        for weight, shifted in zip(
-            kernel[:, :, None, i, :, rows].unbind(3), windows[:, :, :, :, read_rows].unbind(3), strict=True
-        ):
-            target.addcmul_(weight, shifted)
-    return out
+def _triton_error(reason: str) -> str:
+    return (
+        f"algorithm='triton' cannot compute this convolution: {reason}. "
+        "Use 'auto', which takes the fastest algorithm that can."
+    )
 
 
-def _aggregate_in_plain_operations(kernel: Tensor, value: Tensor, first: int) -> Tensor:
-    """`aggregate_by_taps` for exported programs, which run without this package: one addition for each tap."""
-    rows, columns = kernel.shape[-2:]
-    padded = F.pad(_padded(value, kernel.shape[3]), (0, 0, -first, kernel.shape[2] + rows + first - 1 - value.shape[3]))
-    out = value.new_zeros(*value.shape[:3], rows, columns)
-    for i in range(kernel.shape[2]):
-        for j in range(kernel.shape[3]):
-            out = out + kernel[:, :, None, i, j] * padded[:, :, :, i : i + rows, j : j + columns]
-    return out
+def _interprets_triton() -> bool:
+    """Whether Triton interprets kernels, which it does on any device."""
+    if not HAS_TRITON:
+        return False
+    from lightning_attn.attention.kernels.dynamic import RUNS_ANYWHERE
 
-
-@torch.library.custom_op("lightning_attn::dynamic_taps_backward", mutates_args=())
-def _taps_backward(grad: Tensor, kernel: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    taps = kernel.shape[3]
-    padded = _padded(value, taps)
-    grad_kernel, padded_grad = kernel.new_zeros(kernel.shape), torch.zeros_like(padded)
-    windows, grad_windows = _tap_windows(padded, taps), _tap_windows(padded_grad, taps)
-    for i in range(kernel.shape[2]):
-        rows, read_rows = _overlap(kernel.shape[4], value.shape[3], i + first)
-        for weight, target in zip(
-            kernel[:, :, None, i, :, rows].unbind(3), grad_windows[:, :, :, :, read_rows].unbind(3), strict=True
-        ):
-            target.addcmul_(weight, grad[:, :, :, rows])
-        target = grad_kernel[:, :, i, :, rows]
-        for channel, shifted in zip(
-            grad[:, :, :, None, rows].unbind(2), windows[:, :, :, :, read_rows].unbind(2), strict=True
-        ):
-            target.addcmul_(channel, shifted)
-    return grad_kernel, padded_grad[..., taps // 2 : taps // 2 + value.shape[4]].contiguous()
-
-
-def _padded(value: Tensor, taps: int) -> Tensor:
-    return F.pad(value, (taps // 2, taps // 2))
-
-
-def _tap_windows(padded: Tensor, taps: int) -> Tensor:
-    """The inputs of each tap of a row of the kernel, `[B, G, d, n_x, H', W]`, as a view of the padded map."""
-    return padded.unfold(4, padded.shape[4] - taps + 1, 1).transpose(3, 4)
-
-
-def _overlap(queries: int, values: int, shift: int) -> tuple[slice, slice]:
-    """The range of queries q for which q + shift is a value, and the range of those values."""
-    start, stop = max(0, -shift), max(0, min(queries, values - shift))
-    return slice(start, max(start, stop)), slice(start + shift, max(start, stop) + shift)
-
-
-@aggregate_by_taps.register_fake
-def _(kernel: Tensor, value: Tensor, first: int) -> Tensor:
-    return value.new_empty(*value.shape[:3], *kernel.shape[-2:])
-
-
-@_taps_backward.register_fake
-def _(grad: Tensor, kernel: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    return kernel.new_empty(kernel.shape), value.new_empty(value.shape)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-    kernel, value, ctx.first = inputs
-    ctx.save_for_backward(kernel, value)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    kernel, value = ctx.saved_tensors
-    if torch.is_grad_enabled() or is_transformed(grad):
-        with torch.enable_grad():
-            leaves = kernel.view_as(kernel).requires_grad_(), value.view_as(value).requires_grad_()
-            out = _aggregate_in_plain_operations(*leaves, ctx.first)
-            grad_kernel, grad_value = torch.autograd.grad(out, leaves, grad, create_graph=True)
-    else:
-        grad_kernel, grad_value = _taps_backward(grad, kernel, value, ctx.first)
-    return grad_kernel, grad_value, None
-
-
-aggregate_by_taps.register_autograd(_backward, setup_context=_save_for_backward)
+    return RUNS_ANYWHERE
 
 
 def _checkpointed(block: Callable[[int, int], Tensor], random: bool) -> Callable[[int, int], Tensor]:

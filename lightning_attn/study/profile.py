@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - to
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: PLC2701 - torch has no public name
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_attn.attention.deformable import HAS_TRITON
 from lightning_attn.attention.factory import build_attention
 from lightning_attn.attention.flops import paper_count
+from lightning_attn.attention.kernels import HAS_TRITON
 from lightning_attn.attention.spec import AttentionSpec
 from lightning_attn.errors import InputError
 
@@ -165,7 +165,8 @@ def _counting(
     on_cuda: bool, tracker: _InnermostTracker | None = None
 ) -> Iterator[tuple[FlopCounterMode, "_UncountedMode"]]:
     if HAS_TRITON and on_cuda:
-        importlib.import_module("lightning_attn.attention.kernels.deformable")  # registers formulas of its operators
+        for name in ("deformable", "dynamic"):
+            importlib.import_module(f"lightning_attn.attention.kernels.{name}")  # registers formulas of its operators
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     if tracker is not None:
         counter.mod_tracker = tracker  # type: ignore[assignment]  # which the counter enters and leaves

@@ -360,7 +360,10 @@ def test_parameters_have_the_promised_names_and_shapes():
         ({"ndim": 2, "causal": True}, r"causal=True is for sequences \(ndim=1\).*set causal=False"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1\.0; use 0\.0 for no dropout"),
         ({"algorithm": "taps"}, r"algorithm must be one of \['auto', 'band', 'reference'\] for ndim=1, got 'taps'"),
-        ({"algorithm": "fast", "ndim": 2}, r"algorithm must be one of \['auto', 'taps', 'reference'\] for ndim=2"),
+        (
+            {"algorithm": "fast", "ndim": 2},
+            r"algorithm must be one of \['auto', 'triton', 'taps', 'reference'\] for ndim=2",
+        ),
     ],
 )
 def test_errors_of_the_constructor(settings, message):
