@@ -28,7 +28,7 @@ from lightning_attn.attention.sampling import (
     find_corners,
     sampled_product,
 )
-from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.attention.transforms import is_exporting, is_transformed
 from lightning_attn.errors import InputError
 from lightning_attn.validation import (
     check_input,
@@ -455,7 +455,7 @@ def _by_reference(
 
 def _fastest(x: Tensor) -> Algorithm:
     """What `"auto"` takes: exported programs and transforms need plain operations."""
-    if x.dim() == 3 or not x.is_cuda or torch.compiler.is_exporting() or is_transformed():
+    if x.dim() == 3 or not x.is_cuda or is_exporting() or is_transformed():
         return "gather"
     # The kernels are compiled and interpreted in tests but have never run on a device. Torchvision's operator has; it
     # adds gradients in any order.

@@ -16,7 +16,7 @@ from lightning_attn.attention.kernels import HAS_TRITON
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import has_only_weight, is_plain, project, project_map
 from lightning_attn.attention.taps import aggregate_by_taps, aggregate_in_plain_operations
-from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.attention.transforms import is_exporting, is_transformed
 from lightning_attn.errors import InputError
 from lightning_attn.validation import (
     check_input,
@@ -284,7 +284,7 @@ class DynamicConv(nn.Module):
             low, high = max(0, start - radius), min(value.shape[3], stop + radius)
             outside = self._outside_of_map(start, stop, content, padding)
             kernel = torch.unflatten(self._kernel(logits(start, stop), outside), 2, (self.kernel_size, -1))
-            plain = torch.compiler.is_exporting() or is_transformed()
+            plain = is_exporting() or is_transformed()
             aggregate = aggregate_in_plain_operations if plain else aggregate_by_taps
             aggregated: Tensor = aggregate(kernel, value[:, :, :, low:high], start - radius - low)
             return aggregated
@@ -319,7 +319,7 @@ class DynamicConv(nn.Module):
             return f"it supports float32, float16 and bfloat16, and the convolution is in {content.dtype}"
         if self.training and self.dropout > 0.0:
             return f"it supports no dropout, got dropout={self.dropout:g} in training mode"
-        if is_transformed() or torch.compiler.is_exporting():
+        if is_transformed() or is_exporting():
             return "it supports no transforms of torch.func, forward-mode derivatives and torch.export"
         return self._setting_without_triton()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attn.attention.positions import computation_dtype
-from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.attention.transforms import is_exporting, is_transformed
 from lightning_attn.errors import InputError
 
 BLOCK_ELEMENTS = 4_000_000
@@ -186,7 +186,7 @@ def _convolve(rows: Tensor, index: Tensor, weights: Tensor, weight: Tensor, bias
     symbolic, and transforms, which support no recomputation, use one block.
     """
     batch, queries, taps = index.shape[:3]
-    if torch.compiler.is_exporting() or is_transformed() or 0 in index.shape:
+    if is_exporting() or is_transformed() or 0 in index.shape:
         return sampled_product(rows, index, weights, weight, bias)
     block_queries = max(1, BLOCK_ELEMENTS // (taps * rows.shape[2]))
     block_samples = max(1, block_queries // queries)

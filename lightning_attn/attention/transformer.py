@@ -23,7 +23,7 @@ from lightning_attn.attention.projections import (
     without_autocast,
 )
 from lightning_attn.attention.spec import TERM_NAMES, AlgorithmName, AttentionSpec, parse_terms
-from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.attention.transforms import is_exporting, is_transformed
 from lightning_attn.errors import InputError
 from lightning_attn.validation import (
     check_input,
@@ -468,7 +468,7 @@ class TransformerAttention(nn.Module):
             masked=inputs.attention_mask is not None,
             dropout=inputs.dropout,
             transformed=is_transformed(),
-            exported=torch.compiler.is_exporting(),
+            exported=is_exporting(),
             plain_projections=all(is_plain(child) for child in self.children()),
         )
 

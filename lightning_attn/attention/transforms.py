@@ -26,6 +26,15 @@ def constant_when_compiled(function: F) -> F:
     return cast(F, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` traces a program.
+
+    In torch 2.11 `torch.compiler.is_exporting()` is also true in functions that are only compiled.
+    """
+    exporting: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if exporting is None else exporting
+
+
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether a transform is active, or one of the tensors is a batch of gradients (`is_grads_batched`)."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)

@@ -10,6 +10,7 @@ from torchvision.ops import boxes as box_ops
 from torchvision.ops import nms
 
 from lightning_attn.attention.cpu.linear import linear
+from lightning_attn.attention.transforms import is_exporting
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.export.graph import ExportGraph
 from lightning_attn.networks.images.network import Detector, Segmenter
@@ -104,7 +105,7 @@ class DetectorGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps an image as in `ImageNetwork`, `[3, H, W]`, to boxes `[n, 4]`, labels `[n]` and scores `[n]`."""
-        with _exportable_suppression() if torch.compiler.is_exporting() else contextlib.nullcontext():
+        with _exportable_suppression() if is_exporting() else contextlib.nullcontext():
             (found,) = self.detector([image])
         return found["boxes"], found["labels"], found["scores"]
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_attn.attention.transforms import not_compiled
+from lightning_attn.attention.transforms import is_exporting, not_compiled
 from lightning_attn.errors import InputError
 
 CompileBackend = Literal["inductor", "aot_eager"]
@@ -25,7 +25,7 @@ _GRAPHS_OF_A_FUNCTION = 64
 
 def outside_graph(module: nn.Module, *inputs: Any, **options: Any) -> Any:
     """Calls a module, which no compiled graph then contains."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         return _called(module, *inputs, **options)
     return module(*inputs, **options)
 

@@ -16,7 +16,7 @@ from lightning_attn.attention.energies import Energies
 from lightning_attn.attention.layout import Layout, masked_softmax
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
-from lightning_attn.attention.transforms import is_transformed
+from lightning_attn.attention.transforms import is_exporting, is_transformed
 
 
 class Separable(Algorithm):
@@ -110,7 +110,7 @@ def _two_steps(
 
 def softmax_and_logsumexp(energy: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax and log-sum-exp over the last axis, by one exponential of each element instead of two."""
-    if is_transformed() or torch.compiler.is_exporting():
+    if is_transformed() or is_exporting():
         total = torch.logsumexp(energy, dim=-1)
         return torch.exp(energy - total.unsqueeze(-1)), total
     result: tuple[Tensor, Tensor] = _SoftmaxAndLogSumExp.apply(energy)

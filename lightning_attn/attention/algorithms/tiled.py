@@ -26,7 +26,7 @@ from lightning_attn.attention.energies import multiplies_fast_in_half
 from lightning_attn.attention.layout import Layout, Spans, masked_softmax, size_of
 from lightning_attn.attention.positions import computation_dtype
 from lightning_attn.attention.projections import without_autocast
-from lightning_attn.attention.transforms import constant_when_compiled, is_transformed
+from lightning_attn.attention.transforms import constant_when_compiled, is_exporting, is_transformed
 
 TILE_WEIGHTS = 640 * 1024
 """Weights of a tile for each thread: two buffers of them fit a core's caches, and each operation takes long enough to
@@ -82,7 +82,7 @@ class Tiled(Algorithm):
         grids = (layout.query_sizes, layout.key_sizes, layout.stride, layout.causal, layout.window)
         arguments = (*tensors, *grids, inputs.dropout, seed, features_last)
         with without_autocast(value.device):
-            if is_transformed() or torch.compiler.is_exporting():
+            if is_transformed() or is_exporting():
                 return dense_attention(*arguments)
             save_weights = batch * heads * layout.num_queries * layout.num_keys <= MAX_SAVED_WEIGHTS
             apply = _TiledAttention.apply if _is_plain_tensor(value) else tiled_attention

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_attn.attention import AttentionCache, AttentionSpec, DecodingCache, SelfAttention, build_attention
 from lightning_attn.attention.cpu.linear import Linear, PackedLinear, linear
 from lightning_attn.attention.projections import is_hooked, is_plain
+from lightning_attn.attention.transforms import is_exporting
 from lightning_attn.errors import InputError
 from lightning_attn.networks.compilation import outside_graph
 from lightning_attn.networks.recomputation import RecomputableLayer
@@ -229,7 +230,7 @@ class Transformer(nn.Module):
         padding: Tensor | None = source == self.pad_id
         # A GPU would make the host wait for the answer, the meta device has no values, and an exported program does not
         # know its sentences yet.
-        looks = source.device.type == "cpu" and not torch.compiler.is_exporting()
+        looks = source.device.type == "cpu" and not is_exporting()
         if source.is_meta or (looks and padding is not None and not bool(padding.any())):
             padding = None
         x = self._embed(source)

@@ -14,6 +14,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 from typing_extensions import override
 
+from lightning_attn.attention.transforms import is_exporting
 from lightning_attn.networks.images.backbone import Features
 from lightning_attn.networks.images.heads.detection import (
     Detection,
@@ -162,7 +163,7 @@ class _RoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
     """torchvision's, but exportable: in an exported program the number of proposals is symbolic."""
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        if not torch.compiler.is_exporting():
+        if not is_exporting():
             aligned: Tensor = super().forward(x, boxes, image_shapes)
             return aligned
         (proposals,) = boxes  # of one image
@@ -184,7 +185,7 @@ class _ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         self, proposals: Tensor, objectness: Tensor, image_shapes: list[tuple[int, int]], num_anchors_per_level: Any
     ) -> tuple[list[Tensor], list[Tensor]]:
         boxes, scores = super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
-        if torch.compiler.is_exporting():
+        if is_exporting():
             # The exporter must know that at least one exists. Boxes without area give detections without area, which
             # are dropped.
             boxes = [F.pad(one, (0, 0, 0, 1)) for one in boxes]
