@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,10 +88,14 @@ class BaseTask(pl.LightningModule):
         self, optimizer: OptimizerSpec, schedule: ScheduleSpec, *, compile: bool | CompileBackend = False
     ) -> None:
         super().__init__()
-        # Collects the arguments of the subclass's constructor too. Checkpoints store them under another key than
-        # "hyper_parameters", by which the Lightning CLI would override the command line.
+        # Collects the arguments of the constructors of all classes; the class itself may take fewer. Checkpoints store
+        # them under another key than "hyper_parameters", by which the Lightning CLI would override the command line.
         self.save_hyperparameters(logger=False)
-        self._arguments = {name: plain_value(name, value) for name, value in self.hparams.items()}
+        taken = inspect.signature(type(self)).parameters.values()
+        names = {one.name for one in taken}
+        takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken)
+        given = {name: value for name, value in self.hparams.items() if takes_any or name in names}
+        self._arguments = {name: plain_value(name, value) for name, value in given.items()}
         self.optimizer = optimizer
         self.schedule = schedule
         if compile not in (False, True, *get_args(CompileBackend)):

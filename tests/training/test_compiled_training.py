@@ -1,5 +1,6 @@
 """`model.compile` through the command."""
 
+import copy
 import csv
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lightning_attn.tasks import BaseTask, DetectionTask, OptimizerSpec, ScheduleSpec, TranslationTask
+from lightning_attn.training.checkpoint_keys import TASK_KEY
 
 RUNS = Path("checkpoints/translation")
 
@@ -38,6 +40,28 @@ class Bare(BaseTask):
     def __init__(self, compile: bool = True) -> None:
         super().__init__(OptimizerSpec(), ScheduleSpec(), compile=compile)
         self.network = torch.nn.Linear(2, 2)
+
+
+class Compiled(BaseTask):
+    """Decides for itself."""
+
+    def __init__(self, width: int = 2) -> None:
+        super().__init__(OptimizerSpec(), ScheduleSpec(), compile="aot_eager")
+        self.network = torch.nn.Linear(width, width)
+
+    def modules_to_compile(self):
+        return [self.network]
+
+
+def test_a_task_of_ones_own():
+    """A checkpoint holds what the class takes, and no argument of its bases."""
+    task, checkpoint = Compiled(3), {}
+    task.on_save_checkpoint(checkpoint)
+    assert checkpoint[TASK_KEY]["arguments"] == {"width": 3}
+    names = list(task.state_dict())
+    task.configure_callbacks()[-1].on_fit_start(None, task)
+    assert list(task.state_dict()) == names
+    torch.testing.assert_close(task.network(torch.ones(1, 3)), copy.deepcopy(task).network(torch.ones(1, 3)))
 
 
 def test_what_cannot_be_compiled(run, tiny_config):

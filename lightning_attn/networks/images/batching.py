@@ -24,9 +24,8 @@ class NormalizedBatch(nn.Module):
         channels_last: The memory format of the batch, which convolutions and normalisations pass on, so that it is that
             of the whole network: `[B, C, H, W]` with the channels of a position side by side, or with its rows.
             `"auto"` is channels last on CPUs and on CUDA. On a CPU a training step of a detector takes a sixth less
-            time. The half precision (and TF32) convolutions of NVIDIA's GPUs are made for it, and otherwise convert
-            their input and output. It does not pay for float32 without TF32 there, or in a network of a few channels.
-            Results are the same up to rounding.
+            time. The half precision and TF32 convolutions of NVIDIA's tensor cores are made for it, and otherwise
+            convert their input and output; not measured. Results are the same up to rounding.
     """
 
     mean: Tensor
