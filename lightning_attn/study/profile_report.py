@@ -204,7 +204,7 @@ class ProfileReport:
         names = [f"{label} {kind}".rstrip() for label, kind, _ in rows]
         room = max(16, width - used)
         with_kinds = max(map(len, names)) <= room
-        table.add_column("part", no_wrap=True, overflow="ellipsis", max_width=room)
+        table.add_column("part", overflow="fold", max_width=room)
         for place, (head, least) in enumerate(zip(heads, widths, strict=True)):
             table.add_column(head, justify="right", no_wrap=True, min_width=least, style="cyan" if place % 2 else "")
         for (label, kind, _), row in zip(rows, cells, strict=True):
@@ -304,7 +304,7 @@ def _or_dash(value: Any, shown: Callable[[Any], str]) -> str:
 
 
 def _parent(name: str, names: Container[str]) -> str:
-    """The closest module around one, among those that are told apart."""
+    """The closest module around one, among those that are listed."""
     while name:
         name = name.rpartition(".")[0]
         if name in names:
