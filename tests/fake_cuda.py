@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (  # noqa: PLC2701 - torch has no publ
     FakeTensorMode,
 )
 
-__all__ = ["DataDependentOutputException", "DynamicOutputShapeException", "fake_cuda", "gradients"]
+__all__ = ["DataDependentOutputException", "DynamicOutputShapeException", "FakeTensorMode", "fake_cuda", "gradients"]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC2701 - torch has no public name
+from fake_cuda import FakeTensorMode, fake_cuda, gradients
 
 from lightning_attn.attention import DynamicConv, TransformerAttention
 from lightning_attn.attention.spec import TERM_SETS
@@ -22,52 +22,32 @@ CASES = {
 }
 
 
-def inputs(sizes: tuple[int, ...], device: str, dtype: torch.dtype, padded: bool, pairs: bool):
-    shape = (2, *sizes, 32) if len(sizes) == 1 else (2, 32, *sizes)
-    count = math.prod(sizes)
-    x = torch.empty(shape, device=device, dtype=dtype)
-    padding = torch.empty(2, *sizes, dtype=torch.bool, device=device) if padded else None
-    mask = torch.empty(2, 1, count, count, dtype=torch.bool, device=device) if pairs else None
-    return x, {"key_padding_mask": padding, "attention_mask": mask}
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("sizes", [(40,), (8, 12)], ids=str)
 def test_transformer_attention(sizes, case):
     settings = dict(CASES[case])
-    masks = [settings.pop(name, False) for name in ("padding", "pairs")]
-    with FakeTensorMode():
+    padded, pairs = (settings.pop(name, False) for name in ("padding", "pairs"))
+    count = math.prod(sizes)
+    with fake_cuda():
+        padding = torch.empty(2, *sizes, dtype=torch.bool) if padded else None
+        mask = torch.empty(2, 1, count, count, dtype=torch.bool) if pairs else None
         for terms, dtype in itertools.product(TERM_SETS, (torch.float32, torch.bfloat16)):
-            x, keywords = inputs(sizes, "cuda", dtype, *masks)
-            attention = TransformerAttention(32, 4, terms, len(sizes), device="cuda", dtype=dtype, **settings)
-            out = attention(x, **keywords)
+            x = torch.empty((2, *sizes, 32) if len(sizes) == 1 else (2, 32, *sizes), dtype=dtype)
+            attention = TransformerAttention(32, 4, terms, len(sizes), dtype=dtype, **settings)
+            out = attention(x, key_padding_mask=padding, attention_mask=mask)
             assert out.device.type == "cuda"
             assert out.dtype == dtype
-        # Without a device autograd has no CUDA thread: the same algorithms' backward passes on the CPU.
-        for terms, algorithm in itertools.product(TERM_SETS, ("pooled", "separable", "sdpa", "augmented_sdpa")):
-            x, keywords = inputs(sizes, "cpu", torch.float32, *masks)
-            attention = TransformerAttention(32, 4, terms, len(sizes), algorithm=algorithm, **settings)
-            try:
-                out = attention(x, **keywords)
-            except ValueError as error:
-                assert "cannot compute this attention" in str(error)  # noqa: PT017
-                continue
-            out.sum().backward()
-            assert all(parameter.grad is not None for parameter in attention.parameters())
+            found = gradients(out.float().sum())
+            assert {id(parameter) for parameter in attention.parameters()} <= found.keys(), terms
 
 
 @pytest.mark.parametrize("sizes", [(40,), (8, 12)], ids=str)
-def test_convolutions(sizes):
-    ndim = len(sizes)
+def test_dynamic_convolution(sizes):
+    """Backward on the CPU: that of taps and bands calls torch's engine, which needs the driver of a device."""
     with FakeTensorMode():
         for device in ("cuda", "cpu"):
-            x, _ = inputs(sizes, device, torch.float32, False, False)
-            out = DynamicConv(32, 5, 4, ndim, device=device)(x)
+            x = torch.empty((2, *sizes, 32) if len(sizes) == 1 else (2, 32, *sizes), device=device)
+            out = DynamicConv(32, 5, 4, len(sizes), device=device)(x)
             assert out.shape == x.shape
             if device == "cpu":
                 out.sum().backward()
-
-
-def test_a_number_that_the_host_asks_for_is_found():
-    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"_local_scalar_dense|item"):
-        float(torch.empty(2, device="cuda").sum())

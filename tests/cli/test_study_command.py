@@ -4,11 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-
-from lightning_attn.cli import main
 
 TRAIN = """
 import json, sys
@@ -58,18 +57,8 @@ def study(in_folder, monkeypatch):
 
 
 @pytest.fixture
-def call(study, capfd):
-    def run(*arguments, status=0):
-        code = 0
-        try:
-            main(["study", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-        printed = "".join(capfd.readouterr())
-        assert code == status, printed
-        return printed
-
-    return run
+def call(study, run):
+    return partial(run, "study")
 
 
 def test_run_then_status(call):

@@ -6,11 +6,11 @@ import signal
 import stat
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from lightning_attn.cli import main
 from lightning_attn.study.grid import Study
 from lightning_attn.study.states import read_statuses
 
@@ -106,18 +106,8 @@ def study(in_folder, monkeypatch):
 
 
 @pytest.fixture
-def submit(study, capfd):
-    def call(*options, status=0):
-        code = 0
-        try:
-            main(["study", "run", "study.yaml", "--slurm", *options])
-        except SystemExit as stop:
-            code = stop.code
-        printed = "".join(capfd.readouterr())
-        assert code == status, printed
-        return printed
-
-    return call
+def submit(study, run):
+    return partial(run, "study", "run", "study.yaml", "--slurm")
 
 
 def statuses(study):
