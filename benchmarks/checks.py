@@ -1,4 +1,4 @@
-"""Checks that run one after the other within a time limit; one that fails is recorded, and the rest goes on."""
+"""Checks that run one after the other within a time limit; one that fails is recorded, and the rest still run."""
 
 import contextlib
 import dataclasses

@@ -321,7 +321,7 @@ def main(
 def _start_anew(options: argparse.Namespace, path: Path, left: float, restart: Callable[[list[str]], object]) -> None:
     """Resumes the run in a new process, if there is time for it."""
     if left > _FRESH_START_SECONDS:
-        print("The GPU no longer answers: a new process goes on.", flush=True)
+        print("The GPU no longer answers: a new process runs the rest.", flush=True)
         same = ["--only", ",".join(options.only)] if options.only else []
         same += ["--no-memory"] if options.no_memory else []
         again = [*same, "--minutes", f"{left / 60:.3f}", "--resume", str(path)]

@@ -17,6 +17,7 @@ import torch
 from benchmarks.case import Benchmark, Case, Table
 from benchmarks.fresh_process import REPOSITORY
 from benchmarks.results import Result, Target, ratio
+from datamodules.machine import available_cores, processor_name
 from lightning_attn.io import unused_path, write_figure, write_json, write_text
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def machine(*packages: str) -> dict[str, str | int]:
     """What the figures depend on: processor, cores, memory, versions, date, commit."""
     described: dict[str, str | int] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "processor": processor_name(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
@@ -53,15 +54,6 @@ def machine(*packages: str) -> dict[str, str | int]:
     if commit:
         described["commit"] = commit + (" with changes" if _git("status", "--porcelain") else "")
     return described
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str:

@@ -196,6 +196,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else {}
 
 
+def oldest_first(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match a pattern, by when they were written."""
+    return sorted(folder.glob(pattern), key=lambda one: one.stat().st_mtime_ns)
+
+
 def missing_checkpoint(path: Path) -> str:
     """What to say of a checkpoint that is not there; nothing if it is."""
     if path.is_file():

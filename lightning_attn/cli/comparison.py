@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_attn.errors import InputError, MissingFileError
-from lightning_attn.io import write_figure, write_table
+from lightning_attn.io import oldest_first, write_figure, write_table
 from lightning_attn.training.contents import require_plain
 from lightning_attn.training.run_directory import require_own_entries
 from lightning_attn.training.scores import best_mode
@@ -57,12 +57,12 @@ class RunRecord:
             )
         require_own_entries(path, reading=True)
         # The newest of config_fit.yaml, config_fit-2.yaml and so on is from when the training was resumed last.
-        configurations = sorted(path.glob("config_fit*.yaml"), key=lambda one: one.stat().st_mtime_ns)
+        configurations = oldest_first(path, "config_fit*.yaml")
         if not configurations:
             raise MissingFileError(f"compare: {path} holds no config_fit.yaml: nothing was trained in it.")
         with _named(configurations[-1]):
             configuration = _flat(_mapping(yaml.safe_load(configurations[-1].read_text(encoding="utf-8"))))
-        tests = sorted(path.glob("test_metrics*.json"), key=lambda one: one.stat().st_mtime_ns)
+        tests = oldest_first(path, "test_metrics*.json")
         numbers: dict[str, float] = {}
         if tests:
             with _named(tests[-1]):

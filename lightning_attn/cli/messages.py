@@ -120,7 +120,7 @@ def _of_full(error: OSError, arguments: Sequence[str]) -> str:
 
 
 def _of_memory(text: str, arguments: Sequence[str]) -> str:
-    """What saves memory, and how to go on."""
+    """What saves memory, and how to resume."""
     said = (text.splitlines() or [""])[0].rstrip(".")
     subject = f"Out of memory{f' ({said})' if said else ''}."
     if "fit" not in arguments[:1]:

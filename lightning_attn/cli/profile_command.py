@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import platform
 import shlex
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
+from datamodules.machine import processor_name
 from lightning_attn.cli.checks import check_values, checked_precision
 from lightning_attn.cli.command_line import files_first
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
@@ -174,15 +174,7 @@ def _described(device: torch.device) -> str:
     if device.type == "meta":
         return "meta device (shapes only: no time, no memory)"
     threads = torch.get_num_threads()
-    return f"CPU {_processor()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return f"CPU {processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from operator import index, itemgetter
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from lightning_attn.errors import InputError
 from lightning_attn.metrics.copies import DelayedCopies
 from lightning_attn.metrics.gather import add_record, gather_by_id, true_on_any_rank
 
-__all__ = ["GatheredMetric", "Score", "ScoresMetric", "nothing_to_score"]
+__all__ = ["GatheredMetric", "Score", "ScoresMetric", "nothing_to_score", "sample_ids"]
 
 RecordT = TypeVar("RecordT")
 ScoresT = TypeVar("ScoresT")
@@ -195,6 +195,15 @@ class Score(CompositionalMetric):
     @override
     def __repr__(self) -> str:
         return f"{self.metric_a!r}[{self.name!r}]"
+
+
+def sample_ids(ids: Sequence[int] | Tensor) -> list[int]:
+    """Ids as integers; those of a tensor are read at once.
+
+    Raises:
+        TypeError: If one is no integer.
+    """
+    return list(map(index, ids.tolist() if isinstance(ids, Tensor) else ids))
 
 
 def nothing_to_score(what: str, split: str) -> str:

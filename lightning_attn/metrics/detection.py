@@ -4,7 +4,6 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from operator import index
 from typing import Any, ClassVar, NamedTuple, Self, TypedDict, cast
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_attn.errors import InputError
-from lightning_attn.metrics.base import ScoresMetric, nothing_to_score
+from lightning_attn.metrics.base import ScoresMetric, nothing_to_score, sample_ids
 from lightning_attn.metrics.gather import several_ranks
 
 # COCO's twelve metrics in the order of its evaluator's `stats`.
@@ -177,7 +176,7 @@ class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
         """
         if len(ids) != len(detections):
             raise ValueError(f"ids and detections must be of equal length, got {len(ids)} and {len(detections)}.")
-        image_ids = list(map(index, ids.tolist() if isinstance(ids, Tensor) else ids))
+        image_ids = sample_ids(ids)
         for image_id in image_ids:
             if image_id not in self._image_ids:
                 raise ValueError(

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import index
 from typing import ClassVar, TypedDict
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_attn.errors import InputError
-from lightning_attn.metrics.base import ScoresMetric
+from lightning_attn.metrics.base import ScoresMetric, sample_ids
 
 Confusion = npt.NDArray[np.int64]
 
@@ -93,7 +92,7 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
                 f"ids, predicted and labels must be of equal length, got {len(ids)}, {len(predicted)} and "
                 f"{len(labels)}."
             )
-        samples = list(map(index, ids.tolist() if isinstance(ids, Tensor) else ids))
+        samples = sample_ids(ids)
         counted = [self._counts(*image) for image in zip(samples, predicted, labels, strict=True)]
 
         def add(copies: list[Tensor]) -> None:

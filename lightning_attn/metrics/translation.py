@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import ClassVar, TypedDict
 
 from sacrebleu import BLEU, CHRF
@@ -10,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_attn.errors import InputError
-from lightning_attn.metrics.base import ScoresMetric, nothing_to_score
+from lightning_attn.metrics.base import ScoresMetric, nothing_to_score, sample_ids
 
 Pair = tuple[str, str]
 """A hypothesis and its reference."""
@@ -113,8 +112,8 @@ class CorpusTranslationMetrics(ScoresMetric[Pair, TranslationScores]):
                 f"ids, hypotheses and references must be of equal length, got {len(ids)}, {len(hypotheses)} and "
                 f"{len(references)}."
             )
-        for sample, hypothesis, reference in zip(ids, hypotheses, references, strict=True):
-            self._add(index(sample), (one_line(hypothesis), reference))
+        for sample, hypothesis, reference in zip(sample_ids(ids), hypotheses, references, strict=True):
+            self._add(sample, (one_line(hypothesis), reference))
 
     def hypotheses(self) -> list[str]:
         """The scored translations of all ranks, in corpus order. Not a collective: one rank may call it.

@@ -82,18 +82,19 @@ class Cell:
     test_checkpoint: str
 
     @property
+    def labels(self) -> dict[str, str]:
+        """The label on each axis, by its name."""
+        return dict(zip(self.axes, self.group, strict=True))
+
+    @property
     def readable_name(self) -> str:
         """Labels and seed: what stays the same when the configuration behind a label is edited."""
-        return "_".join(f"{axis}={label}" for axis, label in (*zip(self.axes, self.group, strict=True), self._seed))
+        return "_".join(f"{axis}={label}" for axis, label in {**self.labels, "seed": self.seed}.items())
 
     @property
     def name(self) -> str:
         """Of the cell's folder."""
         return f"{self.readable_name}_{self.digest}"
-
-    @property
-    def _seed(self) -> tuple[str, str]:
-        return ("seed", str(self.seed))
 
     def arguments(self, stage: Literal["fit", "test"], folder: Path) -> list[str]:
         """Arguments of the public command.
@@ -218,7 +219,7 @@ class Study:
             wanted.setdefault(axis, set()).add(label)
         chosen = []
         for cell in self.cells:
-            labels = dict(zip(cell.axes, cell.group, strict=True)) | {"seed": str(cell.seed)}
+            labels = cell.labels | {"seed": str(cell.seed)}
             if all(labels[axis] in some for axis, some in wanted.items()):
                 chosen.append(cell)
         return chosen

@@ -107,7 +107,7 @@ def count_own_multiply_adds(run: Callable[[], object], names: Mapping[nn.Module,
 
     Args:
         run: Calls the modules.
-        names: The modules that are told apart; `""` is what is outside all of them.
+        names: The modules that are counted separately; `""` is what is outside all of them.
     """
     on_cuda = any(parameter.is_cuda for module in names for parameter in module.parameters())
     with _counting(on_cuda, _InnermostTracker(names)) as (counter, uncounted):

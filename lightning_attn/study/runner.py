@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
+from datamodules.machine import available_cores
 from lightning_attn.errors import InputError
 from lightning_attn.io import naming
 from lightning_attn.study.grid import Cell, Study, format_duration
@@ -180,14 +180,14 @@ class Runner:
         """Of a cell: its share of the processors and GPUs."""
         variables = dict(os.environ)
         if "OMP_NUM_THREADS" not in variables:
-            variables["OMP_NUM_THREADS"] = str(max(1, _processors() // self.jobs))
+            variables["OMP_NUM_THREADS"] = str(max(1, available_cores() // self.jobs))
         if self._gpus and self.jobs > 1:
             share = self._gpus[slot :: self.jobs] or [self._gpus[slot % len(self._gpus)]]
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(share)
         return variables
 
     def _finish(self, slot: int) -> bool:
-        """Notes how a process ended, and goes on with the test after a training; returns whether it failed."""
+        """Records how a process ended, and starts the test after a training; returns whether it failed."""
         job = self._running.pop(slot)
         last = job.attempts[-1]
         last.ended, last.exit_code = time.time(), job.process.returncode
@@ -300,8 +300,3 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
         done = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
         return [str(number) for number, line in enumerate(done.stdout.splitlines()) if line.startswith("GPU ")]
     return []
-
-
-def _processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lightning_attn.errors import UnusableFileError
-from lightning_attn.io import write_json
+from lightning_attn.io import oldest_first, write_json
 from lightning_attn.processes import is_running, start_of
 from lightning_attn.study.grid import RUN_NAME, Cell, Group, Study
 from lightning_attn.training.code_version import code_version
@@ -116,7 +116,7 @@ class CellFolder:
 
     def write_attempts(self, cell: Cell, attempts: Sequence[Attempt]) -> None:
         """Writes the file of attempts atomically."""
-        content = {"cell": dict(zip(cell.axes, cell.group, strict=True)), "seed": cell.seed}
+        content = {"cell": cell.labels, "seed": cell.seed}
         write_json(
             self.path / "cell.json", content | {"attempts": [dataclasses.asdict(one) for one in attempts]}, replace=True
         )
@@ -333,7 +333,7 @@ def _state(
 
 def _test_score(run: Path | None, study: Study) -> tuple[float | None, str]:
     """The score of the newest test, or what is wrong with its file."""
-    tests = [] if run is None else sorted(run.glob("test_metrics*.json"), key=lambda one: one.stat().st_mtime_ns)
+    tests = [] if run is None else oldest_first(run, "test_metrics*.json")
     if not tests:
         return None, ""
     try:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_attn.study.grid import Study, format_duration
-from lightning_attn.study.states import STATES, CellStatus, scores_of
+from lightning_attn.study.states import STATES, CellStatus, State, scores_of
 from lightning_attn.study.statistics import Judgement, Summary, judge, summarize
 
 __all__ = ["as_data", "cells_table", "counts_line", "findings_table", "groups_table", "live_table"]
@@ -24,8 +24,7 @@ _MOST_ROWS = 12  # of the live table
 
 def counts_line(statuses: Sequence[CellStatus]) -> str:
     """How many cells are in which state, such as "12 done, 2 running"."""
-    counts = {state: sum(status.state == state for status in statuses) for state in STATES}
-    return ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "no cells"
+    return ", ".join(f"{number} {state}" for state, number in _counts(statuses).items() if number) or "no cells"
 
 
 def cells_table(study: Study, statuses: Sequence[CellStatus], title: str = "") -> Table:
@@ -106,10 +105,10 @@ def as_data(study: Study, statuses: Sequence[CellStatus]) -> dict[str, Any]:
     return {
         "study": study.name,
         "metric": study.metric,
-        "counts": {state: sum(status.state == state for status in statuses) for state in STATES},
+        "counts": _counts(statuses),
         "cells": [
             {
-                "cell": dict(zip(status.cell.axes, status.cell.group, strict=True)),
+                "cell": status.cell.labels,
                 "seed": status.cell.seed,
                 "folder": str(status.folder.path),
                 "state": status.state,
@@ -144,6 +143,10 @@ def as_data(study: Study, statuses: Sequence[CellStatus]) -> dict[str, Any]:
             for one in judge(study.findings, scores_of(statuses))
         ],
     }
+
+
+def _counts(statuses: Sequence[CellStatus]) -> dict[State, int]:
+    return {state: sum(status.state == state for status in statuses) for state in STATES}
 
 
 def _summaries(study: Study, statuses: Sequence[CellStatus]) -> dict[tuple[str, ...], Summary]:

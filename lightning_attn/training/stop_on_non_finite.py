@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_attn.errors import UserError
 from lightning_attn.training.checkpoint_keys import WEIGHTS_KEY
 from lightning_attn.training.checkpoints import read_checkpoint
-from lightning_attn.training.optimization import gradient_scaler, gradients_of
+from lightning_attn.training.optimization import gradient_scaler
 
 _Batch = tuple[str, Any, list[str], Tensor]
 """Which batch, its sample ids, names of the samples where they have some, and its loss."""
@@ -99,7 +99,7 @@ class StopOnNonFinite(Callback):
         ]
         if not parameters:
             return
-        norms = torch.stack(torch._foreach_norm(gradients_of(optimizer)))
+        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
         self._steps.append(_Step(number, batches, parameters, norms))
         every = self.every_n_steps or _default_interval(trainer, norms.device)
         if every > 1 and _can_skip(optimizer):
