@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from datamodules.translation.batches import TranslationBatch, TranslationDataset
 from lightning_attn.io import unused_path, write_text
+from lightning_attn.metrics.bootstrap import ResampledScores
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.metrics.translation import CorpusTranslationMetrics
 from lightning_attn.metrics.weighted_mean import WeightedMean
@@ -72,6 +73,10 @@ class TranslationEvaluator(Evaluator):
             scores |= self._metrics.scores()
         self._examples = gather_by_id(self._examples)
         return scores
+
+    @override
+    def resampled_scores(self) -> ResampledScores:
+        return self._metrics.resampled_scores()
 
     @override
     def write(self, scores: dict[str, Any]) -> None:
