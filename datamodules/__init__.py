@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from datamodules.miniature.translation_datamodule import (
         MiniatureTranslationDataModule as MiniatureTranslationDataModule,
     )
+    from datamodules.multitask import MultitaskDataModule as MultitaskDataModule
+    from datamodules.sampling.joint_batches import JointBatch as JointBatch
     from datamodules.segmentation.cityscapes import CityscapesDataModule as CityscapesDataModule
     from datamodules.segmentation.classes import SegmentationClasses as SegmentationClasses
     from datamodules.segmentation.datamodule import (
@@ -54,6 +56,8 @@ _MODULES = {
     "MiniatureDetectionDataModule": "miniature.detection_datamodule",
     "MiniatureSegmentationDataModule": "miniature.segmentation_datamodule",
     "MiniatureTranslationDataModule": "miniature.translation_datamodule",
+    "MultitaskDataModule": "multitask",
+    "JointBatch": "sampling.joint_batches",
     "CityscapesDataModule": "segmentation.cityscapes",
     "SegmentationClasses": "segmentation.classes",
     "SegmentationBatch": "segmentation.datamodule",

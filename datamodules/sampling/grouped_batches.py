@@ -21,7 +21,14 @@ from datamodules.sampling.planned_batches import (
 )
 from lightning_attn.errors import InputError, UserError
 
-__all__ = ["BatchedDataset", "GroupedBatchSampler", "SampleRequest", "evaluation_loader", "training_loader"]
+__all__ = [
+    "BatchedDataset",
+    "GroupedBatchSampler",
+    "SampleRequest",
+    "evaluation_loader",
+    "start_worker",
+    "training_loader",
+]
 
 BatchType = TypeVar("BatchType")
 
@@ -197,7 +204,7 @@ def training_loader(
         world_size=world_size,
         repeats=dataset.repeats,
     )
-    return planned_loader(module, dataset, sampler, num_workers, start_worker=_start_worker)
+    return planned_loader(module, dataset, sampler, num_workers, start_worker=start_worker)
 
 
 def evaluation_loader(
@@ -206,10 +213,11 @@ def evaluation_loader(
     """A loader for validation, test or prediction, for this rank; arguments and errors as in `training_loader`."""
     rank, world_size = rank_and_world_size(module)
     sampler = GroupedBatchSampler(dataset.groups(), batch_size, shuffle=False, rank=rank, world_size=world_size)
-    return planned_loader(module, dataset, sampler, num_workers, start_worker=_start_worker)
+    return planned_loader(module, dataset, sampler, num_workers, start_worker=start_worker)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Prepares a process that makes batches of a `BatchedDataset`."""
     ignore_stop_signals(worker)
     info = get_worker_info()
     assert info is not None, "called in a worker"

@@ -73,8 +73,8 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
 
     @property
     @abc.abstractmethod
-    def settings(self) -> dict[str, int]:
-        """What the plan depends on, by the names of options."""
+    def settings(self) -> dict[str, Any]:
+        """What the plan depends on, by the names of options: plain values."""
 
     @abc.abstractmethod
     def plan(self, epoch: int, share: range) -> Iterator[list[Item]]:
@@ -103,10 +103,13 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
         # Not a generator itself: the epoch must be fixed now, not when the first batch is asked for, because
         # Lightning calls set_epoch in between and DataLoader workers fetch ahead.
         self._running_epoch = self.epoch
-        share = range(self.rank, self.num_batches, self.world_size)[self._skip :]
-        return self.plan(self.epoch * self.reshuffle, share)
+        return self.batches_of(self.epoch, self._skip)
 
-    def state_dict(self, consumed: int, finished: bool = False) -> dict[str, int]:
+    def batches_of(self, epoch: int, skip: int = 0) -> Iterator[list[Item]]:
+        """This rank's batches of an epoch, without the first `skip`; independent of the place of the iteration."""
+        return self.plan(epoch * self.reshuffle, range(self.rank, self.num_batches, self.world_size)[skip:])
+
+    def state_dict(self, consumed: int, finished: bool = False) -> dict[str, Any]:
         """The place to resume from, the same on every rank.
 
         Args:
@@ -117,7 +120,7 @@ class PlannedBatchSampler(Sampler[list[Item]], abc.ABC, Generic[Item]):
         place = {"epoch": self._running_epoch + int(finished), "consumed": 0 if finished else consumed}
         return place | {"world_size": self.world_size} | self.settings
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Makes the next iteration yield what is left of an epoch.
 
         Raises:
@@ -181,11 +184,11 @@ class ResumableLoader(PlannedLoader):
         self.batches = batch_sampler
         self._consumed = consumed
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The place in the data; see `PlannedBatchSampler.state_dict`."""
         return self.batches.state_dict(*self._consumed())
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a place in the data; see `PlannedBatchSampler.load_state_dict`."""
         self.batches.load_state_dict(state)
 

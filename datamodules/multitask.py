@@ -1,0 +1,181 @@
+"""Several data sets for one training of several tasks: their batches in one schedule, their evaluations one by one."""
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytorch_lightning as pl
+from typing_extensions import override
+
+from datamodules.sampling.joint_batches import (
+    EpochLength,
+    JointBatch,
+    JointBatchSampler,
+    JointDataset,
+    Order,
+    start_worker,
+)
+from datamodules.sampling.planned_batches import PlannedBatchSampler, PlannedLoader, planned_loader
+from lightning_attn.errors import InputError
+
+__all__ = ["MultitaskDataModule"]
+
+
+class MultitaskDataModule(pl.LightningDataModule):
+    """Several DataModules for one training of a `MultitaskTask`, whose tasks have the same names.
+
+    Training batches are planned for all members together and all ranks; see `JointBatchSampler`. Where the lengths
+    of the members differ, shorter ones begin anew, each time in another order. Evaluation has a loader for each member.
+
+    Args:
+        members: A DataModule for each task. Those whose loaders are of `datamodules.sampling`: all of this package, and
+            your own with `sample_loader` or `training_loader`.
+        order: With "together" each optimizer step has a batch of every member, with "alternating" of one.
+        ratio: Relative number of batches of each member, for "alternating"; those that are not named have 1.
+        epoch: An epoch ends when every member has been through once ("longest"), when the first has ("shortest"), or
+            after this number of steps.
+        num_workers: Processes that make batches, for the training and for each evaluation; takes the place of the
+            members' own.
+        seed: Seed, with the epoch, of which member's turn it is; the members have seeds of their own.
+        predict_folder: A folder of images for prediction by every task, in place of the members' own; "" for theirs.
+
+    Raises:
+        ValueError: If an argument does not fit the others.
+    """
+
+    def __init__(
+        self,
+        members: dict[str, pl.LightningDataModule],
+        order: Order = "together",
+        ratio: dict[str, float] | None = None,
+        epoch: EpochLength = "longest",
+        num_workers: int = 0,
+        seed: int = 0,
+        predict_folder: str = "",
+    ) -> None:
+        super().__init__()
+        if not members:
+            raise InputError("members: there is none; give a DataModule for each task.")
+        for name, value, known in (("order", order, get_args(Order)), ("epoch", epoch, ("longest", "shortest"))):
+            if value not in known and not (name == "epoch" and type(value) is int and value > 0):
+                steps = " or a number of steps" if name == "epoch" else ""
+                raise InputError(f"{name}: {value!r} is unknown; give {' or '.join(known)}{steps}.")
+        ratio = dict(ratio or {})
+        if ratio and order == "together":
+            raise InputError(
+                f"ratio: {ratio} is for order: alternating. Together, each step has a batch of every member, whose "
+                "batch_size says how many images that is."
+            )
+        if unknown := [name for name in ratio if name not in members]:
+            raise InputError(f"ratio: {unknown[0]!r} is none of the members, which are {', '.join(members)}.")
+        if wrong := {name: value for name, value in ratio.items() if not 0 < value < 1000}:
+            raise InputError(f"ratio: {wrong} must be above 0 and below 1000.")
+        for name, value in (("num_workers", num_workers), ("seed", seed)):
+            if value < 0:
+                raise InputError(f"{name}: {value} is too small; give 0 or more (--data.{name} 0).")
+        self.members = dict(members)
+        self.order: Order = order
+        self.ratio = ratio
+        self.epoch: EpochLength = epoch
+        self.num_workers = num_workers
+        self.seed = seed
+        for member in members.values():
+            if hasattr(member, "num_workers"):
+                member.num_workers = num_workers
+            if predict_folder and not hasattr(member, "predict_folder"):
+                raise InputError(f"predict_folder: {type(member).__name__} has no such option; leave it out.")
+            if predict_folder:
+                vars(member)["predict_folder"] = predict_folder
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples of one step on one rank; None where that is not the same in every step, or not known."""
+        sizes = [getattr(member, "batch_size", None) for member in self.members.values()]
+        known = [one for one in sizes if isinstance(one, int)]
+        return sum(known) if self.order == "together" and len(known) == len(sizes) else None
+
+    @override
+    def prepare_data(self) -> None:
+        for member in self._attached():
+            member.prepare_data()
+
+    @override
+    def setup(self, stage: str) -> None:
+        for member in self._attached():
+            member.setup(stage)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        for member in self.members.values():
+            member.teardown(stage)
+
+    def _attached(self) -> list[pl.LightningDataModule]:
+        """The members, which plan for this trainer's ranks."""
+        for member in self.members.values():
+            member.trainer = self.trainer
+        return list(self.members.values())
+
+    @override
+    def train_dataloader(self) -> PlannedLoader:
+        """Loads `JointBatch`es.
+
+        Raises:
+            ValueError: If the loader of a member cannot be a part of the schedule.
+        """
+        self._attached()
+        loaders = {name: member.train_dataloader() for name, member in self.members.items()}
+        samplers: dict[str, PlannedBatchSampler[Any]] = {}
+        for name, loader in loaders.items():
+            sampler = getattr(loader, "batch_sampler", None)
+            if not (isinstance(loader, PlannedLoader) and isinstance(sampler, PlannedBatchSampler) and sampler.shuffle):
+                raise InputError(
+                    f"members.{name}: the training loader of {type(self.members[name]).__name__} is a "
+                    f"{type(loader).__name__}, whose batches cannot be planned with those of others. Make it by "
+                    "datamodules.sampling.sample_batches.sample_loader, with shuffle=True."
+                )
+            samplers[name] = sampler
+        sampler = JointBatchSampler(samplers, order=self.order, ratio=self.ratio, epoch=self.epoch, seed=self.seed)
+        dataset = JointDataset({name: loader.dataset for name, loader in loaders.items()})
+        return planned_loader(self, dataset, sampler, self.num_workers, start_worker)
+
+    @override
+    def val_dataloader(self) -> list["TaggedLoader"]:
+        return self._evaluation_loaders("val_dataloader")
+
+    @override
+    def test_dataloader(self) -> list["TaggedLoader"]:
+        return self._evaluation_loaders("test_dataloader")
+
+    @override
+    def predict_dataloader(self) -> list["TaggedLoader"]:
+        return self._evaluation_loaders("predict_dataloader")
+
+    def _evaluation_loaders(self, kind: str) -> list["TaggedLoader"]:
+        self._attached()
+        loaders = []
+        for name, member in self.members.items():
+            found = getattr(member, kind)()
+            if isinstance(found, list | tuple) and len(found) > 1:
+                raise InputError(f"members.{name}: {kind} has {len(found)} loaders; one is possible.")
+            one = found[0] if isinstance(found, list | tuple) and found else found
+            if one is not None and not isinstance(one, list | tuple):
+                loaders.append(TaggedLoader(name, one))
+        return loaders
+
+
+class TaggedLoader:
+    """The loader of a member, as `JointBatch`es of one part.
+
+    Args:
+        name: The member.
+        loader: Its loader.
+    """
+
+    def __init__(self, name: str, loader: Any) -> None:
+        self.name, self.loader = name, loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[JointBatch]:
+        for batch in self.loader:
+            yield JointBatch({self.name: batch})
