@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.networks.compilation import CompileBackend
+from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.tasks.evaluation import Evaluation, Evaluator, SampleMeans
+from lightning_attn.tasks.membership import Membership
 from lightning_attn.tasks.workload import Workload, WorkloadOptions
-from lightning_attn.training.checkpoint_keys import FORMAT, FORMAT_KEY, TASK_KEY, WEIGHTS_KEY, StoredTask
+from lightning_attn.training.checkpoint_keys import FORMAT, FORMAT_KEY, MEMBERS_KEY, TASK_KEY, WEIGHTS_KEY, StoredTask
 from lightning_attn.training.checkpoints import (
+    SHARED_BACKBONE,
     CheckpointError,
     OutputRows,
     Weights,
@@ -34,6 +38,9 @@ from lightning_attn.training.checkpoints import (
     count_numbers,
     described_differences,
     described_mismatches,
+    load_initial_weights,
+    member_checkpoint,
+    members_of_task,
     read_checkpoint,
     stored_task,
 )
@@ -72,6 +79,9 @@ class BaseTask(pl.LightningModule):
         checkpoint_path: The checkpoint of the command, if any: properties of the data that the data itself lacks are
             read from it before Lightning loads the weights.
         stored_numbers: Number of weights in that checkpoint.
+        backbone_name: Path of the module that tasks of a joint training share, from `build_backbone` or `build_resnet`,
+            such as "network.backbone"; empty if there is none. See `MultitaskTask`.
+        membership: The task's place in a joint training; None in a training of its own.
         fresh_optimizer_groups: Options of the optimizer's groups before those of a checkpoint were loaded.
     """
 
@@ -81,8 +91,10 @@ class BaseTask(pl.LightningModule):
     output_rows: ClassVar[Mapping[str, OutputRows]] = {}
     outputs_word: ClassVar[str] = "outputs"
     precisions: ClassVar[tuple[str, ...]] = ("32-true", "bf16-mixed", "16-mixed")
+    backbone_name: ClassVar[str] = ""
     checkpoint_path: str = ""
     stored_numbers: int | None = None
+    membership: Membership | None = None
 
     def __init__(
         self, optimizer: OptimizerSpec, schedule: ScheduleSpec, *, compile: bool | CompileBackend = False
@@ -106,6 +118,26 @@ class BaseTask(pl.LightningModule):
         self._evaluators: list[Evaluator] | None = None
         self.fresh_optimizer_groups: list[dict[str, Any]] = []
         self._scaled_for = 0  # the global batch size that the learning rate was scaled for; 0 for none
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values, as checkpoints store them."""
+        return self._arguments
+
+    def use_backbone(self, attention: AttentionSpec, backbone: ResNetSpec) -> None:
+        """Takes the backbone of a joint training, which is described there; called before the network is built.
+
+        Raises:
+            ValueError: If the task's own arguments say otherwise, or it does not fit them.
+        """
+
+    @property
+    def datamodule(self) -> pl.LightningDataModule:
+        """The task's data: that of the Trainer, or its own in a joint training."""
+        if self.membership is not None:
+            return self.membership.datamodule
+        datamodule: pl.LightningDataModule = self.trainer.datamodule  # type: ignore[attr-defined]
+        return datamodule
 
     @property
     def learning_rate(self) -> float:
@@ -153,7 +185,7 @@ class BaseTask(pl.LightningModule):
             self._scaled_for = self._global_batch_size()
             rank_zero_info(spec.scaling_note(self._scaled_for))
             spec = spec.scaled(self._scaled_for)
-        groups = spec.parameter_groups(self)
+        groups = self.parameter_groups(spec)
         # The scaler of fp16 unscales gradients itself, which a fused optimizer and clipping cannot both do.
         fused = gradient_scaler(self.trainer) is None and all(
             parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"]
@@ -166,9 +198,13 @@ class BaseTask(pl.LightningModule):
         ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def parameter_groups(self, spec: OptimizerSpec) -> list[dict[str, Any]]:
+        """The parameters that are trained, in the optimizer's groups."""
+        return spec.parameter_groups(self)
+
     def _global_batch_size(self) -> int:
         """Samples of one optimizer step, over all ranks and accumulated batches."""
-        batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        batch_size = getattr(self.datamodule, "batch_size", None)
         if not isinstance(batch_size, int):
             raise InputError(
                 f"optimizer.base_batch_size={self.optimizer.base_batch_size} scales the learning rate with the batch, "
@@ -213,7 +249,7 @@ class BaseTask(pl.LightningModule):
         Raises:
             ValueError: If the DataModule has no such attribute: it is for another task.
         """
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = self.datamodule
         if not hasattr(type(datamodule), name) and name not in vars(datamodule):
             raise InputError(
                 f"{type(self).__name__} needs data with {name}, and {type(datamodule).__name__} has none. Give a "
@@ -235,6 +271,8 @@ class BaseTask(pl.LightningModule):
     @override
     def on_fit_start(self) -> None:
         """Logs the constructor's arguments, and warns if BatchSizeFinder changed the batch size after scaling."""
+        if self.membership is not None:
+            return
         for logger in self.loggers:
             logger.log_hyperparams(self._arguments)
         if self._scaled_for and self._scaled_for != self._global_batch_size():
@@ -285,12 +323,18 @@ class BaseTask(pl.LightningModule):
                 + (f"\nThese settings differ:{described}" if described else "")
                 + "\nUse the settings that the checkpoint was trained with (config_fit.yaml in its run directory)."
             )
-        if described:
+        if described and self.membership is None:
             rank_zero_info(f"Settings that differ from the checkpoint's; the current ones are used:{described}")
 
     @classmethod
     def load(
-        cls, path: str | Path, *, weights: Weights = "averaged", trust: Sequence[str] = (), **overrides: Any
+        cls,
+        path: str | Path,
+        *,
+        weights: Weights = "averaged",
+        trust: Sequence[str] = (),
+        task: str | None = None,
+        **overrides: Any,
     ) -> Self:
         """Loads a task from a checkpoint without other files, in evaluation mode, on the CPU.
 
@@ -299,6 +343,7 @@ class BaseTask(pl.LightningModule):
             weights: Of a run with weight averaging, the average or the "current" weights.
             trust: Packages other than lightning_attn whose classes the checkpoint may name: that of the task, or of
                 a custom attention. The class that `load` is called on is trusted.
+            task: Which task of a joint training, by its name there; None for the whole.
             **overrides: Constructor arguments to change.
 
         Raises:
@@ -306,6 +351,11 @@ class BaseTask(pl.LightningModule):
             CheckpointError: If it is damaged, not ours, of another task, or names a class that is not trusted.
         """
         checkpoint = read_checkpoint(path)
+        choose_weights(checkpoint, weights, path)
+        if task is not None:
+            checkpoint = member_checkpoint(checkpoint, task, path)
+        elif MEMBERS_KEY in checkpoint and (names := members_of_task(checkpoint, cls.task_name)):
+            raise CheckpointError(f"{path} is of a joint training: say which of its tasks you want, task={names[0]!r}.")
         stored = stored_task(checkpoint, path)
         if isinstance(trust, str):
             raise TypeError(f"trust must be a sequence of packages, such as ({trust!r},), got {trust!r}.")
@@ -316,20 +366,19 @@ class BaseTask(pl.LightningModule):
         except TrustError as error:
             raise CheckpointError(f"{path} {error}.") from error
         numbers = count_numbers(checkpoint[WEIGHTS_KEY])
-        task: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides))
-        task.stored_numbers = numbers
-        choose_weights(checkpoint, weights, path)
-        task.build_from_checkpoint(checkpoint)
-        if not task.state_dict() and checkpoint[WEIGHTS_KEY]:
+        built: Self = stored_class(**_typed_arguments(stored_class, stored["arguments"] | overrides, trusted))
+        built.stored_numbers = numbers
+        built.build_from_checkpoint(checkpoint)
+        if not built.state_dict() and checkpoint[WEIGHTS_KEY]:
             raise MissingMethodError(
                 f"{stored_class.__name__} must define build_from_checkpoint(self, checkpoint) for load, and build "
                 "its network there, or build it in the constructor."
             )
-        mismatches = described_mismatches(checkpoint[WEIGHTS_KEY], task.state_dict())
+        mismatches = described_mismatches(checkpoint[WEIGHTS_KEY], built.state_dict())
         if mismatches:
             raise CheckpointError(f"{path} does not fit the network:{mismatches}")
-        task.load_state_dict(checkpoint[WEIGHTS_KEY])
-        return task.eval()
+        built.load_state_dict(checkpoint[WEIGHTS_KEY])
+        return built.eval()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -433,15 +482,73 @@ class BaseTask(pl.LightningModule):
         """How to get the same outputs as a checkpoint, for an error message; ends with a space."""
         return ""
 
+    def take_initial_weights(self, path: str, *, strict: bool) -> None:
+        """Begins with the weights of a checkpoint: of this task, or of a joint training with a task of this name.
+
+        Args:
+            path: The checkpoint, or what `convert_external_weights` knows.
+            strict: Whether all of them must fit; see `load_initial_weights`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If it cannot be used, does not fit, or nothing in it does.
+        """
+        foreign = self.convert_external_weights(path)
+        if foreign is not None:
+            load_initial_weights(self, path, strict=strict, foreign=foreign)
+            return
+        checkpoint = read_checkpoint(path)
+        if MEMBERS_KEY in checkpoint and checkpoint.get(TASK_KEY, {}).get("name") != self.task_name:
+            checkpoint = self._part_of_joint(checkpoint, path, strict=strict)
+        stored = checkpoint[WEIGHTS_KEY]
+        if checkpoint.get(TASK_KEY, {}).get("name") == self.task_name:
+            stored = self.matched_weights(checkpoint, path, strict=strict)
+        load_initial_weights(self, path, strict=strict, stored=stored)
+
+    def _part_of_joint(self, checkpoint: dict[str, Any], path: str, *, strict: bool) -> dict[str, Any]:
+        """What a joint training has for this task: the task of the same name, or else the backbone alone."""
+        names = members_of_task(checkpoint, self.task_name)
+        if len(names) == 1:
+            return member_checkpoint(checkpoint, names[0], path)
+        if names:
+            raise CheckpointError(
+                f"initial_weights: {path} is of a joint training whose tasks {', '.join(names)} are all of the kind "
+                f"{self.task_name!r}. Export the one that is meant: export --task {names[0]}."
+            )
+        if strict:
+            raise CheckpointError(
+                f"initial_weights: {path} is of a joint training without a task of the kind {self.task_name!r}. To "
+                "take its backbone alone, set --run.initial_weights_strict false."
+            )
+        weights = {
+            f"{self.backbone_name}.{name.removeprefix(SHARED_BACKBONE)}": value
+            for name, value in checkpoint[WEIGHTS_KEY].items()
+            if name.startswith(SHARED_BACKBONE)
+        }
+        return {WEIGHTS_KEY: weights}
+
     def convert_external_weights(self, path: str) -> dict[str, Tensor] | None:
         """The weights of `run.initial_weights` by this task's names, if they are another library's; else None."""
         return None
+
+    def further_checkpoints(self) -> dict[str, tuple[str, str]]:
+        """Scores by which a best network is kept beside `best.ckpt`: by name of the file, the score and its mode."""
+        return {}
+
+    @override
+    def log(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
+        """As Lightning's; in a joint training, under the member's name."""
+        if self.membership is None:
+            super().log(name, value, *arguments, **options)
+        else:
+            self.membership.host.log(self.membership.named(name), value, *arguments, **options)
 
     def build_from_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Builds the network from a checkpoint, unless the constructor does; called before weights are loaded."""
 
     def log_picture(self, name: str, picture: npt.NDArray[np.uint8]) -> None:
         """Logs a picture `[H, W, 3]` at the current step to the loggers that support it: TensorBoard, W&B, MLflow."""
+        name = name if self.membership is None else self.membership.named(name)
         for logger in self.loggers:
             kind = type(logger).__name__
             if isinstance(logger, TensorBoardLogger):
@@ -454,8 +561,8 @@ class BaseTask(pl.LightningModule):
 
     @property
     def output_directory(self) -> Path:
-        """The run directory."""
-        return Path(self.trainer.default_root_dir)
+        """The run directory; in a joint training, the member's folder in it."""
+        return Path(self.trainer.default_root_dir) if self.membership is None else self.membership.directory
 
 
 class TokenMeanTask(BaseTask):
@@ -535,6 +642,8 @@ def plain_value(name: str, value: Any) -> Any:
         return [plain_value(f"{name}[{i}]", item) for i, item in enumerate(value)]
     if isinstance(value, dict):
         return {key: plain_value(f"{name}[{key!r}]", item) for key, item in value.items()}
+    if isinstance(value, BaseTask):
+        return {"class_path": path_of(type(value)), "init_args": value.arguments}
     if hasattr(value, "class_path"):
         raise InputError(
             f"Argument {name!r} of a task is a description of an object ({value.class_path}), which is not "
@@ -558,15 +667,30 @@ def _own_classes() -> dict[str, type]:
     return found
 
 
-def _typed_arguments(task_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Converts the plain values of a checkpoint to the dataclasses of the constructor's annotations."""
+def _typed_arguments(task_class: type, arguments: dict[str, Any], trust: Trust) -> dict[str, Any]:
+    """Converts the plain values of a checkpoint to the dataclasses and tasks of the constructor's annotations."""
     hints = argument_types(task_class, tolerant=False)
     typed = {}
     for name, value in arguments.items():
         hint = hints.get(name)
         is_dataclass = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        typed[name] = hint(**value) if is_dataclass and isinstance(value, dict) and callable(hint) else value
+        if is_dataclass and isinstance(value, dict) and callable(hint):
+            typed[name] = hint(**value)
+        elif hint == dict[str, BaseTask] and isinstance(value, dict):
+            typed[name] = {
+                member: _stored_member(one, trust, f"task.arguments.{name}.{member}") for member, one in value.items()
+            }
+        else:
+            typed[name] = value
     return typed
+
+
+def _stored_member(value: Any, trust: Trust, key: str) -> Any:
+    """A task of a joint training; one that is no description of a class is a task already."""
+    if not isinstance(value, dict) or "class_path" not in value:
+        return value
+    found = trust.resolve(value["class_path"], BaseTask, key)
+    return found(**_typed_arguments(found, value.get("init_args") or {}, trust))
 
 
 @contextlib.contextmanager

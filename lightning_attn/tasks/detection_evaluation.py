@@ -42,7 +42,7 @@ class DetectionEvaluator(Evaluator):
     @override
     def reset(self, split: str) -> None:
         super().reset(split)
-        self._truth: Mapping[str, Any] = self._task.trainer.datamodule.ground_truth(split)  # type: ignore[attr-defined]
+        self._truth: Mapping[str, Any] = self._task.from_data("ground_truth")(split)
         self._metrics = CocoDetectionMetrics(self._truth, split)
 
     @override
@@ -83,7 +83,7 @@ class DetectionEvaluator(Evaluator):
     def _draw_worst(self, folder: Path, analysis: DetectionAnalysis, found: Mapping[int, ImageDetections]) -> None:
         """Draws the images with most errors, the worst first, if the DataModule provides their files."""
         task, truth = self._task, self._truth
-        locate = getattr(task.trainer.datamodule, "images_folder", None)  # type: ignore[attr-defined]
+        locate = getattr(task.datamodule, "images_folder", None)
         if locate is None:
             return
         images = {image["id"]: image for image in truth["images"]}

@@ -139,7 +139,7 @@ class BadImages(Evaluator):
         Args:
             path: A CSV file to write their names and the reasons to; None for none.
         """
-        unreadable = dict.fromkeys(getattr(self._task.trainer.datamodule, "unreadable", ()))  # type: ignore[attr-defined]
+        unreadable = dict.fromkeys(getattr(self._task.datamodule, "unreadable", ()))
         self._found = gather_by_id(self._found | unreadable)
         if not self._found or not self._task.trainer.is_global_zero:
             return

@@ -1,6 +1,7 @@
 """The base class of tasks on images: a network for the data's classes, checkpoints, and inference."""
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.networks.images.batching import ChannelsLast, use_channels_last
 from lightning_attn.networks.recomputation import recompute_activations
-from lightning_attn.tasks.base import BaseTask, check_checkpointing, evaluating, require_network
+from lightning_attn.tasks.base import BaseTask, check_checkpointing, evaluating, plain_value, require_network
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.image_evaluators import AttentionExample, BadImages, Pictures
 from lightning_attn.training.checkpoint_keys import PREPROCESSING_KEY
@@ -76,6 +77,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         network: The network; None before it is built.
     """
 
+    backbone_name: ClassVar[str] = "network.backbone"
     classes_key: ClassVar[str] = "classes"
     classes_type: ClassVar[type]
 
@@ -127,8 +129,22 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         Raises:
             ValueError: If the parts do not fit one another.
         """
+        self._checked_classes = num_classes
         with torch.device("meta"):
             self.build_network(num_classes, without_weights(self.backbone))
+
+    @override
+    def use_backbone(self, attention: AttentionSpec, backbone: ResNetSpec) -> None:
+        for name, given in (("attention", attention), ("backbone", backbone)):
+            own = getattr(self, name)
+            if own not in (given, inspect.signature(type(self)).parameters[name].default):
+                raise InputError(
+                    f"{name}: {own} is not that of the joint training, {given}, which has one backbone for all tasks. "
+                    f"Leave it out, and describe it once (--model.{name})."
+                )
+            setattr(self, name, given)
+            self.arguments[name] = plain_value(name, given)
+        self.check_sizes(self._checked_classes)
 
     # Network and classes
 
@@ -138,8 +154,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         if self.network is not None:
             return
         self._check_sync_norm()
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.preprocessing = dict(getattr(datamodule, "preprocessing", {}))
+        self.preprocessing = dict(getattr(self.datamodule, "preprocessing", {}))
         classes = self.from_data(self.classes_key)
         if classes is None:
             if not self.checkpoint_path:
@@ -147,7 +162,10 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
                     f"The data has no annotations with {self.classes_key}. Give a checkpoint, which contains them "
                     "(--ckpt_path FILE)."
                 )
-            classes = self._stored_classes(read_checkpoint(self.checkpoint_path))
+            stored = read_checkpoint(self.checkpoint_path)
+            if self.membership is not None:
+                stored = self.membership.checkpoint(stored, self.checkpoint_path)
+            classes = self._stored_classes(stored)
         self._build(classes, self.backbone)
 
     def _check_sync_norm(self) -> None:

@@ -17,8 +17,7 @@ from lightning_attn import __version__
 from lightning_attn.archives import forget_readings
 from lightning_attn.io import write_text
 from lightning_attn.training import run_directory
-from lightning_attn.training.checkpoint_keys import RUN_KEY, TASK_KEY, StoredRun
-from lightning_attn.training.checkpoints import load_initial_weights, read_checkpoint
+from lightning_attn.training.checkpoint_keys import RUN_KEY, StoredRun
 from lightning_attn.training.loggers import logger_ids
 from lightning_attn.training.task_protocol import TrainableTask
 
@@ -85,7 +84,7 @@ class InitialWeights(Callback):
     """Starts a training with the weights of a checkpoint; see `load_initial_weights`.
 
     Args:
-        path: The checkpoint, or what the task's `convert_external_weights` knows.
+        path: The checkpoint, or what the task knows of other libraries.
         strict: Whether all of it must fit.
     """
 
@@ -95,13 +94,7 @@ class InitialWeights(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainableTask)
-        foreign = pl_module.convert_external_weights(self.path)
-        stored = None
-        if foreign is None:
-            checkpoint = read_checkpoint(self.path)
-            if checkpoint.get(TASK_KEY, {}).get("name") == pl_module.task_name:
-                stored = pl_module.matched_weights(checkpoint, self.path, strict=self.strict)
-        load_initial_weights(pl_module, self.path, strict=self.strict, foreign=foreign, stored=stored)
+        pl_module.take_initial_weights(self.path, strict=self.strict)
         forget_readings()
 
 

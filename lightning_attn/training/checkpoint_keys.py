@@ -9,6 +9,7 @@ every value (`contents.py`) before anyone reads it. "Lightning *" means: after `
 | `task` | `StoredTask` | `BaseTask` | `BaseTask.load`, `InitialWeights`, `average`, `export` |
 | `run` | `StoredRun` | `SaveConfiguration` | the command: stored configuration, loggers, differences |
 | `state_dict` | dict[str, Tensor]: weights; the averaged ones, if any | Lightning | Lightning, `BaseTask.load` |
+| `members` | dict[str, dict]: a joint training's tasks, without weights | `MultitaskTask` | `member_checkpoint` |
 | `classes`, `categories` | dict[str, list]: names and ids in the order of the outputs | tasks on images | the same |
 | `preprocessing` | dict[str, int or str]: how images are resized | tasks on images | the same, for `predict` |
 | `vocabulary` | Tensor, uint8: a sentencepiece model | `TranslationTask` | the same, `--data.vocabulary FILE.ckpt` |
@@ -41,6 +42,8 @@ FORMAT_KEY, FORMAT = "format", 2
 TASK_KEY = "task"
 RUN_KEY = "run"
 WEIGHTS_KEY = "state_dict"
+MEMBERS_KEY = "members"
+BACKBONE_NAME_KEY = "backbone_name"  # in a member: the path of the shared module in its network
 PREPROCESSING_KEY = "preprocessing"
 EPOCH_KEY = "epoch"
 STEP_KEY = "global_step"

@@ -20,11 +20,16 @@ from lightning_attn.io import missing_checkpoint, write_file, write_json
 from lightning_attn.networks.weights.torchvision import COUNTER, names_added_by_attention
 from lightning_attn.training.callback_states import placed_in, relative_to
 from lightning_attn.training.checkpoint_keys import (
+    BACKBONE_NAME_KEY,
     CALLBACKS_KEY,
     CURRENT_WEIGHTS_KEY,
+    EPOCH_KEY,
     FORMAT,
     FORMAT_KEY,
+    LIGHTNING_VERSION_KEY,
+    MEMBERS_KEY,
     RUN_KEY,
+    STEP_KEY,
     TASK_KEY,
     TRAINING_KEYS,
     WEIGHTS_KEY,
@@ -146,6 +151,48 @@ def stored_task(checkpoint: dict[str, Any], what: str | Path) -> StoredTask:
     if not all(isinstance(task.get(name), kind) for name, kind in kinds.items()):
         raise CheckpointError(f"{what} is damaged: what it says of its task is not a name, a class and its arguments.")
     return task
+
+
+SHARED_BACKBONE = "backbone."
+"""What the names of a joint network's shared weights begin with."""
+
+
+def member_prefix(name: str) -> str:
+    """What the names of a member's own weights begin with in a joint network."""
+    return f"{MEMBERS_KEY}.{name}."
+
+
+def member_checkpoint(checkpoint: dict[str, Any], name: str, path: str | Path) -> dict[str, Any]:
+    """The part of one task of a joint training, as a training of that task alone would have written it.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned.
+        name: The task's name in the joint training.
+        path: For messages.
+
+    Raises:
+        CheckpointError: If there is no such task.
+    """
+    members = checkpoint.get(MEMBERS_KEY, {})
+    if name not in members:
+        has = f"the tasks {', '.join(members)}" if members else "one task only; leave out which"
+        raise CheckpointError(f"{path} has no task {name!r}: it has {has}.")
+    own, backbone = member_prefix(name), f"{members[name][BACKBONE_NAME_KEY]}."
+    weights = {}
+    for key, value in checkpoint[WEIGHTS_KEY].items():
+        if key.startswith(SHARED_BACKBONE):
+            weights[backbone + key.removeprefix(SHARED_BACKBONE)] = value
+        elif key.startswith(own):
+            weights[key.removeprefix(own)] = value
+    kept = {key: checkpoint[key] for key in (EPOCH_KEY, STEP_KEY, LIGHTNING_VERSION_KEY) if key in checkpoint}
+    own_keys: dict[str, Any] = members[name]
+    return kept | own_keys | {WEIGHTS_KEY: weights}
+
+
+def members_of_task(checkpoint: Mapping[str, Any], task_name: str) -> list[str]:
+    """The names of those tasks of a joint training that are of a kind, by its `task_name`."""
+    members = checkpoint.get(MEMBERS_KEY, {})
+    return [name for name, member in members.items() if member[TASK_KEY]["name"] == task_name]
 
 
 def stored_run(checkpoint: Mapping[str, Any]) -> StoredRun:

@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 from lightning_attn.errors import InputError
 from lightning_attn.training.checkpoint_keys import (
     AVERAGING_KEY,
+    BACKBONE_NAME_KEY,
     CALLBACKS_KEY,
     CURRENT_WEIGHTS_KEY,
     EPOCH_KEY,
     LIGHTNING_VERSION_KEY,
     LINES_KEY,
     LOOPS_KEY,
+    MEMBERS_KEY,
     OPTIMIZERS_KEY,
     RANDOM_STREAMS_KEY,
     RUN_KEY,
@@ -84,6 +86,22 @@ def require_contents(checkpoint: Mapping[str, Any]) -> None:
         require_plain(TASK_KEY, checkpoint[TASK_KEY])
         if not isinstance(checkpoint[TASK_KEY], dict):
             raise ContentsError("is damaged: what it says of its task is not a name, a class and its arguments")
+    _require_members(checkpoint.get(MEMBERS_KEY, {}))
+
+
+def _require_members(members: Any) -> None:
+    """Refuses parts of a joint training that do not say what each of its tasks is."""
+    require_plain(MEMBERS_KEY, members)
+    if not isinstance(members, dict):
+        raise ContentsError(f"is damaged: {MEMBERS_KEY} is no dict")
+    for name, member in members.items():
+        if not isinstance(name, str) or not isinstance(member, dict) or WEIGHTS_KEY in member:
+            raise ContentsError(f"is damaged: {MEMBERS_KEY}.{str(name)[:80]} is not what a task stores")
+        task, backbone = member.get(TASK_KEY), member.get(BACKBONE_NAME_KEY)
+        if not isinstance(task, dict) or not isinstance(task.get("name"), str):
+            raise ContentsError(f"is damaged: {MEMBERS_KEY}.{name[:80]} does not say which task it is")
+        if not isinstance(backbone, str) or not backbone:
+            raise ContentsError(f"is damaged: {MEMBERS_KEY}.{name[:80]} does not say what it shares")
 
 
 def _require_weights(key: str, weights: Any) -> None:

@@ -1,9 +1,6 @@
 """What training asks of a task, which it does not know."""
 
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
-
-from torch import Tensor
+from typing import ClassVar, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -16,10 +13,6 @@ class TrainableTask(Protocol):
         """What a test or prediction that is interrupted has left behind; empty if nothing."""
         ...
 
-    def convert_external_weights(self, path: str) -> dict[str, Tensor] | None:
-        """Weights of another project under this network's names; None if the file is none of theirs."""
-        ...
-
-    def matched_weights(self, checkpoint: dict[str, Any], path: str | Path, *, strict: bool) -> dict[str, Tensor]:
-        """The weights of a checkpoint of the same task, rows of outputs matched by name."""
+    def take_initial_weights(self, path: str, *, strict: bool) -> None:
+        """Begins with the weights of a checkpoint, or of another project; all of them must fit if `strict`."""
         ...

@@ -171,6 +171,11 @@ class Trust:
 
     def require_value(self, value: Any, hint: Any, key: str) -> None:
         """Refuses a value for an argument of some type if an object that is not allowed could be made of it."""
+        named = _named_objects(hint)
+        if named is not None and isinstance(value, Mapping):
+            for name, one in value.items():
+                self.require_value(one, named, f"{key}.{name}")
+            return
         bases = [one for one in _classes_in(hint) if not issubclass(one, _PLAIN_TYPES) and one is not object]
         made = [one for one in bases if not dataclasses.is_dataclass(one)]
         if made:
@@ -285,6 +290,15 @@ def _classes_in(hint: Any) -> list[type]:
         for one in _parts(hint)
         if inspect.isclass(one) and typing.get_origin(one) is None and not _is_protocol_of_containers(one)
     ]
+
+
+def _named_objects(hint: Any) -> Any:
+    """The class of the values of a dictionary of objects by name, such as `dict[str, BaseTask]`; else None."""
+    if typing.get_origin(hint) is not dict:
+        return None
+    _, values = typing.get_args(hint)
+    is_object = inspect.isclass(values) and typing.get_origin(values) is None and not issubclass(values, _PLAIN_TYPES)
+    return values if is_object and values is not object and not dataclasses.is_dataclass(values) else None
 
 
 def _is_protocol_of_containers(one: type) -> bool:

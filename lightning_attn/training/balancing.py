@@ -1,0 +1,192 @@
+"""Weights of the losses of several tasks in one training: fixed, learnt, or from how fast the losses fall."""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_attn.errors import InputError
+from lightning_attn.validation import refuse_unused
+
+__all__ = ["Balancing", "BalancingName", "BalancingSpec", "DynamicAverage", "Fixed", "Uncertainty", "build_balancing", "gradient_statistics"]
+
+BalancingName = Literal["fixed", "uncertainty", "dynamic_average"]
+
+Reduce = Callable[[Tensor], Tensor]
+"""Returns the mean of a tensor over all ranks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BalancingSpec:
+    """How the losses of several tasks are weighted, on top of the weights that are given.
+
+    Attributes:
+        name: `"fixed"` for the given weights; `"uncertainty"` for weights that are learnt (Kendall et al. 2018);
+            `"dynamic_average"` for weights by how slowly each loss fell in the last two epochs (Liu et al. 2019).
+        temperature: Of `"dynamic_average"`: the larger, the more equal are the weights.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    name: BalancingName = "fixed"
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(BalancingName):
+            raise InputError(f"balancing.name must be one of {list(get_args(BalancingName))}, got {self.name!r}.")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"balancing.temperature must be a positive finite number, got {self.temperature!r}.")
+        refuse_unused(self, "name", {"dynamic_average": ("temperature",)})
+
+
+class Balancing(nn.Module, abc.ABC):
+    """Weights losses.
+
+    Args:
+        weights: The given weight of each task that is trained.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.given = dict(weights)
+
+    @abc.abstractmethod
+    def current(self) -> dict[str, Tensor | float]:
+        """The weight of each task now, without a gradient."""
+
+    def total(self, losses: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
+        """The weighted sum of the losses of the tasks that have one in this step.
+
+        Args:
+            losses: Of this rank, each normalised by its own count.
+            reduce: Gives means over ranks; a collective, which each rank calls for the same tasks.
+        """
+        weights = self.current()
+        return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+
+    def end_epoch(self) -> None:  # noqa: B027 - optional
+        """Called at the end of each epoch of training."""
+
+
+class Fixed(Balancing):
+    """The given weights."""
+
+    @override
+    def current(self) -> dict[str, Tensor | float]:
+        return dict(self.given)
+
+
+class Uncertainty(Balancing):
+    """Learnt weights: w exp(-s) L + s / 2 for a given weight w and a learnt s = log sigma^2 of each task, at first 0.
+
+    That is the form of Kendall et al. 2018 for classification, used for all losses.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__(weights)
+        # One parameter for each, so that a task without a loss in a step has no gradient.
+        self.log_variances = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in weights})
+
+    @override
+    def current(self) -> dict[str, Tensor | float]:
+        return {name: self.given[name] * torch.exp(-one.detach()) for name, one in self.log_variances.items()}
+
+    @override
+    def total(self, losses: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
+        terms = []
+        for name, loss in losses.items():
+            log_variance = self.log_variances[name]
+            terms += [self.given[name] * torch.exp(-log_variance) * loss, log_variance / 2]
+        return torch.stack(terms).sum()
+
+
+class DynamicAverage(Balancing):
+    """Weights w K softmax(r / T), where r is a task's mean loss in the last epoch over that in the epoch before.
+
+    Dynamic weight average (Liu et al. 2019) of K tasks. In the first two epochs, and for a task without a loss in one
+    of them, r is 1. The means are over all ranks.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def __init__(self, weights: Mapping[str, float], temperature: float) -> None:
+        super().__init__(weights)
+        self.temperature = temperature
+        number = len(weights)
+        self.register_buffer("sums", torch.zeros(number, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(number, dtype=torch.float64))
+        self.register_buffer("means", torch.full((2, number), torch.nan, dtype=torch.float64))  # of the last two epochs
+        self.register_buffer("factors", torch.ones(number, dtype=torch.float64))
+
+    @override
+    def current(self) -> dict[str, Tensor | float]:
+        return {name: weight * self.factors[place].float() for place, (name, weight) in enumerate(self.given.items())}
+
+    @override
+    def total(self, losses: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
+        places = [list(self.given).index(name) for name in losses]
+        means = reduce(torch.stack([loss.detach().double() for loss in losses.values()]))
+        for place, mean in zip(places, means, strict=True):
+            self.sums[place] += mean
+            self.counts[place] += 1
+        return super().total(losses, reduce)
+
+    @override
+    def end_epoch(self) -> None:
+        """Sets the weights for the next epoch."""
+        self.means = torch.stack((self.means[1], self.sums / self.counts))  # NaN without a loss
+        self.sums.zero_()
+        self.counts.zero_()
+        ratios = (self.means[1] / self.means[0]).nan_to_num(nan=1.0, posinf=1.0)
+        self.factors = len(self.given) * torch.softmax(ratios / self.temperature, dim=0)
+
+
+def build_balancing(spec: BalancingSpec, weights: Mapping[str, float]) -> Balancing:
+    """The module that a spec describes, for the given weights of the tasks that are trained."""
+    if spec.name == "uncertainty":
+        return Uncertainty(weights)
+    if spec.name == "dynamic_average":
+        return DynamicAverage(weights, spec.temperature)
+    return Fixed(weights)
+
+
+def gradient_statistics(
+    losses: Mapping[str, Tensor], parameters: Sequence[Tensor], reduce: Reduce
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """How much each loss moves some shared parameters, and whether two of them agree.
+
+    Args:
+        losses: The losses, whose graphs are kept.
+        parameters: The shared parameters.
+        reduce: Gives means over ranks; a collective.
+
+    Returns:
+        The norm of each loss's gradient, by its name, and the cosine between each two, by both names.
+    """
+    gradients: dict[str, list[Tensor]] = {}
+    for name, loss in losses.items():
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        own = [
+            torch.zeros_like(parameter) if one is None else one
+            for one, parameter in zip(found, parameters, strict=True)
+        ]
+        gradients[name] = [reduce(one) for one in own]
+    norms = {name: torch.stack(torch._foreach_norm(own)).norm() for name, own in gradients.items()}
+    names = list(gradients)
+    cosines = {}
+    for index, first in enumerate(names):
+        for second in names[index + 1 :]:
+            products = torch._foreach_mul(gradients[first], gradients[second])
+            product = torch.stack([one.sum() for one in products]).sum()
+            scale = norms[first] * norms[second]
+            cosines[f"{first}_{second}"] = torch.where(scale > 0, product / scale, torch.zeros_like(scale))
+    return norms, cosines
