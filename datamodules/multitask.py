@@ -38,6 +38,9 @@ class MultitaskDataModule(pl.LightningDataModule):
         seed: Seed, with the epoch, of which member's turn it is; the members have seeds of their own.
         predict_folder: A folder of images for prediction by every task, in place of the members' own; "" for theirs.
 
+    Attributes:
+        evaluated: The members whose data is that of the evaluation loaders made last.
+
     Raises:
         ValueError: If an argument does not fit the others.
     """
@@ -78,6 +81,7 @@ class MultitaskDataModule(pl.LightningDataModule):
         self.epoch: EpochLength = epoch
         self.num_workers = num_workers
         self.seed = seed
+        self.evaluated: tuple[str, ...] = ()
         for member in members.values():
             if hasattr(member, "num_workers"):
                 member.num_workers = num_workers
@@ -159,6 +163,7 @@ class MultitaskDataModule(pl.LightningDataModule):
             one = found[0] if isinstance(found, list | tuple) and found else found
             if one is not None and not isinstance(one, list | tuple):
                 loaders.append(TaggedLoader(name, one))
+        self.evaluated = tuple(one.name for one in loaders)
         return loaders
 
 

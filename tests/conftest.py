@@ -158,6 +158,57 @@ data:
     return path
 
 
+@pytest.fixture(scope="session")
+def multitask_config(tmp_path_factory, coco, cityscapes) -> Path:
+    """A complete configuration of two tasks with one backbone, at strides 32 and 8, that trains in seconds."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+model:
+  class_path: MultitaskTask
+  init_args:
+    attention: {{terms: "0010", convolution: deformable, num_heads: 2}}
+    backbone: {{name: bottleneck14, width: 8, norm: group}}
+    optimizer: {{name: sgd, learning_rate: 0.05, weight_decay: 1.0e-4}}
+    schedule: {{name: multistep, warmup_steps: 1, warmup_start: 0.5, milestones: [0.75]}}
+    tasks:
+      detection:
+        class_path: DetectionTask
+        init_args:
+          detector:
+            fpn_channels: 8
+            anchor_sizes: [8, 10, 12, 14, 16]
+            nms_threshold: 0.7
+            roi_canonical_size: 32
+            fc_dim: 16
+            rpn_post_nms_top_n_train: 50
+            rpn_post_nms_top_n_test: 300
+            roi_batch_size: 16
+            score_threshold: 0.0
+          num_pictures: 2
+          picture_score: 0.0
+      segmentation:
+        class_path: SegmentationTask
+        init_args:
+          segmenter: {{head_channels: 16, norm: group}}
+          num_pictures: 2
+data:
+  class_path: MultitaskDataModule
+  init_args:
+    members:
+      detection:
+        class_path: COCODataModule
+        init_args: {{root: {coco}, batch_size: 2, test_split: test2017, min_size: 48, max_size: 80}}
+      segmentation:
+        class_path: CityscapesDataModule
+        init_args: {{root: {cityscapes}, batch_size: 2, test_split: test, crop_size: [32, 48]}}
+{SHORT_TRAINING}  num_sanity_val_steps: 1
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
 @pytest.fixture
 def in_folder(tmp_path, monkeypatch) -> Path:
     """Runs the test in an empty folder, as a user would from anywhere."""

@@ -263,8 +263,13 @@ def _data(section: dict[str, Any], trust: Trust, *, say: bool) -> dict[str, Any]
     if say:
         _say_left_out(part, arguments)
     kept = _without_places(part, arguments)
-    if isinstance(kept.get("members"), list):
-        kept["members"] = [_data(one, trust, say=say) if isinstance(one, dict) else one for one in kept["members"]]
+    members = kept.get("members")
+    if isinstance(members, list):
+        kept["members"] = [_data(one, trust, say=say) if isinstance(one, dict) else one for one in members]
+    elif isinstance(members, dict):
+        kept["members"] = {
+            name: _data(one, trust, say=say) if isinstance(one, dict) else one for name, one in members.items()
+        }
     return section | {"init_args": kept}
 
 

@@ -2,6 +2,7 @@
 
 from lightning_attn.tasks.base import BaseTask
 from lightning_attn.tasks.detection import DetectionTask
+from lightning_attn.tasks.multitask import MultitaskTask
 from lightning_attn.tasks.segmentation import SegmentationTask
 from lightning_attn.tasks.translation import TranslationTask
 from lightning_attn.training.checkpoints import CheckpointError
@@ -11,6 +12,7 @@ __all__ = [
     "BaseTask",
     "CheckpointError",
     "DetectionTask",
+    "MultitaskTask",
     "OptimizerSpec",
     "ScheduleSpec",
     "SegmentationTask",

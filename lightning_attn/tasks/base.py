@@ -655,6 +655,12 @@ def plain_value(name: str, value: Any) -> Any:
     )
 
 
+def argument_default(task_class: type, name: str) -> Any:
+    """The default of an argument of a task's constructor; None if it has none."""
+    parameter = inspect.signature(task_class).parameters.get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
 def _own_classes() -> dict[str, type]:
     """The tasks of this package by import path."""
     found: dict[str, type] = {}

@@ -3,6 +3,7 @@
 import abc
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import pytorch_lightning as pl
@@ -21,7 +22,7 @@ from lightning_attn.training.stop_on_non_finite import batch_field
 if TYPE_CHECKING:
     from lightning_attn.tasks.base import BaseTask
 
-__all__ = ["Evaluation", "Evaluator", "SampleMeans"]
+__all__ = ["Evaluation", "Evaluator", "SampleMeans", "write_resampled"]
 
 
 class Evaluator(abc.ABC):
@@ -215,19 +216,19 @@ class Evaluation(Callback):
         if split == "test" and results:
             path = write_json(task.output_directory / "test_metrics.json", without_nan(results))
             rank_zero_info(f"Scores written to {path}")
-            _write_resampled(task)
+            write_resampled(task.evaluators, task.output_directory)
         for evaluator, scores in zip(task.evaluators, found, strict=True):
             evaluator.write(scores)
 
 
-def _write_resampled(task: "BaseTask") -> None:
-    """Writes the resampled scores of those evaluators that have some, a file for each."""
-    for evaluator in task.evaluators:
+def write_resampled(evaluators: Sequence[Evaluator], directory: Path) -> None:
+    """Writes the resampled scores of those evaluators that have some, a file for each, below a run directory."""
+    for evaluator in evaluators:
         resampled = evaluator.resampled_scores()
         if resampled is not None and resampled.scores:
             scores = {f"test/{name}": without_nan(values.tolist()) for name, values in resampled.scores.items()}
             content = {"seed": SEED, "num_samples": resampled.num_samples, "samples": resampled.samples}
-            write_json(task.output_directory / "predictions" / "test_bootstrap.json", content | {"scores": scores})
+            write_json(directory / "predictions" / "test_bootstrap.json", content | {"scores": scores})
 
 
 def without_nan(value: Any) -> Any:

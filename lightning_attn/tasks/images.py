@@ -1,7 +1,6 @@
 """The base class of tasks on images: a network for the data's classes, checkpoints, and inference."""
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,14 @@ from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.networks.images.batching import ChannelsLast, use_channels_last
 from lightning_attn.networks.recomputation import recompute_activations
-from lightning_attn.tasks.base import BaseTask, check_checkpointing, evaluating, plain_value, require_network
+from lightning_attn.tasks.base import (
+    BaseTask,
+    argument_default,
+    check_checkpointing,
+    evaluating,
+    plain_value,
+    require_network,
+)
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.image_evaluators import AttentionExample, BadImages, Pictures
 from lightning_attn.training.checkpoint_keys import PREPROCESSING_KEY
@@ -137,7 +143,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     def use_backbone(self, attention: AttentionSpec, backbone: ResNetSpec) -> None:
         for name, given in (("attention", attention), ("backbone", backbone)):
             own = getattr(self, name)
-            if own not in (given, inspect.signature(type(self)).parameters[name].default):
+            if own not in (given, argument_default(type(self), name)):
                 raise InputError(
                     f"{name}: {own} is not that of the joint training, {given}, which has one backbone for all tasks. "
                     f"Leave it out, and describe it once (--model.{name})."

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
@@ -13,7 +14,16 @@ from typing_extensions import override
 from lightning_attn.errors import InputError
 from lightning_attn.validation import refuse_unused
 
-__all__ = ["Balancing", "BalancingName", "BalancingSpec", "DynamicAverage", "Fixed", "Uncertainty", "build_balancing", "gradient_statistics"]
+__all__ = [
+    "Balancing",
+    "BalancingName",
+    "BalancingSpec",
+    "DynamicAverage",
+    "Fixed",
+    "Uncertainty",
+    "build_balancing",
+    "gradient_statistics",
+]
 
 BalancingName = Literal["fixed", "uncertainty", "dynamic_average"]
 
@@ -70,7 +80,7 @@ class Balancing(nn.Module, abc.ABC):
         weights = self.current()
         return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
-    def end_epoch(self) -> None:  # noqa: B027 - optional
+    def end_epoch(self) -> None:
         """Called at the end of each epoch of training."""
 
 
@@ -124,7 +134,7 @@ class DynamicAverage(Balancing):
         number = len(weights)
         self.register_buffer("sums", torch.zeros(number, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(number, dtype=torch.float64))
-        self.register_buffer("means", torch.full((2, number), torch.nan, dtype=torch.float64))  # of the last two epochs
+        self.register_buffer("means", torch.zeros(2, number, dtype=torch.float64))  # of the last two epochs; 0 for none
         self.register_buffer("factors", torch.ones(number, dtype=torch.float64))
 
     @override
@@ -143,10 +153,11 @@ class DynamicAverage(Balancing):
     @override
     def end_epoch(self) -> None:
         """Sets the weights for the next epoch."""
-        self.means = torch.stack((self.means[1], self.sums / self.counts))  # NaN without a loss
+        self.means = torch.stack((self.means[1], self.sums / self.counts.clamp_min(1)))
         self.sums.zero_()
         self.counts.zero_()
-        ratios = (self.means[1] / self.means[0]).nan_to_num(nan=1.0, posinf=1.0)
+        before, last = self.means
+        ratios = torch.where((before > 0) & (last > 0), last / before, 1.0)
         self.factors = len(self.given) * torch.softmax(ratios / self.temperature, dim=0)
 
 
@@ -172,21 +183,18 @@ def gradient_statistics(
     Returns:
         The norm of each loss's gradient, by its name, and the cosine between each two, by both names.
     """
-    gradients: dict[str, list[Tensor]] = {}
+    gradients: dict[str, Tensor] = {}
     for name, loss in losses.items():
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         own = [
             torch.zeros_like(parameter) if one is None else one
             for one, parameter in zip(found, parameters, strict=True)
         ]
-        gradients[name] = [reduce(one) for one in own]
-    norms = {name: torch.stack(torch._foreach_norm(own)).norm() for name, own in gradients.items()}
-    names = list(gradients)
+        gradients[name] = reduce(torch.cat([one.flatten() for one in own]))
+    norms = {name: own.norm() for name, own in gradients.items()}
     cosines = {}
-    for index, first in enumerate(names):
-        for second in names[index + 1 :]:
-            products = torch._foreach_mul(gradients[first], gradients[second])
-            product = torch.stack([one.sum() for one in products]).sum()
-            scale = norms[first] * norms[second]
-            cosines[f"{first}_{second}"] = torch.where(scale > 0, product / scale, torch.zeros_like(scale))
+    for first, second in itertools.combinations(gradients, 2):
+        scale = norms[first] * norms[second]
+        product = torch.dot(gradients[first], gradients[second])
+        cosines[f"{first}_{second}"] = torch.where(scale > 0, product / scale, 0.0)
     return norms, cosines

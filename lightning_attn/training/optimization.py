@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import ParamsT
 
@@ -108,7 +108,8 @@ class OptimizerSpec:
         is alone has none.
         """
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        offsets = [parameter for parameter in offset_parameters(module) if parameter.requires_grad]
+        # Once each: networks of a joint training share them.
+        offsets = list(dict.fromkeys(one for one in offset_parameters(module) if one.requires_grad))
         if not offsets:
             return [{"params": trained}]
         apart = set(offsets)
@@ -228,6 +229,14 @@ def gradients_of(optimizer: Optimizer) -> list[Tensor]:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
+
+
+def complete_momentum(optimizer: Optimizer) -> None:
+    """Gives every parameter of an SGD its momentum: a fused one takes all or none, and zeros are like none."""
+    groups = optimizer.param_groups if isinstance(optimizer, SGD) else []
+    for one in (parameter for group in groups if group["momentum"] for parameter in group["params"]):
+        if optimizer.state[one].get("momentum_buffer") is None:
+            optimizer.state[one]["momentum_buffer"] = torch.zeros_like(one)
 
 
 def gradient_scaler(trainer: pl.Trainer) -> Any:

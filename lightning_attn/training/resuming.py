@@ -21,7 +21,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.types import LRSchedulerConfig
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -38,6 +38,7 @@ from lightning_attn.training.checkpoint_keys import (
 from lightning_attn.training.checkpoints import CheckpointError
 from lightning_attn.training.contents import ContentsError, require_optimizer_state, require_same_structure
 from lightning_attn.training.loggers import MetricsLogger
+from lightning_attn.training.optimization import complete_momentum
 
 _FIT_LOOP = "fit_loop"  # of LOOPS_KEY: that of the training
 
@@ -399,7 +400,8 @@ class ExactResume(Callback):
             return
         for group, options in zip(trainer.optimizers[0].param_groups, fresh, strict=True):
             group.update(options)
-        _complete_momentum(trainer.optimizers[0])
+        if _has_momentum(trainer.optimizers[0]):
+            complete_momentum(trainer.optimizers[0])
         scheduler = trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(scheduler, LambdaLR), "what the base class of tasks makes"
         scheduler.base_lrs = [options["initial_lr"] for options in fresh]
@@ -451,14 +453,8 @@ def _match_memory_format(optimizer: Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _complete_momentum(optimizer: Optimizer) -> None:
-    """Gives every parameter a momentum if one has it: a fused SGD takes all or none, and zeros are like none."""
-    groups = optimizer.param_groups if isinstance(optimizer, SGD) else []
-    parameters = [parameter for group in groups if group["momentum"] for parameter in group["params"]]
-    if any(optimizer.state[one].get("momentum_buffer") is not None for one in parameters if one in optimizer.state):
-        for one in parameters:
-            if optimizer.state[one].get("momentum_buffer") is None:
-                optimizer.state[one]["momentum_buffer"] = torch.zeros_like(one)
+def _has_momentum(optimizer: Optimizer) -> bool:
+    return any(state.get("momentum_buffer") is not None for state in optimizer.state.values())
 
 
 @contextlib.contextmanager
