@@ -79,8 +79,8 @@ class BaseTask(pl.LightningModule):
         checkpoint_path: The checkpoint of the command, if any: properties of the data that the data itself lacks are
             read from it before Lightning loads the weights.
         stored_numbers: Number of weights in that checkpoint.
-        backbone_name: Path of the module that tasks of a joint training share, from `build_backbone` or `build_resnet`,
-            such as "network.backbone"; empty if there is none. See `MultitaskTask`.
+        backbone_name: Path of the ResNet that tasks of a joint training share, from `build_resnet` or `build_backbone`,
+            such as "network.backbone.body"; empty if there is none. See `MultitaskTask`.
         membership: The task's place in a joint training; None in a training of its own.
         fresh_optimizer_groups: Options of the optimizer's groups before those of a checkpoint were loaded.
     """

@@ -83,7 +83,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
         network: The network; None before it is built.
     """
 
-    backbone_name: ClassVar[str] = "network.backbone"
+    backbone_name: ClassVar[str] = "network.backbone.body"
     classes_key: ClassVar[str] = "classes"
     classes_type: ClassVar[type]
 

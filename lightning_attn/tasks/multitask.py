@@ -308,6 +308,7 @@ class MultitaskTask(BaseTask):
     @override
     def training_step(self, batch: JointBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the losses of the tasks that have a batch: one forward pass of the module."""
+        self._forget_logged_steps()
         losses = {
             name: _loss(self.tasks()[name].training_step(part, batch_idx))
             for name, part in batch.parts.items()
@@ -318,6 +319,12 @@ class MultitaskTask(BaseTask):
         total = self.balancing.total(losses, self._mean_over_ranks)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=1)
         return total
+
+    def _forget_logged_steps(self) -> None:
+        """Lightning would log a task's values of an earlier step again in a step without that task."""
+        for value in (self.trainer._results or {}).values():
+            if value.meta.on_step and not value.meta.on_epoch:
+                value.reset()
 
     def _is_logged_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

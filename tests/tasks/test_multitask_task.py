@@ -1,0 +1,357 @@
+"""Detection and segmentation with one backbone in one run, compared with the same networks alone."""
+
+import contextlib
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import yaml
+from joint_training import NoteGradients
+
+from datamodules import CityscapesDataModule, COCODataModule
+from lightning_attn.cli import main
+from lightning_attn.networks.images.backbone import ResNetSpec
+from lightning_attn.tasks import BaseTask, CheckpointError, DetectionTask, MultitaskTask, SegmentationTask
+
+TASKS = {"detection": DetectionTask, "segmentation": SegmentationTask}
+SAME_RANDOMNESS = ["--trainer.callbacks+", "joint_training.SameRandomness"]
+NO_VALIDATION = ["--trainer.limit_val_batches", 0, "--trainer.num_sanity_val_steps", 0]
+
+
+@pytest.fixture(scope="module")
+def trained(multitask_config, tmp_path_factory) -> Path:
+    """The directory of a run with statistics of batch normalisation."""
+    folder = tmp_path_factory.mktemp("joint")
+    with contextlib.chdir(folder):
+        batch = ["--model.backbone.norm", "batch", "--model.statistics", "per_task"]
+        main([*map(str, ["fit", "-c", multitask_config, *batch, "--trainer.max_steps", 6])])
+    return folder / "checkpoints/multitask/tiny"
+
+
+@pytest.fixture
+def images(coco) -> list[Path]:
+    return sorted((coco / "test2017").iterdir())[:3]
+
+
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same(one, other) -> bool:
+    """Whether results are bitwise equal."""
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+    return bool((one == other).all()) if hasattr(one, "all") else one == other
+
+
+# The network
+
+
+def test_the_backbone_is_one_at_two_strides(trained):
+    joint = MultitaskTask.load(trained / "last.ckpt")
+    detector, segmenter = (joint.tasks()[name].built_network.backbone.body for name in TASKS)
+    for (name, one), (other_name, other) in zip(detector.named_parameters(), segmenter.named_parameters(), strict=True):
+        assert name == other_name
+        assert one is other
+    image = torch.rand(1, 3, 64, 64)
+    assert [body(image)["c5"].shape[2] for body in (detector, segmenter)] == [2, 8]
+    weights = stored(trained / "last.ckpt")
+    names = {name.removeprefix("backbone.") for name in weights if name.startswith("backbone.")}
+    statistics = {name for name, _ in detector.named_buffers() if name in detector.state_dict()}
+    assert names == {name for name, _ in detector.named_parameters()}
+    assert len(statistics) > 10
+    for name in TASKS:
+        prefix = f"members.{name}.network.backbone.body."
+        assert {key.removeprefix(prefix) for key in weights if key.startswith(prefix)} == statistics
+    assert not torch.equal(*(weights[f"members.{name}.network.backbone.body.bn1.running_mean"] for name in TASKS))
+
+
+def test_a_loaded_member_is_that_of_the_joint_network(trained, images):
+    joint = MultitaskTask.load(trained / "last.ckpt")
+    together = joint.predict(images)
+    assert [found.keys() for found in together] == [TASKS.keys()] * 3
+    for name, kind in TASKS.items():
+        alone = kind.load(trained / "last.ckpt", task=name)
+        assert type(alone) is kind
+        assert same([found[name] for found in together], alone.predict(images))
+    assert any(len(found["detection"]) for found in together)
+    with pytest.raises(CheckpointError, match="task='segmentation'"):
+        SegmentationTask.load(trained / "last.ckpt")
+    with pytest.raises(CheckpointError, match="has no task 'depth': it has the tasks detection, segmentation"):
+        SegmentationTask.load(trained / "last.ckpt", task="depth")
+    with pytest.raises(CheckpointError, match="which is no DetectionTask"):
+        DetectionTask.load(trained / "last.ckpt", task="segmentation")
+
+
+def test_scores_are_those_of_each_task_alone(run, trained, coco, cityscapes, in_folder):
+    run("test", "--ckpt_path", trained / "last.ckpt", "--run.name", "scores", "--run.root", "runs")
+    joint = json.loads(Path("runs/multitask/scores/test_metrics.json").read_text())
+    data = {
+        "detection": COCODataModule(str(coco), test_split="test2017", min_size=48, max_size=80),
+        "segmentation": CityscapesDataModule(str(cityscapes), test_split="test"),
+    }
+    for name, kind in TASKS.items():
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            default_root_dir=in_folder / name,
+            use_distributed_sampler=False,
+        )
+        trainer.test(kind.load(trained / "last.ckpt", task=name), datamodule=data[name])
+        alone = json.loads((in_folder / name / "test_metrics.json").read_text())
+        of_member = {key: value for key, value in joint.items() if key.startswith(f"test/{name}/")}
+        assert of_member == {key.replace("test/", f"test/{name}/"): value for key, value in alone.items()}
+        written = [sorted(path.rglob("*")) for path in (in_folder / name, Path("runs/multitask/scores") / name)]
+        assert {path.name for path in written[0]} - {"test_metrics.json"} == {path.name for path in written[1]}
+
+
+def test_every_member_predicts_into_its_own_folder(run, trained, images, in_folder):
+    run("predict", "--ckpt_path", trained / "last.ckpt", "--run.name", "found", "--run.root", "runs")
+    directory = Path("runs/multitask/found")
+    assert len(json.loads((directory / "detection/predictions/images.json").read_text())) == 5
+    assert len(list((directory / "segmentation/predictions/labels").iterdir())) == 5
+    folder = images[0].parent
+    own = ["--data.predict_folder", folder, "--run.name", "own", "--run.root", "runs"]
+    run("predict", "--ckpt_path", trained / "last.ckpt", *own)
+    assert len(list(Path("runs/multitask/own/segmentation/predictions/labels").iterdir())) == len(
+        list(folder.iterdir())
+    )
+
+
+# Training
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_what_is_logged_and_which_checkpoints_are_kept(trained):
+    names = {name for row in rows(trained) for name in row}
+    for name in TASKS:
+        assert {f"train/{name}/loss", f"train/{name}/weight", f"train/{name}/gradient_norm"} <= names
+    assert {"val/detection/ap", "val/segmentation/miou", "val/joint"} <= names
+    assert "train/gradient_cosine/detection_segmentation" in names
+    for row in rows(trained):
+        if "train/loss" in row:
+            parts = [float(row[f"train/{name}/loss"]) for name in TASKS]
+            assert float(row["train/loss"]) == pytest.approx(sum(parts))
+            assert -1 <= float(row["train/gradient_cosine/detection_segmentation"]) <= 1
+        if "val/joint" in row:
+            scores = [float(row["val/detection/ap"]), float(row["val/segmentation/miou"])]
+            assert float(row["val/joint"]) == pytest.approx(sum(scores) / 2)
+    kept = {path.name for path in trained.glob("*.ckpt")}
+    assert kept == {"last.ckpt", "best.ckpt", "best_detection.ckpt", "best_segmentation.ckpt"}
+
+
+def test_the_best_network_is_that_of_the_largest_mean_change_to_the_baselines(run, multitask_config):
+    baselines = yaml.safe_dump({"model": {"init_args": {"baselines": {"detection": 0.02, "segmentation": 0.5}}}})
+    Path("baselines.yaml").write_text(baselines)
+    run("fit", "-c", multitask_config, "-c", "baselines.yaml")
+    directory = Path("checkpoints/multitask/tiny")
+    found = [row for row in rows(directory) if "val/joint" in row]
+    for row in found:
+        changes = [float(row["val/detection/ap"]) / 0.02 - 1, float(row["val/segmentation/miou"]) / 0.5 - 1]
+        assert float(row["val/joint"]) == pytest.approx(sum(changes) / 2)
+    best = max(found, key=lambda row: float(row["val/joint"]))
+    step = torch.load(directory / "best.ckpt", weights_only=True)["global_step"]
+    assert step == int(best["step"]) + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("detection", "detection_config"), ("segmentation", "segmentation_config")]
+)
+def test_weight_0_is_a_training_of_the_other_task(run, request, multitask_config, name, config):
+    """Bitwise, and the head without a weight is as it was."""
+    other = next(one for one in TASKS if one != name)
+    sgd = {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-4, "base_batch_size": 0}
+    steps = {"name": "multistep", "milestones": [0.75], "warmup_steps": 1}
+    optimizer = ["--model.optimizer", json.dumps(sgd), "--model.schedule", json.dumps(steps)]
+    Path("zero.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"weights": {other: 0.0}}}}))
+    joint = ["fit", "-c", multitask_config, "-c", "zero.yaml", *optimizer, *SAME_RANDOMNESS, *NO_VALIDATION]
+    run(*joint, "--trainer.max_steps", 1, "--run.name", "start", "--model.optimizer.learning_rate", 1e-30)
+    start = Path("checkpoints/multitask/start/last.ckpt")
+    initial = ["--run.initial_weights", start, "--run.name", "run"]
+    run(*joint, *initial)
+    alone = ["-c", request.getfixturevalue(config), "--trainer.max_steps", 4]
+    run("fit", *alone, *optimizer, *SAME_RANDOMNESS, *NO_VALIDATION, *initial)
+    together = stored(Path("checkpoints/multitask/run/last.ckpt"))
+    for key, value in stored(Path(f"checkpoints/{name}/run/last.ckpt")).items():
+        shared = key.replace("network.backbone.body.", "backbone.")
+        found = together.get(shared, together.get(f"members.{name}.{key}"))
+        assert torch.equal(found, value), key
+    before = stored(start)
+    untouched = [key for key in together if key.startswith(f"members.{other}.")]
+    moved = [key for key in together if key not in untouched]
+    assert len(untouched) > 5
+    assert all(torch.equal(together[key], before[key]) for key in untouched)
+    assert not all(torch.equal(together[key], before[key]) for key in moved)
+
+
+def test_freezing_leaves_a_task_as_it_was(run, trained, images, in_folder):
+    """With the backbone and its head frozen, detection finds what it found before, statistics included."""
+    options = ["--run.initial_weights", trained / "last.ckpt", "--run.name", "frozen", "--trainer.max_steps", 3]
+    run("fit", "-c", trained / "config_fit.yaml", *options, "--model.freeze", "[backbone, detection]", *NO_VALIDATION)
+    path = in_folder / "checkpoints/multitask/frozen/last.ckpt"
+    before, after = (MultitaskTask.load(one).predict(images) for one in (trained / "last.ckpt", path))
+    assert same([one["detection"] for one in before], [one["detection"] for one in after])
+    weights = [stored(one) for one in (trained / "last.ckpt", path)]
+    changed = {key for key in weights[0] if not torch.equal(weights[0][key], weights[1][key])}
+    assert changed
+    assert all(key.startswith("members.segmentation.network.head.") for key in changed)
+
+
+def test_alternating_trains_one_head_in_each_step(run, multitask_config):
+    ratio = {"order": "alternating", "ratio": {"segmentation": 3.0}, "epoch": 8}
+    Path("order.yaml").write_text(yaml.safe_dump({"data": {"init_args": ratio}}))
+    noted = ["--trainer.callbacks+", "joint_training.NoteGradients", "--trainer.max_steps", 8]
+    run("fit", "-c", multitask_config, "-c", "order.yaml", *noted, *NO_VALIDATION)
+    turns = []
+    for names in NoteGradients.found:
+        heads = {name.split(".")[1] for name in names if ".head." in name}
+        assert len(heads) == 1
+        assert any(".backbone." in name for name in names)
+        turns += heads
+    assert [turns.count(name) for name in TASKS] == [2, 6]
+    logged = [row for row in rows(Path("checkpoints/multitask/tiny")) if "train/loss" in row]
+    assert [[name for name in TASKS if f"train/{name}/loss" in row] for row in logged] == [[name] for name in turns]
+
+
+def test_learnt_weights_and_those_of_an_average(run, multitask_config):
+    learnt = ["--model.balancing.name", "uncertainty", "--run.name", "learnt"]
+    run("fit", "-c", multitask_config, *learnt, *NO_VALIDATION)
+    weights = stored(Path("checkpoints/multitask/learnt/last.ckpt"))
+    variances = {name: weights[f"balancing.log_variances.{name}"].item() for name in TASKS}
+    logged = [row for row in rows(Path("checkpoints/multitask/learnt")) if "train/loss" in row]
+    for name in TASKS:
+        assert float(logged[0][f"train/{name}/weight"]) == 1
+        assert variances[name] > 0, "a loss above a half"
+        assert math.exp(-variances[name]) < float(logged[-1][f"train/{name}/weight"]) < 1
+    averaged = ["--model.balancing.name", "dynamic_average", "--data.epoch", 2, "--trainer.max_steps", 6]
+    run("fit", "-c", multitask_config, *averaged, "--run.name", "dynamic", *NO_VALIDATION)
+    logged = [row for row in rows(Path("checkpoints/multitask/dynamic")) if "train/loss" in row]
+    losses = [[float(row[f"train/{name}/loss"]) for name in TASKS] for row in logged]
+    ratios = [(losses[2][task] + losses[3][task]) / (losses[0][task] + losses[1][task]) for task in range(2)]
+    powers = [math.exp(ratio / 2) for ratio in ratios]
+    for task, name in enumerate(TASKS):
+        assert float(logged[3][f"train/{name}/weight"]) == 1
+        assert float(logged[4][f"train/{name}/weight"]) == pytest.approx(2 * powers[task] / sum(powers))
+
+
+# Initial weights
+
+
+def test_weights_go_from_one_task_to_the_joint_training_and_back(
+    run, trained, multitask_config, segmentation_config, cityscapes
+):
+    """Statistics of the backbone too, of which each task then has a copy."""
+    batch = ["--model.backbone.norm", "batch"]
+    still = ["--trainer.max_steps", 1, "--model.optimizer.learning_rate", 1e-30, *NO_VALIDATION]
+    run("fit", "-c", segmentation_config, *batch, "--run.name", "single", *NO_VALIDATION)
+    single = stored(Path("checkpoints/segmentation/single/last.ckpt"))
+    joint = [*batch, "--model.statistics", "per_task", "--model.freeze", "[backbone]"]
+    begun = ["--run.initial_weights", "checkpoints/segmentation/single/last.ckpt", "--run.name", "begun"]
+    run("fit", "-c", multitask_config, *joint, *still, *begun)
+    found = stored(Path("checkpoints/multitask/begun/last.ckpt"))
+    for key, value in single.items():
+        if key.startswith("network.backbone.body."):
+            name = key.removeprefix("network.backbone.body.")
+            kept = [key for key in (f"backbone.{name}", f"members.detection.{key}") if key in found]
+            assert len(kept) == 1
+            assert torch.equal(found[kept[0]], value), key
+    # And back: detection alone from the joint training.
+    back = ["--run.initial_weights", trained / "last.ckpt", "--run.name", "back"]
+    run("fit", "-c", trained / "config_fit.yaml", *still, *back)
+
+
+# What is refused
+
+
+def test_options_that_do_not_fit(multitask_config, run, coco):
+    def refused(*options, **sections):
+        Path("change.yaml").write_text(yaml.safe_dump(sections or {}))
+        return run("fit", "-c", multitask_config, "-c", "change.yaml", *options, status=2)
+
+    assert "Set statistics: per_task, or backbone.norm: frozen or group" in refused("--model.backbone.norm", "batch")
+    assert "keeps none" in refused("--model.statistics", "per_task")
+    assert "'depth' is none of detection, segmentation, backbone" in refused("--model.freeze", "[depth]")
+    assert "none of the tasks detection, segmentation is left" in refused("--model.freeze", "[detection, segmentation]")
+    order = ["--data.order", "alternating", "--model.freeze", "[detection]"]
+    assert "give steps to detection, which is not trained" in refused(*order)
+    assert "is for order: alternating" in refused(data={"init_args": {"ratio": {"detection": 2.0}}})
+    renamed = {"members": {"depth": {"class_path": "COCODataModule", "init_args": {"root": str(coco)}}}}
+    assert "the tasks are detection, segmentation" in refused(data={"init_args": renamed})
+    text = {"tasks": {"translation": {"class_path": "TranslationTask"}}}
+    assert "TranslationTask has no backbone to share" in refused(model={"init_args": text})
+    own = {"tasks": {"detection": {"class_path": "DetectionTask", "init_args": {"optimizer": {"learning_rate": 1.0}}}}}
+    assert "give it once (--model.optimizer)" in refused(model={"init_args": own})
+    other = {"detection": {"class_path": "DetectionTask", "init_args": {"attention": {"terms": "1000"}}}}
+    assert "describe it once (--model.attention)" in refused(model={"init_args": {"tasks": other}})
+    for name in ("backbone", "a.b", "keys"):
+        assert f"{name!r} is no name" in refused(
+            model={"init_args": {"tasks": {name: {"class_path": "DetectionTask"}}}}
+        )
+
+
+def test_single_data_is_refused(run, multitask_config, coco):
+    data = {"class_path": "COCODataModule", "init_args": {"root": str(coco)}}
+    Path("data.yaml").write_text(yaml.safe_dump({"data": data}))
+    printed = run("fit", "-c", multitask_config, "-c", "data.yaml", status=2)
+    assert "needs data with members, and COCODataModule has none" in printed
+
+
+def test_classes_of_members_must_be_trusted(run, trained, in_folder, monkeypatch):
+    """As those of any task: nothing is imported otherwise."""
+    (in_folder / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(in_folder))
+    for place in ("arguments", "stored", "configuration", "nested"):
+        checkpoint = torch.load(trained / "last.ckpt", weights_only=True)
+        if place == "arguments":
+            checkpoint["task"]["arguments"]["tasks"]["detection"]["class_path"] = "evil.Task"
+        elif place == "stored":
+            checkpoint["members"]["detection"]["task"]["class_path"] = "evil.Task"
+        elif place == "nested":
+            checkpoint["task"]["arguments"]["tasks"]["detection"]["init_args"]["attention"]["mechanism"] = "evil.Task"
+        else:
+            tasks = checkpoint["run"]["configuration"]["model"]["init_args"]["tasks"]
+            tasks["detection"]["class_path"] = "evil.Task"
+        torch.save(checkpoint, "bad.ckpt")
+        if place == "configuration":
+            assert "names the class evil.Task" in run("test", "--ckpt_path", "bad.ckpt", status=2)
+        else:
+            with pytest.raises(CheckpointError, match=r"names the class evil.Task"):
+                BaseTask.load("bad.ckpt", task="detection" if place == "stored" else None)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda members: members["detection"].pop("task"),
+        lambda members: members["detection"].update(backbone_name=""),
+        lambda members: members["detection"].update(state_dict={}),
+        lambda members: members.update(detection=3),
+        lambda members: members.update({7: members["detection"]}),
+    ],
+)
+def test_damaged_members_are_refused(trained, tmp_path, damage):
+    checkpoint = torch.load(trained / "last.ckpt", weights_only=True)
+    damage(checkpoint["members"])
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(CheckpointError, match="is damaged: members"):
+        MultitaskTask.load(tmp_path / "bad.ckpt")
+
+
+def test_a_member_of_another_backbone_is_refused():
+    """Whatever a task says of its own backbone must be what the joint training says."""
+    wide, narrow = (ResNetSpec(name="bottleneck14", norm="group", width=width) for width in (16, 8))
+    with pytest.raises(ValueError, match=r"backbone: .*width=16.*describe it once"):
+        MultitaskTask({"segmentation": SegmentationTask(backbone=wide)}, backbone=narrow)
+    same_one = MultitaskTask({"segmentation": SegmentationTask(backbone=wide)}, backbone=wide)
+    assert same_one.tasks()["segmentation"].arguments["backbone"]["width"] == 16
