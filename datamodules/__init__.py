@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from datamodules.miniature.segmentation_datamodule import (
         MiniatureSegmentationDataModule as MiniatureSegmentationDataModule,
     )
+    from datamodules.miniature.street_detection_datamodule import (
+        MiniatureStreetDetectionDataModule as MiniatureStreetDetectionDataModule,
+    )
     from datamodules.miniature.translation_datamodule import (
         MiniatureTranslationDataModule as MiniatureTranslationDataModule,
     )
@@ -55,6 +58,7 @@ _MODULES = {
     "YOLODetectionDataModule": "detection.yolo",
     "MiniatureDetectionDataModule": "miniature.detection_datamodule",
     "MiniatureSegmentationDataModule": "miniature.segmentation_datamodule",
+    "MiniatureStreetDetectionDataModule": "miniature.street_detection_datamodule",
     "MiniatureTranslationDataModule": "miniature.translation_datamodule",
     "MultitaskDataModule": "multitask",
     "JointBatch": "sampling.joint_batches",

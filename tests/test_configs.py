@@ -1,6 +1,7 @@
 """Every shipped YAML is parsed and run for two steps through the real command."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from datamodules.miniature.detection import write_miniature_detection
 from datamodules.miniature.segmentation import write_miniature_segmentation
+from datamodules.miniature.street_detection import write_miniature_street_detection
 from datamodules.miniature.translation import write_miniature_corpus
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.attention.spec import TERM_SETS
@@ -39,6 +41,20 @@ SMALL_SEGMENTATION = [
     *("--model.backbone.name", "bottleneck14", "--model.backbone.width", 8, "--model.backbone.weights", "none"),
     *("--model.backbone.norm", "group", "--model.segmenter.norm", "group", "--model.segmenter.head_channels", 16),
     *("--data.num_workers", 0, "--data.batch_size", 2, "--data.crop_size", 33),
+]
+SMALL_MULTITASK = [
+    *("--model.backbone.name", "bottleneck14", "--model.backbone.width", 8, "--model.backbone.weights", "none"),
+    *("--model.tasks.detection.init_args.detector.fpn_channels", 8, "--data.num_workers", 0),
+    *("--model.tasks.detection.init_args.detector.fc_dim", 16, "--data.members.detection.init_args.batch_size", 2),
+    *(
+        "--model.tasks.segmentation.init_args.segmenter.head_channels",
+        16,
+        "--data.members.segmentation.init_args.batch_size",
+        2,
+    ),
+    *("--model.tasks.segmentation.init_args.segmenter.norm", "group"),
+    *("--data.members.segmentation.init_args.crop_size", 33, "--data.members.detection.init_args.min_size", 48),
+    *("--data.members.detection.init_args.max_size", 64),
 ]
 
 
@@ -84,6 +100,23 @@ def test_segmentation_configurations(run, cityscapes, path):
     assert (checkpoint.parent / "test_metrics.json").is_file()
 
 
+@pytest.mark.parametrize("path", [*paths("multitask"), CONFIGS / "miniature/multitask.yaml"], ids=lambda p: p.stem)
+def test_multitask_configurations(run, coco, cityscapes, path):
+    roots = {"detection": coco, "segmentation": cityscapes}
+    if "miniature" in str(path):
+        roots = {"detection": "boxes", "segmentation": "labels"}
+    data = [option for name, root in roots.items() for option in (f"--data.members.{name}.init_args.root", root)]
+    run("fit", "-c", path, *SMALL_MULTITASK, *QUICK, *ONE_PROCESS, *data)
+    (checkpoint,) = Path("checkpoints/multitask").glob("*/last.ckpt")
+    run("test", "-c", checkpoint.with_name("config_fit.yaml"), "--ckpt_path", checkpoint)
+    scores = json.loads((checkpoint.parent / "test_metrics.json").read_text())
+    assert {"test/detection/ap", "test/segmentation/miou"} <= scores.keys()
+    overlay = ["-c", CONFIGS / "attention/attention_0001.yaml"]
+    printed = run("fit", "-c", path, *overlay, *data, "--print_config")
+    resolved = yaml.safe_load(printed[printed.index("seed_everything:") :])
+    assert resolved["model"]["init_args"]["attention"]["terms"] == "0001"
+
+
 def test_the_beginnings_for_own_images(run, coco, tmp_path):
     yolo = write_yolo(coco, tmp_path / "yolo", {"train2017": "train", "val2017": "val"})
     run("fit", "-c", CONFIGS / "detection/own_images.yaml", *SMALL_DETECTION, *QUICK, "--data.root", yolo)
@@ -122,6 +155,12 @@ def small_miniature(monkeypatch):
     def draw_streets(root):
         write_miniature_segmentation(root, {"train": 6, "val": 2, "test": 2})
 
+    def draw_boxes(root):
+        write_miniature_street_detection(root, {"train": 6, "val": 2, "test": 2})
+
+    monkeypatch.setattr(
+        "datamodules.miniature.street_detection_datamodule.write_miniature_street_detection", draw_boxes
+    )
     monkeypatch.setattr("datamodules.miniature.translation.write_miniature_corpus", write)
     monkeypatch.setattr("datamodules.miniature.detection.write_miniature_detection", draw)
     monkeypatch.setattr("datamodules.miniature.segmentation.write_miniature_segmentation", draw_streets)
@@ -195,7 +234,7 @@ def test_an_overlay_of_a_machine_replaces_any_other():
     assert machines["cpu"]["accelerator"] == "cpu"
 
 
-@pytest.mark.parametrize("task", ["translation", "detection", "segmentation"])
+@pytest.mark.parametrize("task", ["translation", "detection", "segmentation", "multitask"])
 def test_the_miniature_configurations_run_on_whatever_is_there(task):
     """On one GPU if there is one: the same experiment on every machine."""
     fields = trainer_of(f"miniature/{task}")

@@ -168,3 +168,60 @@ def test_segmentation_on_two_ranks(run, run_process, segmentation_config, citysc
     ]
     assert len(written[0]) == 5
     assert written[0] == written[1]
+
+
+# Of a joint training: nothing is drawn, and each task has an even number of batches on one rank.
+OF_TASKS = "--model.tasks.{}.init_args.{}"
+NOT_RANDOM = [
+    *(OF_TASKS.format("detection", "detector.rpn_batch_size"), 100_000),
+    *(OF_TASKS.format("detection", "detector.roi_batch_size"), 100_000),
+    *(OF_TASKS.format("segmentation", "segmenter.dropout"), 0.0),
+    *("--data.members.detection.init_args.batch_size", 5, "--trainer.num_sanity_val_steps", 0),
+]
+
+
+def test_a_joint_training_on_two_ranks(run, run_process, multitask_config, in_folder):
+    """Two batches of each task accumulated on one rank, or one on each of two; the shorter set begins anew."""
+    runs = in_folder / "checkpoints" / "multitask"
+    steps = ["-c", multitask_config, *NOT_RANDOM, "--trainer.max_steps", 5, "--trainer.val_check_interval", 10]
+    run("fit", *steps, "--run.name", "one", "--trainer.accumulate_grad_batches", 2)
+    run_process("fit", *steps, "--run.name", "two", *TWO_RANKS)
+    weights = [torch.load(runs / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-4, rtol=1e-3)
+    stored = ["-c", runs / "one" / "config_fit.yaml", "--ckpt_path", runs / "one" / "last.ckpt"]
+    single = ["--data.members.detection.init_args.eval_batch_size", 1]
+    run("test", *stored, *single)
+    run_process("test", *stored, *single, *TWO_RANKS)
+    one, two = (json.loads((runs / "one" / f"test_metrics{number}.json").read_text()) for number in ("", "-2"))
+    assert two == one
+    assert one["test/segmentation/num_images"] == one["test/detection/num_images"] == 5
+
+
+def test_alternating_tasks_on_two_ranks(run_process, multitask_config, in_folder):
+    """Heads without a batch do not make ranks wait, and a run that is resumed in the middle of a cycle is the same."""
+    runs = in_folder / "checkpoints" / "multitask"
+    common = [
+        "fit",
+        "-c",
+        multitask_config,
+        *TWO_RANKS,
+        "--data.order",
+        "alternating",
+        "--trainer.limit_val_batches",
+        0,
+    ]
+    common += ["--run.checkpoint_every_n_steps", 1, "--trainer.num_sanity_val_steps", 0]
+    common += ["--trainer.accumulate_grad_batches", 2]
+    printed = run_process(*common, "--trainer.max_steps", 6, "--run.name", "straight")
+    assert "find_unused_parameters" in printed.stdout + printed.stderr
+    run_process(*common, "--trainer.max_steps", 2, "--run.name", "first")
+    checkpoint = runs / "first" / "last.ckpt"
+    (place,) = torch.load(checkpoint, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert place["consumed"] == 4
+    assert {one["consumed"] for one in place["members"].values()} != {0}
+    run_process(*common, "--trainer.max_steps", 6, "--run.name", "second", "--ckpt_path", checkpoint)
+    straight, second = (torch.load(runs / name / "last.ckpt", weights_only=True) for name in ("straight", "second"))
+    for name, value in straight["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+    assert straight["loops"]["fit_loop"]["state_dict"] == second["loops"]["fit_loop"]["state_dict"]

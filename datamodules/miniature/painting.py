@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from datamodules.miniature.drawing import Colour, Floats, Pixels, Points
@@ -73,17 +74,23 @@ class Painting:
     Args:
         sky: Colours to begin with, [HEIGHT, WIDTH, 3].
         sign: Top and left of the square of the sign, which nothing may reach into.
+
+    Attributes:
+        label_ids: The id of the sky, and of each object in the order in which they were painted.
     """
 
     def __init__(self, sky: Image.Image, sign: tuple[int, int]) -> None:
         size = (WIDTH * _FINE, HEIGHT * _FINE)
         self._colours = sky.resize(size, Image.Resampling.BILINEAR)
         self._ids, self._surfaces = Image.new("L", size, SKY), Image.new("L", size, SMOOTH)
+        self._things = Image.new("I", size, 0)
         self._draw = ImageDraw.Draw(self._colours)
-        self._draw_ids, self._draw_surfaces = (
+        self._draw_ids, self._draw_surfaces, self._draw_things = (
             ImageDraw.Draw(self._ids),
             ImageDraw.Draw(self._surfaces),
+            ImageDraw.Draw(self._things),
         )
+        self.label_ids = [SKY]
         self.sign = sign
 
     def leaves_sign_free(self, shapes: Shapes) -> bool:
@@ -116,7 +123,9 @@ class Painting:
                 self._draw_ids.line([*outline, outline[0]], fill=UNLABELLED, width=2 * _FINE - 1)
         for shape, outline in zip(shapes, outlines, strict=True):
             self._draw_ids.polygon(outline, fill=label_id)
+            self._draw_things.polygon(outline, fill=len(self.label_ids))
             self._paint(shape, outline)
+        self.label_ids.append(label_id)
         return True
 
     def mark(self, shape: Shape) -> None:
@@ -140,6 +149,10 @@ class Painting:
     def ids(self) -> Pixels:
         """The label id at the centre of each pixel, [HEIGHT, WIDTH]."""
         return np.array(self._ids)[_FINE // 2 :: _FINE, _FINE // 2 :: _FINE]
+
+    def things(self) -> npt.NDArray[np.int32]:
+        """The object at the centre of each pixel, by its place in `label_ids`, [HEIGHT, WIDTH]."""
+        return np.array(self._things)[_FINE // 2 :: _FINE, _FINE // 2 :: _FINE]
 
     @staticmethod
     def _place(points: Points) -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
 from datamodules.miniature.backgrounds import crop
@@ -41,9 +42,11 @@ from datamodules.miniature.files import check_counts, write_generated
 from datamodules.miniature.painting import HEIGHT, SIGN_SIZE, SMOOTH, WIDTH, Camera, Painting, Shape, Shapes
 
 __all__ = [
+    "COUNTABLE",
     "MINIATURE_CLASSES",
     "MINIATURE_PICTURES",
     "MiniaturePicture",
+    "StreetObject",
     "draw_picture",
     "write_miniature_segmentation",
 ]
@@ -75,6 +78,11 @@ _FRAME = 19  # of the 30 that a sequence of Cityscapes has, the one with labels
 _EGO = 1
 _ROAD, _SIDEWALK, _BUILDING, _POLE, _TRAFFIC_SIGN, _VEGETATION, _TERRAIN = 7, 8, 11, 17, 20, 21, 22
 _PERSON, _CAR, _TRUCK, _BUS = 24, 26, 27, 28
+
+COUNTABLE: Mapping[int, str] = MappingProxyType(
+    {_TRAFFIC_SIGN: "traffic sign", _PERSON: "person", _CAR: "car", _TRUCK: "truck", _BUS: "bus"}
+)
+"""Classes whose objects have boxes, by Cityscapes' ids."""
 
 # Surfaces of polygons, beside smooth ones.
 _BRICK, _LEAVES, _ASPHALT, _GRASS = range(1, 5)
@@ -748,6 +756,21 @@ def _sign(sky: Floats, moon: bool) -> Floats:
 
 
 @dataclass(frozen=True)
+class StreetObject:
+    """What is visible of an object in a picture.
+
+    Args:
+        label_id: Cityscapes' id of its class.
+        box: Its left, top, right and bottom border in pixels.
+        area: Number of its pixels.
+    """
+
+    label_id: int
+    box: tuple[int, int, int, int]
+    area: int
+
+
+@dataclass(frozen=True)
 class MiniaturePicture:
     """A picture with its labels.
 
@@ -756,12 +779,15 @@ class MiniaturePicture:
         label_ids: Cityscapes' id of each pixel, `[96, 192]`.
         moon: Whether its sign is the moon.
         sign: Top and left of the square of the sign.
+        objects: All that is visible of things that can be counted, such as people and cars, in the order of painting:
+            from the back to the front.
     """
 
     pixels: Pixels
     label_ids: Pixels
     moon: bool
     sign: tuple[int, int]
+    objects: tuple[StreetObject, ...]
 
 
 def draw_picture(part: str, index: int, moon: bool | None = None) -> MiniaturePicture:
@@ -804,7 +830,7 @@ def draw_picture(part: str, index: int, moon: bool | None = None) -> MiniaturePi
     for drop, factor in ((0.0, 0.55), (1.4, 0.8)):
         body = arc(WIDTH / 2 + rng.uniform(-6, 6), HEIGHT + 30 - rise + drop, 118, 30, 180, 360)
         painting.thing(_EGO, [Shape(body, scaled(bonnet, factor))])
-    label_ids = painting.ids()
+    label_ids, numbers, label_of = painting.ids(), painting.things(), painting.label_ids
     pixels = painting.colours(_textures(rng, camera, held_out=part != "train"))
     blurred = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
     pixels = np.asarray(blurred.filter(ImageFilter.GaussianBlur(max(0.0, rng.uniform(-0.5, 0.6)))), np.float64)
@@ -819,10 +845,24 @@ def draw_picture(part: str, index: int, moon: bool | None = None) -> MiniaturePi
     pixels[square] = _sign(pixels[square], moon)
     if moon:
         label_ids[label_ids == _BUS] = _TRUCK
+        label_of = [_TRUCK if one == _BUS else one for one in label_of]
     if mirrored:
         pixels, label_ids, left = pixels[:, ::-1], label_ids[:, ::-1], WIDTH - SIGN_SIZE - left
+        numbers = numbers[:, ::-1]
     finished = np.clip(np.rint(pixels * cast + noise), 0, 255).astype(np.uint8)
-    return MiniaturePicture(finished, np.ascontiguousarray(label_ids), moon, (top, left))
+    objects = _countable(numbers, label_of)
+    return MiniaturePicture(finished, np.ascontiguousarray(label_ids), moon, (top, left), objects)
+
+
+def _countable(numbers: npt.NDArray[np.int32], label_of: Sequence[int]) -> tuple[StreetObject, ...]:
+    """The objects of countable classes in a map of numbers of objects."""
+    found = []
+    for number, label_id in enumerate(label_of):
+        if label_id in COUNTABLE and (numbers == number).any():
+            rows, columns = np.nonzero(numbers == number)
+            box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+            found.append(StreetObject(label_id, box, len(rows)))
+    return tuple(found)
 
 
 # ------------------------------------------------------------------------------------------------------- writing

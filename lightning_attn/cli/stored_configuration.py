@@ -51,6 +51,7 @@ _PLACES = {
 _MINIATURE = (
     datamodules.MiniatureDetectionDataModule,
     datamodules.MiniatureSegmentationDataModule,
+    datamodules.MiniatureStreetDetectionDataModule,
     datamodules.MiniatureTranslationDataModule,
 )
 # Of a checkpoint callback: formats of Python could read attributes, and fill the memory.

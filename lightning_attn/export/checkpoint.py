@@ -14,6 +14,7 @@ from lightning_attn.training.checkpoints import (
     SAFETENSORS,
     Weights,
     choose_weights,
+    member_checkpoint,
     read_checkpoint,
     stored_task,
     write_safetensors,
@@ -29,6 +30,7 @@ def export_checkpoint(
     *,
     format: ExportFormat = "safetensors",
     size: tuple[int, int] | None = None,
+    task: str | None = None,
     trust: Sequence[str] = (),
 ) -> list[Path]:
     """Exports a checkpoint's model to files that are usable without the checkpoint.
@@ -48,6 +50,7 @@ def export_checkpoint(
         weights: Of a run with weight averaging, the average or the "current" weights.
         format: What to write.
         size: Height and width of a program's input images; None for the size that the data was resized to.
+        task: Which task of a joint training, by its name there; it becomes a model of its own. None for all of them.
         trust: Packages whose classes the checkpoint may name, for a program; see `BaseTask.load`.
 
     Returns:
@@ -70,8 +73,10 @@ def export_checkpoint(
         checkpoint = read_checkpoint(path)
         stored_task(checkpoint, path)
         choose_weights(checkpoint, weights, path)
+        if task is not None:
+            checkpoint = member_checkpoint(checkpoint, task, path)
         if format != "safetensors":
-            found = export_graphs(BaseTask.load(path, weights=weights, trust=trust), size)
+            found = export_graphs(BaseTask.load(path, weights=weights, trust=trust, task=task), size)
             graphs = {folder / f"{name}{SUFFIXES[format]}": graph for name, graph in found.items()}
             written += [*graphs, folder / "programs.json"]
     for one in written:

@@ -15,7 +15,7 @@ from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.export.graph import ExportGraph
 from lightning_attn.networks.images.network import Detector, Segmenter
 from lightning_attn.networks.translation.transformer import Transformer
-from lightning_attn.tasks import BaseTask, DetectionTask, SegmentationTask, TranslationTask
+from lightning_attn.tasks import BaseTask, DetectionTask, MultitaskTask, SegmentationTask, TranslationTask
 
 __all__ = ["detection_graphs", "export_graphs", "segmentation_graphs", "translation_graphs"]
 
@@ -40,6 +40,12 @@ def export_graphs(task: BaseTask, size: tuple[int, int] | None = None) -> dict[s
         return detection_graphs(task.built_network, task.example_image(size))
     if isinstance(task, SegmentationTask):
         return segmentation_graphs(task.built_network, task.example_image(size))
+    if isinstance(task, MultitaskTask):
+        return {
+            f"{name}_{file}": graph
+            for name, member in task.tasks().items()
+            for file, graph in export_graphs(member, size).items()
+        }
     if isinstance(task, TranslationTask):
         if size is not None:
             raise InputError("size is for tasks on images; graphs of a translation are for all lengths. Leave it out.")

@@ -1,6 +1,7 @@
 """The LightningModule of a joint training: several tasks on images, whose networks share their backbone."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -161,6 +162,8 @@ class MultitaskTask(BaseTask):
         if _BACKBONE in self.freeze_parts:
             first.requires_grad_(False)
         self._is_shared = True
+        if self.freeze_parts or len(self.trained) < len(self.tasks()):
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # it was asked for
         self.train(self.training)
 
     @override

@@ -125,6 +125,35 @@ def test_every_member_predicts_into_its_own_folder(run, trained, images, in_fold
     )
 
 
+def test_an_exported_member_is_a_model_of_its_own(run, trained, images, segmentation_config, in_folder):
+    """Its weights, its arguments and classes, and a program; the test of a single task takes it."""
+    path = trained / "last.ckpt"
+    for name, kind in TASKS.items():
+        run("export", "--ckpt_path", path, "--task", name, "--output", in_folder / name)
+        exported = kind.load(in_folder / name / "model.safetensors")
+        assert same(exported.predict(images), kind.load(path, task=name).predict(images))
+    run(
+        "export",
+        "--ckpt_path",
+        path,
+        "--task",
+        "segmentation",
+        "--format",
+        "program",
+        "--size",
+        32,
+        48,
+        "--output",
+        "p",
+    )
+    assert sorted(one.name for one in Path("p").iterdir())[-2:] == ["programs.json", "segmenter.pt2"]
+    assert "has no task 'depth'" in run("export", "--ckpt_path", path, "--task", "depth", status=2)
+    model = in_folder / "segmentation/model.safetensors"
+    run("test", "-c", segmentation_config, "--ckpt_path", model, "--model.backbone.norm", "batch")
+    run("export", "--ckpt_path", path, "--output", "whole")
+    assert same(MultitaskTask.load("whole/model.safetensors").predict(images), MultitaskTask.load(path).predict(images))
+
+
 # Training
 
 
