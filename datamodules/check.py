@@ -33,6 +33,7 @@ from datamodules.images.files import ImageError, image_header, read_image
 from datamodules.images.folders import listed
 from datamodules.images.transforms import resized_sizes
 from datamodules.machine import available_cores
+from datamodules.multitask import MultitaskDataModule
 from datamodules.sampling.planned_batches import ignore_stop_signals
 from datamodules.segmentation.classes import IGNORED
 from datamodules.segmentation.datamodule import SegmentationDataModule
@@ -77,7 +78,8 @@ def check_data(
     """Checks all splits of a DataModule.
 
     Args:
-        module: The DataModule; its `prepare_data` and `setup` are called.
+        module: The DataModule; its `prepare_data` and `setup` are called. Of a `MultitaskDataModule`, those of each
+            member.
         workers: Processes that decode; None for one per core.
         advance: Called with the split and the number of files that were decoded since the last call.
 
@@ -86,6 +88,12 @@ def check_data(
             at all.
         OSError: If the data do not exist.
     """
+    if isinstance(module, MultitaskDataModule):
+        return [
+            dataclasses.replace(report, name=f"{name}: {report.name}")
+            for name, member in module.members.items()
+            for report in check_data(member, workers, advance)
+        ]
     progress = advance or (lambda *_: None)
     processes = available_cores() if workers is None else workers
     if isinstance(module, DetectionDataModule):

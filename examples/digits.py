@@ -31,6 +31,7 @@ class DigitsDataModule(pl.LightningDataModule):
 
 class DigitsTask(BaseTask):
     task_name, monitor, monitor_mode = "classification", "val/accuracy", "max"
+    backbone_name = "network"  # what a joint training shares: docs/multitask.md
 
     def __init__(
         self, attention: AttentionSpec, backbone: ResNetSpec, optimizer: OptimizerSpec, schedule: ScheduleSpec

@@ -1,7 +1,6 @@
 """The subcommand `profile`: what the network of a configuration costs, without its data."""
 
 import contextlib
-import dataclasses
 import datetime
 import shlex
 import sys
@@ -88,12 +87,7 @@ def profile_command(arguments: list[str]) -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: value for name, value in run_directory.origin().items() if name != "git"},
         "commit": run_directory.origin()["git"],
-        "configuration": {
-            name: dataclasses.asdict(value)
-            if dataclasses.is_dataclass(value) and not isinstance(value, type)
-            else value
-            for name, value in task.hparams.items()
-        },
+        "configuration": task.arguments,
     }
     report = ProfileReport(
         profile, facts, workload.batch_size, _SAMPLES.get(workload.unit, "sample"), workload.unit, workload.notes

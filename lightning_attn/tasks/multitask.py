@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import pytorch_lightning as pl
+import torch
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
@@ -21,6 +23,7 @@ from lightning_attn.tasks.base import BaseTask, argument_default, plain_value
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.membership import Membership
 from lightning_attn.tasks.multitask_evaluation import JointScore, MemberEvaluator
+from lightning_attn.tasks.workload import Workload, WorkloadOptions
 from lightning_attn.training.balancing import BalancingSpec, build_balancing, gradient_statistics
 from lightning_attn.training.checkpoint_keys import BACKBONE_NAME_KEY, MEMBERS_KEY, TASK_KEY
 from lightning_attn.training.checkpoints import SHARED_BACKBONE, CheckpointError, member_prefix, read_checkpoint
@@ -183,6 +186,28 @@ class MultitaskTask(BaseTask):
     def modules_to_compile(self) -> Sequence[nn.Module]:
         return [module for task in self.tasks().values() for module in task.modules_to_compile()]
 
+    @override
+    def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+        """A step with a batch of every task, each of its own size unless one is given for all."""
+        members = getattr(datamodule, "members", {})
+        parts = {name: task.workload(members[name], options) for name, task in self.tasks().items()}
+        networks = {name: part.network for name, part in parts.items()}
+        first, *others = (
+            networks[name].get_submodule(task.backbone_name.partition(".")[2]) for name, task in self.tasks().items()
+        )
+        for other in others:
+            share_parameters(first, other)
+        return Workload(
+            nn.ModuleDict(networks),
+            lambda: [part.forward() for part in parts.values()],
+            lambda: torch.stack([part.loss() for part in parts.values()]).sum(),
+            sum(part.batch_size for part in parts.values()),
+            "images",
+            sum(part.units for part in parts.values()),
+            "; ".join(f"{name}: {part.inputs}" for name, part in parts.items()),
+            tuple(f"{name}: {note}" for name, part in parts.items() for note in part.notes),
+        )
+
     # Checkpoints
 
     @override
@@ -211,7 +236,7 @@ class MultitaskTask(BaseTask):
         super().on_load_checkpoint(checkpoint)
 
     @override
-    def configure_data_from_checkpoint(self, datamodule: Any, checkpoint: dict[str, Any]) -> None:
+    def configure_data_from_checkpoint(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
         members = getattr(datamodule, "members", {})
         for name, task in self.tasks().items():
             if isinstance(members, Mapping) and name in members and name in checkpoint.get(MEMBERS_KEY, {}):

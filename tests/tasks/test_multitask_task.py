@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,64 @@ def test_weights_go_from_one_task_to_the_joint_training_and_back(
     # And back: detection alone from the joint training.
     back = ["--run.initial_weights", trained / "last.ckpt", "--run.name", "back"]
     run("fit", "-c", trained / "config_fit.yaml", *still, *back)
+
+
+# A task of the user's own
+
+
+def test_a_task_of_ones_own_is_a_member(run, multitask_config, in_folder):
+    """It builds its network in the constructor, and is scored by means over samples."""
+    shutil.copy(Path(__file__).parents[2] / "examples/digits.py", in_folder / "own_digits.py")
+    own = {
+        "attention": {"terms": "0010", "convolution": "deformable", "num_heads": 2},
+        "backbone": {"name": "bottleneck14", "width": 8, "norm": "group"},
+        "optimizer": {},
+        "schedule": {},
+    }
+    config = yaml.safe_load(multitask_config.read_text())
+    model, data = (config[part]["init_args"] for part in ("model", "data"))
+    digits = {"class_path": "own_digits.DigitsTask", "init_args": own}
+    model["tasks"] = {"digits": digits, "detection": model["tasks"]["detection"]}
+    of_digits = {"class_path": "own_digits.DigitsDataModule"}
+    data |= {"members": {"digits": of_digits, "detection": data["members"]["detection"]}, "epoch": 3}
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    run("fit", "-c", "own.yaml", "--trainer.limit_val_batches", 2)
+    directory = Path("checkpoints/multitask/own")
+    scored = [row for row in rows(directory) if "val/digits/accuracy" in row]
+    assert len(scored) == 2
+    for row in scored:
+        mean = (float(row["val/digits/accuracy"]) + float(row["val/detection/ap"])) / 2
+        assert float(row["val/joint"]) == pytest.approx(mean)
+    assert (directory / "best_digits.ckpt").is_file()
+    alone = BaseTask.load(directory / "last.ckpt", task="digits", trust=("own_digits",))
+    joint = MultitaskTask.load(directory / "last.ckpt", trust=("own_digits",))
+    image = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(alone(image), joint.tasks()["digits"](image))
+    with pytest.raises(CheckpointError, match=r"names the class own_digits\.DigitsTask"):
+        MultitaskTask.load(directory / "last.ckpt")
+    own["backbone"]["width"] = 16
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    assert "the tasks' backbones differ in" in run("fit", "-c", "own.yaml", status=2)
+
+
+def test_the_profile_of_a_joint_network(run, multitask_config):
+    """It has the backbone's parameters once, and the multiply-adds of both networks."""
+    size = ["--size", 64, 96, "--device", "meta", "--batch_size", 1]
+    run("profile", "-c", multitask_config, *size, "--output", "joint.json")
+    joint = json.loads(Path("joint.json").read_text())
+    config = yaml.safe_load(multitask_config.read_text())
+    alone = []
+    for name in TASKS:
+        model, data = (config[part]["init_args"] for part in ("model", "data"))
+        one = model["tasks"][name]
+        one["init_args"] |= {option: model[option] for option in ("attention", "backbone")}
+        Path("alone.yaml").write_text(yaml.safe_dump({"model": one, "data": data["members"][name]}))
+        run("profile", "-c", "alone.yaml", *size, "--output", f"{name}.json")
+        alone.append(json.loads(Path(f"{name}.json").read_text()))
+    assert joint["forward"]["multiply_adds"] == sum(one["forward"]["multiply_adds"] for one in alone)
+    shared = next(part["parameters"] for part in alone[0]["parts"] if part["name"] == "backbone")
+    assert joint["parameters"] == sum(one["parameters"] for one in alone) - shared
 
 
 # What is refused
