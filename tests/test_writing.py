@@ -14,6 +14,7 @@ import torch
 
 from datamodules.miniature.detection import write_miniature_detection
 from datamodules.miniature.segmentation import write_miniature_segmentation
+from datamodules.miniature.street_detection import write_miniature_street_detection
 from datamodules.miniature.translation import write_miniature_corpus
 from datamodules.translation.parallel_text import Cleaning, FilePair
 from datamodules.translation.token_cache import Preparation
@@ -92,6 +93,7 @@ WRITERS = {
     "corpus": lambda folder, _: write_miniature_corpus(folder / "set", {"train": 40, "valid": 2, "test": 2}),
     "detection": lambda folder, _: write_miniature_detection(folder / "set", dict.fromkeys(PARTS, 1)),
     "segmentation": lambda folder, _: write_miniature_segmentation(folder / "set", dict.fromkeys(PARTS, 1)),
+    "streets": lambda folder, _: write_miniature_street_detection(folder / "set", dict.fromkeys(PARTS, 1)),
     "picture": lambda folder, _: save_picture(noise(), folder / "new.png"),
     "cache": prepare,
 }

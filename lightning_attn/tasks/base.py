@@ -58,7 +58,7 @@ class BaseTask(pl.LightningModule):
 
     A subclass sets `task_name` and `monitor`, builds its network, and defines the usual Lightning steps. A network that
     depends on its arguments alone is built in the constructor. One that depends on the data is built in
-    `configure_model`, where the DataModule is set up and available as `self.trainer.datamodule`; then
+    `configure_model`, where the DataModule is set up and available as `self.datamodule`; then
     `on_save_checkpoint` stores the required properties of the data, and `build_from_checkpoint` builds the network from
     these. Constructor arguments must be plain values or frozen dataclasses of plain values: they are stored in the
     checkpoint, so that `load` needs no other file. docs/extending.md has an example.
