@@ -465,6 +465,8 @@ class MultitaskTask(BaseTask):
 def _check_names(
     tasks: Mapping[str, BaseTask], weights: Mapping[str, float], freeze: Sequence[str], baselines: Mapping[str, float]
 ) -> None:
+    if not isinstance(tasks, Mapping) or not all(isinstance(task, BaseTask) for task in tasks.values()):
+        raise InputError(f"tasks: they must be tasks by name, got {str(tasks)[:200]}.")
     if not tasks:
         raise InputError("tasks: there is none; give at least one, by a name of your choice.")
     for name in tasks:

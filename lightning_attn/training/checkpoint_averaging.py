@@ -11,6 +11,7 @@ from lightning_attn.io import unused_path, written_together
 from lightning_attn.training.checkpoint_keys import (
     AVERAGED_KEY,
     EPOCH_KEY,
+    MEMBERS_KEY,
     RUN_KEY,
     STEP_KEY,
     TASK_KEY,
@@ -93,7 +94,21 @@ def _check_fit(first: dict[str, Any], other: dict[str, Any], names: str) -> None
     for name in sorted((first.keys() | other.keys()) - of_training):
         one, two = first.get(name), other.get(name)
         if name == TASK_KEY:
-            one, two = one["name"], two["name"]  # type: ignore[index]  # learning rates may differ
+            one, two = _named(one), _named(two)
+        elif name == MEMBERS_KEY:
+            one, two = (
+                {key: _meaning(member) for key, member in members.items()} for members in (one or {}, two or {})
+            )
         if not is_same(one, two):
             found = described_differences({name: one}, {name: two})
             raise CheckpointError(f"{names} mean different things by their outputs:{found}")
+
+
+def _named(task: Any) -> Any:
+    """The name of a task: its learning rate and the like may differ."""
+    return task and task["name"]
+
+
+def _meaning(member: dict[str, Any]) -> dict[str, Any]:
+    """What a task of a joint training means by its outputs."""
+    return member | {TASK_KEY: _named(member[TASK_KEY])}
