@@ -29,6 +29,7 @@ from lightning_attn.training.callbacks import (
     BestCheckpoint,
     InitialWeights,
     InterruptionNote,
+    MemberCheckpoint,
     SaveConfiguration,
     TopCheckpoints,
 )
@@ -334,7 +335,7 @@ def _checkpoint_callbacks(path: Path, task: BaseTask, run: RunOptions) -> list[C
     for name, (score, its_mode) in task.further_checkpoints().items():
         if score != monitor:
             of_score = shared | {"monitor": score, "mode": its_mode}
-            callbacks.append(BestCheckpoint(filename=name, save_top_k=1, **of_score))
+            callbacks.append(MemberCheckpoint(filename=name, save_top_k=1, **of_score))
     if run.save_top_k > 1:
         shared |= {"filename": "top-{step}", "auto_insert_metric_name": False, "save_top_k": run.save_top_k}
         callbacks.append(TopCheckpoints(**shared))

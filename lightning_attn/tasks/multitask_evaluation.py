@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from lightning_attn.errors import InputError
 from lightning_attn.tasks.evaluation import Evaluator, write_resampled
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class MemberEvaluator(Evaluator):
     def member(self) -> str:
         """The task's name in the joint training."""
         return self._name
+
+    @property
+    def runs(self) -> bool:
+        """Whether the task has data in this pass."""
+        return self._runs
 
     @override
     def reset(self, split: str) -> None:
@@ -104,9 +110,14 @@ class JointScore(Evaluator):
         values = []
         for name, task in self._tasks.items():
             key = task.monitor.removeprefix("val/")
-            score = next(
-                (one.found[key] for one in self._evaluators if one.member == name and key in one.found), math.nan
-            )
+            own = [one for one in self._evaluators if one.member == name and one.runs]
+            found = {score: value for one in own for score, value in one.found.items()}
+            if own and key not in found:
+                raise InputError(
+                    f"tasks.{name}: {type(task).__name__} is monitored by {task.monitor!r}, which is no score "
+                    f"of its evaluators: {', '.join(found) or 'they have none'}. Set monitor to one of these."
+                )
+            score = found.get(key, math.nan)
             change = score / self._baselines[name] - 1 if self._baselines else score
             values.append(change if task.monitor_mode == "max" else -change)
         known = [value for value in values if not math.isnan(value)]

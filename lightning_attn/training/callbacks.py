@@ -58,6 +58,15 @@ class BestCheckpoint(ModelCheckpoint):
         return self.best_model_score is None or not bool(torch.isfinite(self.best_model_score))
 
 
+class MemberCheckpoint(BestCheckpoint):
+    """The best network for one task of a joint training; none where the task has no validation data."""
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
+
+
 class TopCheckpoints(ModelCheckpoint):
     """The best few networks beside `best.ckpt`, as `top-<step>.ckpt`."""
 

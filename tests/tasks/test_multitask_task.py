@@ -283,6 +283,22 @@ def test_learnt_weights_and_those_of_an_average(run, multitask_config):
         assert float(logged[4][f"train/{name}/weight"]) == pytest.approx(2 * powers[task] / sum(powers))
 
 
+def test_a_task_without_validation_data_is_trained_all_the_same(run, multitask_config):
+    """Frozen statistics too: those of the backbone are constants, stored once."""
+    no_split = ["--data.members.segmentation.init_args.val_split", "", "--model.backbone.norm", "frozen"]
+    run("fit", "-c", multitask_config, *no_split)
+    directory = Path("checkpoints/multitask/tiny")
+    scored = [row for row in rows(directory) if "val/joint" in row]
+    assert len(scored) == 2
+    for row in scored:
+        assert float(row["val/joint"]) == float(row["val/detection/ap"])
+        assert not any(name.startswith("val/segmentation/") for name in row)
+    assert not (directory / "best_segmentation.ckpt").exists()
+    names = [name for name in stored(directory / "last.ckpt") if "running_mean" in name]
+    assert names
+    assert all(name.startswith("backbone.") for name in names)
+
+
 # Initial weights
 
 
@@ -343,6 +359,12 @@ def test_a_task_of_ones_own_is_a_member(run, multitask_config, in_folder):
         assert torch.equal(alone(image), joint.tasks()["digits"](image))
     with pytest.raises(CheckpointError, match=r"names the class own_digits\.DigitsTask"):
         MultitaskTask.load(directory / "last.ckpt")
+    source = Path("own_digits.py").read_text()
+    Path("own_wrong.py").write_text(source.replace("val/accuracy", "val/loss"))
+    wrong = yaml.safe_load(Path("own.yaml").read_text().replace("own_digits.DigitsTask", "own_wrong.DigitsTask"))
+    Path("wrong.yaml").write_text(yaml.safe_dump(wrong))
+    printed = run("fit", "-c", "wrong.yaml", "--trainer.limit_val_batches", 2, status=2)
+    assert "monitored by 'val/loss', which is no score of its evaluators: accuracy" in printed
     own["backbone"]["width"] = 16
     Path("own.yaml").write_text(yaml.safe_dump(config))
     assert "the tasks' backbones differ in" in run("fit", "-c", "own.yaml", status=2)
