@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_study_command(arguments: Sequence[str]) -> None:
-    """Runs `study run`, `study status` or `study commands`.
+    """Runs `study run`, `study status`, `study report` or `study commands`.
 
     Args:
         arguments: Behind the word `study`.
@@ -44,6 +44,9 @@ def run_study_command(arguments: Sequence[str]) -> None:
     """
     try:
         options = _parser().parse_args(arguments)
+        if options.what == "report":
+            _report(options)
+            return
         study = Study.read(options.file)
         root = Path(options.root) / study.name
         cells = study.select(options.only)
@@ -65,18 +68,23 @@ def run_study_command(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=f"{command_name()} study", description=f"study: {SUBCOMMANDS['study']}.", allow_abbrev=False)
-    whats = parser.add_subparsers(dest="what", required=True, metavar="run|status|commands", parser_class=_Parser)
+    whats = parser.add_subparsers(dest="what", required=True, metavar="run|status|report|commands", parser_class=_Parser)
     helps = {
         "run": "run what is not done yet; interrupted anywhere, the next call resumes",
         "status": "the state of every cell, scores and verdicts",
+        "report": "an HTML page with plots and tables, from what the cells left behind",
         "commands": "one shell line a cell, for job arrays and other machines",
     }
     parts = {
         name: whats.add_parser(name, help=what, description=what, allow_abbrev=False) for name, what in helps.items()
     }
-    for part in parts.values():
-        part.add_argument("file", metavar="FILE", help="the study, such as configs/studies/figure_3c_miniature.yaml")
+    for name, part in parts.items():
         part.add_argument("--root", default=_ROOT, metavar="FOLDER", help=f"folder of all studies ({_ROOT})")
+        if name == "report":
+            part.add_argument("files", nargs="+", metavar="FILE", help="one study or more, which share a page")
+            part.add_argument("--output", metavar="DIR", help="of the report (FOLDER/STUDY/report; of several FOLDER/report)")
+            continue
+        part.add_argument("file", metavar="FILE", help="the study, such as configs/studies/figure_3c_miniature.yaml")
         part.add_argument(
             *("--only",), action="append", default=[], metavar="AXIS=LABEL", help="only some cells; repeat for more"
         )
@@ -178,6 +186,19 @@ def _status(study: Study, root: Path, cells: Sequence[Cell], *, as_json: bool) -
     console.print(groups_table(study, statuses))
     if study.findings:
         console.print(findings_table(study, statuses))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lightning_attn.study.report.writing import write_report  # with Jinja2 and matplotlib, which `status` does not need
+
+    studies = [Study.read(file) for file in options.files]
+    names = [study.name for study in studies]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"file: {repeated[0]} is given twice; studies are told apart by the names of their files.")
+    root = Path(options.root)
+    parent = root if len(studies) > 1 else root / names[0]
+    output = Path(options.output) if options.output else parent / "report"
+    print(f"Written to {write_report(studies, root, output, command_name())}")
 
 
 def _command() -> list[str]:

@@ -1,0 +1,159 @@
+"""Writes a report: the page, its tables as CSV, its plots as SVG and PNG."""
+
+import csv
+import datetime
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import resvg_py
+
+from lightning_attn.errors import ExistingFileError
+from lightning_attn.io import write_file, write_text
+from lightning_attn.study.grid import Study
+from lightning_attn.study.report.collecting import CellRecord, StudyRecord, collect
+from lightning_attn.study.report.page import MARK, View, render, view_of
+from lightning_attn.study.report.reading import read_head
+from lightning_attn.study.report.svg import standalone
+
+__all__ = ["PAGE", "write_report"]
+
+PAGE = "index.html"
+
+_ZOOM = 2  # of PNG files
+
+
+def write_report(
+    studies: Sequence[Study], root: Path, output: Path, command: str, *, generated: datetime.datetime | None = None
+) -> Path:
+    """Writes the report of studies, in the place of an older one.
+
+    Args:
+        studies: One or more.
+        root: Folder of all studies.
+        output: Folder of the report.
+        command: How the command is called, such as `python train.py`.
+        generated: Date of the report; None for now.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileExistsError: If there is another page in its place, which is kept.
+    """
+    page = output / PAGE
+    if page.exists() and MARK not in read_head(page, 2048):
+        raise ExistingFileError(f"output: {page} is no report of a study, and is kept. Give another folder: --output DIR.")
+    views = [view_of(collect(study, root / study.name), place, command) for place, study in enumerate(studies)]
+    folders = [f"{study.name}/" if len(studies) > 1 else "" for study in studies]
+    text = render(views, files=folders, generated=generated or datetime.datetime.now(datetime.UTC))
+    for view, folder in zip(views, folders, strict=True):
+        _write_tables(view.record, output / folder)
+        _write_plots(view, output / folder / "plots")
+    return write_text(page, text, replace=True)
+
+
+def _write_tables(record: StudyRecord, folder: Path) -> None:
+    study = record.study
+    axes = list(study.axes)
+    cells = [
+        *axes,
+        *("seed", "state", "reason", "score", "validation", "step", "total_steps", "seconds", "started", "ended"),
+        *("commit", "code", "device", "host", "lightning_attn", "torch", "pytorch_lightning", "python", "folder"),
+        *("command", "damages"),
+    ]
+    _write_csv(folder / "cells.csv", cells, (_cell_row(one, folder) for one in record.cells))
+    names = list(dict.fromkeys(name for group in record.groups for name in group.reference))
+    groups = [
+        *axes,
+        *("n", "mean", "spread", "low", "high", "test_low", "test_high", "num_test_samples"),
+        *("paper_multiply_adds", "multiply_adds", "forward_seconds", "parameters"),
+        *(f"reference {name}" for name in names),
+    ]
+    rows = []
+    for group in record.groups:
+        summary, test, cost = group.summary, group.test_interval, group.cost
+        rows.append(
+            [
+                *group.group,
+                *(summary.n, summary.mean, summary.spread, summary.low, summary.high),
+                *((test.low, test.high, test.num_samples) if test else (None, None, None)),
+                *((cost.paper, cost.done, cost.latency, cost.parameters) if cost else (None,) * 4),
+                *(group.reference.get(name) for name in names),
+            ]
+        )
+    _write_csv(folder / "groups.csv", groups, rows)
+    findings = [
+        *("claim", "minuend", "subtrahend", "beyond", "expected", "margin", "verdict", "note", "n", "difference"),
+        *("spread", "low", "high", "p_holm", "test_low", "test_high", "num_test_samples"),
+    ]
+    rows = []
+    for one in record.findings:
+        judgement, finding, test = one.judgement, one.judgement.finding, one.test_interval
+        difference = judgement.difference
+        beyond = " - ".join(map(study.title, finding.beyond)) if finding.beyond else ""
+        rows.append(
+            [
+                *(finding.claim, study.title(finding.minuend), study.title(finding.subtrahend), beyond),
+                *(finding.expected, finding.margin, judgement.verdict, judgement.note),
+                *(difference.n, difference.mean, difference.spread, difference.low, difference.high, judgement.p),
+                *((test.low, test.high, test.num_samples) if test else (None, None, None)),
+            ]
+        )
+    _write_csv(folder / "findings.csv", findings, rows)
+
+
+def _cell_row(one: CellRecord, folder: Path) -> list[Any]:
+    status, origin = one.status, one.origin
+    versions = origin.versions
+    return [
+        *status.cell.group,
+        *(status.cell.seed, status.state, status.reason, status.score, status.validation, status.step),
+        *(status.cell.total_steps, status.seconds, _date(origin.started), _date(origin.ended)),
+        *(origin.commit, origin.code, origin.device, origin.host),
+        *(versions.get(name) for name in ("lightning_attn", "torch", "pytorch_lightning", "python")),
+        *(status.folder.path, " ; ".join(origin.commands), "; ".join(one.damages)),
+    ]
+
+
+def _date(seconds: float | None) -> str:
+    try:
+        return "" if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow(header)
+    for row in rows:
+        # NaN and infinity are what could not be computed, such as the spread of one run.
+        writer.writerow(["" if isinstance(value, float) and value - value != 0 else value for value in row])
+    write_text(path, stream.getvalue(), replace=True)
+
+
+def _write_plots(view: View, folder: Path) -> None:
+    for name, panel in view.plots.items():
+        drawing = standalone(panel.drawing, panel.title, panel.description, panel.width, panel.height)
+        write_text(folder / f"{name}.svg", drawing, replace=True)
+        picture = _rasterise(drawing)
+        write_file(folder / f"{name}.png", lambda file, picture=picture: file.write(picture), replace=True)
+
+
+def _rasterise(drawing: str) -> bytes:
+    """The drawing as PNG, with the font that matplotlib ships: the same on every system."""
+    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    names = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf")
+    return bytes(
+        resvg_py.svg_to_bytes(
+            svg_string=drawing,
+            zoom=_ZOOM,
+            skip_system_fonts=True,
+            font_files=[str(fonts / name) for name in names],
+            font_family="DejaVu Sans",
+            sans_serif_family="DejaVu Sans",
+        )
+    )
