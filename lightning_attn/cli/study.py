@@ -68,7 +68,9 @@ def run_study_command(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=f"{command_name()} study", description=f"study: {SUBCOMMANDS['study']}.", allow_abbrev=False)
-    whats = parser.add_subparsers(dest="what", required=True, metavar="run|status|report|commands", parser_class=_Parser)
+    whats = parser.add_subparsers(
+        dest="what", required=True, metavar="run|status|report|commands", parser_class=_Parser
+    )
     helps = {
         "run": "run what is not done yet; interrupted anywhere, the next call resumes",
         "status": "the state of every cell, scores and verdicts",
@@ -82,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--root", default=_ROOT, metavar="FOLDER", help=f"folder of all studies ({_ROOT})")
         if name == "report":
             part.add_argument("files", nargs="+", metavar="FILE", help="one study or more, which share a page")
-            part.add_argument("--output", metavar="DIR", help="of the report (FOLDER/STUDY/report; of several FOLDER/report)")
+            part.add_argument(
+                "--output", metavar="DIR", help="of the report (FOLDER/STUDY/report; of several FOLDER/report)"
+            )
             continue
         part.add_argument("file", metavar="FILE", help="the study, such as configs/studies/figure_3c_miniature.yaml")
         part.add_argument(
@@ -189,7 +193,9 @@ def _status(study: Study, root: Path, cells: Sequence[Cell], *, as_json: bool) -
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lightning_attn.study.report.writing import write_report  # with Jinja2 and matplotlib, which `status` does not need
+    from lightning_attn.study.report.writing import (
+        write_report,
+    )  # with Jinja2 and matplotlib, which `status` does not need
 
     studies = [Study.read(file) for file in options.files]
     names = [study.name for study in studies]

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import time
-from pathlib import Path
 
 import numpy as np
 import yaml
@@ -19,11 +16,26 @@ GROUPS = ("none", *TERMS, "deformable_0010")
 REFERENCE = {
     **{"none": (20.9, 1.75), "0010": (24.2, 2.22), "0001": (27.2, 2.39), "0011": (27.4, 2.55), "0100": (27.4, 2.56)},
     **{"0101": (27.4, 2.56), "0110": (27.6, 2.69), "0111": (27.6, 2.69), "1000": (24.5, 2.41), "1010": (24.5, 2.41)},
-    **{name: (27.7, 2.73) for name in ("1001", "1011", "1100", "1101", "1110", "1111")},
+    **dict.fromkeys(("1001", "1011", "1100", "1101", "1110", "1111"), (27.7, 2.73)),
     "deformable_0010": (27.7, 2.72),
 }
 SOURCE = "_the _children _have _been _play ing _in _the _old _garden _since _nine _o ' clock _this _morning _."
-WORDS = "Die Kinder spielen seit heute morgen um neun Uhr in dem alten Garten .".split()
+WORDS = [
+    "Die",
+    "Kinder",
+    "spielen",
+    "seit",
+    "heute",
+    "morgen",
+    "um",
+    "neun",
+    "Uhr",
+    "in",
+    "dem",
+    "alten",
+    "Garten",
+    ".",
+]
 START = 1_795_000_000.0
 
 
@@ -61,11 +73,15 @@ def write_study(folder, name="figure", *, groups=GROUPS, seeds=(0, 1, 2), **chan
         **changes,
     }
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
+    )
     return Study.read(path)
 
 
-def fill(study, root, *, parts=("profile", "bootstrap", "curves", "attention", "examples"), task="translation", cells=None):
+def fill(
+    study, root, *, parts=("profile", "bootstrap", "curves", "attention", "examples"), task="translation", cells=None
+):
     """Writes the folders of cells, of all by default, as if they were done.
 
     Args:
@@ -87,20 +103,35 @@ def fill(study, root, *, parts=("profile", "bootstrap", "curves", "attention", "
         score = (quality + noise) * 100 / study.scale
         start = START + 300 * study.cells.index(cell)
         attempts = [
-            {"stage": "fit", "started": start, "ended": start + 170 + 9 * len(on), "exit_code": 0, "code": code_version()},
+            {
+                "stage": "fit",
+                "started": start,
+                "ended": start + 170 + 9 * len(on),
+                "exit_code": 0,
+                "code": code_version(),
+            },
             {"stage": "test", "started": start + 240, "ended": start + 262, "exit_code": 0, "code": code_version()},
         ]
         own = {"asked_to_stop": False, "host": "maxwell", "runner": 1, "runner_started": "1"}
-        write(folder / "cell.json", {"attempts": [one | own for one in attempts], "cell": cell.labels, "seed": cell.seed})
+        write(
+            folder / "cell.json", {"attempts": [one | own for one in attempts], "cell": cell.labels, "seed": cell.seed}
+        )
         write(
             run / "run.json",
             {
-                **{"code": code_version(), "git": "265695659c25", "lightning_attn": "0.1.0", "name": "run", "number": 1},
+                **{
+                    "code": code_version(),
+                    "git": "265695659c25",
+                    "lightning_attn": "0.1.0",
+                    "name": "run",
+                    "number": 1,
+                },
                 **{"python": "3.11.7", "pytorch_lightning": "2.6.6", "torch": "2.14.1"},
             },
         )
         (folder / "output.log").write_text(
-            f"\n$ python train.py fit -c base.yaml --seed_everything {cell.seed}\nGPU available: True (cuda), used: True\n"
+            f"\n$ python train.py fit -c base.yaml --seed_everything {cell.seed}\n"
+            "GPU available: True (cuda), used: True\n"
         )
         write(run / "test_metrics.json", {study.metric: score, "test/chrf": 50.0})
         if "curves" in parts:
@@ -113,7 +144,9 @@ def fill(study, root, *, parts=("profile", "bootstrap", "curves", "attention", "
             scores = ((quality + noise + shared + random.normal(0, 0.002, 1000)) * 100 / study.scale).tolist()
             content = {"seed": 0, "num_samples": 500, "samples": "0a1b2c3d"}
             write(run / "predictions/test_bootstrap.json", content | {"scores": {study.metric: scores}})
-        maps = ([_sentence(on, random)] if "attention" in parts else []) + ([_map(on, random)] if "maps" in parts else [])
+        maps = ([_sentence(on, random)] if "attention" in parts else []) + (
+            [_map(on, random)] if "maps" in parts else []
+        )
         if maps and on:
             write(run / "predictions/test_attention.json", {"maps": maps})
             if "maps" in parts:
@@ -147,10 +180,22 @@ def _curves(study, score, random):
 def _profile(terms, on):
     paper = 1.75e9 + sum({"E1": 0.25e9, "E2": 0.5e9, "E3": 0.12e9, "E4": 0.3e9}[one] for one in on)
     done = 1.7e9 + sum({"E1": 0.2e9, "E2": 0.22e9, "E3": 0.01e9, "E4": 0.04e9}[one] for one in on)
-    latency = {"lower_quartile": 0.1, "median": 0.1 + 0.03 * len(on) + 0.01 * ("E2" in on), "upper_quartile": 0.2, "runs": 10}
+    latency = {
+        "lower_quartile": 0.1,
+        "median": 0.1 + 0.03 * len(on) + 0.01 * ("E2" in on),
+        "upper_quartile": 0.2,
+        "runs": 10,
+    }
     passes = {"latency": latency, "per_second": 1000.0, "uncounted": {}, "peak_memory": 2**28}
     return {
-        **{"format": 1, "batch_size": 50, "sample": "pair", "unit": "tokens", "device": "NVIDIA H100", "task": "TranslationTask"},
+        **{
+            "format": 1,
+            "batch_size": 50,
+            "sample": "pair",
+            "unit": "tokens",
+            "device": "NVIDIA H100",
+            "task": "TranslationTask",
+        },
         "parameters": 1_200_000 + 60_000 * len(on),
         "forward": passes | {"multiply_adds": int(50 * done), "paper_multiply_adds": int(50 * paper)},
         "training_step": passes | {"multiply_adds": int(150 * done), "paper_multiply_adds": None},

@@ -1,6 +1,7 @@
 """The plots of a report, drawn once: the page and the files show the same elements."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,9 +11,22 @@ from lightning_attn.study.report.collecting import Curve
 from lightning_attn.study.report.labels import Box, Label, place_labels
 from lightning_attn.study.report.svg import Scale, element, number, path, text_width
 
-__all__ = ["Panel", "Point", "Row", "curve_panel", "draw_curves", "draw_forest", "draw_scatter", "forest_scale", "front_of"]
+__all__ = [
+    "Panel",
+    "Point",
+    "Row",
+    "curve_panel",
+    "curve_scales",
+    "draw_curves",
+    "draw_forest",
+    "draw_forest_row",
+    "draw_scatter",
+    "forest_scale",
+    "front_of",
+    "thinned",
+]
 
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "circle")
+_SHAPES = ("circle", "square", "triangle", "diamond", "cross", "circle")
 _SIZE = 11.5  # of labels
 _LINE = 13.5  # their height
 _MOST_LABELS = 40
@@ -231,8 +245,7 @@ def draw_forest(rows: Sequence[Row], x_title: str, title: str) -> Panel:
     scale = forest_scale(rows, text_end + 20, width - 20)
     parts = [element("text", title, x=16, y=20, class_="head")]
     for value, shown in scale.ticks():
-        x = number(scale(value))
-        parts.append(element("path", d=f"M{x} {number(top)}V{number(bottom)}", class_="grid"))
+        parts.append(element("path", d=f"M{number(scale(value))} {number(top)}V{number(bottom)}", class_="grid"))
         parts.append(element("text", shown, x=scale(value), y=bottom + 17, text_anchor="middle", class_="tick"))
     for place, row in enumerate(rows):
         middle = top + row_height * (place + 0.5)
@@ -242,7 +255,9 @@ def draw_forest(rows: Sequence[Row], x_title: str, title: str) -> Panel:
         parts.append(draw_forest_row(row, scale, middle, row_height - 12))
     x = (scale.start + scale.end) / 2
     parts.append(element("text", x_title, x=x, y=bottom + 36, text_anchor="middle", class_="axis"))
-    return Panel(Markup("").join(parts), width, bottom + 50, title, f"Differences and intervals of {len(rows)} findings.")
+    return Panel(
+        Markup("").join(parts), width, bottom + 50, title, f"Differences and intervals of {len(rows)} findings."
+    )
 
 
 def curve_panel(
@@ -299,15 +314,15 @@ def draw_curves(groups: Mapping[str, Sequence[Curve]], y_title: str, title: str)
     for place, (name, curves) in enumerate(groups.items()):
         across, down = place % columns, place // columns
         inner = [curve_panel(curves, x_scale, y_scale), element("text", _cut(name, 24), x=44, y=18)]
-        parts.append(element("g", *inner, transform=f"translate({number(across * width)} {number(34 + down * height)})"))
+        parts.append(
+            element("g", *inner, transform=f"translate({number(across * width)} {number(34 + down * height)})")
+        )
     rows = math.ceil(len(groups) / columns)
     names = f"{y_title} over steps of {len(groups)} groups."
     return Panel(Markup("").join(parts), max(420.0, columns * width + 10), 40 + rows * height, title, names)
 
 
-def curve_scales(
-    curves: Sequence[Curve], left: float, right: float, bottom: float, top: float
-) -> tuple[Scale, Scale]:
+def curve_scales(curves: Sequence[Curve], left: float, right: float, bottom: float, top: float) -> tuple[Scale, Scale]:
     """Axes that all curves fit in, but for rare outliers such as a loss before the first step."""
     steps = [step for curve in curves for step, _ in curve]
     values = sorted(value for curve in curves for _, value in curve)
@@ -316,7 +331,10 @@ def curve_scales(
     low, high = values[0], values[-1]
     middle = values[len(values) // 50], values[-1 - len(values) // 50]
     if high - low > 3 * (middle[1] - middle[0]) > 0:
-        low, high = max(low, middle[0] - (middle[1] - middle[0]) / 2), min(high, middle[1] + (middle[1] - middle[0]) / 2)
+        low, high = (
+            max(low, middle[0] - (middle[1] - middle[0]) / 2),
+            min(high, middle[1] + (middle[1] - middle[0]) / 2),
+        )
     return (
         Scale(min(steps), max(steps), left, right, padding=0.0),
         Scale(low, high, bottom, top, num_ticks=3),
@@ -390,7 +408,7 @@ def _obstacles(
         lines += [(x - 3, y_scale(seed) - 3, x + 3, y_scale(seed) + 3) for seed in one.seeds]
         if math.isfinite(one.low):
             lines.append((x - 3, y_scale.clip(one.high), x + 3, y_scale.clip(one.low)))
-    for (x, y), (next_x, next_y) in zip(stairs, stairs[1:], strict=False):
+    for (x, y), (next_x, next_y) in itertools.pairwise(stairs):
         lines.append((min(x, next_x) - 2, min(y, next_y) - 2, max(x, next_x) + 2, max(y, next_y) + 2))
     return boxes, lines
 
@@ -402,7 +420,7 @@ def _clusters(points: Sequence[Point], x_scale: Scale, y_scale: Scale, width: fl
         x, y = x_scale(one.x), y_scale(one.y)
         near = next((key for key in together if abs(key[0] - x) <= 4 and abs(key[1] - y) <= 4), None)
         together.setdefault(near or (round(x), round(y)), []).append(one)
-    clusters = []
+    clusters: list[_Cluster] = []
     most = _MOST_LABELS if width > 500 else 24
     for (x, y), members in together.items():
         if len(clusters) >= most and not any(one.is_on_front for one in members):
@@ -422,12 +440,12 @@ def _draw_label(cluster: _Cluster, box: Box) -> Markup:
     if distance > 16:
         start = (x + (near_x - x) * 6 / distance, y + (near_y - y) * 6 / distance)
         parts.append(element("path", d=path([start, (near_x, near_y)]), class_="leader"))
-    anchor, at = ("start", left) if left >= x - 2 else ("end", right) if right <= x + 2 else ("middle", (left + right) / 2)
+    anchor, at = (
+        ("start", left) if left >= x - 2 else ("end", right) if right <= x + 2 else ("middle", (left + right) / 2)
+    )
     style = "label" if any(one.is_on_front for one in cluster.points) else "label off"
     for place, line in enumerate(cluster.lines):
-        parts.append(
-            element("text", line, x=at, y=top + _LINE * place + 10.5, text_anchor=anchor, class_=style)
-        )
+        parts.append(element("text", line, x=at, y=top + _LINE * place + 10.5, text_anchor=anchor, class_=style))
     return Markup("").join(parts)
 
 
@@ -475,7 +493,7 @@ def _whisker(scale: Scale, low: float, high: float, y: float, style: str) -> Mar
 
 
 def _mark(series: int, x: float, y: float, r: float, style: str) -> Markup:
-    shape = SHAPES[series % len(SHAPES)]
+    shape = _SHAPES[series % len(_SHAPES)]
     if shape == "circle":
         return element("circle", cx=x, cy=y, r=r, class_=style)
     if shape == "square":

@@ -1,7 +1,6 @@
 """What the folders of a study's cells hold, as plain values for tables and plots."""
 
 import dataclasses
-import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,9 @@ import numpy.typing as npt
 
 from lightning_attn.study.grid import Finding, Group, Study
 from lightning_attn.study.report.reading import (
+    array,
     finite,
     newest,
-    numbers,
     read_columns,
     read_head,
     read_json,
@@ -380,17 +379,19 @@ def _resampled(path: Path | None, study: Study, damages: list[str]) -> Resampled
     if path is None or not isinstance(stored, dict):
         return None
     scores = stored.get("scores")
-    values = numbers(scores.get(study.metric)) if isinstance(scores, dict) else []
+    values = array(scores.get(study.metric)) if isinstance(scores, dict) else None
     number, samples = finite(stored.get("num_samples")), stored.get("samples")
-    if not values or number is None or not isinstance(samples, str):
+    if values is None or values.ndim != 1 or number is None or not isinstance(samples, str):
         return None
-    given = np.array([math.nan if value is None else value for value in values])
     key = (samples, number, finite(stored.get("seed")), len(values))
-    return Resampled(key, int(number), given * study.scale)
+    return Resampled(key, int(number), values * study.scale)
 
 
 def _interval(
-    study: Study, cells: Mapping[Group, Sequence[CellRecord]], weights: Sequence[tuple[Group, float]], seeds: Sequence[int]
+    study: Study,
+    cells: Mapping[Group, Sequence[CellRecord]],
+    weights: Sequence[tuple[Group, float]],
+    seeds: Sequence[int],
 ) -> Interval | None:
     """Percentiles of a weighted sum of groups' scores, each the mean over seeds, in resampled test sets."""
     total: Any = 0.0

@@ -38,8 +38,8 @@ def count(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return _NONE
     for size, prefix in _PREFIXES:
-        if abs(value) >= size:
-            return f"{value / size:.{digits}g} {prefix}" if abs(value) < 1e15 else f"{value:.{digits}g}"
+        if size <= abs(value) < 1e15:
+            return f"{_digits(value / size, digits)} {prefix}"
     return f"{value:.{digits}g}"
 
 
@@ -50,7 +50,7 @@ def duration(seconds: float | None) -> str:
     if seconds < 1:
         for size, unit in ((1e-3, "ms"), (1e-6, "µs")):
             if seconds >= size:
-                return f"{seconds / size:.3g} {unit}"
+                return f"{_digits(seconds / size, 3)} {unit}"
         return f"{seconds / 1e-9:.3g} ns"
     if seconds < 60:
         return f"{seconds:.3g} s"
@@ -80,3 +80,8 @@ def date(seconds: float | None) -> str:
     except (ValueError, OverflowError, OSError):
         return _NONE
     return f"{moment:%Y-%m-%d %H:%M}"
+
+
+def _digits(value: float, digits: int) -> str:
+    """With so many significant digits, zeros at the end among them: 2.00, 28.1, 281."""
+    return f"{value:#.{digits}g}".removesuffix(".") if abs(value) < 10**digits else f"{value:.0f}"

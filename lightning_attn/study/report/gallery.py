@@ -15,8 +15,8 @@ from lightning_attn.study.report.reading import finite, read_json, text
 __all__ = ["Gallery"]
 
 _TERMS = ("E1", "E2", "E3", "E4", "whole")
-_MOST_PICTURES = 160  # of a study
-_MOST_PIXELS = 160_000_000  # that are opened for them
+_MOST_PICTURES = 120  # of a study
+_MOST_PIXELS = 90_000_000  # that are opened for them
 _STEMS = 4
 _MOST_TOKENS = 256
 _SHARE = 0.4  # of the room for attention
@@ -122,7 +122,7 @@ class Gallery:
         if digest not in self._classes:
             if len(self._classes) >= 12:
                 return ""
-            uri = thumbnail(file, 24_000)
+            uri = thumbnail(file, 24_000, as_background=True)
             if not uri:
                 return ""
             self._classes[digest] = uri
@@ -130,15 +130,24 @@ class Gallery:
 
     def _pictures(self, record: StudyRecord, budget: Budget) -> dict[str, Any]:
         """The same test pictures of each group."""
-        shown = [(place, group) for place, group in enumerate(record.groups) if group.shown_cell and group.shown_cell.pictures]
+        shown = [
+            (place, group)
+            for place, group in enumerate(record.groups)
+            if group.shown_cell and group.shown_cell.pictures
+        ]
         counts: dict[str, int] = {}
         for _, group in shown:
             for stem in _cell_of(group).pictures:
                 counts[stem] = counts.get(stem, 0) + 1
         stems = sorted(counts, key=lambda stem: (-counts[stem], stem))[:_STEMS]
-        wanted = [(stem, place, group, _cell_of(group).pictures[stem]) for stem in stems for place, group in shown if stem in _cell_of(group).pictures]
+        wanted = [
+            (stem, place, group, _cell_of(group).pictures[stem])
+            for stem in stems
+            for place, group in shown
+            if stem in _cell_of(group).pictures
+        ]
         pixels = [size_of(one[3]) for one in wanted]
-        chosen = []
+        chosen: list[tuple[str, int, GroupRecord, Path]] = []
         opened = 0
         for one, size in zip(wanted, pixels, strict=True):
             if len(chosen) < _MOST_PICTURES and size and opened + size <= _MOST_PIXELS:

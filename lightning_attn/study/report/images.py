@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lightning_attn.study.report.reading import finite
+from lightning_attn.study.report.reading import array
 
 __all__ = ["MOST_RATIO", "Budget", "gradient", "map_overlay", "matrix", "sentence_heat", "size_of", "thumbnail"]
 
@@ -47,12 +47,13 @@ class Budget:
         return uri
 
 
-def thumbnail(file: Path, size: int) -> str:
+def thumbnail(file: Path, size: int, *, as_background: bool = False) -> str:
     """A picture, made smaller, as a data URI; empty if it cannot be read.
 
     Args:
         file: The picture.
         size: About how many bytes it may take.
+        as_background: Dark and without colours, so that those of a map over it are seen.
     """
     pixels = max(1.0, size * 0.75 / _BYTES_PER_PIXEL)
     try:
@@ -68,9 +69,11 @@ def thumbnail(file: Path, size: int) -> str:
                 picture = opened.convert("RGB").resize(wanted, Image.Resampling.BOX, reducing_gap=2.0)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return ""
+    if as_background:
+        picture = picture.convert("L").point([round(0.75 * level) for level in range(256)])
     for quality in (_QUALITY, _QUALITY // 2):
         stream = io.BytesIO()
-        picture.save(stream, "WEBP", quality=quality, method=2)
+        picture.save(stream, "WEBP", quality=quality, method=1)
         uri = _uri("webp", stream.getvalue())
         if len(uri) <= 1.5 * size:
             break
@@ -90,13 +93,8 @@ def matrix(value: object) -> Matrix | None:
     """Rows of numbers as `[rows, columns]`, NaN where there is none; None if it is not that."""
     if not isinstance(value, list) or not 0 < len(value) <= _LONGEST:
         return None
-    rows = []
-    for row in value:
-        if not isinstance(row, list) or not 0 < len(row) <= _LONGEST or len(row) != len(value[0]):
-            return None
-        numbers = [finite(one) for one in row]
-        rows.append([math.nan if one is None else one for one in numbers])
-    return np.array(rows)
+    found = array(value)
+    return found if found is not None and found.ndim == 2 and 0 < found.shape[1] <= _LONGEST else None
 
 
 def sentence_heat(weights: Matrix) -> str:

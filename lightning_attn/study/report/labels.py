@@ -12,7 +12,7 @@ __all__ = ["Box", "Label", "place_labels"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 _DISTANCES = (4.0, 9.0, 16.0, 26.0, 38.0, 52.0, 70.0, 92.0)
-_DIRECTIONS = 24
+_DIRECTIONS = 16
 _PASSES = 4
 _OUTSIDE, _ON_LABEL, _ON_POINT, _ON_LINE = 1e6, 60.0, 30.0, 0.8  # costs of a square pixel
 
@@ -59,7 +59,9 @@ def place_labels(labels: Sequence[Label], points: Sequence[Box], lines: Sequence
         before = list(chosen)
         for place, (boxes, _) in enumerate(candidates):
             others = [
-                candidates[other][0][choice] for other, choice in enumerate(chosen) if choice is not None and other != place
+                candidates[other][0][choice]
+                for other, choice in enumerate(chosen)
+                if choice is not None and other != place
             ]
             cost = fixed[place] + _overlap(_grown(boxes, 1.5), np.array(others).reshape(-1, 4)) * _ON_LABEL
             chosen[place] = int(cost.argmin())
@@ -92,11 +94,14 @@ def _array(boxes: Sequence[Box]) -> npt.NDArray[np.float64]:
 
 
 def _grown(boxes: npt.NDArray[np.float64], by: float) -> npt.NDArray[np.float64]:
-    return boxes + np.array([-by, -by, by, by])
+    grown: npt.NDArray[np.float64] = boxes + np.array([-by, -by, by, by])
+    return grown
 
 
 def _overlap(boxes: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Area of each box, `[C, 4]`, that others, `[M, 4]`, cover, `[C]`."""
+    reach_low, reach_high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    others = others[((others[:, 2:] > reach_low) & (others[:, :2] < reach_high)).all(-1)]
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     area: npt.NDArray[np.float64] = np.clip(high - low, 0, None).prod(-1).sum(-1)

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lightning_attn.io import oldest_first
 
-__all__ = ["finite", "newest", "numbers", "read_columns", "read_head", "read_json", "read_tail", "text"]
+__all__ = ["array", "finite", "newest", "read_columns", "read_head", "read_json", "read_tail", "text"]
 
 _MOST_BYTES = 64 * 2**20  # of a JSON file: what is larger is not ours
 _MOST_ROWS = 20_000  # of a CSV file; of a longer one, rows at even distances
@@ -49,9 +52,14 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def numbers(value: Any) -> list[float | None]:
-    """A list of numbers, None where something else stands; empty if it is no list."""
-    return [finite(one) for one in value] if isinstance(value, list) else []
+def array(value: Any) -> npt.NDArray[np.float64] | None:
+    """Lists of numbers, perhaps nested, with NaN for null and for what is not finite; None if they are not that."""
+    try:
+        found = np.array(value, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    found[~np.isfinite(found)] = np.nan
+    return found
 
 
 def text(value: Any, longest: int = 400) -> str:

@@ -41,15 +41,16 @@ def element(name: str, *children: str, **attributes: object) -> Markup:
         children: Elements, or text.
         attributes: By name, with `_` for `-` and behind words of Python (`class_`); those that are None are left out.
     """
-    given = Markup("").join(
-        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), value if isinstance(value, str) else number(value))
-        for key, value in attributes.items()
-        if value is not None
-    )
-    content = Markup("").join(escape(child) for child in children)
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), given, content) if children else Markup(
-        "<{}{}/>"
-    ).format(Markup(name), given)
+    parts = [f"<{name}"]
+    for key, value in attributes.items():
+        if value is not None:
+            shown = escape(value) if isinstance(value, str) else number(value)
+            parts.append(f' {key.rstrip("_").replace("_", "-")}="{shown}"')
+    if children:
+        parts += [">", *map(escape, children), f"</{name}>"]
+    else:
+        parts.append("/>")
+    return Markup("".join(parts))
 
 
 def number(value: object) -> str:
@@ -61,7 +62,9 @@ def number(value: object) -> str:
 
 def path(points: Sequence[tuple[float, float]]) -> str:
     """A line through points, as `d` of a path."""
-    return "".join(f"{'L' if place else 'M'}{number(float(x))} {number(float(y))}" for place, (x, y) in enumerate(points))
+    return "".join(
+        f"{'L' if place else 'M'}{number(float(x))} {number(float(y))}" for place, (x, y) in enumerate(points)
+    )
 
 
 def text_width(text: str, size: float) -> float:

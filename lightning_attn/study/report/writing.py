@@ -3,9 +3,11 @@
 import csv
 import datetime
 import io
+import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 import resvg_py
@@ -14,15 +16,16 @@ from lightning_attn.errors import ExistingFileError
 from lightning_attn.io import write_file, write_text
 from lightning_attn.study.grid import Study
 from lightning_attn.study.report.collecting import CellRecord, StudyRecord, collect
-from lightning_attn.study.report.page import MARK, View, render, view_of
+from lightning_attn.study.report.page import MARK, render
 from lightning_attn.study.report.reading import read_head
 from lightning_attn.study.report.svg import standalone
+from lightning_attn.study.report.view import View, view_of
 
 __all__ = ["PAGE", "write_report"]
 
 PAGE = "index.html"
 
-_ZOOM = 2  # of PNG files
+_ZOOM, _MOST_PIXELS = 2.0, 3e6  # of PNG files
 
 
 def write_report(
@@ -45,7 +48,9 @@ def write_report(
     """
     page = output / PAGE
     if page.exists() and MARK not in read_head(page, 2048):
-        raise ExistingFileError(f"output: {page} is no report of a study, and is kept. Give another folder: --output DIR.")
+        raise ExistingFileError(
+            f"output: {page} is no report of a study, and is kept. Give another folder: --output DIR."
+        )
     views = [view_of(collect(study, root / study.name), place, command) for place, study in enumerate(studies)]
     folders = [f"{study.name}/" if len(studies) > 1 else "" for study in studies]
     text = render(views, files=folders, generated=generated or datetime.datetime.now(datetime.UTC))
@@ -120,7 +125,11 @@ def _cell_row(one: CellRecord, folder: Path) -> list[Any]:
 
 def _date(seconds: float | None) -> str:
     try:
-        return "" if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+        return (
+            ""
+            if seconds is None
+            else datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+        )
     except (ValueError, OverflowError, OSError):
         return ""
 
@@ -139,21 +148,20 @@ def _write_plots(view: View, folder: Path) -> None:
     for name, panel in view.plots.items():
         drawing = standalone(panel.drawing, panel.title, panel.description, panel.width, panel.height)
         write_text(folder / f"{name}.svg", drawing, replace=True)
-        picture = _rasterise(drawing)
-        write_file(folder / f"{name}.png", lambda file, picture=picture: file.write(picture), replace=True)
+        zoom = min(_ZOOM, math.sqrt(_MOST_PIXELS / (panel.width * panel.height)))
+        write_file(folder / f"{name}.png", partial(_write_png, drawing, zoom), replace=True)
 
 
-def _rasterise(drawing: str) -> bytes:
+def _write_png(drawing: str, zoom: float, file: BinaryIO) -> None:
     """The drawing as PNG, with the font that matplotlib ships: the same on every system."""
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     names = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf")
-    return bytes(
-        resvg_py.svg_to_bytes(
-            svg_string=drawing,
-            zoom=_ZOOM,
-            skip_system_fonts=True,
-            font_files=[str(fonts / name) for name in names],
-            font_family="DejaVu Sans",
-            sans_serif_family="DejaVu Sans",
-        )
+    picture = resvg_py.svg_to_bytes(
+        svg_string=drawing,
+        zoom=zoom,
+        skip_system_fonts=True,
+        font_files=[str(fonts / name) for name in names],
+        font_family="DejaVu Sans",
+        sans_serif_family="DejaVu Sans",
     )
+    file.write(bytes(picture))
