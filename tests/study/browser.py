@@ -34,7 +34,6 @@ class Page:
         self.numbers = itertools.count(1)
         self.problems = []
         self.requests = []
-        self.loaded = False
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -58,13 +57,10 @@ class Page:
             self.problems.append(parameters["entry"]["text"])
         elif method == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
-        elif method == "Page.loadEventFired":
-            self.loaded = True
 
     def open(self, address):
-        self.loaded = False
         self.call("Page.navigate", url=address)
-        self.wait(lambda: self.evaluate("document.readyState") == "complete")
+        self.wait(lambda: self.evaluate("[location.href, document.readyState]") == [address, "complete"])
 
     def wait(self, condition):
         end = time.monotonic() + 60

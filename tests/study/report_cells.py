@@ -80,7 +80,13 @@ def write_study(folder, name="figure", *, groups=GROUPS, seeds=(0, 1, 2), **chan
 
 
 def fill(
-    study, root, *, parts=("profile", "bootstrap", "curves", "attention", "examples"), task="translation", cells=None
+    study,
+    root,
+    *,
+    parts=("profile", "bootstrap", "curves", "attention", "examples"),
+    task="translation",
+    cells=None,
+    large=False,
 ):
     """Writes the folders of cells, of all by default, as if they were done.
 
@@ -90,6 +96,7 @@ def fill(
         parts: What else there is: also "maps" and "pictures" of images.
         task: Its name in the folders.
         cells: Which.
+        large: Whether pictures and maps are as large as they come.
     """
     for cell in study.cells if cells is None else cells:
         random = np.random.default_rng(int(hashlib.sha256(cell.readable_name.encode()).hexdigest()[:8], 16))
@@ -145,7 +152,7 @@ def fill(
             content = {"seed": 0, "num_samples": 500, "samples": "0a1b2c3d"}
             write(run / "predictions/test_bootstrap.json", content | {"scores": {study.metric: scores}})
         maps = ([_sentence(on, random)] if "attention" in parts else []) + (
-            [_map(on, random)] if "maps" in parts else []
+            [_map(on, random, 3 if large else 1)] if "maps" in parts else []
         )
         if maps and on:
             write(run / "predictions/test_attention.json", {"maps": maps})
@@ -156,7 +163,7 @@ def fill(
         if "pictures" in parts:
             (run / "predictions/test_pictures").mkdir()
             for number in range(3):
-                picture = _photo(np.random.default_rng(number), 640, 240)
+                picture = _photo(np.random.default_rng(number), *((1600, 700) if large else (640, 240)))
                 draw = ImageDraw.Draw(picture)
                 for _ in range(4):
                     x, y = random.integers(0, 500), random.integers(0, 150)
@@ -223,11 +230,11 @@ def _sentence(on, random):
     return {"kind": "sentence", "title": title, "queries": tokens, "keys": tokens, "kv_stride": 1, "weights": weights}
 
 
-def _map(on, random):
-    height, width = 24, 32
+def _map(on, random, factor):
+    height, width = 24 * factor, 32 * factor
     y, x = np.mgrid[:height, :width]
     distance = np.hypot(y - 10, x - 12)
-    content = np.kron(random.normal(0, 1, (6, 8)), np.ones((4, 4)))
+    content = np.kron(random.normal(0, 1, (6, 8)), np.ones((4 * factor, 4 * factor)))
     energies = {"E1": content, "E2": -distance / 2, "E3": np.roll(content, 5, 1), "E4": -distance / 6}
     weights = {term: (_softmax(energies[term].reshape(-1)) * height * width).reshape(height, width) for term in on}
     whole = _softmax(sum((energies[term] for term in on), np.zeros((height, width))).reshape(-1)) * height * width

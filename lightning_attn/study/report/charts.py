@@ -124,8 +124,8 @@ def draw_scatter(
     title: str,
     more_is_better: bool,
     series: Sequence[str] = (),
-    width: float = 760,
-    height: float = 470,
+    width: float = 640,
+    height: float = 430,
 ) -> Panel:
     """Score over cost with the front as stairs.
 
@@ -141,7 +141,7 @@ def draw_scatter(
     """
     legend = _legend(series, 58, 16, width - 70) if len(series) > 1 else (Markup(""), 0.0)
     left, top, right, bottom = 58.0, 16.0 + legend[1], width - 16.0, height - 46.0
-    x_scale = Scale(min(one.x for one in points), max(one.x for one in points), left, right, num_ticks=int(width / 110))
+    x_scale = Scale(min(one.x for one in points), max(one.x for one in points), left, right, num_ticks=int(width / 80))
     low, high = _range(points)
     y_scale = Scale(low, high, bottom, top, num_ticks=int(height / 75))
     parts = [legend[0], _axes(x_scale, y_scale, (left, top, right, bottom), x_title, y_title)]

@@ -279,7 +279,8 @@ def collect(study: Study, root: Path) -> StudyRecord:
     ]
     cost_name, score_name = _reference_names(study)
     has = {name for cell in cells for name in cell.curves}
-    label = score_name or study.metric.removeprefix("test/")
+    metric = study.metric.removeprefix("test/")
+    label = score_name if _is_called(score_name, metric) else metric
     return StudyRecord(
         *(study, root, cells, groups, findings, label, cost_name, score_name),
         [name for name in dict.fromkeys(names) if name in has],
@@ -427,6 +428,11 @@ def _reference_names(study: Study) -> tuple[str, str]:
     costs = [name for name in names if "flop" in name.lower() or "mac" in name.lower().split("_")]
     scores = [name for name in names if name not in costs]
     return (costs[0] if costs else ""), (scores[0] if scores else "")
+
+
+def _is_called(name: str, metric: str) -> bool:
+    """Whether a name in print, such as mAP, is that of a metric, such as ap."""
+    return name.lower().removeprefix("m") == metric.lower().removeprefix("m")
 
 
 def _examples(path: Path | None, damages: list[str]) -> list[dict[str, str]]:

@@ -26,6 +26,7 @@ from lightning_attn.study.report.reading import read_tail
 from lightning_attn.study.report.svg import element, path
 from lightning_attn.study.states import STATES
 from lightning_attn.study.statistics import Summary
+from lightning_attn.training.scores import best_mode
 
 __all__ = ["View", "view_of"]
 
@@ -102,6 +103,7 @@ class _Viewer:
             "by_state": {state: sum(one.status.state == state for one in record.cells) for state in STATES},
             "by_verdict": {one: sum(each.judgement.verdict == one for each in record.findings) for one in _VERDICTS},
             "num_cells": len(record.cells),
+            "is_new": all(one.status.state == "waiting" for one in record.cells),
             "num_groups": len(record.groups),
             "time": self._time(),
             "best": self._best(),
@@ -309,24 +311,32 @@ class _Viewer:
                     is_on_front=on_front,
                 )
             )
-        return {"key": key, "title": title, **self._scatter(points, f"accuracy_{key}", unit, self.record.score_name)}
+        return {
+            "key": key,
+            "title": title,
+            **self._scatter(
+                points, f"accuracy_{key}", unit, self.record.score_name, more_is_better=self.more_is_better
+            ),
+        }
 
-    def _scatter(self, points: Sequence[Point], name: str, x_title: str, y_title: str) -> dict[str, Any]:
+    def _scatter(
+        self, points: Sequence[Point], name: str, x_title: str, y_title: str, *, more_is_better: bool
+    ) -> dict[str, Any]:
         heading = f"{self.study.name}: {y_title} over {x_title}"
 
         def draw(width: float, height: float) -> Panel:
             return draw_scatter(
                 points,
                 x_title=x_title,
-                y_title=y_title + ("" if self.more_is_better else " (less is better)"),
+                y_title=y_title + ("" if more_is_better else " (less is better)"),
                 title=heading,
-                more_is_better=self.more_is_better,
+                more_is_better=more_is_better,
                 series=self._series_names(),
                 width=width,
                 height=height,
             )
 
-        self.plots[name] = draw(760, 470)
+        self.plots[name] = draw(640, 430)
         return {
             "wide": self.plots[name].inline(f"{self.name}-{name}"),
             "narrow": draw(350, 400).inline(f"{self.name}-{name}-narrow"),
@@ -342,8 +352,10 @@ class _Viewer:
         ]
         if not cost or not score or not groups:
             return None
+        mode = best_mode(score.lower())
+        more_is_better = self.more_is_better if mode is None else mode == "max"
         front = front_of(
-            [(one.reference[cost], one.reference[score]) for _, one in groups], more_is_better=self.more_is_better
+            [(one.reference[cost], one.reference[score]) for _, one in groups], more_is_better=more_is_better
         )
         points = []
         for rank, (place, group) in enumerate(groups):
@@ -363,7 +375,8 @@ class _Viewer:
                     is_on_front=rank in front,
                 )
             )
-        return self._scatter(points, "paper", f"{cost}, the paper's numbers", f"{score}, the paper's numbers")
+        titles = f"{cost}, the paper's numbers", f"{score}, the paper's numbers"
+        return self._scatter(points, "paper", *titles, more_is_better=more_is_better)
 
     def _group_columns(self) -> list[dict[str, str]]:
         record = self.record
@@ -477,7 +490,7 @@ class _Viewer:
                     "test_key": _sortable(test.high - test.low) if test else "",
                     "num_samples": test.num_samples if test else "",
                     "n": difference.n,
-                    "p": "–" if judgement.note else "< 0.001" if judgement.p < 0.001 else f"{judgement.p:.2g}",
+                    "p": "–" if judgement.note else "< 0.001" if judgement.p < 0.001 else f"{judgement.p:.3g}",
                     "p_key": "" if judgement.note else judgement.p,
                     "rank": _VERDICTS.index(judgement.verdict),
                 }

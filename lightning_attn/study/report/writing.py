@@ -145,6 +145,9 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 
 def _write_plots(view: View, folder: Path) -> None:
+    for old in (*folder.glob("*.svg"), *folder.glob("*.png")):
+        if old.stem not in view.plots:  # of an older report, such as before cells became stale
+            old.unlink()
     for name, panel in view.plots.items():
         drawing = standalone(panel.drawing, panel.title, panel.description, panel.width, panel.height)
         write_text(folder / f"{name}.svg", drawing, replace=True)
