@@ -84,9 +84,10 @@ class Page:
     def middle_of(self, selector):
         """Where an element is, after it has been scrolled into view."""
         return self.evaluate(
-            f"""(() => {{
+            f"""(async () => {{
               const element = document.querySelector({json.dumps(selector)});
               element.scrollIntoView({{ block: "center", behavior: "instant" }});
+              for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);
               const box = element.getBoundingClientRect();
               return [box.x + box.width / 2, box.y + box.height / 2];
             }})()"""

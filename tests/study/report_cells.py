@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import yaml
@@ -152,7 +153,7 @@ def fill(
             content = {"seed": 0, "num_samples": 500, "samples": "0a1b2c3d"}
             write(run / "predictions/test_bootstrap.json", content | {"scores": {study.metric: scores}})
         maps = ([_sentence(on, random)] if "attention" in parts else []) + (
-            [_map(on, random, 3 if large else 1)] if "maps" in parts else []
+            [_map(on, random, 2 if large else 1)] if "maps" in parts else []
         )
         if maps and on:
             write(run / "predictions/test_attention.json", {"maps": maps})
@@ -161,14 +162,18 @@ def fill(
         if "examples" in parts:
             write(run / "predictions/test_examples.json", {"examples": [_example(one, on, random) for one in range(4)]})
         if "pictures" in parts:
-            (run / "predictions/test_pictures").mkdir()
+            folder = run / "predictions/test_pictures"
+            folder.mkdir()
             for number in range(3):
-                picture = _photo(np.random.default_rng(number), *((1600, 700) if large else (640, 240)))
+                if large:  # drawing many of these would take minutes
+                    _large_picture(root, number, folder / f"00000{number}.png")
+                    continue
+                picture = _photo(np.random.default_rng(number), 640, 240)
                 draw = ImageDraw.Draw(picture)
                 for _ in range(4):
                     x, y = random.integers(0, 500), random.integers(0, 150)
                     draw.rectangle((x, y, x + 90, y + 60), outline=(255, 210, 0), width=3)
-                picture.save(run / f"predictions/test_pictures/00000{number}.png")
+                picture.save(folder / f"00000{number}.png")
 
 
 def write(path, value):
@@ -254,6 +259,13 @@ def _photo(random, width, height):
         x, y = random.integers(0, width), random.integers(0, height)
         draw.ellipse((x, y, x + 50, y + 40), fill=tuple(map(int, random.integers(0, 255, 3))))
     return picture
+
+
+def _large_picture(root, number, path):
+    shared = root / f"large-{number}.png"
+    if not shared.exists():
+        _photo(np.random.default_rng(number), 1600, 900).save(shared)
+    os.link(shared, path)
 
 
 def _example(number, on, random):

@@ -425,7 +425,9 @@ def _clusters(points: Sequence[Point], x_scale: Scale, y_scale: Scale, width: fl
     for (x, y), members in together.items():
         if len(clusters) >= most and not any(one.is_on_front for one in members):
             continue
-        lines = _wrapped(", ".join(one.label for one in members), 118 if len(members) > 1 else width, _SIZE, 6)
+        lines = _wrapped(
+            ", ".join(dict.fromkeys(one.label for one in members)), 118 if len(members) > 1 else width, _SIZE, 6
+        )
         across = max(text_width(line, _SIZE) for line in lines)
         clusters.append(_Cluster(members, lines, Label(float(x), float(y), across, _LINE * len(lines))))
     return clusters

@@ -55,22 +55,24 @@ class View:
     plots: Mapping[str, Panel]
 
 
-def view_of(record: StudyRecord, place: int, command: str) -> View:
+def view_of(record: StudyRecord, place: int, command: str, *, is_alone: bool = True) -> View:
     """What the page shows of a study.
 
     Args:
         record: The study.
         place: Its number in the page.
         command: How the command is called, such as `python train.py`.
+        is_alone: Whether the page has no other study.
     """
-    return _Viewer(record, place, command).view()
+    return _Viewer(record, place, command, is_alone=is_alone).view()
 
 
 class _Viewer:
     """Turns a study's record into what the template shows."""
 
-    def __init__(self, record: StudyRecord, place: int, command: str) -> None:
+    def __init__(self, record: StudyRecord, place: int, command: str, *, is_alone: bool) -> None:
         self.record, self.study = record, record.study
+        self.is_alone = is_alone
         self.name, self.command = f"s{place}", command.split()
         scores = [score for group in record.groups for score in group.scores.values()]
         self.places = formatting.decimals(scores)
@@ -315,12 +317,24 @@ class _Viewer:
             "key": key,
             "title": title,
             **self._scatter(
-                points, f"accuracy_{key}", unit, self.record.score_name, more_is_better=self.more_is_better
+                points,
+                f"accuracy_{key}",
+                unit,
+                self.record.score_name,
+                more_is_better=self.more_is_better,
+                in_overview=not self.is_alone and len(self.fronts) == 1,
             ),
         }
 
     def _scatter(
-        self, points: Sequence[Point], name: str, x_title: str, y_title: str, *, more_is_better: bool
+        self,
+        points: Sequence[Point],
+        name: str,
+        x_title: str,
+        y_title: str,
+        *,
+        more_is_better: bool,
+        in_overview: bool = False,
     ) -> dict[str, Any]:
         heading = f"{self.study.name}: {y_title} over {x_title}"
 
@@ -340,6 +354,7 @@ class _Viewer:
         return {
             "wide": self.plots[name].inline(f"{self.name}-{name}"),
             "narrow": draw(350, 400).inline(f"{self.name}-{name}-narrow"),
+            "small": draw(400, 320).inline(f"{self.name}-{name}-small") if in_overview else "",
         }
 
     def _paper(self) -> dict[str, Any] | None:

@@ -51,7 +51,10 @@ def write_report(
         raise ExistingFileError(
             f"output: {page} is no report of a study, and is kept. Give another folder: --output DIR."
         )
-    views = [view_of(collect(study, root / study.name), place, command) for place, study in enumerate(studies)]
+    views = [
+        view_of(collect(study, root / study.name), place, command, is_alone=len(studies) == 1)
+        for place, study in enumerate(studies)
+    ]
     folders = [f"{study.name}/" if len(studies) > 1 else "" for study in studies]
     text = render(views, files=folders, generated=generated or datetime.datetime.now(datetime.UTC))
     for view, folder in zip(views, folders, strict=True):

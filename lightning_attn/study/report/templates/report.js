@@ -53,8 +53,8 @@
   // Points: what they are, by mouse, touch and keyboard; their rows and other points are marked.
   const tip = one("tip");
   const mark = (group, on) => {
-    const study = group.closest("article").id;
-    for (const other of all(`#${study} [data-g="${group.dataset.g}"]`)) other.classList.toggle("hot", on);
+    const study = group.closest("[data-study]").dataset.study;
+    for (const other of all(`[data-study="${study}"] [data-g="${group.dataset.g}"]`)) other.classList.toggle("hot", on);
   };
   let current = null;
   const enter = group => {
