@@ -25,7 +25,7 @@ __all__ = ["PAGE", "write_report"]
 
 PAGE = "index.html"
 
-_ZOOM, _MOST_PIXELS = 2.0, 3e6  # of PNG files
+_ZOOM, _MOST_PIXELS = 2.0, 2.2e6  # of PNG files
 
 
 def write_report(
