@@ -69,6 +69,8 @@ class Cell:
         options: Options of the command, which overrule the files.
         digest: Eight hexadecimal digits of the merged files, the options and the seed.
         total_steps: Optimizer steps of the training, if the configuration says so.
+        batches_per_step: Of which gradients are accumulated.
+        accelerator: As the trainer has it, such as "auto" or "cpu".
         test_checkpoint: Which checkpoint is tested.
     """
 
@@ -79,6 +81,8 @@ class Cell:
     options: Mapping[str, Any]
     digest: str
     total_steps: int | None
+    batches_per_step: int
+    accelerator: str
     test_checkpoint: str
 
     @property
@@ -105,8 +109,22 @@ class Cell:
         """
         options = dict(self.options) | {"seed_everything": self.seed, "run.root": str(folder), "run.name": RUN_NAME}
         options["ckpt_path"] = "auto" if stage == "fit" else self.test_checkpoint
+        return [stage, *self._words(options)]
+
+    def profile_arguments(self, output: Path) -> list[str]:
+        """Arguments of the public command that measures what the cell's network costs, whatever the seed.
+
+        Args:
+            output: The file that it writes.
+        """
+        options = dict(self.options) | {"output": str(output)}
+        if self.accelerator == "cpu":
+            options["device"] = "cpu"
+        return ["profile", *self._words(options)]
+
+    def _words(self, options: Mapping[str, Any]) -> list[str]:
         files = [word for path in self.files for word in ("-c", _shown(path))]
-        return [stage, *files, *(word for name, value in options.items() for word in (f"--{name}", _text(value)))]
+        return [*files, *(word for name, value in options.items() for word in (f"--{name}", _text(value)))]
 
     def shell_line(self, command: Sequence[str], folder: Path) -> str:
         """The cell as one line of a shell: training, and if that succeeds the test."""
@@ -154,7 +172,7 @@ class Study:
         mode: Whether more ("max") or less ("min") of it is better.
         scale: What scores are multiplied by, to have the unit of the paper's numbers.
         budget: Seconds that `run` may take without asking; None for any.
-        time_per_cell: Expected seconds of a cell before any was measured; None if unknown.
+        time_per_cell: Expected seconds of a cell if nothing was measured; None if unknown.
         reference: Numbers of the paper by group and name.
         findings: What is expected.
     """
@@ -251,9 +269,6 @@ class _Reader:
             raise self.fail("test_checkpoint", f"{checkpoint!r} is neither best nor last.")
         cells = self._cells(base, seeds, checkpoint)
         self.groups = {cell.group for cell in cells}
-        budget, time = self._duration("budget"), self._duration("time_per_cell")
-        if budget is not None and time is None:
-            raise self.fail("budget", f"{self.content['budget']!r} needs time_per_cell too, to be compared with.")
         return Study(
             path=self.path,
             description=str(self.content.get("description", "")),
@@ -263,8 +278,8 @@ class _Reader:
             metric=metric,
             mode=mode,
             scale=self._number("scale", self.content.get("scale", 1.0), positive=True),
-            budget=budget,
-            time_per_cell=time,
+            budget=self._duration("budget"),
+            time_per_cell=self._duration("time_per_cell"),
             reference=self._reference(),
             findings=tuple(self._finding(*one) for one in enumerate(self._list("findings"))),
         )
@@ -383,12 +398,17 @@ class _Reader:
             files = (*base, *(path for level in levels for path in level.overlays))
             options = {name: value for level in levels for name, value in level.options.items()}
             merged: Any = functools.reduce(_merge, map(_load, files), {})
+            trainer = _options_of("trainer", merged, options)
             for seed in seeds:
                 content = json.dumps([merged, options, seed, checkpoint], sort_keys=True, default=str)
                 digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-                steps = options.get("trainer.max_steps", (merged.get("trainer") or {}).get("max_steps"))
-                total = steps if type(steps) is int and steps > 0 else None
-                cell = Cell(names, tuple(labels.values()), seed, files, options, digest, total, checkpoint)
+                cell = Cell(
+                    *(names, tuple(labels.values()), seed, files, options, digest),
+                    total_steps=_positive(trainer.get("max_steps")),
+                    batches_per_step=_positive(trainer.get("accumulate_grad_batches")) or 1,
+                    accelerator=str(trainer.get("accelerator", "auto")),
+                    test_checkpoint=checkpoint,
+                )
                 if len(cell.name.encode()) > _LONGEST_NAME:
                     raise self.fail("axes", f"the folder {cell.name} has too long a name. Give shorter labels.")
                 cells.append(cell)
@@ -500,6 +520,17 @@ def _merge(below: Any, above: Any) -> Any:
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     return below | {name: _merge(below.get(name), value) for name, value in above.items()}
+
+
+def _options_of(part: str, merged: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What files and options give a part of the configuration, such as the trainer."""
+    given = merged.get(part)
+    own = {name.removeprefix(f"{part}."): value for name, value in options.items() if name.startswith(f"{part}.")}
+    return (given if isinstance(given, dict) else {}) | own
+
+
+def _positive(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
 
 
 def _text(value: Any) -> str:

@@ -126,6 +126,10 @@ class CellFolder:
         found = [path.parent for path in self.path.glob(f"*/{RUN_NAME}*/run.json")]
         return max(found, key=_last_change, default=None)
 
+    def is_begun(self) -> bool:
+        """Whether it holds a training, or an attempt at one."""
+        return bool(self.attempts()) or self.run_directory() is not None
+
     def acquire(self) -> int | None:
         """Takes the cell for this process and those that inherit the descriptor, until the last of them ends.
 
@@ -266,7 +270,8 @@ def read_statuses(study: Study, root: Path, cells: Sequence[Cell] | None = None)
     known = {cell.name for cell in study.cells}
     others = {}
     for name in sorted(path.name for path in root.iterdir()) if root.is_dir() else []:
-        if (match := re.fullmatch(r"(.+)_[0-9a-f]{8}", name)) and name not in known:
+        match = None if name in known else re.fullmatch(r"(.+)_[0-9a-f]{8}", name)
+        if match is not None and CellFolder(root / name).is_begun():  # one with a profile alone is nothing yet
             others[match[1]] = name
     chosen = study.cells if cells is None else cells
     jobs = queued_jobs() if any((root / cell.name / JOB_FILE).is_file() for cell in chosen) else {}

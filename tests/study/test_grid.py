@@ -131,7 +131,6 @@ def test_select(write):
         (("metric", "test/unheard"), "mode: say whether"),
         (("scale", 0), "scale: must be a positive number, got 0"),
         (("budget", "2 hours"), "budget: must be a time such as .*got '2 hours'"),
-        (("time_per_cell", None), "budget: '2 h' needs time_per_cell"),
         (("exclude", [{"attention": "0011"}]), r"exclude\[0\].attention: attention has no label '0011'"),
         (("exclude", [{"attention": ["none", "0010"]}]), "exclude: no cell is left"),
         (("reference", 0, "cell", "none"), r"reference\[0\].cell: must give a label for each of attention, size"),
