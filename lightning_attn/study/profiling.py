@@ -105,10 +105,16 @@ class Profiler:
             source = next((folder for folder in folders if is_profile(folder / PROFILE_FILE)), None)
             if source is None:
                 found.append(group)
-                continue
-            for cell in cells:
-                copy_profile(source, self.root / cell.name)
+            else:
+                self._share(source, cells)
         return found
+
+    def _share(self, source: Path, cells: Sequence[Cell]) -> None:
+        """Gives a profile to cells, and to those of the same group that have been run before."""
+        for cell in self.study.cells:
+            folder = self.root / cell.name
+            if cell in cells or (cell.group == cells[0].group and folder.is_dir()):
+                copy_profile(source, folder)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[int]:
@@ -156,8 +162,7 @@ class Profiler:
             log = job.folder / LOG_FILE
             self._failed[job.group] = _reason(log, job.process.returncode), log
             return
-        for cell in cells_of[job.group]:
-            copy_profile(job.folder, self.root / cell.name)
+        self._share(job.folder, cells_of[job.group])
 
     def _kill(self) -> None:
         """Ends what runs: there is nothing that it could save."""
