@@ -31,7 +31,19 @@ Group: TypeAlias = tuple[str, ...]  # one label for each axis: cells that differ
 RUN_NAME = "run"  # of the run directory in a cell's folder, <cell>/<task>/run
 
 _KEYS = (
-    *("description", "base", "axes", "exclude", "seeds", "metric", "mode", "scale", "test_checkpoint", "budget"),
+    *(
+        "description",
+        "base",
+        "options",
+        "axes",
+        "exclude",
+        "seeds",
+        "metric",
+        "mode",
+        "scale",
+        "test_checkpoint",
+        "budget",
+    ),
     *("time_per_cell", "reference", "findings"),
 )
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -261,13 +273,14 @@ class _Reader:
         base = self._files("base", self.content.get("base"))
         if not base:
             raise self.fail("base", "name at least one configuration file, such as ../miniature/translation.yaml.")
-        self.axes = self._axes()
+        options = self._options("options", self.content.get("options") or {})
+        self.axes = self._axes(options)
         seeds = self._seeds()
         metric, mode = self._metric()
         checkpoint = self.content.get("test_checkpoint", "best")
         if checkpoint not in ("best", "last"):
             raise self.fail("test_checkpoint", f"{checkpoint!r} is neither best nor last.")
-        cells = self._cells(base, seeds, checkpoint)
+        cells = self._cells(base, options, seeds, checkpoint)
         self.groups = {cell.group for cell in cells}
         return Study(
             path=self.path,
@@ -312,12 +325,22 @@ class _Reader:
             files.append(file)
         return tuple(files)
 
-    def _axes(self) -> dict[str, tuple[Level, ...]]:
+    def _options(self, key: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.fail(key, f"must hold options such as trainer.max_steps, got {value!r}.")
+        for option in value:
+            if not isinstance(option, str) or not _OPTION.fullmatch(option):
+                raise self.fail(
+                    f"{key}.{option}", "is no option such as model.dim, data.batch_size, trainer.max_steps."
+                )
+        return value
+
+    def _axes(self, options: Mapping[str, Any]) -> dict[str, tuple[Level, ...]]:
         axes = self.content.get("axes")
         if not isinstance(axes, dict) or not axes:
             raise self.fail("axes", f"must hold labelled values by axis, got {axes!r}.")
         found: dict[str, tuple[Level, ...]] = {}
-        setters: dict[str, str] = {}
+        setters = dict.fromkeys(options, "options sets for every cell")
         for axis, levels in axes.items():
             if not isinstance(axis, str) or not _AXIS.fullmatch(axis) or axis == "seed":
                 raise self.fail(
@@ -328,10 +351,8 @@ class _Reader:
             found[axis] = tuple(self._level(axis, label, value) for label, value in levels.items())
             for option in {option for level in found[axis] for option in level.options}:
                 if option in setters:
-                    raise self.fail(
-                        f"axes.{axis}", f"{option} is set by the axis {setters[option]} too. Merge the axes."
-                    )
-                setters[option] = axis
+                    raise self.fail(f"axes.{axis}", f"sets {option}, which {setters[option]}. Set it in one place.")
+                setters[option] = f"the axis {axis} sets too"
         return found
 
     def _level(self, axis: str, label: Any, value: Any) -> Level:
@@ -346,12 +367,7 @@ class _Reader:
             if not isinstance(part, dict):
                 overlays += self._files(key, part)
                 continue
-            for option, given in part.items():
-                if not isinstance(option, str) or not _OPTION.fullmatch(option):
-                    raise self.fail(
-                        f"{key}.{option}", "is no option such as model.dim, data.batch_size, trainer.max_steps."
-                    )
-                options[option] = given
+            options |= self._options(key, part)
         return Level(label, tuple(overlays), options)
 
     def _seeds(self) -> tuple[int, ...]:
@@ -387,7 +403,9 @@ class _Reader:
             raise self.fail(key, f"must be a {'positive ' if positive else ''}number, got {value!r}.")
         return float(value)
 
-    def _cells(self, base: tuple[Path, ...], seeds: tuple[int, ...], checkpoint: str) -> list[Cell]:
+    def _cells(
+        self, base: tuple[Path, ...], common: Mapping[str, Any], seeds: tuple[int, ...], checkpoint: str
+    ) -> list[Cell]:
         excluded = [self._selection(f"exclude[{number}]", one) for number, one in enumerate(self._list("exclude"))]
         names = tuple(self.axes)
         cells = []
@@ -396,7 +414,7 @@ class _Reader:
             if any(all(labels[axis] in some for axis, some in one.items()) for one in excluded):
                 continue
             files = (*base, *(path for level in levels for path in level.overlays))
-            options = {name: value for level in levels for name, value in level.options.items()}
+            options = dict(common) | {name: value for level in levels for name, value in level.options.items()}
             merged: Any = functools.reduce(_merge, map(_load, files), {})
             trainer = _options_of("trainer", merged, options)
             for seed in seeds:

@@ -33,6 +33,7 @@ from lightning_attn.visualization import (
     sampling_points,
     save_figure,
     term_maps,
+    translation_attention,
 )
 
 DIM, HEADS = 8, 2
@@ -460,6 +461,27 @@ def test_the_attention_of_a_translation_is_drawn(tmp_path):
     source, target = torch.tensor([[4, 5, 6, 3, 0, 0]]), torch.tensor([[2, 7, 8, 3, 0]])
     draw_translation_attention(tiny_transformer(), Letters(), source, target, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_attention_of_a_translation_as_plain_values():
+    source, target = torch.tensor([[4, 5, 6, 3, 0, 0]]), torch.tensor([[2, 7, 8, 3, 0]])
+    network = tiny_transformer()
+    encoder, cross = translation_attention(network, Letters(), source, target)
+    assert (encoder["queries"], encoder["keys"]) == (["_t", "_u", "_v", "_s"],) * 2
+    assert cross["queries"] == ["_w", "_x", "_s"]
+    expected = cross_attention_maps(network, source[:, :4], target[:, :3])[-1].mean(0)
+    assert torch.tensor(cross["weights"]["whole"]) == pytest.approx(expected, abs=1e-4)
+    assert torch.tensor(encoder["weights"]["whole"]).sum(1) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_weights_as_lists_are_relative_in_a_map_and_hidden_keys_have_none():
+    module = make("0010", window=3)
+    maps = term_maps(module, draw_map(4, 5), position=(0, 0))
+    lists = maps.as_lists()
+    assert [*lists] == ["E3", "whole"]
+    visible = [value for row in lists["whole"] for value in row if value is not None]
+    assert len(visible) == 4, "a window of 3 x 3 in the corner"
+    assert sum(visible) == pytest.approx(4.0, abs=1e-3)
 
 
 # --- Convolutions ----------------------------------------------------------------------------------------------------
