@@ -27,7 +27,8 @@ from lightning_attn.study.tables import live_table
 __all__ = ["Runner"]
 
 _POLL = 0.1  # seconds between looks at the processes
-_REFRESH = 2.0  # seconds between looks at their files
+_REFRESH = 2.0  # seconds between looks at their files, or more:
+_LEAST_PAUSE = 20.0  # times as long as a look takes, as the trainings need the processors
 
 
 @dataclasses.dataclass
@@ -104,7 +105,7 @@ class Runner:
             The states afterwards.
         """
         pending = [status.cell for status in self.needed(read_statuses(self.study, self.root, cells))]
-        shown = 0.0
+        shown, pause = 0.0, _REFRESH
         with self._requests.received(), self._display(cells) as refresh:
             handled = 0
             while pending or self._running:
@@ -118,9 +119,11 @@ class Runner:
                         self._stop(signal.SIGTERM)
                 if not self._is_stopping:
                     self._start(pending)
-                if time.monotonic() - shown > _REFRESH:
+                if time.monotonic() - shown > pause:
+                    begun = time.monotonic()
                     refresh()
                     shown = time.monotonic()
+                    pause = max(_REFRESH, _LEAST_PAUSE * (shown - begun))
                 time.sleep(_POLL)
             refresh()
         return read_statuses(self.study, self.root, cells)
