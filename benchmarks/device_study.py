@@ -1,7 +1,8 @@
 """Cells of the studies of translation on Multi30k, by the public command, in the order of worth.
 
 Each group is one check: its three seeds train at the same time, in processes that share the device. What `study report`
-needs is copied to the output, without checkpoints, so that the report can be made elsewhere:
+needs is copied to the output, without checkpoints, so that the report can be made elsewhere; `studies.tar.gz` beside it
+holds the same in one file:
 
     python train.py study report configs/studies/figure_3d_small.yaml --root DIR/studies
 """
@@ -15,11 +16,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from benchmarks.case import Case, Run, Table
 from benchmarks.checks import NO_TIME, Check, run_checks
@@ -27,6 +29,7 @@ from benchmarks.device_correctness import outcome_notes
 from benchmarks.device_training import missing_package
 from benchmarks.fresh_process import REPOSITORY
 from benchmarks.results import Comparison, Result
+from lightning_attn.io import write_file
 
 STUDIES = REPOSITORY / "configs" / "studies"
 DATA = "data/multi30k-ende"  # where the configurations of these studies have it, from the current folder
@@ -36,7 +39,7 @@ _FIRST_SECONDS = 60.0  # of a group, before one was measured
 _ENDING_SECONDS = 20.0  # that are kept for ending cells and copying their files
 _BETWEEN_COPIES = 5.0  # seconds, so that a run that is killed has what was done before
 _LARGEST_FILE = 2 << 20  # bytes; what is larger is no result that a report shows
-_LEFT_OUT = (".ckpt", ".part", ".lock")
+_LEFT_OUT = (".ckpt", ".part", ".lock", ".profiling", "attention.png")  # the last is drawn from numbers that are copied
 _PATIENCE = (5.0, 3.0, 3.0)  # seconds after each signal: save, end, be killed
 
 
@@ -157,6 +160,7 @@ class Cells:
                 raise
             finally:
                 self._keep()
+                self._pack()
 
     def _states(self, words: Sequence[str]) -> list[dict[str, Any]]:
         done = subprocess.run(words, cwd=self.scratch, env=_environment(), capture_output=True, text=True, check=False)
@@ -188,6 +192,16 @@ class Cells:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, target)
+
+    def _pack(self) -> None:
+        """Writes what was copied into one file as well, for machines that give back few."""
+
+        def write(file: BinaryIO) -> None:
+            with tarfile.open(fileobj=file, mode="w:gz") as archive:
+                archive.add(self.kept, arcname=self.kept.name)
+
+        if self.kept.is_dir():
+            write_file(self.kept.with_name(f"{self.kept.name}.tar.gz"), write, replace=True)
 
 
 def _environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tarfile
 import time
 from pathlib import Path
 
@@ -84,7 +85,9 @@ def test_groups_run_in_order_and_leave_their_small_files(cells, tmp_path):
         assert all((status.folder.path / "profile.json").is_file() for status in done)
     names = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {"cell.json", "output.log", "run.json", "test_metrics.json"} <= names
-    assert not names & {"last.ckpt", "large.json", ".lock"}
+    assert not names & {"last.ckpt", "large.json", ".lock", ".profiling"}
+    with tarfile.open(tmp_path / "out/studies.tar.gz") as archive:
+        assert {Path(name).name for name in archive.getnames() if Path(name).suffix} >= names - {"studies.tar.gz"}
 
 
 def test_what_fails_is_said_and_the_rest_runs(cells):
