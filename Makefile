@@ -24,7 +24,7 @@ test-all: lint  ## The same with the slow tests
 	$(PYTEST) -m "not long"
 
 test-long: .venv/installed-dev  ## Kills, damaged inputs: an hour or so, with results to read; not a part of CI
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s tests/long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s tests/long tests/study
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -192,7 +192,7 @@ class CellStatus:
         step: Optimizer steps done; None if unknown.
         validation: The newest value of the same score in validation, in the same unit.
         eta: Time left as the training prints it; empty if unknown.
-        seconds: Of its processes so far; None if no runner measured them.
+        seconds: Of its processes so far; None if no runner measured them, or not all of a finished cell.
         job: Number of its SLURM job in the queue; empty if there is none.
     """
 
@@ -255,7 +255,8 @@ class CellStatus:
             state, reason = "running" if queued in _RUNNING_JOBS else "waiting", f"SLURM job {job} is {queued}"
         elif job and state in ("waiting", "interrupted") and code.isdecimal() and int(code) not in {0, *_STOPPED}:
             state, reason = "failed", f"SLURM job {job} ended with status {code}"
-        seconds = math.fsum(ended) if ended else None
+        is_seen = bool(ended) and (score is None or len(ended) == len(attempts))  # or the time of some was not measured
+        seconds = math.fsum(ended) if is_seen else None
         return cls(cell, folder, state, reason, score, step, validation, eta, seconds, job if queued else "")
 
 

@@ -173,6 +173,8 @@ def test_a_killed_runner_leaves_its_cell_running_and_the_next_one_waits_for_it(w
     output = start_study().communicate(timeout=60)[0]
     assert states(study, "study") == ["done"] * 3, output
     assert all(steps_of(one, "study") == list(range(30)) for one in study.cells)
+    # How long the first took is not known: nobody saw it end.
+    assert [one.seconds is None for one in read_statuses(study, Path("study"))] == [True, False, False]
     # With one job, nothing ran beside the cell that was left over.
     assert [event[1] for event in events()].index(study.cells[1].name) == 1 + (events()[1][1] == cell.name) * 2
     assert [event[:2] for event in events()].count(["test", cell.name]) == 1
