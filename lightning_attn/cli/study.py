@@ -120,7 +120,8 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
     needed = runner.needed(selected)
     seconds = estimated_seconds(study, before, needed, options.jobs)
     if not (options.no_profile or options.slurm) and (seconds is None or not options.dry_run):
-        _profile(study, root, needed, options.jobs, console)
+        finished = [] if options.dry_run else [status for status in selected if status.is_finished]
+        _profile(study, root, [*needed, *finished], options.jobs, console)
         seconds = estimated_seconds(study, before, needed, options.jobs)
     estimate = "of unknown duration" if seconds is None else f"about {format_duration(seconds)}"
     plan = f"{len(needed)} to run, {estimate}" if needed else "nothing to run"
@@ -162,10 +163,10 @@ def _say_left(console: Console, statuses: Sequence[CellStatus], runner: Runner) 
         )
 
 
-def _profile(study: Study, root: Path, needed: Sequence[CellStatus], jobs: int, console: Console) -> None:
-    """Measures what the networks cost, which says how long they train."""
+def _profile(study: Study, root: Path, statuses: Sequence[CellStatus], jobs: int, console: Console) -> None:
+    """Measures what the networks cost: how long they train, and for the report also of cells that have been trained."""
     profiler = Profiler(study, root, _command(), jobs=jobs, console=console)
-    profiler.run([status.cell for status in needed])
+    profiler.run([status.cell for status in statuses])
     if profiler.received is not None:
         console.print("Stopped. No cell was begun; profiles that are there are kept.")
         raise SystemExit(128 + profiler.received)
