@@ -209,7 +209,9 @@ def test_trainer_overlays(run, tiny_config, path):
     assert Path("checkpoints/translation/tiny/last.ckpt").is_file()
 
 
-@pytest.mark.parametrize("path", paths("studies"), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in paths("studies") if path.stem.endswith("_miniature")], ids=lambda path: path.stem
+)
 def test_every_cell_of_a_study_is_a_configuration(run, path):
     """The parser of the command resolves each, to the attention that its label promises."""
     study = Study.read(path)
@@ -233,4 +235,24 @@ def test_there_is_a_study_for_every_table_of_the_paper():
     """Fig. 3a to 3d; each column of Tables 2 and 3 is a task."""
     columns = [f"table_{number}_{task}" for number in (2, 3) for task in ("detection", "segmentation", "translation")]
     wanted = {*(f"figure_3{letter}" for letter in "abcd"), *columns}
-    assert {f"{name}_miniature" for name in wanted} <= {path.stem for path in paths("studies")}
+    assert {f"{name}_{size}" for name in wanted for size in ("miniature", "small")} <= {
+        path.stem for path in paths("studies")
+    }
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in paths("studies") if path.stem.endswith("_small")], ids=lambda path: path.stem
+)
+def test_a_small_study_is_the_miniature_one_on_real_data(run, path):
+    """Every option of its cells is one, and the schedule fits the shorter training."""
+    small, miniature = Study.read(path), Study.read(path.with_stem(path.stem.replace("_small", "_miniature")))
+    for name in ("axes", "seeds", "metric", "scale", "reference", "findings"):
+        assert getattr(small, name) == getattr(miniature, name)
+    cell = small.cells[0]
+    printed = run(*cell.arguments("fit", Path("cell")), "--print_config")
+    resolved = yaml.safe_load(printed[printed.index("seed_everything:") :])
+    steps = resolved["trainer"]["max_steps"]
+    assert steps == cell.total_steps
+    assert steps % resolved["trainer"]["val_check_interval"] == 0, "the last weights are validated"
+    assert resolved["model"]["init_args"]["schedule"]["warmup_steps"] < steps / 2
+    assert "miniature" not in resolved["data"]["class_path"].lower()

@@ -15,8 +15,10 @@ from typing_extensions import override
 
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.errors import InputError, UserError
+from lightning_attn.study.estimate import estimated_seconds
 from lightning_attn.study.grid import Cell, Study, format_duration
-from lightning_attn.study.runner import Runner, estimated_seconds
+from lightning_attn.study.profiling import Profiler
+from lightning_attn.study.runner import Runner
 from lightning_attn.study.slurm import submit_cells
 from lightning_attn.study.states import CellStatus, read_statuses
 from lightning_attn.study.tables import as_data, cells_table, counts_line, findings_table, groups_table
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--retry-failed", action="store_true", help="run failed cells again, from their last checkpoint")
     run.add_argument("--rerun-stale", action="store_true", help="begin cells anew that older code ran; those are kept")
     run.add_argument("--fail-fast", action="store_true", help="end, saving, after the first failure")
+    run.add_argument("--no-profile", action="store_true", help="do not measure what the networks cost")
     run.add_argument("--dry-run", action="store_true", help="only show what would be run, and how long it would take")
     run.add_argument("--slurm", action="store_true", help="submit one SLURM job a cell instead, and end")
     run.add_argument(
@@ -128,6 +131,10 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
     selected = [status for status in before if status.cell.name in chosen]
     needed = runner.needed(selected)
     seconds = estimated_seconds(study, before, needed, options.jobs)
+    if not (options.no_profile or options.slurm) and (seconds is None or not options.dry_run):
+        finished = [] if options.dry_run else [status for status in selected if status.is_finished]
+        _profile(study, root, [*needed, *finished], options.jobs, console)
+        seconds = estimated_seconds(study, before, needed, options.jobs)
     estimate = "of unknown duration" if seconds is None else f"about {format_duration(seconds)}"
     plan = f"{len(needed)} to run, {estimate}" if needed else "nothing to run"
     console.print(escape(f"{study.name}: {counts_line(selected)}; {plan}"))
@@ -136,7 +143,7 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
         for status in needed:
             console.print(escape(f"{status.state:<12}{status.cell.name}"), soft_wrap=True, highlight=False)
         return
-    if seconds is not None and study.budget is not None and seconds > study.budget and not options.yes:
+    if needed and study.budget is not None and not options.yes and (seconds is None or seconds > study.budget):
         _require_consent(study, seconds, study.budget)
     if options.slurm:
         for cell, number in submit_cells(needed, _command(), options.sbatch):
@@ -168,8 +175,18 @@ def _say_left(console: Console, statuses: Sequence[CellStatus], runner: Runner) 
         )
 
 
-def _require_consent(study: Study, seconds: float, budget: float) -> None:
-    question = f"about {format_duration(seconds)}, and its budget is {format_duration(budget)}"
+def _profile(study: Study, root: Path, statuses: Sequence[CellStatus], jobs: int, console: Console) -> None:
+    """Measures what the networks cost: how long they train, and for the report also of cells that have been trained."""
+    profiler = Profiler(study, root, _command(), jobs=jobs, console=console)
+    profiler.run([status.cell for status in statuses])
+    if profiler.received is not None:
+        console.print("Stopped. No cell was begun; profiles that are there are kept.")
+        raise SystemExit(128 + profiler.received)
+
+
+def _require_consent(study: Study, seconds: float | None, budget: float) -> None:
+    time = "an unknown time" if seconds is None else f"about {format_duration(seconds)}"
+    question = f"{time}, and its budget is {format_duration(budget)}"
     if not sys.stdin.isatty():
         raise InputError(
             f"{study.path}: this would take {question}. Give --yes to run it all the same, fewer cells (--only "

@@ -12,6 +12,7 @@ from torchmetrics.metric import CompositionalMetric
 from typing_extensions import override
 
 from lightning_attn.errors import InputError
+from lightning_attn.metrics.bootstrap import Counts, Replicates, ResampledScores, resampled_counts, samples_digest
 from lightning_attn.metrics.copies import DelayedCopies
 from lightning_attn.metrics.gather import add_record, gather_by_id, true_on_any_rank
 
@@ -109,6 +110,22 @@ class GatheredMetric(Metric, Generic[RecordT, ScoresT, ResultT]):
             RuntimeError: If `compute` was not called since the last `update` or `reset`.
         """
         return _computed(self._gathered)
+
+    def resampled_scores(self) -> ResampledScores:
+        """The scores of test sets drawn from the scored samples with replacement. Not a collective.
+
+        Scores that cannot be computed from numbers of each sample are left out.
+
+        Raises:
+            RuntimeError: If `compute` was not called since the last `update` or `reset`.
+        """
+        records = self.gathered()
+        scores = self._score_resampled(records, resampled_counts(len(records)))
+        return ResampledScores(samples_digest(records), len(records), scores)
+
+    def _score_resampled(self, records: Mapping[int, RecordT], counts: Counts) -> Mapping[str, Replicates]:
+        """The scores of sets in which the records, sorted by sample id, occur `counts` times, `[R, N]`."""
+        return {}
 
     def _add_later(self, tensors: Sequence[Tensor], add: Callable[[list[Tensor]], None]) -> None:
         """Calls `add`, which adds records, with the tensors on the CPU; see `DelayedCopies`."""

@@ -16,6 +16,8 @@ from typing_extensions import override
 
 from lightning_attn.errors import InputError
 from lightning_attn.metrics.base import ScoresMetric, nothing_to_score, sample_ids
+from lightning_attn.metrics.bootstrap import Counts, Replicates
+from lightning_attn.metrics.detection_resampling import resampled_average_precision
 from lightning_attn.metrics.gather import several_ranks
 
 # COCO's twelve metrics in the order of its evaluator's `stats`.
@@ -216,6 +218,11 @@ class CocoDetectionMetrics(ScoresMetric[ImageDetections, DetectionScores]):
             return None
         scores = _evaluate(self._ground_truth, records, self._names)
         return cast(DetectionScores, scores | {"num_images_in_split": len(self._image_ids)})
+
+    @override
+    def _score_resampled(self, records: Mapping[int, ImageDetections], counts: Counts) -> Mapping[str, Replicates]:
+        """`ap`, `ap50` and `ap75`."""
+        return resampled_average_precision(self._ground_truth["annotations"], records, counts)
 
     @override
     def _score_gathered(self, records: Mapping[int, ImageDetections]) -> DetectionScores | None:

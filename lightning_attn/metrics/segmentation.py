@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_attn.errors import InputError
 from lightning_attn.metrics.base import ScoresMetric, sample_ids
+from lightning_attn.metrics.bootstrap import Counts, Replicates
 
 Confusion = npt.NDArray[np.int64]
 
@@ -124,6 +125,26 @@ class SegmentationMetrics(ScoresMetric[Confusion, SegmentationScores]):
             confusion=confusion,
             num_images=len(records),
         )
+
+    @override
+    def _score_resampled(self, records: Mapping[int, Confusion], counts: Counts) -> Mapping[str, Replicates]:
+        """`miou` and `pixel_accuracy`."""
+        confusions = np.stack(list(records.values()))
+        # Pixels as doubles: exact up to 2^53, and their product is a fast one.
+        right, union, labelled = (
+            counts.astype(np.float64) @ values.astype(np.float64)
+            for values in (
+                confusions.diagonal(axis1=1, axis2=2),
+                confusions.sum(axis=1) + confusions.sum(axis=2) - confusions.diagonal(axis1=1, axis2=2),
+                confusions.sum(axis=(1, 2))[:, None],
+            )
+        )
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no such class, or nothing labelled
+            ious, defined = right / union, union > 0
+            return {
+                "miou": np.where(defined, ious, 0.0).sum(axis=1) / defined.sum(axis=1),
+                "pixel_accuracy": right.sum(axis=1) / labelled[:, 0],
+            }
 
     def _counts(self, sample: int, predicted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The highest predicted label, and the number of pixels by value of `labels` and predicted class, `[256, K]`.

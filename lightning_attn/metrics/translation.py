@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypedDict
 
+import numpy as np
 from sacrebleu import BLEU, CHRF
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_attn.errors import InputError
 from lightning_attn.metrics.base import ScoresMetric, nothing_to_score, sample_ids
+from lightning_attn.metrics.bootstrap import Counts, Replicates
 
 Pair = tuple[str, str]
 """A hypothesis and its reference."""
@@ -141,3 +143,15 @@ class CorpusTranslationMetrics(ScoresMetric[Pair, TranslationScores]):
             bleu_signature=str(bleu.get_signature()),  # known only after scoring
             chrf_signature=str(chrf.get_signature()),
         )
+
+    @override
+    def _score_resampled(self, records: Mapping[int, Pair], counts: Counts) -> Mapping[str, Replicates]:
+        """`bleu`; sacreBLEU does not give the numbers of a sentence that chrF is made of."""
+        parts = [self._bleu.corpus_score([hypothesis], [[reference]]) for hypothesis, reference in records.values()]
+        correct, total = (counts @ np.array([getattr(part, name) for part in parts]) for name in ("counts", "totals"))
+        lengths = counts @ np.array([(part.sys_len, part.ref_len) for part in parts])
+        smooth, scores = self._bleu.smooth_method, np.empty(len(counts))
+        for number, (sys_len, ref_len) in enumerate(lengths.tolist()):
+            n_grams = correct[number].tolist(), total[number].tolist()
+            scores[number] = BLEU.compute_bleu(*n_grams, sys_len, ref_len, smooth_method=smooth).score
+        return {"bleu": scores}

@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from operator import index
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_attn.metrics.base import GatheredMetric, nothing_to_score
+from lightning_attn.metrics.bootstrap import Counts, Replicates
 
 Term = tuple[float, int]
 """A sample's sum and count."""
@@ -66,6 +68,13 @@ class WeightedMean(GatheredMetric[Term, float, Tensor]):
     def _score(self, records: Mapping[int, Term]) -> float | None:
         count = sum(count for _, count in records.values())
         return math.fsum(total for total, _ in records.values()) / count if count else None
+
+    @override
+    def _score_resampled(self, records: Mapping[int, Term], counts: Counts) -> Mapping[str, Replicates]:
+        """`mean`; NaN for a set without elements."""
+        sums, numbers = (counts @ np.array(values, dtype=np.float64) for values in zip(*records.values(), strict=True))
+        with np.errstate(invalid="ignore"):
+            return {"mean": sums / numbers}
 
     @override
     def _result(self, scores: float | None) -> Tensor:

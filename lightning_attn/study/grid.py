@@ -31,7 +31,19 @@ Group: TypeAlias = tuple[str, ...]  # one label for each axis: cells that differ
 RUN_NAME = "run"  # of the run directory in a cell's folder, <cell>/<task>/run
 
 _KEYS = (
-    *("description", "base", "axes", "exclude", "seeds", "metric", "mode", "scale", "test_checkpoint", "budget"),
+    *(
+        "description",
+        "base",
+        "options",
+        "axes",
+        "exclude",
+        "seeds",
+        "metric",
+        "mode",
+        "scale",
+        "test_checkpoint",
+        "budget",
+    ),
     *("time_per_cell", "reference", "findings"),
 )
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -69,6 +81,8 @@ class Cell:
         options: Options of the command, which overrule the files.
         digest: Eight hexadecimal digits of the merged files, the options and the seed.
         total_steps: Optimizer steps of the training, if the configuration says so.
+        batches_per_step: Of which gradients are accumulated.
+        accelerator: As the trainer has it, such as "auto" or "cpu".
         test_checkpoint: Which checkpoint is tested.
     """
 
@@ -79,6 +93,8 @@ class Cell:
     options: Mapping[str, Any]
     digest: str
     total_steps: int | None
+    batches_per_step: int
+    accelerator: str
     test_checkpoint: str
 
     @property
@@ -105,8 +121,22 @@ class Cell:
         """
         options = dict(self.options) | {"seed_everything": self.seed, "run.root": str(folder), "run.name": RUN_NAME}
         options["ckpt_path"] = "auto" if stage == "fit" else self.test_checkpoint
+        return [stage, *self._words(options)]
+
+    def profile_arguments(self, output: Path) -> list[str]:
+        """Arguments of the public command that measures what the cell's network costs, whatever the seed.
+
+        Args:
+            output: The file that it writes.
+        """
+        options = dict(self.options) | {"output": str(output)}
+        if self.accelerator == "cpu":
+            options["device"] = "cpu"
+        return ["profile", *self._words(options)]
+
+    def _words(self, options: Mapping[str, Any]) -> list[str]:
         files = [word for path in self.files for word in ("-c", _shown(path))]
-        return [stage, *files, *(word for name, value in options.items() for word in (f"--{name}", _text(value)))]
+        return [*files, *(word for name, value in options.items() for word in (f"--{name}", _text(value)))]
 
     def shell_line(self, command: Sequence[str], folder: Path) -> str:
         """The cell as one line of a shell: training, and if that succeeds the test."""
@@ -154,7 +184,7 @@ class Study:
         mode: Whether more ("max") or less ("min") of it is better.
         scale: What scores are multiplied by, to have the unit of the paper's numbers.
         budget: Seconds that `run` may take without asking; None for any.
-        time_per_cell: Expected seconds of a cell before any was measured; None if unknown.
+        time_per_cell: Expected seconds of a cell if nothing was measured; None if unknown.
         reference: Numbers of the paper by group and name.
         findings: What is expected.
     """
@@ -243,17 +273,15 @@ class _Reader:
         base = self._files("base", self.content.get("base"))
         if not base:
             raise self.fail("base", "name at least one configuration file, such as ../miniature/translation.yaml.")
-        self.axes = self._axes()
+        options = self._options("options", self.content.get("options") or {})
+        self.axes = self._axes(options)
         seeds = self._seeds()
         metric, mode = self._metric()
         checkpoint = self.content.get("test_checkpoint", "best")
         if checkpoint not in ("best", "last"):
             raise self.fail("test_checkpoint", f"{checkpoint!r} is neither best nor last.")
-        cells = self._cells(base, seeds, checkpoint)
+        cells = self._cells(base, options, seeds, checkpoint)
         self.groups = {cell.group for cell in cells}
-        budget, time = self._duration("budget"), self._duration("time_per_cell")
-        if budget is not None and time is None:
-            raise self.fail("budget", f"{self.content['budget']!r} needs time_per_cell too, to be compared with.")
         return Study(
             path=self.path,
             description=str(self.content.get("description", "")),
@@ -263,8 +291,8 @@ class _Reader:
             metric=metric,
             mode=mode,
             scale=self._number("scale", self.content.get("scale", 1.0), positive=True),
-            budget=budget,
-            time_per_cell=time,
+            budget=self._duration("budget"),
+            time_per_cell=self._duration("time_per_cell"),
             reference=self._reference(),
             findings=tuple(self._finding(*one) for one in enumerate(self._list("findings"))),
         )
@@ -297,12 +325,22 @@ class _Reader:
             files.append(file)
         return tuple(files)
 
-    def _axes(self) -> dict[str, tuple[Level, ...]]:
+    def _options(self, key: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self.fail(key, f"must hold options such as trainer.max_steps, got {value!r}.")
+        for option in value:
+            if not isinstance(option, str) or not _OPTION.fullmatch(option):
+                raise self.fail(
+                    f"{key}.{option}", "is no option such as model.dim, data.batch_size, trainer.max_steps."
+                )
+        return value
+
+    def _axes(self, options: Mapping[str, Any]) -> dict[str, tuple[Level, ...]]:
         axes = self.content.get("axes")
         if not isinstance(axes, dict) or not axes:
             raise self.fail("axes", f"must hold labelled values by axis, got {axes!r}.")
         found: dict[str, tuple[Level, ...]] = {}
-        setters: dict[str, str] = {}
+        setters = dict.fromkeys(options, "options sets for every cell")
         for axis, levels in axes.items():
             if not isinstance(axis, str) or not _AXIS.fullmatch(axis) or axis == "seed":
                 raise self.fail(
@@ -313,10 +351,8 @@ class _Reader:
             found[axis] = tuple(self._level(axis, label, value) for label, value in levels.items())
             for option in {option for level in found[axis] for option in level.options}:
                 if option in setters:
-                    raise self.fail(
-                        f"axes.{axis}", f"{option} is set by the axis {setters[option]} too. Merge the axes."
-                    )
-                setters[option] = axis
+                    raise self.fail(f"axes.{axis}", f"sets {option}, which {setters[option]}. Set it in one place.")
+                setters[option] = f"the axis {axis} sets too"
         return found
 
     def _level(self, axis: str, label: Any, value: Any) -> Level:
@@ -331,12 +367,7 @@ class _Reader:
             if not isinstance(part, dict):
                 overlays += self._files(key, part)
                 continue
-            for option, given in part.items():
-                if not isinstance(option, str) or not _OPTION.fullmatch(option):
-                    raise self.fail(
-                        f"{key}.{option}", "is no option such as model.dim, data.batch_size, trainer.max_steps."
-                    )
-                options[option] = given
+            options |= self._options(key, part)
         return Level(label, tuple(overlays), options)
 
     def _seeds(self) -> tuple[int, ...]:
@@ -372,7 +403,9 @@ class _Reader:
             raise self.fail(key, f"must be a {'positive ' if positive else ''}number, got {value!r}.")
         return float(value)
 
-    def _cells(self, base: tuple[Path, ...], seeds: tuple[int, ...], checkpoint: str) -> list[Cell]:
+    def _cells(
+        self, base: tuple[Path, ...], common: Mapping[str, Any], seeds: tuple[int, ...], checkpoint: str
+    ) -> list[Cell]:
         excluded = [self._selection(f"exclude[{number}]", one) for number, one in enumerate(self._list("exclude"))]
         names = tuple(self.axes)
         cells = []
@@ -381,14 +414,19 @@ class _Reader:
             if any(all(labels[axis] in some for axis, some in one.items()) for one in excluded):
                 continue
             files = (*base, *(path for level in levels for path in level.overlays))
-            options = {name: value for level in levels for name, value in level.options.items()}
+            options = dict(common) | {name: value for level in levels for name, value in level.options.items()}
             merged: Any = functools.reduce(_merge, map(_load, files), {})
+            trainer = _options_of("trainer", merged, options)
             for seed in seeds:
                 content = json.dumps([merged, options, seed, checkpoint], sort_keys=True, default=str)
                 digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-                steps = options.get("trainer.max_steps", (merged.get("trainer") or {}).get("max_steps"))
-                total = steps if type(steps) is int and steps > 0 else None
-                cell = Cell(names, tuple(labels.values()), seed, files, options, digest, total, checkpoint)
+                cell = Cell(
+                    *(names, tuple(labels.values()), seed, files, options, digest),
+                    total_steps=_positive(trainer.get("max_steps")),
+                    batches_per_step=_positive(trainer.get("accumulate_grad_batches")) or 1,
+                    accelerator=str(trainer.get("accelerator", "auto")),
+                    test_checkpoint=checkpoint,
+                )
                 if len(cell.name.encode()) > _LONGEST_NAME:
                     raise self.fail("axes", f"the folder {cell.name} has too long a name. Give shorter labels.")
                 cells.append(cell)
@@ -500,6 +538,17 @@ def _merge(below: Any, above: Any) -> Any:
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
     return below | {name: _merge(below.get(name), value) for name, value in above.items()}
+
+
+def _options_of(part: str, merged: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What files and options give a part of the configuration, such as the trainer."""
+    given = merged.get(part)
+    own = {name.removeprefix(f"{part}."): value for name, value in options.items() if name.startswith(f"{part}.")}
+    return (given if isinstance(given, dict) else {}) | own
+
+
+def _positive(value: Any) -> int | None:
+    return value if type(value) is int and value > 0 else None
 
 
 def _text(value: Any) -> str:

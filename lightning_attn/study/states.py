@@ -126,6 +126,10 @@ class CellFolder:
         found = [path.parent for path in self.path.glob(f"*/{RUN_NAME}*/run.json")]
         return max(found, key=_last_change, default=None)
 
+    def is_begun(self) -> bool:
+        """Whether it holds a training, or an attempt at one."""
+        return bool(self.attempts()) or self.run_directory() is not None
+
     def acquire(self) -> int | None:
         """Takes the cell for this process and those that inherit the descriptor, until the last of them ends.
 
@@ -188,7 +192,7 @@ class CellStatus:
         step: Optimizer steps done; None if unknown.
         validation: The newest value of the same score in validation, in the same unit.
         eta: Time left as the training prints it; empty if unknown.
-        seconds: Of its processes so far; None if no runner measured them.
+        seconds: Of its processes so far; None if no runner measured them, or not all of a finished cell.
         job: Number of its SLURM job in the queue; empty if there is none.
     """
 
@@ -251,7 +255,8 @@ class CellStatus:
             state, reason = "running" if queued in _RUNNING_JOBS else "waiting", f"SLURM job {job} is {queued}"
         elif job and state in ("waiting", "interrupted") and code.isdecimal() and int(code) not in {0, *_STOPPED}:
             state, reason = "failed", f"SLURM job {job} ended with status {code}"
-        seconds = math.fsum(ended) if ended else None
+        is_seen = bool(ended) and (score is None or len(ended) == len(attempts))  # or the time of some was not measured
+        seconds = math.fsum(ended) if is_seen else None
         return cls(cell, folder, state, reason, score, step, validation, eta, seconds, job if queued else "")
 
 
@@ -266,7 +271,8 @@ def read_statuses(study: Study, root: Path, cells: Sequence[Cell] | None = None)
     known = {cell.name for cell in study.cells}
     others = {}
     for name in sorted(path.name for path in root.iterdir()) if root.is_dir() else []:
-        if (match := re.fullmatch(r"(.+)_[0-9a-f]{8}", name)) and name not in known:
+        match = None if name in known else re.fullmatch(r"(.+)_[0-9a-f]{8}", name)
+        if match is not None and CellFolder(root / name).is_begun():  # one with a profile alone is nothing yet
             others[match[1]] = name
     chosen = study.cells if cells is None else cells
     jobs = queued_jobs() if any((root / cell.name / JOB_FILE).is_file() for cell in chosen) else {}

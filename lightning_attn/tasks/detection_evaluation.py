@@ -14,6 +14,7 @@ from datamodules.detection.datamodule import DetectionBatch
 from datamodules.images.files import ExifPolicy, ImageArray, ImageError, read_image
 from datamodules.images.folders import unique_stems
 from lightning_attn.io import unused_path, write_json
+from lightning_attn.metrics.bootstrap import ResampledScores
 from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, ImageDetections
 from lightning_attn.metrics.detection_analysis import DetectionAnalysis, analyse_detections
 from lightning_attn.tasks.detection_files import write_analysis
@@ -56,6 +57,10 @@ class DetectionEvaluator(Evaluator):
     @override
     def logged(self, scores: dict[str, Any]) -> dict[str, float]:
         return {name: scores[name] for name in COCO_NUMBERS}
+
+    @override
+    def resampled_scores(self) -> ResampledScores:
+        return self._metrics.resampled_scores()
 
     @override
     def write(self, scores: dict[str, Any]) -> None:

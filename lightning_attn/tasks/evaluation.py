@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_json
 from lightning_attn.metrics import WeightedMean, gather_by_id
+from lightning_attn.metrics.bootstrap import SEED, ResampledScores
 from lightning_attn.training.stop_on_non_finite import batch_field
 
 if TYPE_CHECKING:
@@ -63,6 +64,13 @@ class Evaluator(abc.ABC):
     def logged(self, scores: dict[str, Any]) -> dict[str, float]:
         """The scores to log, by name; by default those of `compute` that are floats."""
         return {name: value for name, value in scores.items() if isinstance(value, float)}
+
+    def resampled_scores(self) -> ResampledScores | None:
+        """Scores of resampled test sets, for the uncertainty that the choice of the test set causes.
+
+        Called after `compute` of a test, on rank 0 only; written to `predictions/test_bootstrap.json`.
+        """
+        return None
 
     def write(self, scores: dict[str, Any]) -> None:  # noqa: B027 - optional: most write nothing
         """Writes or draws further results after a pass, on rank 0 only.
@@ -122,6 +130,14 @@ class SampleMeans(Evaluator):
     def compute(self) -> dict[str, Any]:
         names = gather_by_id(dict.fromkeys(self._means))  # a rank without samples has none of its own
         return {name: self._means.setdefault(name, WeightedMean(self.split)).compute().item() for name in names}
+
+    @override
+    def resampled_scores(self) -> ResampledScores | None:
+        found = {name: mean.resampled_scores() for name, mean in self._means.items()}
+        for first in found.values():  # those of the same samples as the first
+            scores = {name: one.scores["mean"] for name, one in found.items() if one.samples == first.samples}
+            return ResampledScores(first.samples, first.num_samples, scores)
+        return None
 
     @override
     def clear(self) -> None:
@@ -199,14 +215,27 @@ class Evaluation(Callback):
         if split == "test" and results:
             path = write_json(task.output_directory / "test_metrics.json", without_nan(results))
             rank_zero_info(f"Scores written to {path}")
+            _write_resampled(task)
         for evaluator, scores in zip(task.evaluators, found, strict=True):
             evaluator.write(scores)
+
+
+def _write_resampled(task: "BaseTask") -> None:
+    """Writes the resampled scores of those evaluators that have some, a file for each."""
+    for evaluator in task.evaluators:
+        resampled = evaluator.resampled_scores()
+        if resampled is not None and resampled.scores:
+            scores = {f"test/{name}": without_nan(values.tolist()) for name, values in resampled.scores.items()}
+            content = {"seed": SEED, "num_samples": resampled.num_samples, "samples": resampled.samples}
+            write_json(task.output_directory / "predictions" / "test_bootstrap.json", content | {"scores": scores})
 
 
 def without_nan(value: Any) -> Any:
     """Plain values for JSON, which has no NaN: undefined scores become None (null)."""
     if isinstance(value, dict):
         return {name: without_nan(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_nan(one) for one in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

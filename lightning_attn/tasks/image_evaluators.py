@@ -10,13 +10,16 @@ from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 from typing_extensions import override
 
 from datamodules.images.batches import BadImage, ImageBatch
 from datamodules.images.folders import listed
-from lightning_attn.io import unused_path, write_table
+from lightning_attn.io import unused_path, write_json, write_table
 from lightning_attn.metrics.gather import gather_by_id
+from lightning_attn.networks.images.network import ImageNetwork
 from lightning_attn.tasks.evaluation import Evaluator
+from lightning_attn.visualization.images import image_attention
 from lightning_attn.visualization.pictures import Picture, save_picture
 
 if TYPE_CHECKING:
@@ -61,6 +64,43 @@ class Pictures(Evaluator):
             for name, draw in pending.items():
                 save_picture(draw(), folder / f"{name}.png")
             rank_zero_info(f"{len(pending)} pictures drawn to {folder}")
+
+
+class AttentionExample(Evaluator):
+    """Writes how each term of an attention weights the first test image, to `predictions/test_attention.json`.
+
+    Of the attention with the largest map (the last of equal ones), for the query in the middle of the image; nothing
+    without such an attention.
+
+    Args:
+        task: The task; nothing is written unless its network is an `ImageNetwork`.
+    """
+
+    def __init__(self, task: "ImageTask[Any, Any]") -> None:
+        self._task = task
+        self._image: Tensor | None = None
+
+    @override
+    def reset(self, split: str) -> None:
+        super().reset(split)
+        self._image = None
+
+    @override
+    def update(self, batch: ImageBatch, outputs: Mapping[str, Any]) -> None:
+        if self.split == "test" and self._image is None and len(batch) and self._task.trainer.is_global_zero:
+            self._image = batch.images[0]
+
+    @override
+    def write(self, scores: dict[str, Any]) -> None:
+        image, self._image = self._image, None
+        network = self._task.built_network
+        if image is None or not isinstance(network, ImageNetwork):
+            return
+        if (found := image_attention(network, image)) is not None:
+            weights, picture = found
+            folder = self._task.output_directory / "predictions"
+            drawn = save_picture(picture, unused_path(folder / "test_attention.jpg"))
+            write_json(folder / "test_attention.json", {"maps": [weights | {"image": drawn.name}]})
 
 
 class BadImages(Evaluator):

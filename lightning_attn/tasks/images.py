@@ -22,7 +22,7 @@ from lightning_attn.networks.images.batching import ChannelsLast, use_channels_l
 from lightning_attn.networks.recomputation import recompute_activations
 from lightning_attn.tasks.base import BaseTask, check_checkpointing, evaluating, require_network
 from lightning_attn.tasks.evaluation import Evaluator
-from lightning_attn.tasks.image_evaluators import BadImages, Pictures
+from lightning_attn.tasks.image_evaluators import AttentionExample, BadImages, Pictures
 from lightning_attn.training.checkpoint_keys import PREPROCESSING_KEY
 from lightning_attn.training.checkpoints import CheckpointError, read_checkpoint
 from lightning_attn.training.contents import require_plain
@@ -291,7 +291,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
 
     @override
     def configure_evaluators(self) -> list[Evaluator]:
-        return [self.bad_images, self.picture_evaluator]
+        return [self.bad_images, self.picture_evaluator, AttentionExample(self)]
 
     @override
     def on_fit_start(self) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from datamodules.segmentation.datamodule import SegmentationBatch
+from lightning_attn.metrics.bootstrap import ResampledScores
 from lightning_attn.metrics.segmentation import SegmentationMetrics
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.image_evaluators import print_scores
@@ -48,6 +49,10 @@ class SegmentationEvaluator(Evaluator):
     def logged(self, scores: dict[str, Any]) -> dict[str, float]:
         per_class = {f"iou/{name}": iou for name, iou in scores["iou_per_class"].items() if not math.isnan(iou)}
         return {name: scores[name] for name in _TOTALS} | per_class
+
+    @override
+    def resampled_scores(self) -> ResampledScores:
+        return self._metrics.resampled_scores()
 
     @override
     def write(self, scores: dict[str, Any]) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from datamodules.translation.batches import TranslationBatch, TranslationDataset
-from lightning_attn.io import unused_path, write_text
+from lightning_attn.io import unused_path, write_json, write_text
+from lightning_attn.metrics.bootstrap import ResampledScores
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.metrics.translation import CorpusTranslationMetrics
 from lightning_attn.metrics.weighted_mean import WeightedMean
 from lightning_attn.tasks.evaluation import Evaluator
-from lightning_attn.visualization import draw_translation_attention
+from lightning_attn.visualization import draw_translation_attention, translation_attention
 
 if TYPE_CHECKING:
     from lightning_attn.tasks.translation import TranslationTask
@@ -70,8 +71,12 @@ class TranslationEvaluator(Evaluator):
         if self._has_translations:
             self._metrics.compute()
             scores |= self._metrics.scores()
-        self._examples = gather_by_id(self._examples)
+        self._examples = dict(list(gather_by_id(self._examples).items())[: self._task.num_examples])
         return scores
+
+    @override
+    def resampled_scores(self) -> ResampledScores:
+        return self._metrics.resampled_scores()
 
     @override
     def write(self, scores: dict[str, Any]) -> None:
@@ -81,9 +86,12 @@ class TranslationEvaluator(Evaluator):
         lines = "".join(f"{hypothesis}\n" for hypothesis in self._metrics.hypotheses())
         write_text(task.output_directory / "predictions" / "test_hypotheses.txt", lines)
         rank_zero_info(f"BLEU {scores['bleu']:.2f} ({scores['bleu_signature']})")
-        examples = list(self._examples.values())[: task.num_examples]
+        examples = list(self._examples.values())
         if examples:
             _print_examples(examples)
+            names = ("source", "reference", "hypothesis")
+            shown = [{"id": one} | dict(zip(names, texts, strict=True)) for one, texts in self._examples.items()]
+            write_json(task.output_directory / "predictions" / "test_examples.json", {"examples": shown})
             self._draw_attention(*examples[0][:2])
 
     @override
@@ -99,6 +107,8 @@ class TranslationEvaluator(Evaluator):
         path = unused_path(task.output_directory / "attention.png")
         draw_translation_attention(task.built_network, task.vocabulary, batch.source, batch.target, path)
         rank_zero_info(f"Attention of the first sentence drawn to {path}")
+        maps = translation_attention(task.built_network, task.vocabulary, batch.source, batch.target)
+        write_json(task.output_directory / "predictions" / "test_attention.json", {"maps": maps})
 
 
 def _print_examples(texts: list[tuple[str, str, str]]) -> None:

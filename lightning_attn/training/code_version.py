@@ -7,7 +7,8 @@ from pathlib import Path
 __all__ = ["code_version"]
 
 _PACKAGES = Path(__file__).parents[2]
-_WITHOUT_EFFECT = ("lightning_attn/study/", "lightning_attn/export/")  # they neither train nor test
+# They neither train nor test.
+_WITHOUT_EFFECT = ("lightning_attn/study/", "lightning_attn/cli/study.py", "lightning_attn/export/")
 
 
 @functools.cache

@@ -9,18 +9,23 @@ from lightning_attn.visualization.convolution import (
 )
 from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
 from lightning_attn.visualization.figures import draw_term_maps, draw_token_matrix, save_figure
-from lightning_attn.visualization.maps import TermMaps, recorded_inputs, term_maps
+from lightning_attn.visualization.maps import TermMaps, attentions_of, recorded_inputs, term_maps
 from lightning_attn.visualization.pictures import save_picture
 from lightning_attn.visualization.segmentation import (
     colour_labels,
     draw_segmentation,
     draw_segmentation_beside_truth,
 )
-from lightning_attn.visualization.translation import cross_attention_maps, draw_translation_attention
+from lightning_attn.visualization.translation import (
+    cross_attention_maps,
+    draw_translation_attention,
+    translation_attention,
+)
 
 __all__ = [
     "SamplingPoints",
     "TermMaps",
+    "attentions_of",
     "colour_labels",
     "cross_attention_maps",
     "draw_detections",
@@ -38,4 +43,5 @@ __all__ = [
     "save_figure",
     "save_picture",
     "term_maps",
+    "translation_attention",
 ]

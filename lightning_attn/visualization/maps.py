@@ -60,6 +60,19 @@ class TermMaps:
             whole=function(self.whole),
         )
 
+    def as_lists(self) -> dict[str, list[Any]]:
+        """The mean weights over heads of each term alone and of all together ("whole"), as nested lists, for JSON.
+
+        Those of a sentence as they are, those of a query of a map relative to uniform weights (times the number of
+        visible keys); rounded to four digits behind the point. None for hidden keys.
+        """
+        factor = int(self.visible.sum()) if len(self.key_size) == 2 else 1
+        hidden = ~self.visible
+        return {
+            name: _rounded((factor * values.mean(0).double()).masked_fill(hidden, math.nan).tolist())
+            for name, values in {**self.weights, "whole": self.whole}.items()
+        }
+
     def selected(self, terms: Sequence[str] | None) -> tuple[str, ...]:
         """The names in `terms`, or those of all terms that are on.
 
@@ -136,6 +149,11 @@ def term_maps(
     )
 
 
+def attentions_of(network: nn.Module) -> list[TransformerAttention]:
+    """The attentions with terms in a network, in the order of its modules."""
+    return [module for module in network.modules() if isinstance(module, TransformerAttention)]
+
+
 def recorded_inputs(attention: nn.Module, call: Callable[[], object]) -> dict[str, Any]:
     """Records the inputs of an attention inside a network, for `term_maps(attention, **inputs)`.
 
@@ -165,6 +183,12 @@ def recorded_inputs(attention: nn.Module, call: Callable[[], object]) -> dict[st
     if calls[-1].get("cache") is not None:
         raise ValueError("call ran the attention with a cache, step by step: run the network on the whole sentence.")
     return {name: calls[-1].get(name) for name in ("query", "key", "key_padding_mask", "causal")}
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_rounded(one) for one in values]
+    return None if math.isnan(values) else round(values, 4)
 
 
 def _unwrapped(attention: nn.Module) -> TransformerAttention:

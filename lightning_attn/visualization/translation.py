@@ -1,14 +1,15 @@
 """Figures of the attention maps of a translation network."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.translation.vocabulary import Vocabulary
 from lightning_attn.networks.translation.transformer import DecoderLayer, Transformer
 from lightning_attn.visualization.figures import draw_token_matrix
-from lightning_attn.visualization.maps import recorded_inputs, term_maps
+from lightning_attn.visualization.maps import attentions_of, recorded_inputs, term_maps
 
 
 @torch.no_grad()
@@ -61,6 +62,46 @@ def draw_translation_attention(
         query_label="predicted target token (query)",
         key_label="source token (key)",
     )
+
+
+@torch.no_grad()
+def translation_attention(
+    network: Transformer, vocabulary: Vocabulary, source: Tensor, target: Tensor
+) -> list[dict[str, Any]]:
+    """The weights of the last encoder layer's attention and of the last encoder-decoder attention, as plain values.
+
+    Args:
+        network: The Transformer.
+        vocabulary: The pieces of the tokens.
+        source: As in `draw_translation_attention`.
+        target: As in `draw_translation_attention`.
+
+    Returns:
+        For each that has terms: title, names of queries and keys, `kv_stride`, and weights as `TermMaps.as_lists`.
+    """
+    source, target = source[:, source[0] != vocabulary.pad_id], target[:, target[0] != vocabulary.pad_id]
+    sources, targets = _names(vocabulary, source[0].tolist()), _names(vocabulary, target[0, 1:].tolist())
+    last = network.decoder[-1]
+    assert isinstance(last, DecoderLayer)
+    found = []
+    for title, module, queries in (
+        ("Self-attention of the last encoder layer", network.encoder[-1].self_attention, sources),
+        ("Encoder-decoder attention of the last layer", last.cross_attention, targets),
+    ):
+        for attention in attentions_of(module) if isinstance(module, nn.Module) else []:
+            inputs = recorded_inputs(attention, lambda: network(source, target[:, :-1]))
+            maps = term_maps(attention, **inputs)
+            found.append(
+                {
+                    "kind": "sentence",
+                    "title": title,
+                    "queries": queries,
+                    "keys": sources,
+                    "kv_stride": maps.kv_stride,
+                    "weights": maps.as_lists(),
+                }
+            )
+    return found
 
 
 def _names(vocabulary: Vocabulary, ids: list[int]) -> list[str]:

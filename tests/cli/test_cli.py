@@ -54,11 +54,27 @@ def test_all_stages_fill_one_run_directory(run, tiny_config, corpus, in_folder):
     metrics = json.loads((path / "test_metrics.json").read_text())
     assert f"BLEU {metrics['test/bleu']:.2f} (nrefs:1|case:mixed|eff:no|tok:13a" in printed
     assert (path / "attention.png").stat().st_size > 1000
+    shown = json.loads((path / "predictions" / "test_examples.json").read_text())["examples"]
+    sources = (corpus / "test.en").read_text().splitlines()
+    assert [one["id"] for one in shown] == [0, 1, 2, 3, 4]
+    assert [one["source"] for one in shown] == sources[:5]
+    maps = json.loads((path / "predictions" / "test_attention.json").read_text())["maps"]
+    assert [one["title"] for one in maps] == [
+        "Self-attention of the last encoder layer",
+        "Encoder-decoder attention of the last layer",
+    ]
+    assert all([*one["weights"]] == ["E1", "E2", "E3", "E4", "whole"] for one in maps)
+    resampled = json.loads((path / "predictions" / "test_bootstrap.json").read_text())
+    assert resampled["num_samples"] == 31
+    assert len(resampled["scores"]["test/bleu"]) == 1000
+    assert min(resampled["scores"]["test/bleu"]) <= metrics["test/bleu"] <= max(resampled["scores"]["test/bleu"])
     # The official scorer on the written file gives the logged number.
     hypotheses = (path / "predictions" / "hypotheses.txt").read_text().splitlines()
     assert hypotheses == (path / "predictions" / "test_hypotheses.txt").read_text().splitlines()
     references = (corpus / "test.de").read_text().splitlines()
     assert len(hypotheses) == len(references) == 31
+    assert [one["hypothesis"] for one in shown] == hypotheses[:5]
+    assert [one["reference"] for one in shown] == references[:5]
     assert sacrebleu.corpus_bleu(hypotheses, [references]).score == pytest.approx(metrics["test/bleu"], abs=1e-9)
     assert sacrebleu.corpus_chrf(hypotheses, [references]).score == pytest.approx(metrics["test/chrf"], abs=1e-9)
     for stage in ("validate", "test", "predict"):

@@ -97,6 +97,14 @@ def test_options_win_over_files_as_in_the_command(write):
     assert changed.cells[-1].total_steps == 7
 
 
+def test_options_of_every_cell_win_over_files_and_are_a_part_of_the_digest(write):
+    study = Study.read(write(("options", {"trainer.max_steps": 7})))
+    assert {cell.total_steps for cell in study.cells} == {7}
+    assert all("--trainer.max_steps 7" in " ".join(cell.arguments("fit", Path("cell"))) for cell in study.cells)
+    before = Study.read(write())
+    assert not {cell.digest for cell in study.cells} & {cell.digest for cell in before.cells}
+
+
 def test_select(write):
     study = Study.read(write())
     assert {cell.group for cell in study.select(["size=small"])} == {("none", "small"), ("0010", "small")}
@@ -123,15 +131,17 @@ def test_select(write):
         (("axes", "attention", {8: "none.yaml"}), "axes.attention.8: the label is read as the int 8: quote it"),
         (("axes", "attention", "a/b", "none.yaml"), "axes.attention.a/b: a label has letters"),
         (("axes", "attention", "x", {"run.name": "y"}), "axes.attention.x.run.name: is no option such as"),
-        (("axes", "attention", "x", {"model.dim": 1}), "axes.size: model.dim is set by the axis attention too"),
+        (("axes", "attention", "x", {"model.dim": 1}), "axes.size: sets model.dim, which the axis attention sets too"),
         (("axes", "seed", {"x": "none.yaml"}), "axes.seed: an axis is named by .* not 'seed'"),
+        (("options", {"model.dim": 8}), "axes.size: sets model.dim, which options sets for every cell"),
+        (("options", {"run.name": "y"}), "options.run.name: is no option such as"),
+        (("options", 3), "options: must hold options"),
         (("seeds", 3), "seeds: must be a list of different numbers"),
         (("seeds", [1, 1]), "seeds: must be a list of different numbers"),
         (("metric", "bleu"), "metric: must be a score"),
         (("metric", "test/unheard"), "mode: say whether"),
         (("scale", 0), "scale: must be a positive number, got 0"),
         (("budget", "2 hours"), "budget: must be a time such as .*got '2 hours'"),
-        (("time_per_cell", None), "budget: '2 h' needs time_per_cell"),
         (("exclude", [{"attention": "0011"}]), r"exclude\[0\].attention: attention has no label '0011'"),
         (("exclude", [{"attention": ["none", "0010"]}]), "exclude: no cell is left"),
         (("reference", 0, "cell", "none"), r"reference\[0\].cell: must give a label for each of attention, size"),

@@ -99,6 +99,12 @@ def test_validate_test_predict(run, coco, trained, tmp_path):
     assert max(expected) > 0, "a comparison of zeros would say nothing"
     assert results["test/num_images"] == 5
     assert len(list((trained / "predictions" / "test_pictures").glob("*.png"))) == 2
+    resampled = json.loads((trained / "predictions" / "test_bootstrap.json").read_text())
+    assert resampled["num_samples"] == 5
+    assert min(resampled["scores"]["test/ap"]) <= results["test/ap"] <= max(resampled["scores"]["test/ap"])
+    weights = json.loads((trained / "predictions" / "test_attention.json").read_text())["maps"][0]
+    assert Image.open(trained / "predictions" / weights["image"]).size[0] > 0
+    assert np.mean(weights["weights"]["whole"]) == pytest.approx(1.0, abs=1e-3), "relative to uniform weights"
 
     assert written == json.loads((trained / "predictions" / "test_detections.json").read_text())
 

@@ -107,6 +107,12 @@ def test_scores_are_those_of_the_written_files(run, cityscapes, trained, tmp_pat
     assert results["test/miou"] == pytest.approx(sum(there) / len(there), abs=1e-6)
     assert max(there) > 0, "a comparison of zeros would say nothing"
     assert len(list((trained / "predictions" / "test_pictures").glob("*.png"))) == 2
+    resampled = json.loads((trained / "predictions" / "test_bootstrap.json").read_text())
+    assert resampled["num_samples"] == 5
+    assert min(resampled["scores"]["test/miou"]) <= results["test/miou"] <= max(resampled["scores"]["test/miou"])
+    weights = json.loads((trained / "predictions" / "test_attention.json").read_text())["maps"][0]
+    assert Image.open(trained / "predictions" / weights["image"]).size[0] > 0
+    assert np.mean(weights["weights"]["whole"]) == pytest.approx(1.0, abs=1e-3), "relative to uniform weights"
     assert len(list((trained / "predictions" / "predict_pictures").glob("*.png"))) == 2
     assert "Test set, 5 images" in printed
 

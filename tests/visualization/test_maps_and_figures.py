@@ -33,6 +33,7 @@ from lightning_attn.visualization import (
     sampling_points,
     save_figure,
     term_maps,
+    translation_attention,
 )
 
 DIM, HEADS = 8, 2
@@ -462,6 +463,27 @@ def test_the_attention_of_a_translation_is_drawn(tmp_path):
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_attention_of_a_translation_as_plain_values():
+    source, target = torch.tensor([[4, 5, 6, 3, 0, 0]]), torch.tensor([[2, 7, 8, 3, 0]])
+    network = tiny_transformer()
+    encoder, cross = translation_attention(network, Letters(), source, target)
+    assert (encoder["queries"], encoder["keys"]) == (["_t", "_u", "_v", "_s"],) * 2
+    assert cross["queries"] == ["_w", "_x", "_s"]
+    expected = cross_attention_maps(network, source[:, :4], target[:, :3])[-1].mean(0)
+    assert torch.tensor(cross["weights"]["whole"]) == pytest.approx(expected, abs=1e-4)
+    assert torch.tensor(encoder["weights"]["whole"]).sum(1) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_weights_as_lists_are_relative_in_a_map_and_hidden_keys_have_none():
+    module = make("0010", window=3)
+    maps = term_maps(module, draw_map(4, 5), position=(0, 0))
+    lists = maps.as_lists()
+    assert [*lists] == ["E3", "whole"]
+    visible = [value for row in lists["whole"] for value in row if value is not None]
+    assert len(visible) == 4, "a window of 3 x 3 in the corner"
+    assert sum(visible) == pytest.approx(4.0, abs=1e-3)
+
+
 # --- Convolutions ----------------------------------------------------------------------------------------------------
 
 
@@ -570,12 +592,11 @@ def test_errors_of_convolutions():
 @pytest.mark.slow
 def test_the_figures_of_the_documentation_can_be_made(tmp_path):
     folder = Path(__file__).parents[2] / "docs" / "figures"
-    specification = importlib.util.spec_from_file_location(
-        "make_attention_figures", folder / "make_attention_figures.py"
-    )
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    script.main(tmp_path, steps=2)
+    for name, options in (("make_attention_figures", {"steps": 2}), ("make_trade_off_figure", {})):
+        specification = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        script = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(script)
+        script.main(tmp_path, **options)
     made = sorted(path.name for path in tmp_path.iterdir())
     assert made == sorted(path.name for path in folder.glob("*.png"))
     assert max(path.stat().st_size for path in folder.glob("*.png")) < 100_000
