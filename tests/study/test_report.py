@@ -567,3 +567,30 @@ def test_reports_are_made_of_the_current_code_alone(made):
     elements = report(Study.read(study.path), base)
     assert "1 stale, by other code: shown below, left out of means and verdicts." in elements.text
     assert rows_of(base / "out/groups.csv")[0]["n"] == "2"
+
+
+def test_of_cells_that_are_all_of_other_code_the_most_common_one_counts(made):
+    study, root, _, _ = made
+    base = root.parent / "older"
+    shutil.copytree(root, base / "cells")
+    for place, cell in enumerate(study.cells):
+        path = base / "cells" / study.name / cell.name / "translation/run/run.json"
+        write(path, json.loads(path.read_text()) | {"code": "feedfeedfeed" if place % 10 else "000000000000"})
+    elements = report(Study.read(study.path), base)
+    words = "No cell is of the present code: means and verdicts are of 45 stale ones, all of code feedfeedfeed."
+    assert words in elements.text
+    rows = rows_of(base / "out/groups.csv")
+    assert sum(int(row["n"]) for row in rows) == 45
+    assert [row["n"] for row in rows[:4]] == ["2", "3", "3", "2"]
+
+
+def test_pictures_are_those_of_the_newest_test(tmp_path):
+    study = write_study(tmp_path, groups=("0110",), seeds=(0,), findings=None)
+    fill(study, tmp_path / "cells", parts=("pictures",))
+    predictions = next((tmp_path / "cells").rglob("test_pictures")).parent
+    shutil.copytree(predictions / "test_pictures", predictions / "test_pictures-2")
+    (predictions / "test_pictures-2/000000.png").rename(predictions / "test_pictures-2/newer.png")
+    os.utime(predictions / "test_pictures", (START, START))
+    found = collect(study, tmp_path / "cells" / study.name).cells[0].pictures
+    assert {path.parent.name for path in found.values()} == {"test_pictures-2"}
+    assert sorted(found) == ["000001", "000002", "newer"]

@@ -1,5 +1,6 @@
 """What the folders of a study's cells hold, as plain values for tables and plots."""
 
+import collections
 import dataclasses
 import re
 import statistics
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lightning_attn.io import oldest_first
 from lightning_attn.study.grid import Finding, Group, Study
 from lightning_attn.study.report.reading import (
     array,
@@ -231,6 +233,7 @@ class StudyRecord:
         reference_cost: Name of the cost in `reference`; empty if there is none.
         reference_score: Name of the score in it.
         curve_names: Curves that at least one cell has.
+        older_code: Version of the code that the scores are of; empty for the present one.
     """
 
     study: Study
@@ -242,6 +245,7 @@ class StudyRecord:
     reference_cost: str
     reference_score: str
     curve_names: Sequence[str]
+    older_code: str
 
 
 def collect(study: Study, root: Path) -> StudyRecord:
@@ -254,7 +258,7 @@ def collect(study: Study, root: Path) -> StudyRecord:
     statuses = read_statuses(study, root)
     names = [study.metric.replace("test/", "val/", 1), "train/loss", "val/loss"]
     cells = [_cell(study, status, list(dict.fromkeys(names))) for status in statuses]
-    scores = scores_of(statuses)
+    scores, code = _counted(cells)
     groups = []
     by_group: dict[Group, list[CellRecord]] = {}
     for cell in cells:
@@ -284,6 +288,7 @@ def collect(study: Study, root: Path) -> StudyRecord:
     return StudyRecord(
         *(study, root, cells, groups, findings, label, cost_name, score_name),
         [name for name in dict.fromkeys(names) if name in has],
+        code,
     )
 
 
@@ -448,6 +453,25 @@ def _examples(path: Path | None, damages: list[str]) -> list[dict[str, str]]:
 
 def _pictures(predictions: Path) -> dict[str, Path]:
     try:
-        return {path.stem: path for path in sorted((predictions / "test_pictures").glob("*.png")) if path.is_file()}
+        folders = [path for path in oldest_first(predictions, "test_pictures*") if path.is_dir()]
+        return {path.stem: path for path in sorted(folders[-1].glob("*.png")) if path.is_file()} if folders else {}
     except OSError:
         return {}
+
+
+def _counted(cells: Sequence[CellRecord]) -> tuple[dict[Group, dict[int, float]], str]:
+    """Scores that are compared, by group and seed: of the present code, or if there are none of the most common one.
+
+    Returns:
+        The scores, and which code they are of; an empty string for the present one.
+    """
+    if scores := scores_of([one.status for one in cells]):
+        return scores, ""
+    codes = collections.Counter(one.origin.code for one in cells if one.status.is_finished and one.origin.code)
+    if not codes:
+        return {}, ""
+    code = codes.most_common(1)[0][0]
+    for one in cells:
+        if one.status.score is not None and one.origin.code == code:
+            scores.setdefault(one.status.cell.group, {})[one.status.cell.seed] = one.status.score
+    return scores, code

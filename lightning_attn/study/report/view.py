@@ -207,7 +207,7 @@ class _Viewer:
 
     def _notes(self) -> list[str]:
         """What makes the numbers less comparable than they look."""
-        counted = [one for one in self.record.cells if one.status.state == "done"]
+        counted = [one for group in self.record.groups for one in group.cells if one.status.cell.seed in group.scores]
         notes = []
         for what, values in (
             ("commits", [one.origin.commit for one in counted]),
@@ -220,7 +220,12 @@ class _Viewer:
         if any(commit.endswith("-dirty") for commit in (one.origin.commit for one in counted)):
             notes.append("Some cells ran from a source tree with changes that were not committed (-dirty).")
         stale = sum(one.status.state == "stale" and one.status.is_finished for one in self.record.cells)
-        if stale:
+        if self.record.older_code:
+            notes.append(
+                f"No cell is of the present code: means and verdicts are of {len(counted)} stale ones, all of code "
+                f"{self.record.older_code}."
+            )
+        elif stale:
             notes.append(f"{stale} stale, by other code: shown below, left out of means and verdicts.")
         missing = sum(one.cost is None for one in self.record.groups)
         if counted and missing:
@@ -422,6 +427,7 @@ class _Viewer:
         rows = []
         fronts = next(iter(self.fronts.values()), set())
         best = self._best()
+        shown_states = ("failed", "interrupted") if self.record.older_code else ("failed", "interrupted", "stale")
         for place, group in enumerate(self.record.groups):
             summary = group.summary
             cells: dict[str, tuple[Any, str]] = {
@@ -456,7 +462,7 @@ class _Viewer:
                     "cells": cells,
                     "on_front": place in fronts,
                     "is_best": best is not None and best["place"] == place,
-                    "bad": next((state for state in ("failed", "interrupted", "stale") if state in states), ""),
+                    "bad": next((state for state in shown_states if state in states), ""),
                 }
             )
         return rows
