@@ -331,7 +331,7 @@ SITUATIONS = {
     "no reference, no profile": (
         {"reference": None, "findings": None},
         {"parts": ()},
-        ["No cost is known", "17 of 17 groups have no profile"],
+        ["No cost is known", "17 of 17 tested groups have no profile"],
     ),
     "no profile": ({}, {"parts": ("curves",)}, ["GFLOPs as printed in the paper"]),
     "two axes": (

@@ -75,6 +75,8 @@ class _Viewer:
         self.is_alone = is_alone
         self.name, self.command = f"s{place}", command.split()
         scores = [score for group in record.groups for score in group.scores.values()]
+        if record.score_name == record.reference_score:  # of the same unit
+            scores += [one.reference[record.score_name] for one in record.groups if record.score_name in one.reference]
         self.places = formatting.decimals(scores)
         self.more_is_better = self.study.mode == "max"
         self.plots: dict[str, Panel] = {}
@@ -227,9 +229,15 @@ class _Viewer:
             )
         elif stale:
             notes.append(f"{stale} stale, by other code: shown below, left out of means and verdicts.")
-        missing = sum(one.cost is None for one in self.record.groups)
-        if counted and missing:
-            notes.append(f"{missing} of {len(self.record.groups)} groups have no profile, so their cost is not known.")
+        other = sum(one.status.state == "stale" and not one.status.is_finished for one in self.record.cells)
+        if other:
+            notes.append(
+                f"{other} stale: there are folders of the same labels, of another configuration, not used here."
+            )
+        tested = [one for one in self.record.groups if one.summary.n]
+        missing = sum(one.cost is None for one in tested)
+        if missing:
+            notes.append(f"{missing} of {len(tested)} tested groups have no profile, so their cost is not known.")
         return notes
 
     def _problems(self) -> list[dict[str, Any]]:
@@ -599,8 +607,12 @@ class _Viewer:
                 if curves
             )
             panels = []
+            missing = []
             for place, (group, curves) in enumerate(zip(self.record.groups, by_group, strict=True)):
-                last = [curve[-1][1] for curve in curves if curve]
+                if not curves:
+                    missing.append(group.title)
+                    continue
+                last = [curve[-1][1] for curve in curves]
                 drawing = element(
                     "svg",
                     element("use", href=f"#{shared}"),
@@ -608,22 +620,14 @@ class _Viewer:
                     **{"class": "chart", "viewBox": "0 0 220 132", "role": "img"},
                     aria_label=f"{title} over steps of {group.title}, {len(curves)} runs",
                 )
-                panels.append(
-                    {
-                        "place": place,
-                        "title": group.title,
-                        "drawing": drawing if curves else "",
-                        "last": formatting.fixed(math.fsum(last) / len(last), formatting.decimals(last))
-                        if last
-                        else "",
-                    }
-                )
+                mean = formatting.fixed(math.fsum(last) / len(last), formatting.decimals(last))
+                panels.append({"place": place, "title": group.title, "drawing": drawing, "last": mean})
             defs = element(
                 "svg",
                 element("g", element("defs", element("path", id=shared, d=others, class_="others")), class_="chart"),
                 **{"class": "shared", "width": 0, "height": 0, "aria-hidden": "true"},
             )
-            found.append({"title": title, "panels": panels, "defs": defs})
+            found.append({"title": title, "panels": panels, "missing": missing, "defs": defs})
             key = name.replace("/", "_")
             drawn = {group.title: curves for group, curves in zip(self.record.groups, by_group, strict=True) if curves}
             self.plots[f"curves_{key}"] = draw_curves(drawn, title, self.study.name)
