@@ -143,7 +143,7 @@ def test_commands_are_lines_of_a_shell(call):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: run|status|commands. See python train.py study --help"),
+        ([], "the following arguments are required: run|status|report|commands. See python train.py study --help"),
         (["start", "study.yaml"], "invalid choice: 'start'"),
         (["run", "stud.yaml"], "study: stud.yaml is not there. The current folder holds base.yaml, better.yaml, study"),
         (["run", "study.yaml", "--job", "2"], "unrecognized arguments: --job"),

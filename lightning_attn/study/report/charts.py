@@ -240,7 +240,7 @@ def draw_forest(rows: Sequence[Row], x_title: str, title: str) -> Panel:
         x_title: Of the axis.
         title: Of the plot.
     """
-    width, text_end, row_height, top = 900.0, 450.0, 44.0, 34.0
+    width, text_end, row_height, top = 900.0, 450.0, 58.0, 34.0
     bottom = top + row_height * len(rows)
     scale = forest_scale(rows, text_end + 20, width - 20)
     parts = [element("text", title, x=16, y=20, class_="head")]
@@ -249,10 +249,12 @@ def draw_forest(rows: Sequence[Row], x_title: str, title: str) -> Panel:
         parts.append(element("text", shown, x=scale(value), y=bottom + 17, text_anchor="middle", class_="tick"))
     for place, row in enumerate(rows):
         middle = top + row_height * (place + 0.5)
-        for line, words in enumerate(_wrapped(row.claim, 430, 12, 2)):
-            parts.append(element("text", words, x=16, y=middle - 9 + 14 * line))
-        parts.append(element("text", row.verdict, x=16, y=middle + 18, class_="tick"))
-        parts.append(draw_forest_row(row, scale, middle, row_height - 12))
+        lines = _wrapped(row.claim, 430, 12, 2)
+        first = middle - 7 * len(lines) + 4
+        for line, words in enumerate(lines):
+            parts.append(element("text", words, x=16, y=first + 14 * line))
+        parts.append(element("text", row.verdict, x=16, y=first + 14 * len(lines) + 1, class_="tick"))
+        parts.append(draw_forest_row(row, scale, middle, row_height - 18))
     x = (scale.start + scale.end) / 2
     parts.append(element("text", x_title, x=x, y=bottom + 36, text_anchor="middle", class_="axis"))
     return Panel(

@@ -540,7 +540,7 @@ class _Viewer:
             for at, shown in scale.ticks()
         ]
         axis = element("svg", *ticks, **{"class": "chart mini", "viewBox": "0 0 260 16", "aria-hidden": "true"})
-        unit = f"Difference of {self.record.score_name}; bars: 95 % intervals over seeds, below: of the test set"
+        unit = f"Difference of {self.record.score_name}; 95 % intervals: over seeds, below it of the test set"
         self.plots["findings"] = draw_forest(rows, unit, f"{self.study.name}: findings")
         return {"rows": values, "axis": axis}
 
