@@ -72,7 +72,6 @@ def test_console_requests_and_width(page, scheme, width, which):
 
 def test_all_pictures_are_decoded(page):
     page.open(page.several)
-    page.evaluate("document.querySelectorAll('img').forEach(one => one.loading = 'eager')")
     page.wait(lambda: page.evaluate("[...document.images].every(one => one.complete)"))
     assert page.evaluate("document.images.length") > 100
     assert page.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
