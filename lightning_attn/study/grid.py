@@ -417,6 +417,12 @@ class _Reader:
             options = dict(common) | {name: value for level in levels for name, value in level.options.items()}
             merged: Any = functools.reduce(_merge, map(_load, files), {})
             trainer = _options_of("trainer", merged, options)
+            if checkpoint == "best" and not _is_validated(trainer):
+                raise self.fail(
+                    "test_checkpoint",
+                    f"best is chosen in validations, but trainer.val_check_interval {trainer['val_check_interval']} "
+                    f"is more than trainer.max_steps {trainer['max_steps']}. Set it to less, or test_checkpoint: last.",
+                )
             for seed in seeds:
                 content = json.dumps([merged, options, seed, checkpoint], sort_keys=True, default=str)
                 digest = hashlib.sha256(content.encode()).hexdigest()[:8]
@@ -545,6 +551,14 @@ def _options_of(part: str, merged: Mapping[str, Any], options: Mapping[str, Any]
     given = merged.get(part)
     own = {name.removeprefix(f"{part}."): value for name, value in options.items() if name.startswith(f"{part}.")}
     return (given if isinstance(given, dict) else {}) | own
+
+
+def _is_validated(trainer: Mapping[str, Any]) -> bool:
+    """Whether a training may have a validation: not if its steps are known, and too few for the first one."""
+    steps, every = _positive(trainer.get("max_steps")), _positive(trainer.get("val_check_interval"))
+    counts_batches = trainer.get("check_val_every_n_epoch", 1) is None
+    batches = _positive(trainer.get("accumulate_grad_batches")) or 1
+    return steps is None or every is None or not counts_batches or steps * batches >= every
 
 
 def _positive(value: Any) -> int | None:
