@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ __all__ = ["PROFILE_FILE", "Profiler", "copy_profile", "is_profile", "require_co
 PROFILE_FILE, LOG_FILE = "profile.json", "profile.log"  # in a cell's folder
 _LOCK_FILE = ".profiling"  # in the study's folder
 _POLL = 0.1  # seconds between looks at the processes
+_MOST_BYTES = 16 * 2**20  # of a profile
 _MOST_ALIKE = 2  # groups that fail for the same reason, before the rest is not tried
 
 
@@ -55,7 +57,7 @@ class Profiler:
     def __init__(
         self, study: Study, root: Path, command: Sequence[str], *, jobs: int = 1, console: Console | None = None
     ) -> None:
-        self.study, self.root, self.command, self.jobs = study, root, list(command), jobs
+        self.study, self.root, self.command, self.jobs = study, root, list(command), min(jobs, len(study.cells))
         self.console = console or Console()
         self._requests = StopRequests()
         self._gpus = visible_gpus(os.environ)
@@ -252,6 +254,8 @@ def _content(path: Path) -> _Content | None:
         state = path.stat()
     except OSError:
         return None
+    if not stat.S_ISREG(state.st_mode) or state.st_size > _MOST_BYTES:
+        return None
     return _parsed(path, state.st_mtime_ns, state.st_size)
 
 
@@ -265,7 +269,7 @@ def _parsed(path: Path, changed: int, size: int) -> _Content | None:
         return None
     try:
         median = float(content["training_step"]["latency"]["median"])
-    except (ValueError, KeyError, TypeError):  # such as of a profile on the meta device
+    except (ValueError, KeyError, TypeError, OverflowError):  # such as of a profile on the meta device
         return _Content(None)
     return _Content(median if math.isfinite(median) and median > 0 else None)
 
