@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.errors import InputError, UserError
 from lightning_attn.study.estimate import estimated_seconds
-from lightning_attn.study.grid import Cell, Study, format_duration
+from lightning_attn.study.grid import REPORT_NAME, Cell, Study, format_duration
 from lightning_attn.study.profiling import Profiler, require_configuration
 from lightning_attn.study.runner import Runner
 from lightning_attn.study.slurm import submit_cells
@@ -224,7 +224,7 @@ def _report(options: argparse.Namespace) -> None:
         raise InputError(f"file: {repeated[0]} is given twice; studies are told apart by the names of their files.")
     root = Path(options.root)
     parent = root if len(studies) > 1 else root / names[0]
-    output = Path(options.output) if options.output else parent / "report"
+    output = Path(options.output) if options.output else parent / REPORT_NAME
     print(f"Written to {write_report(studies, root, output, command_name())}")
 
 

@@ -22,11 +22,12 @@ from lightning_attn.errors import InputError, MissingFileError
 from lightning_attn.io import neighbours
 from lightning_attn.training.scores import best_mode
 
-__all__ = ["Cell", "Expected", "Finding", "Group", "Level", "Study", "format_duration"]
+__all__ = ["REPORT_NAME", "Cell", "Expected", "Finding", "Group", "Level", "Study", "format_duration"]
 
 Expected: TypeAlias = Literal["greater", "less", "equal"]
 Group: TypeAlias = tuple[str, ...]  # one label for each axis: cells that differ only in the seed
 
+REPORT_NAME = "report"  # of the folder with the page of several studies, beside those of the studies
 RUN_NAME = "run"  # of the run directory in a cell's folder, <cell>/<task>/run
 
 _KEYS = (
@@ -276,6 +277,8 @@ class _Reader:
         return InputError(f"{self.path}: {key}: {message}")
 
     def study(self) -> Study:
+        if self.path.stem == REPORT_NAME:
+            raise InputError(f"{self.path}: this is the name of the folder of reports. Give the file another name.")
         self._known_keys("", self.content, _KEYS)
         base = self._files("base", self.content.get("base"))
         if not base:

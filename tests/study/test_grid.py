@@ -171,6 +171,8 @@ def test_files_that_are_missing_or_no_yaml(write):
     Path("study.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"study\.yaml is no YAML file"):
         Study.read("study.yaml")
+    with pytest.raises(ValueError, match="name of the folder of reports"):
+        Study.read(write().rename("report.yaml"))
     Path("study.yaml").write_text("- a")
     with pytest.raises(ValueError, match="holds a list"):
         Study.read("study.yaml")
