@@ -7,7 +7,7 @@ RUN ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-long lint format clean
+.PHONY: help quickstart study test test-all test-long lint format clean
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,16 @@ quickstart: .venv/installed  ## Train, test and look at a small translation mode
 	$(BIN)/python train.py test -c checkpoints/translation/$(RUN)/config_fit.yaml \
 	  --ckpt_path checkpoints/translation/$(RUN)/best.ckpt
 
+# Cells of a study: its file and axis. The same command without --only trains all others beside them.
+run_cells = $(BIN)/python train.py study run configs/studies/$(1)_miniature.yaml --jobs 2 --yes --only seed=0 \
+  $(addprefix --only $(2)=,none 0010 1111 deformable_0010)
+
+study: .venv/installed  ## Compare four attentions in three tasks, on data made on the spot, within an hour; write a report
+	$(call run_cells,figure_3a,attention)
+	$(call run_cells,figure_3b,attention)
+	$(call run_cells,figure_3c,self_attention)
+	$(BIN)/python train.py study report $(foreach panel,a b c,configs/studies/figure_3$(panel)_miniature.yaml)
+
 test: lint  ## Lint, check types, and run the tests that take minutes
 	$(PYTEST)
 
@@ -24,7 +34,7 @@ test-all: lint  ## The same with the slow tests
 	$(PYTEST) -m "not long"
 
 test-long: .venv/installed-dev  ## Kills, damaged inputs: an hour or so, with results to read; not a part of CI
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s tests/long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s tests/long tests/study
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

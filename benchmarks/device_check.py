@@ -2,6 +2,7 @@
 
     python -m benchmarks.device_check --minutes 6 --output DIR
     python -m benchmarks.device_check --only attention,tasks.detection
+    python -m benchmarks.device_check --minutes 10 --only study --multi30k data/multi30k-ende --output DIR
     python -m benchmarks.device_check --resume DIR/device_check_h100_2026-12-01.json
 
 Sections, in the order of worth, each with its share of the minutes, of which what is left goes to the next:
@@ -14,8 +15,10 @@ Sections, in the order of worth, each with its share of the minutes, of which wh
                convolution, beside the fused attention with E1 alone, mmcv's module, torchvision's operator and unfold
   tasks        training steps of Faster R-CNN, the base Transformer and segmentation beside torchvision's and torch's
                networks; the quickstart's training, a resumed training beside an unbroken one, one rank by torchrun
+  study        cells of the studies on Multi30k, three seeds of a group at a time, by the public command; their files,
+               without checkpoints, are in DIR/studies, for `study report` elsewhere. Only with --multi30k FOLDER
 
-There is no section for studies. Without a GPU everything runs at small sizes, to try it. JSON and Markdown are written
+Without a GPU everything runs at small sizes, to try it. JSON and Markdown are written
 all the time, so that a killed run loses two seconds at most; `--resume` runs the rest of it, with the same code. What
 does not fit into the minutes is listed as not run, as is what needs a package that is not installed: correctness,
 first_look and attention need torch, torchvision, numpy and typing_extensions only. An error is recorded, and the rest
@@ -44,6 +47,7 @@ from benchmarks import (
     device_correctness,
     device_first_look,
     device_kernels,
+    device_study,
     device_tasks,
     device_training,
 )
@@ -56,7 +60,7 @@ from benchmarks.results import Comparison, Result, Target
 from benchmarks.runner import comma_separated, positive_float
 from lightning_attn.io import unused_path
 
-SECTIONS: Mapping[str, float] = {"correctness": 0.3, "first_look": 0.4, "attention": 0.7, "tasks": 1.0}
+SECTIONS: Mapping[str, float] = {"correctness": 0.18, "first_look": 0.24, "attention": 0.42, "tasks": 0.6, "study": 1.0}
 """Each section's end as a share of the minutes, if all run; of several that are chosen, the shares are stretched."""
 
 _SECONDS_BETWEEN_WRITES = 2.0
@@ -86,6 +90,7 @@ BENCHMARK = Benchmark(
         *device_kernels.CASES,
         *device_tasks.CASES,
         *device_training.CASES,
+        *device_study.CASES,
     ),
     packages=("triton", "mmcv-lite", "torchmetrics", "jsonargparse"),
     command=_command,
@@ -252,6 +257,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", type=Path, metavar="JSON", help="of an interrupted run, which is continued in place"
     )
+    parser.add_argument(
+        "--multi30k", metavar="FOLDER", help="of Multi30k, train.en and so on; runs the section study too"
+    )
     parser.add_argument("--no-memory", action="store_true", help="time only")
     return parser
 
@@ -282,6 +290,8 @@ def main(
     clock: Callable[[], float] = fields.setdefault("clock", time.perf_counter)
     try:
         cases = chosen_cases(options.only, small=not on_gpu())
+        if not options.only and options.multi30k is None:
+            cases = [case for case in cases if section_of(case) != "study"]
         reports = [] if options.resume is None else [read_report(options.resume)]
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -289,6 +299,7 @@ def main(
     header = machine(*BENCHMARK.packages) | describe_card()
     given = {"minutes": options.minutes, "only": ",".join(options.only) or "everything"}
     record = Record(header, given, options.resume or _new_file(options.output), reports, clock)
+    cases = [_with_data(case, options.multi30k, record.path.parent) for case in cases]
     print(settings(describe_card() | {name: header[name] for name in ("torch", "torchvision", "triton")}), flush=True)
     run = Run(torch.get_num_threads(), not options.no_memory, **fields)
     interrupted = False
@@ -324,10 +335,18 @@ def _start_anew(options: argparse.Namespace, path: Path, left: float, restart: C
         print("The GPU no longer answers: a new process runs the rest.", flush=True)
         same = ["--only", ",".join(options.only)] if options.only else []
         same += ["--no-memory"] if options.no_memory else []
+        same += ["--multi30k", options.multi30k] if options.multi30k else []
         again = [*same, "--minutes", f"{left / 60:.3f}", "--resume", str(path)]
         restart([sys.executable, "-m", "benchmarks.device_check", *again])
     else:
         print("The GPU no longer answers, and there is no time to start anew: the rest was not run.")
+
+
+def _with_data(case: Case, folder: str | None, output: Path) -> Case:
+    """A case of the section `study` with its data and the folder of its results; others as they are."""
+    if section_of(case) != "study":
+        return case
+    return dataclasses.replace(case, problem=dataclasses.replace(case.problem, data=folder, output=str(output)))
 
 
 def _new_file(folder: Path | None) -> Path:
@@ -342,7 +361,7 @@ def _print_summary(record: Record) -> None:
         [case] = BENCHMARK.cases_named(result.case)
         found = tabulate(case, result)
         print(f"\n{result.case}: {result.title}; {result.sizes} ({record.seconds.get(result.case, 0.0):.0f} s)")
-        if found.cells and section_of(case) in ("attention", "tasks"):
+        if found.cells and section_of(case) in ("attention", "tasks", "study"):
             print("\n".join(markdown_table(found.header, found.cells)))
         for note in found.notes:
             if not isinstance(note, Target):

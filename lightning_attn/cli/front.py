@@ -19,7 +19,7 @@ SUBCOMMANDS = {
     "average": "make one checkpoint of the mean of several",
     "export": "write a model as safetensors and JSON, torch.export program or ONNX",
     "profile": "what a network costs: parameters, multiply-adds, time, memory",
-    "study": "run the cells of a study, show their states, judge its findings",
+    "study": "train and test the cells of a study, show their states, judge its findings, write a report",
     "compare": "what differs between runs: configuration, scores, cost, curves",
 }
 CHECKPOINT_WORDS = ("auto", "last", "best")  # of the newest run of that name

@@ -15,8 +15,10 @@ from typing_extensions import override
 
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.errors import InputError, UserError
-from lightning_attn.study.grid import Cell, Study, format_duration
-from lightning_attn.study.runner import Runner, estimated_seconds
+from lightning_attn.study.estimate import estimated_seconds
+from lightning_attn.study.grid import REPORT_NAME, Cell, Study, format_duration
+from lightning_attn.study.profiling import Profiler, require_configuration
+from lightning_attn.study.runner import Runner
 from lightning_attn.study.slurm import submit_cells
 from lightning_attn.study.states import CellStatus, read_statuses
 from lightning_attn.study.tables import as_data, cells_table, counts_line, findings_table, groups_table
@@ -33,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_study_command(arguments: Sequence[str]) -> None:
-    """Runs `study run`, `study status` or `study commands`.
+    """Runs `study run`, `study status`, `study report` or `study commands`.
 
     Args:
         arguments: Behind the word `study`.
@@ -44,6 +46,9 @@ def run_study_command(arguments: Sequence[str]) -> None:
     """
     try:
         options = _parser().parse_args(arguments)
+        if options.what == "report":
+            _report(options)
+            return
         study = Study.read(options.file)
         root = Path(options.root) / study.name
         cells = study.select(options.only)
@@ -65,18 +70,27 @@ def run_study_command(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=f"{command_name()} study", description=f"study: {SUBCOMMANDS['study']}.", allow_abbrev=False)
-    whats = parser.add_subparsers(dest="what", required=True, metavar="run|status|commands", parser_class=_Parser)
+    whats = parser.add_subparsers(
+        dest="what", required=True, metavar="run|status|report|commands", parser_class=_Parser
+    )
     helps = {
         "run": "run what is not done yet; interrupted anywhere, the next call resumes",
         "status": "the state of every cell, scores and verdicts",
+        "report": "an HTML page with plots and tables, from what the cells left behind",
         "commands": "one shell line a cell, for job arrays and other machines",
     }
     parts = {
         name: whats.add_parser(name, help=what, description=what, allow_abbrev=False) for name, what in helps.items()
     }
-    for part in parts.values():
-        part.add_argument("file", metavar="FILE", help="the study, such as configs/studies/figure_3c_miniature.yaml")
+    for name, part in parts.items():
         part.add_argument("--root", default=_ROOT, metavar="FOLDER", help=f"folder of all studies ({_ROOT})")
+        if name == "report":
+            part.add_argument("files", nargs="+", metavar="FILE", help="one study or more, which share a page")
+            part.add_argument(
+                "--output", metavar="DIR", help="of the report (FOLDER/STUDY/report; of several FOLDER/report)"
+            )
+            continue
+        part.add_argument("file", metavar="FILE", help="the study, such as configs/studies/figure_3c_miniature.yaml")
         part.add_argument(
             *("--only",), action="append", default=[], metavar="AXIS=LABEL", help="only some cells; repeat for more"
         )
@@ -85,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--retry-failed", action="store_true", help="run failed cells again, from their last checkpoint")
     run.add_argument("--rerun-stale", action="store_true", help="begin cells anew that older code ran; those are kept")
     run.add_argument("--fail-fast", action="store_true", help="end, saving, after the first failure")
+    run.add_argument("--no-profile", action="store_true", help="do not measure what the networks cost")
     run.add_argument("--dry-run", action="store_true", help="only show what would be run, and how long it would take")
     run.add_argument("--slurm", action="store_true", help="submit one SLURM job a cell instead, and end")
     run.add_argument(
@@ -116,6 +131,10 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
     selected = [status for status in before if status.cell.name in chosen]
     needed = runner.needed(selected)
     seconds = estimated_seconds(study, before, needed, options.jobs)
+    if not (options.no_profile or options.slurm) and (seconds is None or not options.dry_run):
+        finished = [] if options.dry_run else [status for status in selected if status.is_finished]
+        _profile(study, root, [*needed, *finished], options.jobs, console)
+        seconds = estimated_seconds(study, before, needed, options.jobs)
     estimate = "of unknown duration" if seconds is None else f"about {format_duration(seconds)}"
     plan = f"{len(needed)} to run, {estimate}" if needed else "nothing to run"
     console.print(escape(f"{study.name}: {counts_line(selected)}; {plan}"))
@@ -124,7 +143,7 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
         for status in needed:
             console.print(escape(f"{status.state:<12}{status.cell.name}"), soft_wrap=True, highlight=False)
         return
-    if seconds is not None and study.budget is not None and seconds > study.budget and not options.yes:
+    if needed and study.budget is not None and not options.yes and (seconds is None or seconds > study.budget):
         _require_consent(study, seconds, study.budget)
     if options.slurm:
         for cell, number in submit_cells(needed, _command(), options.sbatch):
@@ -138,7 +157,7 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
             console.print(findings_table(study, everything))
     console.print(escape(f"{study.name}: {counts_line(after)}. Files: {root}"))
     if runner.received is not None:
-        console.print("Stopped. What was begun is saved; the same command resumes it.")
+        console.print("Stopped. Steps that were done are saved; the same command resumes.")
         raise SystemExit(128 + runner.received)
     if any(status.state == "failed" for status in after):
         raise SystemExit(1)
@@ -156,8 +175,22 @@ def _say_left(console: Console, statuses: Sequence[CellStatus], runner: Runner) 
         )
 
 
-def _require_consent(study: Study, seconds: float, budget: float) -> None:
-    question = f"about {format_duration(seconds)}, and its budget is {format_duration(budget)}"
+def _profile(study: Study, root: Path, statuses: Sequence[CellStatus], jobs: int, console: Console) -> None:
+    """Measures what the networks cost: how long they train, and for the report also of cells that have been trained."""
+    profiler = Profiler(study, root, _command(), jobs=jobs, console=console)
+    profiler.run([status.cell for status in statuses])
+    for group in profiler.failed[
+        :1
+    ]:  # perhaps for lack of data; but a mistake in its options would stop its training too
+        require_configuration(study, next(one for one in study.cells if one.group == group), root, _command())
+    if profiler.received is not None:
+        console.print("Stopped. No cell was begun; profiles that are there are kept.")
+        raise SystemExit(128 + profiler.received)
+
+
+def _require_consent(study: Study, seconds: float | None, budget: float) -> None:
+    time = "an unknown time" if seconds is None else f"about {format_duration(seconds)}"
+    question = f"{time}, and its budget is {format_duration(budget)}"
     if not sys.stdin.isatty():
         raise InputError(
             f"{study.path}: this would take {question}. Give --yes to run it all the same, fewer cells (--only "
@@ -178,6 +211,21 @@ def _status(study: Study, root: Path, cells: Sequence[Cell], *, as_json: bool) -
     console.print(groups_table(study, statuses))
     if study.findings:
         console.print(findings_table(study, statuses))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lightning_attn.study.report.writing import (
+        write_report,
+    )  # with Jinja2 and matplotlib, which `status` does not need
+
+    studies = [Study.read(file) for file in options.files]
+    names = [study.name for study in studies]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"file: {repeated[0]} is given twice; studies are told apart by the names of their files.")
+    root = Path(options.root)
+    parent = root if len(studies) > 1 else root / names[0]
+    output = Path(options.output) if options.output else parent / REPORT_NAME
+    print(f"Written to {write_report(studies, root, output, command_name())}")
 
 
 def _command() -> list[str]:

@@ -35,15 +35,12 @@ class MeasuredCount:
     Attributes:
         total: All multiply-adds.
         by_operator: The part of each operator, such as `"aten.bmm"`.
-        by_module: The part of each submodule by its name, including its children; `""` is the module itself. In the
-            backward pass the attribution is limited by torch's module hooks.
         uncounted: Elements written by operators without a formula (additions, exponentials, softmax, copies, ...), by
             operator, so that missing formulas are visible.
     """
 
     total: int
     by_operator: dict[str, int]
-    by_module: dict[str, int]
     uncounted: dict[str, int]
 
 
@@ -52,7 +49,8 @@ def count_multiply_adds(module: Callable[..., Any], *args: Any, backward: bool =
 
     It counts matrix products, convolutions, fused attention, bilinear sampling, deformable convolution and element-wise
     products, also inside custom operators written in Python. Padding and masks save nothing in a fused operator.
-    Exponentials, normalisation, sums and data movement (indexing, copies) are not multiply-adds.
+    Exponentials, normalisation, sums and data movement (indexing, copies) are not multiply-adds. No hooks are set: an
+    attention with hooks calls its projections as modules, which can be more work.
 
     The module runs in its current mode: in training mode it applies dropout and updates batch statistics. Existing
     gradients of its parameters do not change.
@@ -71,20 +69,13 @@ def count_multiply_adds(module: Callable[..., Any], *args: Any, backward: bool =
     on_cuda = any(isinstance(x, Tensor) and x.is_cuda for x in tree_leaves((args, kwargs)))
     if backward:  # detached from the graph of the arguments
         args, kwargs = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), (args, kwargs))
-    with _counting(on_cuda) as (counter, uncounted), torch.set_grad_enabled(backward):
+    with _counting(on_cuda, _InnermostTracker({})) as (counter, uncounted), torch.set_grad_enabled(backward):
         output = module(*args, **kwargs)
         if backward:
             _run_backward(module, output)
     counts = counter.get_flop_counts()
     by_operator = {str(operator): flops // 2 for operator, flops in counts.get("Global", {}).items() if flops}
-    root = type(module).__name__
-    by_module = {
-        name.removeprefix(root).removeprefix("."): sum(flops.values()) // 2
-        for name, flops in counts.items()
-        if name == root or name.startswith(root + ".")
-    }
-    total = sum(by_operator.values())
-    return MeasuredCount(total, by_operator, {**by_module, "": total}, dict(uncounted.elements))
+    return MeasuredCount(sum(by_operator.values()), by_operator, dict(uncounted.elements))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,15 +152,12 @@ def innermost_module(names: Mapping[nn.Module, str], changed: Callable[[str], ob
 
 
 @contextlib.contextmanager
-def _counting(
-    on_cuda: bool, tracker: _InnermostTracker | None = None
-) -> Iterator[tuple[FlopCounterMode, "_UncountedMode"]]:
+def _counting(on_cuda: bool, tracker: _InnermostTracker) -> Iterator[tuple[FlopCounterMode, "_UncountedMode"]]:
     if HAS_TRITON and on_cuda:
         for name in ("deformable", "dynamic"):
             importlib.import_module(f"lightning_attn.attention.kernels.{name}")  # registers formulas of its operators
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    if tracker is not None:
-        counter.mod_tracker = tracker  # type: ignore[assignment]  # which the counter enters and leaves
+    counter.mod_tracker = tracker  # type: ignore[assignment]  # which the counter enters and leaves
     uncounted = _UncountedMode(counter.flop_registry)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # dispatch modes see the operators of their own thread only

@@ -4,30 +4,31 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from datamodules.machine import available_cores
 from lightning_attn.errors import InputError
 from lightning_attn.io import naming
+from lightning_attn.study.children import StopRequests, environment_of, visible_gpus
+from lightning_attn.study.estimate import estimated_seconds
 from lightning_attn.study.grid import Cell, Study, format_duration
+from lightning_attn.study.profiling import copy_profile
 from lightning_attn.study.states import COMMAND_MARK, Attempt, CellFolder, CellStatus, read_statuses
 from lightning_attn.study.tables import live_table
 
-__all__ = ["Runner", "estimated_seconds", "visible_gpus"]
+__all__ = ["Runner"]
 
 _POLL = 0.1  # seconds between looks at the processes
-_REFRESH = 2.0  # seconds between looks at their files
+_REFRESH = 2.0  # seconds between looks at their files, or more:
+_LEAST_PAUSE = 20.0  # times as long as a look takes, as the trainings need the processors
 
 
 @dataclasses.dataclass
@@ -70,14 +71,18 @@ class Runner:
     ) -> None:
         if jobs < 1:
             raise InputError(f"jobs must be at least 1, got {jobs}.")
-        self.study, self.root, self.command, self.jobs = study, root, list(command), jobs
+        self.study, self.root, self.command, self.jobs = study, root, list(command), min(jobs, len(study.cells))
         self.retry_failed, self.rerun_stale, self.fail_fast = retry_failed, rerun_stale, fail_fast
         self.console = console or Console()
-        self.received: int | None = None  # the first signal that asked to stop
-        self._signals = 0
+        self._requests = StopRequests()
         self._is_stopping = False
         self._running: dict[int, _Job] = {}  # by slot
         self._gpus = visible_gpus(os.environ)
+
+    @property
+    def received(self) -> int | None:
+        """The first signal that asked to stop; None if none did."""
+        return self._requests.first
 
     def needed(self, statuses: Sequence[CellStatus]) -> list[CellStatus]:
         """Those that are to be run."""
@@ -100,12 +105,12 @@ class Runner:
             The states afterwards.
         """
         pending = [status.cell for status in self.needed(read_statuses(self.study, self.root, cells))]
-        shown = 0.0
-        with self._signals_received(), self._display(cells) as refresh:
+        shown, pause = 0.0, _REFRESH
+        with self._requests.received(), self._ending(), self._display(cells) as refresh:
             handled = 0
             while pending or self._running:
-                if self._signals > handled:
-                    handled = self._signals
+                if self._requests.count > handled:
+                    handled = self._requests.count
                     pending.clear()
                     self._stop(self.received or signal.SIGTERM, kill=handled > 2)
                 for slot in [slot for slot, job in self._running.items() if job.process.poll() is not None]:
@@ -114,9 +119,11 @@ class Runner:
                         self._stop(signal.SIGTERM)
                 if not self._is_stopping:
                     self._start(pending)
-                if time.monotonic() - shown > _REFRESH:
+                if time.monotonic() - shown > pause:
+                    begun = time.monotonic()
                     refresh()
                     shown = time.monotonic()
+                    pause = max(_REFRESH, _LEAST_PAUSE * (shown - begun))
                 time.sleep(_POLL)
             refresh()
         return read_statuses(self.study, self.root, cells)
@@ -139,12 +146,18 @@ class Runner:
             if not self._is_needed(status):  # another process has finished it meanwhile
                 os.close(lock)
                 continue
+            if not cell.is_current():
+                self._say_changed(cell)
+                os.close(lock)
+                continue
             if status.is_finished:
-                self.console.print(escape(f"{cell.name}: the older run is kept in {folder.set_aside().name}"))
+                older = folder.set_aside()
+                self.console.print(escape(f"{cell.name}: the older run is kept in {older.name}"))
                 os.close(lock)
                 lock = folder.acquire()
                 if lock is None:
                     continue
+                copy_profile(older, folder.path)
             attempts = folder.attempts()
             fitted = any(one.stage == "fit" and one.exit_code == 0 for one in attempts) and folder.run_directory()
             self._launch(free.pop(0), cell, folder, lock, "test" if fitted else "fit", attempts)
@@ -169,22 +182,12 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(slot),
+                env=environment_of(slot, self.jobs, self._gpus),
                 pass_fds=(lock,),
                 start_new_session=True,  # Ctrl-C comes through this process, once
             )
         self._running[slot] = _Job(cell, folder, lock, process, attempts)
         self._say(f"{cell.name}: {stage} started")
-
-    def _environment(self, slot: int) -> dict[str, str]:
-        """Of a cell: its share of the processors and GPUs."""
-        variables = dict(os.environ)
-        if "OMP_NUM_THREADS" not in variables:
-            variables["OMP_NUM_THREADS"] = str(max(1, available_cores() // self.jobs))
-        if self._gpus and self.jobs > 1:
-            share = self._gpus[slot :: self.jobs] or [self._gpus[slot % len(self._gpus)]]
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(share)
-        return variables
 
     def _finish(self, slot: int) -> bool:
         """Records how a process ended, and starts the test after a training; returns whether it failed."""
@@ -193,7 +196,10 @@ class Runner:
         last.ended, last.exit_code = time.time(), job.process.returncode
         job.folder.write_attempts(job.cell, job.attempts)
         took = format_duration(last.ended - last.started)
-        if last.exit_code == 0 and last.stage == "fit" and not self._is_stopping:
+        is_next = last.exit_code == 0 and last.stage == "fit" and not self._is_stopping
+        if is_next and not job.cell.is_current():
+            self._say_changed(job.cell)
+        elif is_next:
             self._launch(slot, job.cell, job.folder, job.lock, "test", job.attempts)
             return False
         os.close(job.lock)
@@ -219,23 +225,33 @@ class Runner:
                 else:
                     job.process.send_signal(number)
 
+    def _say_changed(self, cell: Cell) -> None:
+        self.console.print(
+            escape(f"{cell.name}: left, as its configuration files have changed; the same command reads them again"),
+            soft_wrap=True,
+        )
+
     @contextlib.contextmanager
-    def _signals_received(self) -> Iterator[None]:
-        """Counts the signals that ask to stop, instead of ending by them."""
-
-        def receive(number: int, frame: FrameType | None) -> None:
-            self.received = self.received or number
-            self._signals += 1
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            numbers.append(signal.SIGHUP)
-        earlier = {number: signal.signal(number, receive) for number in numbers}
+    def _ending(self) -> Iterator[None]:
+        """Ends the cells, which save, if this process cannot go on: for a full disk, or an output that was closed."""
         try:
             yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+        except BaseException:
+            self._stop(signal.SIGTERM)
+            asked = self._requests.count
+            while any(job.process.poll() is None for job in self._running.values()):
+                if self._requests.count > asked:
+                    asked = self._requests.count
+                    self._stop(signal.SIGTERM, kill=True)
+                time.sleep(_POLL)
+            for job in self._running.values():
+                last = job.attempts[-1]
+                last.ended, last.exit_code = time.time(), job.process.returncode
+                with contextlib.suppress(OSError):
+                    job.folder.write_attempts(job.cell, job.attempts)
+                os.close(job.lock)
+            self._running.clear()
+            raise
 
     @contextlib.contextmanager
     def _display(self, cells: Sequence[Cell]) -> Iterator[Callable[[], None]]:
@@ -255,48 +271,3 @@ class Runner:
     def _say(self, line: str) -> None:
         if not self.console.is_terminal:  # there the table shows it
             self.console.print(escape(line), highlight=False, soft_wrap=True)
-
-
-def estimated_seconds(
-    study: Study, statuses: Sequence[CellStatus], needed: Sequence[CellStatus], jobs: int
-) -> float | None:
-    """How long cells will take: as those of the same group took, or else all, or else the study's `time_per_cell`.
-
-    Args:
-        study: The study.
-        statuses: Of all its cells.
-        needed: Of those to be run; one that was begun takes what is left of its steps.
-        jobs: Cells at a time.
-
-    Returns:
-        Seconds; None if nothing is known.
-    """
-    measured: dict[tuple[str, ...], list[float]] = {}
-    for status in statuses:
-        if status.is_finished and status.seconds is not None:
-            measured.setdefault(status.cell.group, []).append(status.seconds)
-    everything = [seconds for some in measured.values() for seconds in some]
-    total = 0.0
-    for status in needed:
-        known = measured.get(status.cell.group) or everything
-        one = sum(known) / len(known) if known else study.time_per_cell
-        if one is None:
-            return None
-        steps = status.cell.total_steps
-        share = min(1.0, (status.step or 0) / steps) if steps and not status.is_finished else 0.0
-        total += one * (1 - share)
-    return total / min(jobs, max(1, len(needed)))
-
-
-def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """The GPUs that a process of this environment may use, as CUDA_VISIBLE_DEVICES names them."""
-    given = environment.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [one.strip() for one in given.split(",") if one.strip() not in ("", "-1")]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
-        return [str(number) for number, line in enumerate(done.stdout.splitlines()) if line.startswith("GPU ")]
-    return []

@@ -6,8 +6,10 @@ import glob
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,7 +63,7 @@ def claim(root: Path, task_name: str, name: str) -> Path:
     os.environ[_VARIABLE] = str(path)
     _claimed.append(path)
     _lock(path)
-    write_json(path / MARKER, origin() | {"name": name, "number": number})
+    write_json(path / MARKER, origin() | {"name": name, "number": number, "command": shlex.join(sys.argv)})
     return path
 
 

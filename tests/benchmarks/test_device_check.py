@@ -445,13 +445,16 @@ class TestCommand:
             main(["--help"])
         assert stopped.value.code == 0
         printed = capsys.readouterr().out
-        for part in ("--minutes", "--only", "--output", "correctness", "attention", "tasks", "no section for studies"):
+        for part in ("--minutes", "--only", "--output", "correctness", "attention", "tasks", "study", "--multi30k"):
             assert part in printed
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--only", "study"], "--only study: there are the sections correctness, first_look, attention, tasks"),
+            (
+                ["--only", "speed"],
+                "--only speed: there are the sections correctness, first_look, attention, tasks, study",
+            ),
             (["--minutes", "0"], "0 is not a number above 0"),
             (["--resume", "no/such/file.json"], "no/such/file.json"),
         ],

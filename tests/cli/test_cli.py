@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def test_all_stages_fill_one_run_directory(run, tiny_config, corpus, in_folder):
     names = {file.name for file in path.iterdir()}
     assert {"best.ckpt", "last.ckpt", "metrics.csv", "config_fit.yaml", "run.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
+    assert json.loads((path / "run.json").read_text())["command"] == shlex.join(sys.argv)
     assert read_yaml(path / "hparams.yaml")["self_attention"]["terms"] == "1111"
     assert len(read_metrics(path, "train/loss")) == 4
     assert len(read_metrics(path, "val/bleu")) == 2

@@ -592,12 +592,11 @@ def test_errors_of_convolutions():
 @pytest.mark.slow
 def test_the_figures_of_the_documentation_can_be_made(tmp_path):
     folder = Path(__file__).parents[2] / "docs" / "figures"
-    specification = importlib.util.spec_from_file_location(
-        "make_attention_figures", folder / "make_attention_figures.py"
-    )
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
-    script.main(tmp_path, steps=2)
+    for name, options in (("make_attention_figures", {"steps": 2}), ("make_trade_off_figure", {})):
+        specification = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        script = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(script)
+        script.main(tmp_path, **options)
     made = sorted(path.name for path in tmp_path.iterdir())
     assert made == sorted(path.name for path in folder.glob("*.png"))
     assert max(path.stat().st_size for path in folder.glob("*.png")) < 100_000

@@ -1,0 +1,75 @@
+"""The processes that a study starts: their shares of the machine, and the signals that ask all of them to stop."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+
+from datamodules.machine import available_cores
+
+__all__ = ["StopRequests", "environment_of", "visible_gpus"]
+
+
+class StopRequests:
+    """Counts the signals that ask to stop (Ctrl-C, SIGTERM, SIGHUP), instead of ending by them.
+
+    Attributes:
+        first: The number of the first one; None before.
+        count: How many came.
+    """
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.count = 0
+
+    @contextlib.contextmanager
+    def received(self) -> Iterator[None]:
+        """Counts them inside; in the main thread only."""
+
+        def receive(number: int, frame: FrameType | None) -> None:
+            self.first = self.first or number
+            self.count += 1
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        earlier = {number: signal.signal(number, receive) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+
+def environment_of(slot: int, jobs: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Variables of a process that runs beside others: its share of the processors and GPUs.
+
+    Args:
+        slot: Its place among them, from 0.
+        jobs: How many there are.
+        gpus: Those to be shared, as `visible_gpus` names them.
+    """
+    variables = dict(os.environ)
+    if "OMP_NUM_THREADS" not in variables:
+        variables["OMP_NUM_THREADS"] = str(max(1, available_cores() // jobs))
+    if gpus and jobs > 1:
+        share = gpus[slot::jobs] or [gpus[slot % len(gpus)]]
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(share)
+    return variables
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that a process of this environment may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [one.strip() for one in given.split(",") if one.strip() not in ("", "-1")]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, timeout=30, check=True)
+        return [str(number) for number, line in enumerate(done.stdout.splitlines()) if line.startswith("GPU ")]
+    return []
