@@ -31,6 +31,8 @@ from lightning_attn.study.report.images import map_overlay, matrix, sentence_hea
 from lightning_attn.study.report.labels import Label, place_labels
 from lightning_attn.study.report.svg import Scale, element
 from lightning_attn.study.report.writing import write_report
+from lightning_attn.study.states import read_statuses
+from lightning_attn.study.tables import as_data, groups_table
 
 REPOSITORY = Path(__file__).parents[2]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)' &amp; ${x} {{ 7*7 }}"
@@ -232,6 +234,26 @@ def test_costs_are_of_one_sample(made):
     assert float(row["paper_multiply_adds"]) == pytest.approx(1.87e9)
     assert float(row["multiply_adds"]) == pytest.approx(1.71e9)
     assert float(row["forward_seconds"]) == pytest.approx(0.13 / 50)
+    assert float(row["forward_lower_quartile"]) == pytest.approx(0.96 * 0.13 / 50)
+    assert float(row["forward_upper_quartile"]) == pytest.approx(1.08 * 0.13 / 50)
+
+
+def test_unsteady_times_are_said_to_be(made):
+    text = Elements(made[2].read_text()).text
+    assert "The measured time of 1 group is unsteady (0001): its quartiles are further apart than a third" in text
+    assert text.count("2.29 to 3.22 ms unsteady") == 1  # 0.88 and 1.24 of 0.13 s / 50
+    assert text.count(" ms unsteady") == 1
+    drawing = (made[2].parent / "plots/accuracy_latency.svg").read_text()
+    points = {int(one.get("data-g")): one for one in ET.fromstring(drawing).iter() if one.get("data-g")}
+
+    def x_of(group):
+        return next(float(one.get("cx")) for one in points[GROUPS.index(group)] if "mark" in one.get("class", ""))
+
+    pixels_per_ms = (x_of("1111") - x_of("none")) / (4.6 - 2.0)
+    path = next(one.get("d") for one in points[GROUPS.index("0001")] if "H" in one.get("d", ""))
+    start, end = map(float, re.match(r"M([\d.]+) [\d.]+H([\d.]+)", path).groups())
+    assert start == pytest.approx(x_of("none") + pixels_per_ms * (0.88 * 2.6 - 2.0), abs=0.3)
+    assert end == pytest.approx(x_of("none") + pixels_per_ms * (1.24 * 2.6 - 2.0), abs=0.3)
 
 
 def test_what_runs_have_written_is_shown_as_text(tmp_path):
@@ -333,7 +355,7 @@ SITUATIONS = {
         {"parts": ()},
         ["No cost is known", "17 of 17 tested groups have no profile"],
     ),
-    "no profile": ({}, {"parts": ("curves",)}, ["GFLOPs as printed in the paper"]),
+    "no profile": ({}, {"parts": ("curves",)}, ["GFLOPs of the paper's network", "measures it."]),
     "two axes": (
         {
             "axes": {
@@ -567,6 +589,9 @@ def test_reports_are_made_of_the_current_code_alone(made):
     elements = report(Study.read(study.path), base)
     assert "1 stale, by other code: shown below, left out of means and verdicts." in elements.text
     assert rows_of(base / "out/groups.csv")[0]["n"] == "2"
+    assert {row["older_code"] for row in rows_of(base / "out/groups.csv")} == {""}
+    data = as_data(study, read_statuses(study, base / "cells" / study.name))
+    assert (data["older_code"], data["groups"][0]["n"]) == (None, 2)
 
 
 def test_of_cells_that_are_all_of_other_code_the_most_common_one_counts(made):
@@ -582,6 +607,18 @@ def test_of_cells_that_are_all_of_other_code_the_most_common_one_counts(made):
     rows = rows_of(base / "out/groups.csv")
     assert sum(int(row["n"]) for row in rows) == 45
     assert [row["n"] for row in rows[:4]] == ["2", "3", "3", "2"]
+    assert {row["older_code"] for row in rows} == {"feedfeedfeed"}
+    assert {row["older_code"] for row in rows_of(base / "out/findings.csv")} == {"feedfeedfeed"}
+    # What the terminal shows is of the same cells.
+    statuses = read_statuses(study, base / "cells" / study.name)
+    data = as_data(study, statuses)
+    assert data["older_code"] == "feedfeedfeed"
+    assert [one["mean"] for one in data["groups"]] == pytest.approx([float(row["mean"]) for row in rows])
+    shown = groups_table(study, statuses).caption
+    assert shown == "No cell is of the present code: this is of 45 stale, of code feedfeedfeed."
+    new = write_study(base, "new")
+    page = write_report([Study.read(study.path), new], base / "cells", base / "several", "python train.py")
+    assert "45 of 51, by older code" in Elements(page.read_text()).text
 
 
 def test_pictures_are_those_of_the_newest_test(tmp_path):

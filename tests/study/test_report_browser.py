@@ -123,7 +123,7 @@ def test_points_tell_what_they_are(tab):
     assert lines[1].startswith("BLEU ")
     assert "(95 %, 3 seeds)" in lines[1]
     assert lines[2].startswith("seeds ")
-    assert lines[4] == "1.87 GFLOPs per pair, as the paper counts"
+    assert lines[4] == "1.87 G multiply-adds per pair, as the paper counts"
     # Its row, and the paper's point, are marked.
     assert tab.evaluate("document.querySelectorAll('.hot').length") > 3
     assert tab.evaluate("document.querySelector('#s0-groups tr.hot th').innerText").startswith("deformable_0010")
@@ -148,9 +148,9 @@ def test_axes_are_switched(tab):
             ".map(one => [...one.querySelectorAll('.axis')].map(text => text.textContent).join('|'))"
         )
 
-    assert shown() == ["GFLOPs per pair, as the paper counts|BLEU"]
+    assert shown() == ["G multiply-adds per pair, as the paper counts|BLEU"]
     tab.click("#s0-accuracy .tabs label:nth-child(2)")
-    assert shown() == ["G multiply-adds per pair, as really done|BLEU"]
+    assert shown() == ["G multiply-adds per pair, done here|BLEU"]
     assert tab.evaluate(OVERLAPS) == []
     tab.press("ArrowRight", 39)
     assert shown() == ["ms per pair, forward pass|BLEU"]

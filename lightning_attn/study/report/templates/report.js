@@ -44,10 +44,12 @@
     more.setAttribute("aria-expanded", !row.hidden);
   };
   for (const field of all("[data-filter]")) field.oninput = () => {
-    const words = field.value.toLowerCase().split(/\s+/), bodies = [...one(field.dataset.filter).tBodies];
+    const words = field.value.toLowerCase().split(/\s+/), section = field.closest("section");
+    const bodies = all("tbody[data-g], .waiting li", section), waiting = section.querySelector(".waiting");
     for (const body of bodies) body.hidden = !words.every(word => body.textContent.toLowerCase().includes(word));
     field.closest(".tools").lastElementChild.textContent =
       field.value && bodies.filter(body => !body.hidden).length + " of " + bodies.length;
+    if (waiting && field.value) waiting.open = true;
   };
 
   // Points: what they are, by mouse, touch and keyboard; their rows and other points are marked.
