@@ -6,6 +6,7 @@ import datetime
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from report_cells import GROUPS, REFERENCE, START, fill, write, write_study
 
 from lightning_attn.errors import ExistingFileError
 from lightning_attn.study.grid import Study
-from lightning_attn.study.report.charts import front_of
+from lightning_attn.study.report.charts import Row, forest_scale, front_of
 from lightning_attn.study.report.collecting import collect
 from lightning_attn.study.report.formatting import count, duration, fixed, signed
 from lightning_attn.study.report.images import map_overlay, matrix, sentence_heat, thumbnail
@@ -461,6 +462,80 @@ assert "torch" not in sys.modules and "pytorch_lightning" not in sys.modules
     assert len(elements.all("img")) > 100
     points = [one for one in elements.all("g") if "pt" in one.get("class", "").split()]
     assert len(points) == 2 * 3 * 67  # wide and narrow, of three costs
+
+
+def test_an_envelope_of_single_runs_is_dotted(tmp_path, made):
+    study = write_study(tmp_path, seeds=(0,))
+    fill(study, tmp_path / "cells", parts=("profile",))
+    elements = report(study, tmp_path)
+    assert "Best single run" in elements.text
+    assert "best single run" in elements.text
+    assert "Dotted stairs: single runs" in elements.text
+    for folder, is_dotted in ((tmp_path / "out", True), (made[2].parent, False)):
+        drawing = (folder / "plots/accuracy_paper.svg").read_text()
+        assert ('class="front single"' in drawing) == is_dotted
+        assert 'class="front"' in (folder / "plots/paper.svg").read_text()
+    assert "Dotted stairs" not in Elements(made[2].read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [("test/bleu", "BLEU"), ("test/ap", "AP"), ("test/miou", "mean IoU"), ("test/chrf", "chrF")]
+)
+def test_a_score_is_spelled_the_same_with_and_without_reference(tmp_path, metric, expected):
+    printed = {"test/ap": "mAP", "test/miou": "mIoU"}.get(metric, expected)
+    reference = [{"cell": "0110", printed: 3.0, "GFLOPs": 4.0}]
+    for number, given in enumerate((reference, None)):
+        study = write_study(tmp_path, f"s{number}", groups=("0110",), metric=metric, reference=given, findings=None)
+        record = collect(study, tmp_path / "cells")
+        assert record.score_name == expected
+        assert record.is_same_score == (given is not None)
+
+
+def test_findings_say_what_is_drawn_and_what_is_missing(tmp_path, made):
+    assert "upper bar: 95 % interval over seeds" in Elements(made[2].read_text()).text
+    study = write_study(tmp_path, seeds=(0,))
+    fill(study, tmp_path / "cells", parts=("bootstrap",), cells=[one for one in study.cells if one.group[0] != "none"])
+    text = report(study, tmp_path).text
+    assert "upper bar" not in text
+    assert "grey bar: 95 % interval of the test set" in text
+    assert "no run of none" in text
+    drawing = "".join(ET.parse(tmp_path / "out/plots/findings.svg").getroot().itertext())
+    assert re.search(r"undecided: one run · expected within ±0.5 · difference [+−]\d\.\d\d", drawing)
+    assert "not run: no run of none · expected greater" in drawing
+    assert "over seeds" not in drawing
+
+
+def test_intervals_of_findings_are_cut_beyond_three_times_the_largest_difference():
+    def row(mean, low, high, margin=0.0):
+        return Row("", mean, low, high, math.nan, math.nan, margin, "warn", "")
+
+    inside = forest_scale([row(1.0, -1.0, 2.9), row(0.2, 0.1, 0.3)], 0, 100)
+    assert inside.low <= -1.0
+    assert 2.9 <= inside.high < 3.3
+    cut = forest_scale([row(1.0, -50.0, 50.0)], 0, 100)
+    assert -3.5 < cut.low <= -3
+    assert 3 <= cut.high < 3.5
+
+
+def test_curves_are_over_steps_done(made):
+    drawing = ET.parse(made[2].parent / "plots/curves_val_loss.svg").getroot()
+    words = ["".join(one.itertext()) for one in drawing.iter() if one.tag.endswith("text")]
+    assert words.count("400") == len(GROUPS)
+    assert "399" not in words
+
+
+def test_waiting_cells_are_one_line_that_opens(tmp_path):
+    study = write_study(tmp_path, groups=("0110", "1111"), seeds=(0, 1, 2), findings=None)
+    fill(study, tmp_path / "cells", parts=(), cells=study.cells[:2])
+    (tmp_path / "base.yaml").write_text("trainer: {max_steps: 300}\n")
+    edited = Study.read(study.path)
+    fill(edited, tmp_path / "cells", parts=(), cells=edited.cells[3:4])
+    text = report(edited, tmp_path).text
+    assert "5 waiting" in text
+    assert "2 waiting have an older configuration's folder, which is kept and not used here." in text
+    assert f"0110, seed 0: an older configuration's folder is kept: {study.cells[0].name}" in text
+    assert "0 process" not in text
+    assert edited.cells[5].shell_line(["python", "train.py"], tmp_path / "cells/figure" / edited.cells[5].name) in text
 
 
 def test_templates_are_in_the_package(made):

@@ -261,13 +261,15 @@ def draw_forest(rows: Sequence[Row], x_title: str, title: str) -> Panel:
     for place, row in enumerate(rows):
         middle = top + row_height * (place + 0.5)
         lines = _wrapped(row.claim, 430, 12, 2)
-        first = middle - 7 * len(lines) + 4
-        for line, words in enumerate(lines):
-            parts.append(element("text", words, x=16, y=first + 14 * line))
-        parts.append(element("text", row.verdict, x=16, y=first + 14 * len(lines) + 1, class_="tick"))
+        below = _wrapped(row.verdict, 430, 11.5, 2)
+        first = middle - 7 * (len(lines) + len(below)) + 11
+        for line, words in enumerate([*lines, *below]):
+            is_claim = line < len(lines)
+            parts.append(
+                element("text", words, x=16, y=first + 14 * line + (not is_claim), class_=None if is_claim else "tick")
+            )
         parts.append(draw_forest_row(row, scale, middle, row_height - 18))
-    x = (scale.start + scale.end) / 2
-    parts.append(element("text", x_title, x=x, y=bottom + 36, text_anchor="middle", class_="axis"))
+    parts.append(element("text", x_title, x=scale.end, y=bottom + 36, text_anchor="end", class_="axis"))
     return Panel(
         Markup("").join(parts), width, bottom + 50, title, f"Differences and intervals of {len(rows)} findings."
     )

@@ -339,14 +339,14 @@ class _Viewer:
             lines.append(f"{formatting.count(costs[place], 4).strip()} {unit}")
             quartiles = group.cost.quartiles if group.cost and key == "latency" else None
             x_low, x_high = (one / scale for one in quartiles) if quartiles else (math.nan, math.nan)
-            if group.cost and quartiles:
-                unsteady = ", unsteady" if group.cost.is_unsteady else ""
+            unsteady = ", unsteady" if group.cost and group.cost.is_unsteady else ""
+            if quartiles:
                 lines.append(f"quartiles {formatting.durations(*quartiles)}{unsteady}")
             seeds = list(group.scores.values()) if summary.n > 1 else []
             points.append(
                 Point(
                     place=place,
-                    label=self._label(group),
+                    label=self._label(group) + (" (unsteady)" if quartiles and unsteady else ""),
                     x=costs[place],
                     y=summary.mean,
                     low=low,
@@ -525,7 +525,8 @@ class _Viewer:
             if finding.margin and finding.expected != "equal":
                 expected += f" by {finding.margin:g}"
             shown = formatting.signed(difference.mean, self.places) if difference.n else "–"
-            verdict = judgement.verdict + (f": {judgement.note}" if judgement.note and difference.n else "")
+            why_not = judgement.note if difference.n else self._missing(finding)
+            verdict = judgement.verdict + (f": {why_not}" if why_not else "")
             row = Row(
                 claim=finding.claim,
                 mean=difference.mean if difference.n else math.nan,
@@ -551,7 +552,7 @@ class _Viewer:
                     "verdict": judgement.verdict,
                     "kind": kind,
                     "sign": _SIGNS[kind],
-                    "note": judgement.note if difference.n else self._missing(finding),
+                    "note": why_not,
                     "difference": shown,
                     "difference_key": _sortable(difference.mean),
                     "interval_key": _sortable(difference.high - difference.low) if difference.n > 1 else "",
