@@ -272,6 +272,14 @@ class StudyRecord:
     curve_names: Sequence[str]
     older_code: str
 
+    def difference(self, first: GroupRecord, second: GroupRecord) -> tuple[Summary, Interval | None]:
+        """What one group's scores are more than another's: over seeds that both have, and of resampled test sets."""
+        seeds = sorted(set(first.scores) & set(second.scores))
+        cells = {one.group: one.cells for one in (first, second)}
+        weights = [(first.group, 1.0), (second.group, -1.0)]
+        interval = _interval(self.study, cells, weights, seeds) if seeds else None
+        return summarize([first.scores[seed] - second.scores[seed] for seed in seeds]), interval
+
 
 def collect(study: Study, root: Path) -> StudyRecord:
     """Reads a study's cells.

@@ -38,6 +38,7 @@ _KINDS = {
 _SIGNS = {"good": "✓", "bad": "✕", "warn": "?", "mute": "–", "info": "…", "other": "≠"}
 _VERDICTS = ("supported", "contradicted", "undecided", "not run")
 _EXAMPLES = 6
+_MOST_COMPARED = 20  # groups of which any two are compared: as many squared are the words for it
 _PROBLEMS = 12  # of which the end of the log is shown
 
 
@@ -122,6 +123,7 @@ class _Viewer:
             "paper": self._paper(),
             "groups": self._groups(),
             "group_columns": self._group_columns(),
+            "pairs": self._pairs(),
             "findings": self._findings(),
             "has_test_intervals": any(one.test_interval for one in record.groups)
             or any(one.test_interval for one in record.findings),
@@ -465,6 +467,34 @@ class _Viewer:
         if any(group.cost and group.cost.parameters for group in record.groups):
             columns.append({"key": "parameters", "title": "parameters", "unit": "", "align": "right"})
         return columns
+
+    def _pairs(self) -> dict[str, Any]:
+        """What is told of any two groups, by their places; empty if there are too many."""
+        tested = [(place, one) for place, one in enumerate(self.record.groups) if one.scores]
+        if not 2 <= len(tested) <= _MOST_COMPARED:
+            return {}
+        names = [{"place": place, "title": one.title} for place, one in tested]
+        return {
+            "groups": names,
+            "words": {f"{i} {j}": self._pair(one, two) for i, one in tested for j, two in tested if i != j},
+        }
+
+    def _pair(self, first: GroupRecord, second: GroupRecord) -> list[str]:
+        difference, test = self.record.difference(first, second)
+        if not difference.n:
+            return ["They have no seed in common."]
+        number = "one shared seed, so no interval over seeds"
+        if difference.n > 1:
+            between = self.between(difference.low, difference.high, sign=True)
+            number = f"95 % interval over {difference.n} shared seeds: {between}"
+        parts = [f"{formatting.signed(difference.mean, self.places)} {self.record.score_name}", number]
+        if test:
+            parts.append(f"of the test set: {self.between(test.low, test.high, sign=True)}")
+        for kind in COSTS:
+            costs = [one.cost.value(kind) if one.cost else None for one in (first, second)]
+            if costs[0] is not None and costs[1]:
+                parts.append(f"{kind.title.lower()}: {costs[0] / costs[1]:.2f} times")
+        return parts
 
     def _reference_names(self) -> list[str]:
         return list(dict.fromkeys(name for one in self.record.groups for name in one.reference))

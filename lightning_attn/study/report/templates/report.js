@@ -52,6 +52,14 @@
     if (waiting && field.value) waiting.open = true;
   };
 
+  // Two groups of the reader's choice.
+  for (const box of all(".compare")) {
+    const words = JSON.parse(one(box.dataset.words).textContent), [first, second] = all("select", box);
+    box.onchange = () => box.children[1].replaceChildren(...(words[first.value + " " + second.value] || ["The same group."])
+      .map(part => Object.assign(document.createElement("span"), { textContent: part })));
+    box.onchange();
+  }
+
   // Points: what they are, by mouse, touch and keyboard; their rows and other points are marked.
   const tip = one("tip");
   const mark = (group, on) => {
@@ -67,6 +75,10 @@
     if (!group.dataset.tip) return;
     tip.textContent = group.dataset.tip;
     tip.hidden = false;
+    settle();
+  };
+  const settle = () => {
+    const group = current;
     const at = (group.querySelector(".mark") || group).getBoundingClientRect(), size = tip.getBoundingClientRect();
     const wide = document.documentElement.clientWidth;
     const right = at.right + 10 + size.width < wide;
@@ -83,7 +95,8 @@
     if (group) enter(group); else leave();
   });
   addEventListener("focusin", event => event.target.matches(".pt") ? enter(event.target) : leave());
-  addEventListener("scroll", leave, { passive: true });
+  // A point that the keyboard has reached may scroll into view.
+  addEventListener("scroll", () => current && current === document.activeElement ? settle() : leave(), { passive: true });
   addEventListener("keydown", event => {
     if (event.key === "Escape") leave();
     const point = event.target.closest && event.target.closest(".pt");
