@@ -160,7 +160,9 @@ def _say_which_code(table: Table, statuses: Sequence[CellStatus]) -> None:
     stale = [status for status in statuses if status.state == "stale"]
     if older := older_code_of(statuses):
         number = sum(status.older_code == older for status in stale)
-        table.caption = f"No cell is of the present code: this is of {number} stale, of code {escape(older)}."
+        table.caption = (
+            f"None of these cells is of the present code: this is of {number} stale, of code {escape(older)}."
+        )
     elif stale:
         table.caption = f"{len(stale)} stale, by other code, left out."
     table.caption_justify = "left"

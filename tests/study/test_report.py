@@ -690,7 +690,7 @@ def test_of_cells_that_are_all_of_other_code_the_most_common_one_counts(made):
     assert data["older_code"] == "feedfeedfeed"
     assert [one["mean"] for one in data["groups"]] == pytest.approx([float(row["mean"]) for row in rows])
     shown = groups_table(study, statuses).caption
-    assert shown == "No cell is of the present code: this is of 45 stale, of code feedfeedfeed."
+    assert shown == "None of these cells is of the present code: this is of 45 stale, of code feedfeedfeed."
     new = write_study(base, "new")
     page = write_report([Study.read(study.path), new], base / "cells", base / "several", "python train.py")
     assert "45 of 51, by older code" in Elements(page.read_text()).text
