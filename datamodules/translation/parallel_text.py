@@ -148,8 +148,8 @@ def find_pairs(root: Path, pattern: str, source_language: str, target_language: 
     layout = f"{{train,valid,test}}.{{{source_language},{target_language}}}"
     if not root.is_dir():
         raise MissingFileError(
-            f"root: the folder {root} does not exist. Give the folder that holds {layout} (--data.root FOLDER), or let "
-            "WMT14 be fetched into it with --data.download true."
+            f"root: the folder {root} does not exist. Give the folder that holds {layout} (--data.root FOLDER). For "
+            "WMT14, --data.download true fetches it into that folder."
         )
     sides = [_named(root, pattern, f".{language}") for language in (source_language, target_language)]
     tables = _named(root, pattern, _TABLE)

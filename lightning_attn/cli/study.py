@@ -16,8 +16,8 @@ from typing_extensions import override
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.errors import InputError, UserError
 from lightning_attn.study.estimate import estimated_seconds
-from lightning_attn.study.grid import Cell, Study, format_duration
-from lightning_attn.study.profiling import Profiler
+from lightning_attn.study.grid import REPORT_NAME, Cell, Study, format_duration
+from lightning_attn.study.profiling import Profiler, require_configuration
 from lightning_attn.study.runner import Runner
 from lightning_attn.study.slurm import submit_cells
 from lightning_attn.study.states import CellStatus, read_statuses
@@ -157,7 +157,7 @@ def _run(study: Study, root: Path, cells: Sequence[Cell], options: argparse.Name
             console.print(findings_table(study, everything))
     console.print(escape(f"{study.name}: {counts_line(after)}. Files: {root}"))
     if runner.received is not None:
-        console.print("Stopped. What was begun is saved; the same command resumes it.")
+        console.print("Stopped. Steps that were done are saved; the same command resumes.")
         raise SystemExit(128 + runner.received)
     if any(status.state == "failed" for status in after):
         raise SystemExit(1)
@@ -179,6 +179,10 @@ def _profile(study: Study, root: Path, statuses: Sequence[CellStatus], jobs: int
     """Measures what the networks cost: how long they train, and for the report also of cells that have been trained."""
     profiler = Profiler(study, root, _command(), jobs=jobs, console=console)
     profiler.run([status.cell for status in statuses])
+    for group in profiler.failed[
+        :1
+    ]:  # perhaps for lack of data; but a mistake in its options would stop its training too
+        require_configuration(study, next(one for one in study.cells if one.group == group), root, _command())
     if profiler.received is not None:
         console.print("Stopped. No cell was begun; profiles that are there are kept.")
         raise SystemExit(128 + profiler.received)
@@ -220,7 +224,7 @@ def _report(options: argparse.Namespace) -> None:
         raise InputError(f"file: {repeated[0]} is given twice; studies are told apart by the names of their files.")
     root = Path(options.root)
     parent = root if len(studies) > 1 else root / names[0]
-    output = Path(options.output) if options.output else parent / "report"
+    output = Path(options.output) if options.output else parent / REPORT_NAME
     print(f"Written to {write_report(studies, root, output, command_name())}")
 
 

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -23,11 +22,12 @@ from lightning_attn.errors import InputError, MissingFileError
 from lightning_attn.io import neighbours
 from lightning_attn.training.scores import best_mode
 
-__all__ = ["Cell", "Expected", "Finding", "Group", "Level", "Study", "format_duration"]
+__all__ = ["REPORT_NAME", "Cell", "Expected", "Finding", "Group", "Level", "Study", "format_duration"]
 
 Expected: TypeAlias = Literal["greater", "less", "equal"]
 Group: TypeAlias = tuple[str, ...]  # one label for each axis: cells that differ only in the seed
 
+REPORT_NAME = "report"  # of the folder with the page of several studies, beside those of the studies
 RUN_NAME = "run"  # of the run directory in a cell's folder, <cell>/<task>/run
 
 _KEYS = (
@@ -51,6 +51,7 @@ _AXIS = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _OPTION = re.compile(r"(model|data|trainer)\.[\w.]+\+?")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*")
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_LARGEST = 1e100  # of numbers in a study file
 _LONGEST_NAME = 200  # bytes of a cell's folder; its run directory and files lie in it
 
 
@@ -137,6 +138,13 @@ class Cell:
     def _words(self, options: Mapping[str, Any]) -> list[str]:
         files = [word for path in self.files for word in ("-c", _shown(path))]
         return [*files, *(word for name, value in options.items() for word in (f"--{name}", _text(value)))]
+
+    def is_current(self) -> bool:
+        """Whether its configuration files still say what they said when the study was read."""
+        try:
+            return _digest(_merged(self.files), self.options, self.seed, self.test_checkpoint) == self.digest
+        except (OSError, ValueError, TypeError, RecursionError):
+            return False
 
     def shell_line(self, command: Sequence[str], folder: Path) -> str:
         """The cell as one line of a shell: training, and if that succeeds the test."""
@@ -269,6 +277,8 @@ class _Reader:
         return InputError(f"{self.path}: {key}: {message}")
 
     def study(self) -> Study:
+        if self.path.stem == REPORT_NAME:
+            raise InputError(f"{self.path}: this is the name of the folder of reports. Give the file another name.")
         self._known_keys("", self.content, _KEYS)
         base = self._files("base", self.content.get("base"))
         if not base:
@@ -284,7 +294,7 @@ class _Reader:
         self.groups = {cell.group for cell in cells}
         return Study(
             path=self.path,
-            description=str(self.content.get("description", "")),
+            description=str(self.content.get("description") or ""),
             axes=self.axes,
             seeds=seeds,
             cells=tuple(cells),
@@ -328,7 +338,11 @@ class _Reader:
     def _options(self, key: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.fail(key, f"must hold options such as trainer.max_steps, got {value!r}.")
-        for option in value:
+        for option, given in value.items():
+            try:
+                json.dumps(given, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise self.fail(f"{key}.{option}", f"{given!r} cannot be given to the command: quote it.") from error
             if not isinstance(option, str) or not _OPTION.fullmatch(option):
                 raise self.fail(
                     f"{key}.{option}", "is no option such as model.dim, data.batch_size, trainer.max_steps."
@@ -372,10 +386,10 @@ class _Reader:
 
     def _seeds(self) -> tuple[int, ...]:
         seeds = self.content.get("seeds", [0])
-        good = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+        good = isinstance(seeds, list) and seeds and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
         if not good or len(set(seeds)) < len(seeds):
             raise self.fail(
-                "seeds", f"must be a list of different numbers from 0 on, such as [0, 1, 2], got {seeds!r}."
+                "seeds", f"must be a list of different numbers from 0 to 4294967295, such as [0, 1, 2], got {seeds!r}."
             )
         return tuple(seeds)
 
@@ -393,12 +407,12 @@ class _Reader:
         if value is None:
             return None
         match = _DURATION.fullmatch(str(value))
-        if match is None or float(match[1]) == 0:
+        if match is None or not 0 < float(match[1]) < _LARGEST:
             raise self.fail(key, f"must be a time such as '90 s', '45 min', '2 h' or '3 d', got {value!r}.")
         return float(match[1]) * _UNITS[match[2]]
 
     def _number(self, key: str, value: Any, *, positive: bool = False) -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
         if not good or (positive and value <= 0):
             raise self.fail(key, f"must be a {'positive ' if positive else ''}number, got {value!r}.")
         return float(value)
@@ -415,11 +429,16 @@ class _Reader:
                 continue
             files = (*base, *(path for level in levels for path in level.overlays))
             options = dict(common) | {name: value for level in levels for name, value in level.options.items()}
-            merged: Any = functools.reduce(_merge, map(_load, files), {})
+            merged = _merged(files)
             trainer = _options_of("trainer", merged, options)
+            if checkpoint == "best" and not _is_validated(trainer):
+                raise self.fail(
+                    "test_checkpoint",
+                    f"best is chosen in validations, but trainer.val_check_interval {trainer['val_check_interval']} "
+                    f"is more than trainer.max_steps {trainer['max_steps']}. Set it to less, or test_checkpoint: last.",
+                )
             for seed in seeds:
-                content = json.dumps([merged, options, seed, checkpoint], sort_keys=True, default=str)
-                digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+                digest = _digest(merged, options, seed, checkpoint)
                 cell = Cell(
                     *(names, tuple(labels.values()), seed, files, options, digest),
                     total_steps=_positive(trainer.get("max_steps")),
@@ -526,11 +545,41 @@ def _load(path: Path) -> Any:
     state = path.stat()
     try:
         return _parsed(path, state.st_mtime_ns, state.st_size)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is no YAML file: {' '.join(str(error).split())}. Correct it.") from error
 
 
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_SafeLoader):  # type: ignore[misc]
+    """Refuses a key that is there twice, of which YAML takes the last: a group of cells would be missing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if repeated := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{repeated!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _merged(files: Iterable[Path]) -> dict[str, Any]:
+    """What configuration files say together.
+
+    Raises:
+        ValueError: If one of them is damaged, or has a mapping that contains itself.
+    """
+    merged: dict[str, Any] = functools.reduce(_merge, map(_load, files), {})
+    return merged
+
+
+def _digest(merged: Any, options: Mapping[str, Any], seed: int, checkpoint: str) -> str:
+    try:
+        content = json.dumps([merged, options, seed, checkpoint], sort_keys=True, default=str)
+    except TypeError:  # keys of different types have no order
+        content = json.dumps([merged, options, seed, checkpoint], default=str)
+    except (ValueError, RecursionError) as error:
+        raise InputError("base: a value of the configuration files contains itself. Correct them.") from error
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def _merge(below: Any, above: Any) -> Any:
@@ -545,6 +594,14 @@ def _options_of(part: str, merged: Mapping[str, Any], options: Mapping[str, Any]
     given = merged.get(part)
     own = {name.removeprefix(f"{part}."): value for name, value in options.items() if name.startswith(f"{part}.")}
     return (given if isinstance(given, dict) else {}) | own
+
+
+def _is_validated(trainer: Mapping[str, Any]) -> bool:
+    """Whether a training may have a validation: not if its steps are known, and too few for the first one."""
+    steps, every = _positive(trainer.get("max_steps")), _positive(trainer.get("val_check_interval"))
+    counts_batches = trainer.get("check_val_every_n_epoch", 1) is None
+    batches = _positive(trainer.get("accumulate_grad_batches")) or 1
+    return steps is None or every is None or not counts_batches or steps * batches >= every
 
 
 def _positive(value: Any) -> int | None:

@@ -61,6 +61,7 @@ class Pass:
         multiply_adds: Those that were really done.
         paper_multiply_adds: By the paper's rules, which are about the forward pass alone.
         paper_attention: The part of them that attention adds to the network without it ("w/o").
+        attention: The part of `multiply_adds` that attention adds to the network without it; of the forward pass.
         latency: None on the meta device.
         per_second: Images or tokens a second, at the median; None on the meta device.
         peak_memory: Bytes at the peak; None where they cannot be measured.
@@ -70,6 +71,7 @@ class Pass:
     multiply_adds: int
     paper_multiply_adds: int | None
     paper_attention: int | None
+    attention: int | None
     latency: Latency | None
     per_second: float | None
     peak_memory: int | None
@@ -195,13 +197,15 @@ def profile_network(
             _total(counts),
             parts[0].paper_multiply_adds,
             paper.attention,
+            sum(sum(counts.by_module.get(name, {}).values()) for name in paper.added),
             measured.latency,
             measured.rate,
             measured.peak,
             counts.uncounted,
         ),
         training_step=Pass(
-            _total(training_counts), None, None, trained.latency, trained.rate, trained.peak, training_counts.uncounted
+            *(_total(training_counts), None, None, None),
+            *(trained.latency, trained.rate, trained.peak, training_counts.uncounted),
         ),
         parts=parts,
     )
@@ -276,7 +280,15 @@ class _PaperCounts:
             module: name for module, name in names.items() if isinstance(module, _ATTENTION)
         }
         self.counts = dict.fromkeys(self.names.values(), 0)
-        self.attention = 0
+        # A deformable convolution of a map replaces a plain one, which the network without attention has.
+        self.added = {
+            name for module, name in self.names.items() if not (isinstance(module, DeformableConv) and module.ndim == 2)
+        }
+
+    @property
+    def attention(self) -> int:
+        """What attention adds to the network without it."""
+        return sum(self.counts[name] for name in self.added)
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
@@ -291,8 +303,6 @@ class _PaperCounts:
         key = args[1] if len(args) > 1 else kwargs.get("key")
         count = _paper_count(module, args[0], key, output)
         self.counts[self.names[module]] += count
-        if not (isinstance(module, DeformableConv) and module.ndim == 2):  # which replaces a convolution
-            self.attention += count
 
 
 def _paper_count(module: nn.Module, query: Tensor, key: Tensor | None, output: Tensor) -> int:

@@ -27,7 +27,10 @@ LEGEND: Mapping[str, str] = {
         "their products, a multiply-add as 1; forward pass only. Offset branches, gates, normalisation and, in "
         "translation, the output projection are free."
     ),
-    "added by attention": "the part of the paper's count that the network without attention does not have.",
+    "added by attention": (
+        "the part that a network without any attention would not have; in translation also without that of the decoder "
+        "to the source."
+    ),
     "time": (
         "wall time of one batch: median and quartiles of runs without any hook. The tree is from separate "
         "runs of the forward pass, in which each part is timed, and which are slower."
@@ -163,6 +166,10 @@ class ProfileReport:
         row("multiply-adds", lambda one: scaled(one.multiply_adds))
         if number > 1:
             row(f"  per {self.sample}", lambda one: scaled(one.multiply_adds / number))
+        row(
+            f"  added by attention, per {self.sample}",
+            lambda one: _or_dash(one.attention, lambda x: scaled(x / number)),
+        )
         row(
             f"paper's count, per {self.sample}",
             lambda one: _or_dash(one.paper_multiply_adds, lambda x: scaled(x / number)),

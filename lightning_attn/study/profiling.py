@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import time
 from collections import Counter
@@ -19,15 +20,17 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from lightning_attn.errors import InputError
 from lightning_attn.io import write_file
 from lightning_attn.study.children import StopRequests, environment_of, visible_gpus
 from lightning_attn.study.grid import Cell, Group, Study
 
-__all__ = ["PROFILE_FILE", "Profiler", "copy_profile", "is_profile", "step_seconds"]
+__all__ = ["PROFILE_FILE", "Profiler", "copy_profile", "is_profile", "require_configuration", "step_seconds"]
 
 PROFILE_FILE, LOG_FILE = "profile.json", "profile.log"  # in a cell's folder
 _LOCK_FILE = ".profiling"  # in the study's folder
 _POLL = 0.1  # seconds between looks at the processes
+_MOST_BYTES = 16 * 2**20  # of a profile
 _MOST_ALIKE = 2  # groups that fail for the same reason, before the rest is not tried
 
 
@@ -54,12 +57,17 @@ class Profiler:
     def __init__(
         self, study: Study, root: Path, command: Sequence[str], *, jobs: int = 1, console: Console | None = None
     ) -> None:
-        self.study, self.root, self.command, self.jobs = study, root, list(command), jobs
+        self.study, self.root, self.command, self.jobs = study, root, list(command), min(jobs, len(study.cells))
         self.console = console or Console()
         self._requests = StopRequests()
         self._gpus = visible_gpus(os.environ)
         self._running: dict[int, _Job] = {}  # by slot
         self._failed: dict[Group, tuple[str, Path]] = {}  # reasons and logs
+
+    @property
+    def failed(self) -> Sequence[Group]:
+        """Groups that could not be profiled, in the order of their failures."""
+        return list(self._failed)
 
     @property
     def received(self) -> int | None:
@@ -197,6 +205,24 @@ class Profiler:
         self.console.print(escape(f"The whole log: {log}"), soft_wrap=True)
 
 
+def require_configuration(study: Study, cell: Cell, root: Path, command: Sequence[str]) -> None:
+    """Has the public command read a cell's configuration, without training.
+
+    Args:
+        study: The study.
+        cell: The cell.
+        root: Folder of the study's cells.
+        command: As for `Profiler`.
+
+    Raises:
+        ValueError: If it is no configuration, with the command's own message.
+    """
+    words = [*command, *cell.arguments("fit", root / cell.name), "--print_config"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode > 0:
+        raise InputError(f"{study.path}: {study.title(cell.group)}: {_message(done.stdout + done.stderr)}")
+
+
 def copy_profile(source: Path, target: Path) -> None:
     """Gives the profile in one cell's folder to another cell, unless that has one."""
     if is_profile(source / PROFILE_FILE) and not is_profile(target / PROFILE_FILE):
@@ -228,6 +254,8 @@ def _content(path: Path) -> _Content | None:
         state = path.stat()
     except OSError:
         return None
+    if not stat.S_ISREG(state.st_mode) or state.st_size > _MOST_BYTES:
+        return None
     return _parsed(path, state.st_mtime_ns, state.st_size)
 
 
@@ -241,7 +269,7 @@ def _parsed(path: Path, changed: int, size: int) -> _Content | None:
         return None
     try:
         median = float(content["training_step"]["latency"]["median"])
-    except (ValueError, KeyError, TypeError):  # such as of a profile on the meta device
+    except (ValueError, KeyError, TypeError, OverflowError):  # such as of a profile on the meta device
         return _Content(None)
     return _Content(median if math.isfinite(median) and median > 0 else None)
 
@@ -252,6 +280,10 @@ def _reason(log: Path, code: int) -> str:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
     except OSError:
         lines = []
-    told = [line.strip() for line in lines if line.strip()]
-    message = next((line for line in told if line.startswith("error:")), told[-1] if told else "it printed nothing")
-    return f"{message} (status {code})" if code else f"it ended without {PROFILE_FILE}"
+    return f"{_message(chr(10).join(lines))} (status {code})" if code else f"it ended without {PROFILE_FILE}"
+
+
+def _message(printed: str) -> str:
+    """The line with the error of a command, or else its last one."""
+    told = [line.strip() for line in printed.splitlines() if line.strip()]
+    return next((line for line in told if line.startswith("error:")), told[-1] if told else "it printed nothing")

@@ -71,7 +71,7 @@ class Runner:
     ) -> None:
         if jobs < 1:
             raise InputError(f"jobs must be at least 1, got {jobs}.")
-        self.study, self.root, self.command, self.jobs = study, root, list(command), jobs
+        self.study, self.root, self.command, self.jobs = study, root, list(command), min(jobs, len(study.cells))
         self.retry_failed, self.rerun_stale, self.fail_fast = retry_failed, rerun_stale, fail_fast
         self.console = console or Console()
         self._requests = StopRequests()
@@ -106,7 +106,7 @@ class Runner:
         """
         pending = [status.cell for status in self.needed(read_statuses(self.study, self.root, cells))]
         shown, pause = 0.0, _REFRESH
-        with self._requests.received(), self._display(cells) as refresh:
+        with self._requests.received(), self._ending(), self._display(cells) as refresh:
             handled = 0
             while pending or self._running:
                 if self._requests.count > handled:
@@ -144,6 +144,10 @@ class Runner:
             pending.remove(cell)
             status = CellStatus.read(self.study, cell, self.root, is_ours=True)
             if not self._is_needed(status):  # another process has finished it meanwhile
+                os.close(lock)
+                continue
+            if not cell.is_current():
+                self._say_changed(cell)
                 os.close(lock)
                 continue
             if status.is_finished:
@@ -192,7 +196,10 @@ class Runner:
         last.ended, last.exit_code = time.time(), job.process.returncode
         job.folder.write_attempts(job.cell, job.attempts)
         took = format_duration(last.ended - last.started)
-        if last.exit_code == 0 and last.stage == "fit" and not self._is_stopping:
+        is_next = last.exit_code == 0 and last.stage == "fit" and not self._is_stopping
+        if is_next and not job.cell.is_current():
+            self._say_changed(job.cell)
+        elif is_next:
             self._launch(slot, job.cell, job.folder, job.lock, "test", job.attempts)
             return False
         os.close(job.lock)
@@ -217,6 +224,34 @@ class Runner:
                     os.killpg(job.process.pid, signal.SIGKILL)
                 else:
                     job.process.send_signal(number)
+
+    def _say_changed(self, cell: Cell) -> None:
+        self.console.print(
+            escape(f"{cell.name}: left, as its configuration files have changed; the same command reads them again"),
+            soft_wrap=True,
+        )
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Ends the cells, which save, if this process cannot go on: for a full disk, or an output that was closed."""
+        try:
+            yield
+        except BaseException:
+            self._stop(signal.SIGTERM)
+            asked = self._requests.count
+            while any(job.process.poll() is None for job in self._running.values()):
+                if self._requests.count > asked:
+                    asked = self._requests.count
+                    self._stop(signal.SIGTERM, kill=True)
+                time.sleep(_POLL)
+            for job in self._running.values():
+                last = job.attempts[-1]
+                last.ended, last.exit_code = time.time(), job.process.returncode
+                with contextlib.suppress(OSError):
+                    job.folder.write_attempts(job.cell, job.attempts)
+                os.close(job.lock)
+            self._running.clear()
+            raise
 
     @contextlib.contextmanager
     def _display(self, cells: Sequence[Cell]) -> Iterator[Callable[[], None]]:

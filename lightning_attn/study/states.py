@@ -8,6 +8,7 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from lightning_attn.errors import UnusableFileError
+from lightning_attn.errors import InputError, UnusableFileError
 from lightning_attn.io import oldest_first, write_json
 from lightning_attn.processes import is_running, start_of
 from lightning_attn.study.grid import RUN_NAME, Cell, Group, Study
@@ -49,6 +51,10 @@ STATES: tuple[State, ...] = ("done", "running", "waiting", "interrupted", "faile
 
 _RUNNING_JOBS = ("RUNNING", "COMPLETING", "CONFIGURING")
 _TAIL = 16 * 1024  # bytes at the end of a file that are read
+_MOST_BYTES = 16 * 2**20  # of a JSON file that is read
+_LARGEST_SCORE = 1e100  # its square is finite
+_LARGEST_TIME, _LARGEST_INTEGER = 1e15, 2**31
+_LONGEST_REASON = 400
 _LOCK_TRIES, _LOCK_PAUSE = 40, 0.025  # `status` looks at a lock by taking it for a moment
 _STOPPED = {-number for number in range(1, 65)} | {128 + number for number in (1, 2, 9, 10, 15)}  # by signals
 _PROGRESS = re.compile(r"step (\d+)/(\d+) ETA (\S+ min|unknown)")
@@ -82,6 +88,16 @@ class Attempt:
     runner: int = dataclasses.field(default_factory=os.getpid)
     runner_started: str = dataclasses.field(default_factory=lambda: start_of(os.getpid()))
 
+    def __post_init__(self) -> None:
+        """Refuses what a damaged file may say."""
+        words = (self.stage, self.code, self.host, self.runner_started)
+        times = [one for one in (self.started, self.ended) if one is not None]
+        numbers = [one for one in (self.exit_code, self.runner) if one is not None]
+        good = all(isinstance(one, str) for one in words) and self.stage in ("fit", "test") and self.started is not None
+        good = good and all(isinstance(one, int) and abs(one) < _LARGEST_INTEGER for one in numbers)
+        if not good or not all(isinstance(one, int | float) and abs(one) < _LARGEST_TIME for one in times):
+            raise InputError(f"attempt: {self} cannot be one.")
+
     @property
     def is_of_living_runner(self) -> bool:
         """Whether its runner is known to run; other hosts' are taken to."""
@@ -111,7 +127,7 @@ class CellFolder:
     def attempts(self) -> list[Attempt]:
         """Processes so far; none if the file is missing or damaged."""
         try:
-            stored = json.loads((self.path / "cell.json").read_text(encoding="utf-8"))
+            stored = json.loads(_read(self.path / "cell.json"))
             return [Attempt(**one) for one in stored["attempts"]]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return []
@@ -151,7 +167,7 @@ class CellFolder:
     def is_taken(self) -> bool:
         """Whether a process works on the cell, started by a runner or by hand."""
         with contextlib.suppress(OSError):
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -172,7 +188,7 @@ class CellFolder:
     def word(self, name: str) -> str:
         """What a small file of the folder says; empty if there is none."""
         try:
-            return (self.path / name).read_text(encoding="utf-8").strip()
+            return _read(self.path / name).strip()
         except (OSError, UnicodeDecodeError):
             return ""
 
@@ -252,12 +268,18 @@ class CellStatus:
             step = cell.total_steps or step
         job = folder.word(JOB_FILE)
         queued = (jobs or {}).get(job, "") if job else ""
-        ended = [one.ended - one.started for one in attempts if one.ended is not None]
+        # Not below zero, as clocks are set back.
+        ended = [max(0.0, one.ended - one.started) for one in attempts if one.ended is not None]
         state, reason = _state(cell, attempts, run, score, damage, taken, (others or {}).get(cell.readable_name))
         code = folder.word(EXIT_CODE_FILE)
         if queued and state != "done":
             state, reason = "running" if queued in _RUNNING_JOBS else "waiting", f"SLURM job {job} is {queued}"
-        elif job and state in ("waiting", "interrupted") and code.isdecimal() and int(code) not in {0, *_STOPPED}:
+        elif (
+            job
+            and state in ("waiting", "interrupted")
+            and re.fullmatch("[0-9]{1,3}", code)
+            and int(code) not in {0, *_STOPPED}
+        ):
             state, reason = "failed", f"SLURM job {job} ended with status {code}"
         is_seen = bool(ended) and (score is None or len(ended) == len(attempts))  # or the time of some was not measured
         seconds = math.fsum(ended) if is_seen else None
@@ -356,25 +378,30 @@ def _state(
 
 def _test_score(run: Path | None, study: Study) -> tuple[float | None, str]:
     """The score of the newest test, or what is wrong with its file."""
-    tests = [] if run is None else oldest_first(run, "test_metrics*.json")
-    if not tests:
-        return None, ""
+    name = "test_metrics.json"
     try:
-        scores = json.loads(tests[-1].read_text(encoding="utf-8"))
+        tests = [] if run is None else oldest_first(run, "test_metrics*.json")
+        if not tests:
+            return None, ""
+        name = tests[-1].name
+        scores = json.loads(_read(tests[-1]))
         value = scores[study.metric]
-        if value is None or isinstance(value, bool) or not math.isfinite(value):
-            return None, f"{tests[-1].name}: {study.metric} is {value}"
+        if value is None or isinstance(value, bool) or not abs(value * study.scale) < _LARGEST_SCORE:
+            return None, f"{name}: {study.metric} is {value}"
         return float(value) * study.scale, ""
     except KeyError:
-        return None, f"{tests[-1].name} has no {study.metric}; it has {', '.join(sorted(scores))}"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        return None, f"{tests[-1].name} cannot be read ({type(error).__name__})"
+        # In ASCII, as a terminal cannot show half of a surrogate pair.
+        names = ascii(", ".join(sorted(scores)))[1:-1]
+        shown = names if len(names) <= _LONGEST_REASON else f"{names[:_LONGEST_REASON]} ..."
+        return None, f"{name} has no {study.metric}; it has {shown}"
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        return None, f"{name} cannot be read ({type(error).__name__})"
 
 
 def _codes_of(run: Path | None, attempts: Sequence[Attempt]) -> list[str]:
     """Versions of the code of a training and of its processes; empty ones are unknown."""
     try:
-        own = str(json.loads(((run or Path()) / "run.json").read_text(encoding="utf-8"))["code"])
+        own = str(json.loads(_read((run or Path()) / "run.json"))["code"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         own = ""
     return [own, *(one.code for one in attempts)]
@@ -385,12 +412,15 @@ def _progress(run: Path | None, name: str, scale: float) -> tuple[int | None, fl
     if run is None:
         return None, None
     step, value = None, None
-    with contextlib.suppress(OSError, ValueError, csv.Error):
+    with contextlib.suppress(OSError, ValueError, KeyError, csv.Error):
+        if not (run / "metrics.csv").is_file():
+            return None, None
         with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
-            names = next(csv.reader(file), [])
+            names = next(csv.reader([file.readline(_TAIL)]), [])
         for row in _last_rows(run / "metrics.csv", names):
             step = max(step or 0, int(row["step"]) + 1)
-            value = float(row[name]) * scale if row.get(name) else value
+            number = float(row[name]) * scale if row.get(name) else math.nan
+            value = number if math.isfinite(number) else value
     return step, value
 
 
@@ -403,9 +433,23 @@ def _last_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, str]]:
             yield dict(zip(names, values, strict=True))
 
 
+def _read(path: Path) -> str:
+    """A text file as a whole.
+
+    Raises:
+        OSError: If it is no file, such as a pipe, which would be waited for; or far larger than any of ours.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode) or state.st_size > _MOST_BYTES:
+        raise OSError(errno.EINVAL, "is no file of ours", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def _tail(path: Path) -> str:
     """The end of a text file; empty if there is none."""
     try:
+        if not path.is_file():
+            return ""
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             return file.read().decode("utf-8", errors="replace")
@@ -419,7 +463,7 @@ def _last_change(run: Path) -> int:
 
 def _has_record_lock(path: Path) -> bool:
     """Whether a training holds the lock of its run directory, without taking it (fcntl's F_GETLK)."""
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not path.is_file():
         return False
     question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     with contextlib.suppress(OSError), path.open("rb") as file:

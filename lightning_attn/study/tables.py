@@ -29,7 +29,8 @@ def counts_line(statuses: Sequence[CellStatus]) -> str:
 
 def cells_table(study: Study, statuses: Sequence[CellStatus], title: str = "") -> Table:
     """A row a cell: state, step, score in validation and test, time left."""
-    table = Table("cell", "seed", "state", "step", "validation", study.metric, "ETA", title=title, title_justify="left")
+    table = Table("cell", "seed", "state", "step", "validation", escape(study.metric), "ETA")
+    table.title, table.title_justify = escape(title), "left"
     table.columns[2].min_width = max(map(len, STATES))
     for status in statuses:
         state = _coloured(status.state) + (f": {escape(status.reason)}" if status.reason else "")
@@ -42,7 +43,7 @@ def cells_table(study: Study, statuses: Sequence[CellStatus], title: str = "") -
             step + total,
             _number(status.validation),
             _number(status.score),
-            status.eta or ("" if status.seconds is None else f"took {format_duration(status.seconds)}"),
+            escape(status.eta) or ("" if status.seconds is None else f"took {format_duration(status.seconds)}"),
         )
     return table
 
@@ -66,7 +67,8 @@ def live_table(study: Study, statuses: Sequence[CellStatus], seconds: float | No
 def groups_table(study: Study, statuses: Sequence[CellStatus]) -> Table:
     """A row a group: mean, spread and interval over seeds beside the paper's numbers."""
     names = _reference_names(study)
-    table = Table("cell", "n", f"{study.metric}, mean", "spread", "95 % interval", *(f"paper: {one}" for one in names))
+    metric, papers = escape(study.metric), (escape(f"paper: {one}") for one in names)
+    table = Table("cell", "n", f"{metric}, mean", "spread", "95 % interval", *papers)
     _say_which_code(table, statuses)
     for group, summary in _summaries(study, statuses).items():
         reference = study.reference.get(group, {})

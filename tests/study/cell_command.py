@@ -21,11 +21,16 @@ from lightning_attn.training.code_version import code_version
 stage, *words = sys.argv[1:]
 options = {{name: value for name, value in zip(words[::2], words[1::2])}}
 steps, pause = int(options.get("--trainer.max_steps", 0)), float(options.get("--model.pause", 0))
+if words[-1:] == ["--print_config"]:
+    if "--model.no_option" in options:
+        print("error: model.no_option: there is no such option")
+        raise SystemExit(2)
+    raise SystemExit
 if stage == "profile":
     with open("profiles.log", "a") as log:
         log.write(json.dumps([options["--output"], os.environ.get("OMP_NUM_THREADS"), os.getpid(), words]) + "\\n")
     time.sleep(float(options.get("--model.profile_pause", 0)))
-    if "--model.no_profile" in options:
+    if "--model.no_profile" in options or "--model.no_option" in options:
         print("error: data: there is no file of pieces")
         raise SystemExit(2)
     step = float(options.get("--model.step_seconds", pause))

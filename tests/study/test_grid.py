@@ -151,6 +151,10 @@ def test_select(write):
         (("findings", 0, "expected", "equal"), r"findings\[0\].margin: must be at least 0, and more where equality"),
         (("findings", 0, "cells", []), r"findings\[0\].cells: must be two cells"),
         (("findings", 0, "cell", []), r"findings\[0\].cell: there is no such key.*Did you mean 'cells'"),
+        (
+            ("options", {"trainer.val_check_interval": 11, "trainer.check_val_every_n_epoch": None}),
+            "test_checkpoint: best is chosen in validations, but trainer.val_check_interval 11 is more than .* 10",
+        ),
         (("test_checkpoint", "newest"), "test_checkpoint: 'newest' is neither best nor last"),
     ],
 )
@@ -167,6 +171,8 @@ def test_files_that_are_missing_or_no_yaml(write):
     Path("study.yaml").write_text("a: [")
     with pytest.raises(ValueError, match=r"study\.yaml is no YAML file"):
         Study.read("study.yaml")
+    with pytest.raises(ValueError, match="name of the folder of reports"):
+        Study.read(write().rename("report.yaml"))
     Path("study.yaml").write_text("- a")
     with pytest.raises(ValueError, match="holds a list"):
         Study.read("study.yaml")

@@ -60,6 +60,7 @@ def test_multiply_adds_of_the_parts_by_hand(small):
     assert done["body.0"] == done["body"] == 2 * 60 * 8 * 3 * 9
     products = 2 * (4 * 60 * 64 + 2 * 60 * 60 * 8)  # four projections; energies and weighted sums
     assert products <= done["attention"] <= 1.1 * products
+    assert small.forward.attention == done["attention"]
     assert done["first"] == 2 * 8 * 5
     assert done["second"] == 2 * 2 * 5 * 5
     own = small.parts[0].own_multiply_adds

@@ -178,6 +178,13 @@ def test_a_profile_that_fails_stops_nothing(write):
     assert [status.state for status in statuses(study)] == ["done"] * 6
 
 
+def test_an_option_that_does_not_exist_stops_the_study_before_it_trains(write):
+    study = write(options=", model.no_option: 1")
+    printed = run_study(status=2)
+    assert "group=a, length=short: error: model.no_option: there is no such option" in printed
+    assert [status.state for status in statuses(study)] == ["waiting"] * 6
+
+
 def test_a_command_that_cannot_profile(write):
     study = write(seeds=(0,))
     Path("train.py").write_text(TRAIN.replace('if stage == "profile":', 'if stage == "profile":\n    1 / 0'))

@@ -392,7 +392,7 @@ def _cost(path: Path | None, damages: list[str]) -> Cost | None:
 
     def each(*names: str) -> float | None:
         number = value(*names)
-        return number / batch if number and batch else None
+        return finite(number / batch) if number and batch else None
 
     return Cost(
         parameters=value("parameters"),

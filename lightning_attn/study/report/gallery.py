@@ -117,9 +117,12 @@ class Gallery:
         if not isinstance(name, str) or name != Path(name).name or name in ("", ".", "..") or cell.attention is None:
             return ""
         file = cell.attention.parent / name
-        if not file.is_file() or file.stat().st_size > 20_000_000:
+        try:
+            if not file.is_file() or file.stat().st_size > 20_000_000:
+                return ""
+            digest = f"in-{hashlib.sha256(file.read_bytes()).hexdigest()[:10]}"
+        except OSError:  # such as a name that is too long
             return ""
-        digest = f"in-{hashlib.sha256(file.read_bytes()).hexdigest()[:10]}"
         if digest not in self._classes:
             if len(self._classes) >= 12:
                 return ""

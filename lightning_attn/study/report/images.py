@@ -21,6 +21,7 @@ MOST_RATIO = 32.0  # of a weight to the mean weight, from which on colours do no
 _LONGEST = 1024  # positions along a side of a map
 _BYTES_PER_PIXEL = 0.16  # of WebP at the quality below, about
 _QUALITY = 74
+_FORMATS = ("PNG", "JPEG")  # as tests write them; others may start programs, such as EPS does
 _SIDES = (72, 640)  # longest side of a thumbnail
 _MOST_PIXELS = 50_000_000  # of a picture that is opened
 # Viridis, by eye-even stops.
@@ -59,7 +60,7 @@ def thumbnail(file: Path, size: int, *, as_background: bool = False) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
+            with Image.open(file, formats=_FORMATS) as opened:
                 width, height = opened.size
                 if width * height > _MOST_PIXELS:
                     return ""
@@ -83,7 +84,7 @@ def thumbnail(file: Path, size: int, *, as_background: bool = False) -> str:
 def size_of(file: Path) -> int:
     """Pixels of a picture, by its header; 0 if it cannot be read."""
     try:
-        with Image.open(file) as opened:
+        with warnings.catch_warnings(), Image.open(file, formats=_FORMATS) as opened:
             return opened.size[0] * opened.size[1]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0

@@ -38,7 +38,7 @@ def render(views: Sequence[View], *, files: Sequence[str], generated: datetime.d
         gallery = Gallery(room)
         galleries = [gallery.of(view.record, room // len(views)) for view in views]
         page = _page(views, galleries, gallery.classes(), files, generated)
-        size = len(page.encode())
+        size = len(page.encode(errors="replace"))  # as it will be written
         if size <= _LARGEST or room < 1000:
             return page
         room = max(0, min(room // 2, room - (size - _LARGEST) - 50_000))

@@ -15,6 +15,7 @@ from lightning_attn.io import oldest_first
 __all__ = ["array", "finite", "newest", "read_columns", "read_head", "read_json", "read_tail", "text"]
 
 _MOST_BYTES = 64 * 2**20  # of a JSON file: what is larger is not ours
+_LARGEST_STEP = 2**53
 _MOST_ROWS = 20_000  # of a CSV file; of a longer one, rows at even distances
 
 
@@ -101,6 +102,8 @@ def read_columns(path: Path, wanted: Sequence[str], damages: list[str]) -> dict[
     try:
         for row in _rows(path, wanted):
             step = int(row["step"])
+            if abs(step) > _LARGEST_STEP:
+                raise ValueError("too large")
             for name in wanted:
                 if value := row.get(name):
                     number = float(value)

@@ -30,6 +30,8 @@ DARK: Mapping[str, str] = {
 }
 
 _FOLDER = Path(__file__).parent / "templates"
+_ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # characters that XML cannot hold
+_LARGEST, _LEAST = 1e300, 1e-290  # of values that are drawn
 _VARIABLE = re.compile(r"var\(--([\w-]+)\)")
 
 
@@ -87,8 +89,9 @@ class Scale:
     def __init__(
         self, low: float, high: float, start: float, end: float, *, num_ticks: int = 5, padding: float = 0.06
     ) -> None:
-        if not high > low:
-            around = abs(low) * 0.1 or 1.0
+        low, high = (min(max(value, -_LARGEST), _LARGEST) for value in (low, high))
+        if not high - low > _LEAST:
+            around = abs(low) * 0.1 if abs(low) > _LEAST else 1.0
             low, high = low - around, high + around
         extra = (high - low) * padding
         self.low, self.high = low - extra, high + extra
@@ -138,7 +141,7 @@ def standalone(drawing: Markup, title: str, description: str, width: float, heig
         viewBox=f"0 0 {number(width)} {number(height)}",
         role="img",
     )
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{drawn}\n'
+    return _ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", f'<?xml version="1.0" encoding="UTF-8"?>\n{drawn}\n')
 
 
 def variables(colours: Mapping[str, str]) -> str:

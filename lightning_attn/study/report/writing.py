@@ -25,6 +25,7 @@ __all__ = ["PAGE", "write_report"]
 
 PAGE = "index.html"
 
+_TABLES = ("cells.csv", "groups.csv", "findings.csv")
 _ZOOM, _MOST_PIXELS = 2.0, 2.2e6  # of PNG files
 
 
@@ -44,9 +45,10 @@ def write_report(
         The page.
 
     Raises:
-        FileExistsError: If there is another page in its place, which is kept.
+        FileExistsError: If there is another page in its place, or other files and no report, which are kept.
     """
     page = output / PAGE
+    is_new = not page.exists()
     if page.exists() and MARK not in read_head(page, 2048):
         raise ExistingFileError(
             f"output: {page} is no report of a study, and is kept. Give another folder: --output DIR."
@@ -57,10 +59,30 @@ def write_report(
     ]
     folders = [f"{study.name}/" if len(studies) > 1 else "" for study in studies]
     text = render(views, files=folders, generated=generated or datetime.datetime.now(datetime.UTC))
+    if is_new:
+        _keep_others([output / folder for folder in folders])
+    write_text(page, text, replace=True)  # first: by it what lies beside it is known as ours
     for view, folder in zip(views, folders, strict=True):
         _write_tables(view.record, output / folder)
         _write_plots(view, output / folder / "plots")
-    return write_text(page, text, replace=True)
+    return page
+
+
+def _keep_others(folders: Sequence[Path]) -> None:
+    """Refuses folders that hold tables or plots of others, whose place a report would take."""
+    for folder in folders:
+        plots = [path for kind in ("svg", "png") for path in sorted((folder / "plots").glob(f"*.{kind}"))]
+        for path in (*(folder / name for name in _TABLES), *(path for path in plots if _is_ours(path))):
+            if path.exists():
+                raise ExistingFileError(
+                    f"output: {path} is there without a report, and is kept. Move it away, or give another folder: "
+                    "--output DIR."
+                )
+
+
+def _is_ours(plot: Path) -> bool:
+    """Whether a plot is called as those of a report are."""
+    return plot.stem in ("paper", "findings") or plot.stem.startswith(("accuracy_", "curves_"))
 
 
 def _write_tables(record: StudyRecord, folder: Path) -> None:
@@ -160,8 +182,8 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 def _write_plots(view: View, folder: Path) -> None:
     for old in (*folder.glob("*.svg"), *folder.glob("*.png")):
-        if old.stem not in view.plots:  # of an older report, such as before cells became stale
-            old.unlink()
+        if _is_ours(old) and old.stem not in view.plots:  # of an older report, such as before cells became stale
+            old.unlink(missing_ok=True)
     for name, panel in view.plots.items():
         drawing = standalone(panel.drawing, panel.title, panel.description, panel.width, panel.height)
         write_text(folder / f"{name}.svg", drawing, replace=True)
