@@ -3,8 +3,10 @@
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from lightning_attn.training.scores import best_mode
 __all__ = ["Comparison", "RunRecord", "compare_runs"]
 
 _MOST_CURVES = 6
+_DIGEST = re.compile(r"(?<=\d)_[0-9a-f]{8}$")  # of a study's cells, ..._seed=0_09cf41ab
 _UNINTERESTING = ("run.name", "run.root", "ckpt_path")
 
 
@@ -180,10 +183,33 @@ def compare_runs(paths: Sequence[str | Path]) -> Comparison:
     if len(paths) < 2:
         raise InputError(f"compare: {len(paths)} run has nothing to be compared with; give two or more.")
     runs = tuple(RunRecord.read(Path(path)) for path in paths)
-    names = [run.path.name for run in runs]
+    return Comparison(_names([run.path for run in runs]), runs)
+
+
+def _names(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Names of runs: those of their folders, or of the parts of their paths that differ, such as cells of a study."""
+    names = [path.name for path in paths]
     if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    return Comparison(tuple(names), runs)
+        parts = [path.absolute().parts for path in paths]
+        if len(set(parts)) < len(parts) or len({len(one) for one in parts}) > 1:
+            return tuple(map(str, paths))
+        differing = [place for place, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1]
+        names = ["/".join(one[place] for place in differing) for one in parts]
+    return _shortened(names)
+
+
+def _shortened(names: Sequence[str]) -> tuple[str, ...]:
+    """Without digits at the end of cells unless they tell two apart, and without words that all begin with."""
+    plain = [_DIGEST.sub("", name) for name in names]
+    if len(set(plain)) < len(plain):
+        plain = list(names)
+    first, last = min(plain), max(plain)  # what these begin with, all do
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    shared = "".join(letter for letter, _ in same)
+    if "=" not in shared:  # names that users gave
+        return tuple(plain)
+    start = shared.rstrip("=").rfind("_") + 1 if shared.endswith("=") else shared.rpartition("=")[0].rfind("_") + 1
+    return tuple(name[start:] for name in plain)
 
 
 @contextlib.contextmanager

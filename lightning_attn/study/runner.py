@@ -92,7 +92,7 @@ class Runner:
         if status.job:
             return False
         if status.state == "stale":
-            return self.rerun_stale or not status.is_finished  # another configuration's folder is another one
+            return self.rerun_stale
         return status.state in ("waiting", "interrupted", "running") or (status.state == "failed" and self.retry_failed)
 
     def run(self, cells: Sequence[Cell]) -> list[CellStatus]:

@@ -4,6 +4,7 @@ A cell's folder, `<root>/<study>/<cell>/`, holds the run directory `<task>/run`,
 processes printed, `cell.json` with its attempts, and `.lock`, which its process holds as long as it lives.
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -39,6 +40,7 @@ __all__ = [
     "CellFolder",
     "CellStatus",
     "State",
+    "older_code_of",
     "queued_jobs",
     "read_statuses",
     "scores_of",
@@ -210,6 +212,7 @@ class CellStatus:
         eta: Time left as the training prints it; empty if unknown.
         seconds: Of its processes so far; None if no runner measured them, or not all of a finished cell.
         job: Number of its SLURM job in the queue; empty if there is none.
+        older_code: Version of the code that ran it; empty if that is the present one, or unknown.
     """
 
     cell: Cell
@@ -222,6 +225,7 @@ class CellStatus:
     eta: str
     seconds: float | None
     job: str
+    older_code: str
 
     @property
     def is_finished(self) -> bool:
@@ -279,7 +283,8 @@ class CellStatus:
             state, reason = "failed", f"SLURM job {job} ended with status {code}"
         is_seen = bool(ended) and (score is None or len(ended) == len(attempts))  # or the time of some was not measured
         seconds = math.fsum(ended) if is_seen else None
-        return cls(cell, folder, state, reason, score, step, validation, eta, seconds, job if queued else "")
+        older = next((one for one in _codes_of(run, attempts) if one not in ("", code_version())), "")
+        return cls(cell, folder, state, reason, score, step, validation, eta, seconds, job if queued else "", older)
 
 
 def read_statuses(study: Study, root: Path, cells: Sequence[Cell] | None = None) -> list[CellStatus]:
@@ -317,11 +322,26 @@ def queued_jobs() -> dict[str, str]:
     return {number: state for number, _, state in lines if number}
 
 
+def older_code_of(statuses: Sequence[CellStatus]) -> str:
+    """The older version of the code that compared scores are of: the most common, if no cell is of the present code.
+
+    Returns:
+        The version; empty if cells of the present code are compared, or none.
+    """
+    if any(status.state == "done" for status in statuses):
+        return ""
+    codes = collections.Counter(status.older_code for status in statuses if status.state == "stale")
+    del codes[""]
+    return codes.most_common(1)[0][0] if codes else ""
+
+
 def scores_of(statuses: Sequence[CellStatus]) -> dict[Group, dict[int, float]]:
-    """Scores by group and seed of all finished cells that are not stale."""
+    """Scores that are compared, by group and seed: of the present code, or else of the most common older one."""
+    older = older_code_of(statuses)
     found: dict[Group, dict[int, float]] = {}
     for status in statuses:
-        if status.score is not None and status.state == "done":
+        is_compared = status.state == "stale" and status.older_code == older if older else status.state == "done"
+        if status.score is not None and is_compared:
             found.setdefault(status.cell.group, {})[status.cell.seed] = status.score
     return found
 
@@ -340,8 +360,7 @@ def _state(
         orphan = last is not None and last.ended is None and not last.is_of_living_runner
         return "running", "its runner has ended" if orphan else ""
     if score is not None:
-        codes = {one.code for one in attempts} | {_code_of(run)}
-        if codes != {code_version()}:
+        if set(_codes_of(run, attempts)) != {code_version()}:
             return "stale", "run by another version of the code"
         return "done", ""
     if damage:
@@ -354,9 +373,7 @@ def _state(
         last = attempts[-1] if attempts else None
         killed = last is not None and last.exit_code == -9 and not last.asked_to_stop
         return "interrupted", "killed (SIGKILL), perhaps for lack of memory" if killed else ""
-    if other is not None:
-        return "stale", f"run with another configuration: {other}"
-    return "waiting", ""
+    return "waiting", "" if other is None else f"an older configuration's folder is kept: {other}"
 
 
 def _test_score(run: Path | None, study: Study) -> tuple[float | None, str]:
@@ -381,11 +398,13 @@ def _test_score(run: Path | None, study: Study) -> tuple[float | None, str]:
         return None, f"{name} cannot be read ({type(error).__name__})"
 
 
-def _code_of(run: Path | None) -> str:
+def _codes_of(run: Path | None, attempts: Sequence[Attempt]) -> list[str]:
+    """Versions of the code of a training and of its processes; empty ones are unknown."""
     try:
-        return str(json.loads(_read((run or Path()) / "run.json"))["code"])
+        own = str(json.loads(_read((run or Path()) / "run.json"))["code"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
+        own = ""
+    return [own, *(one.code for one in attempts)]
 
 
 def _progress(run: Path | None, name: str, scale: float) -> tuple[int | None, float | None]:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_attn.study.grid import Study, format_duration
-from lightning_attn.study.states import STATES, CellStatus, State, scores_of
+from lightning_attn.study.states import STATES, CellStatus, State, older_code_of, scores_of
 from lightning_attn.study.statistics import Judgement, Summary, judge, summarize
 
 __all__ = ["as_data", "cells_table", "counts_line", "findings_table", "groups_table", "live_table"]
@@ -69,6 +69,7 @@ def groups_table(study: Study, statuses: Sequence[CellStatus]) -> Table:
     names = _reference_names(study)
     metric, papers = escape(study.metric), (escape(f"paper: {one}") for one in names)
     table = Table("cell", "n", f"{metric}, mean", "spread", "95 % interval", *papers)
+    _say_which_code(table, statuses)
     for group, summary in _summaries(study, statuses).items():
         reference = study.reference.get(group, {})
         numbers = ["-" if one not in reference else f"{reference[one]:g}" for one in names]
@@ -87,6 +88,7 @@ def groups_table(study: Study, statuses: Sequence[CellStatus]) -> Table:
 def findings_table(study: Study, statuses: Sequence[CellStatus]) -> Table:
     """A row a finding: verdict, difference with its interval, number of seeds."""
     table = Table("finding", "expected", "difference", "95 % interval", "n", "p (Holm)", "verdict")
+    _say_which_code(table, statuses)
     for one in judge(study.findings, scores_of(statuses)):
         difference = one.difference
         interval = f"{difference.low:+.3g} to {difference.high:+.3g}" if difference.n > 1 else "-"
@@ -103,11 +105,15 @@ def findings_table(study: Study, statuses: Sequence[CellStatus]) -> Table:
 
 
 def as_data(study: Study, statuses: Sequence[CellStatus]) -> dict[str, Any]:
-    """Everything that the tables show, as JSON can hold it."""
+    """Everything that the tables show, as JSON can hold it.
+
+    `older_code` is the version of the code that means and verdicts are of, if that is not the present one.
+    """
     return {
         "study": study.name,
         "metric": study.metric,
         "counts": _counts(statuses),
+        "older_code": older_code_of(statuses) or None,
         "cells": [
             {
                 "cell": status.cell.labels,
@@ -151,6 +157,19 @@ def _counts(statuses: Sequence[CellStatus]) -> dict[State, int]:
     return {state: sum(status.state == state for status in statuses) for state in STATES}
 
 
+def _say_which_code(table: Table, statuses: Sequence[CellStatus]) -> None:
+    """Below a table, which cells its numbers are of, where they are not of all that have been tested."""
+    stale = [status for status in statuses if status.state == "stale"]
+    if older := older_code_of(statuses):
+        number = sum(status.older_code == older for status in stale)
+        table.caption = (
+            f"None of these cells is of the present code: this is of {number} stale, of code {escape(older)}."
+        )
+    elif stale:
+        table.caption = f"{len(stale)} stale, by other code, left out."
+    table.caption_justify = "left"
+
+
 def _summaries(study: Study, statuses: Sequence[CellStatus]) -> dict[tuple[str, ...], Summary]:
     scores = scores_of(statuses)
     return {group: summarize(list(scores.get(group, {}).values())) for group in study.groups}
@@ -164,8 +183,7 @@ def _expectation(judgement: Judgement) -> str:
     finding = judgement.finding
     if finding.expected == "equal":
         return f"within {finding.margin:g}"
-    sign = {"greater": "more", "less": "less"}[finding.expected]
-    return f"{sign} by {finding.margin:g}" if finding.margin else sign
+    return f"{finding.expected} by {finding.margin:g}" if finding.margin else finding.expected
 
 
 def _plain(summary: Summary) -> dict[str, float | int | None]:

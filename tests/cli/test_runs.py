@@ -307,3 +307,28 @@ def test_damaged_files_of_runs_are_named(run, tmp_path, name, content):
         (tmp_path / folder / "config_fit.yaml").write_text("model: {dim: 2}\n")
     (tmp_path / "two" / name).write_text(content)
     assert f"{tmp_path / 'two' / name} cannot be read" in run("compare", tmp_path / "one", tmp_path / "two", status=2)
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("one", "two"), ("one", "two")),
+        (("a/run", "b/run"), ("a", "b")),
+        (
+            ("s/self_attention=0010_seed=0_7dc39098/x/run", "s/self_attention=1111_seed=0_d90c20fe/x/run"),
+            ("attention=0010_seed=0", "attention=1111_seed=0"),
+        ),
+        (("s/self_attention=0010_seed=0_7dc39098/x/run", "s/self_attention=0010_seed=12_d90c20fe/x/run"),
+            ("seed=0", "seed=12")),
+        # The same labels with another configuration.
+        (("s/a=1_seed=0_7dc39098/x/run", "s/a=1_seed=0_d90c20fe/x/run"), ("seed=0_7dc39098", "seed=0_d90c20fe")),
+        (("s/a=1_seed=0_7dc39098/x/run", "t/a=1_seed=0_7dc39098/x/run"), ("s", "t")),
+        (("run", "deep/run"), ("run", "deep/run")),
+    ],
+)  # fmt: skip
+def test_compared_runs_are_called_by_what_differs(tmp_path, monkeypatch, folders, expected):
+    monkeypatch.chdir(tmp_path)
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config_fit.yaml").write_text("{}")
+    assert compare_runs(folders).names == expected

@@ -6,6 +6,7 @@ import datetime
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -24,13 +25,15 @@ from report_cells import GROUPS, REFERENCE, START, fill, write, write_study
 
 from lightning_attn.errors import ExistingFileError
 from lightning_attn.study.grid import Study
-from lightning_attn.study.report.charts import front_of
+from lightning_attn.study.report.charts import Row, forest_scale, front_of
 from lightning_attn.study.report.collecting import collect
 from lightning_attn.study.report.formatting import count, duration, fixed, signed
 from lightning_attn.study.report.images import map_overlay, matrix, sentence_heat, thumbnail
 from lightning_attn.study.report.labels import Label, place_labels
 from lightning_attn.study.report.svg import Scale, element
 from lightning_attn.study.report.writing import write_report
+from lightning_attn.study.states import read_statuses
+from lightning_attn.study.tables import as_data, groups_table
 
 REPOSITORY = Path(__file__).parents[2]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"' onload='alert(3)' &amp; ${x} {{ 7*7 }}"
@@ -232,6 +235,26 @@ def test_costs_are_of_one_sample(made):
     assert float(row["paper_multiply_adds"]) == pytest.approx(1.87e9)
     assert float(row["multiply_adds"]) == pytest.approx(1.71e9)
     assert float(row["forward_seconds"]) == pytest.approx(0.13 / 50)
+    assert float(row["forward_lower_quartile"]) == pytest.approx(0.96 * 0.13 / 50)
+    assert float(row["forward_upper_quartile"]) == pytest.approx(1.08 * 0.13 / 50)
+
+
+def test_unsteady_times_are_said_to_be(made):
+    text = Elements(made[2].read_text()).text
+    assert "The measured time of 1 group is unsteady (0001): its quartiles are further apart than a third" in text
+    assert text.count("2.29 to 3.22 ms unsteady") == 1  # 0.88 and 1.24 of 0.13 s / 50
+    assert text.count(" ms unsteady") == 1
+    drawing = (made[2].parent / "plots/accuracy_latency.svg").read_text()
+    points = {int(one.get("data-g")): one for one in ET.fromstring(drawing).iter() if one.get("data-g")}
+
+    def x_of(group):
+        return next(float(one.get("cx")) for one in points[GROUPS.index(group)] if "mark" in one.get("class", ""))
+
+    pixels_per_ms = (x_of("1111") - x_of("none")) / (4.6 - 2.0)
+    path = next(one.get("d") for one in points[GROUPS.index("0001")] if "H" in one.get("d", ""))
+    start, end = map(float, re.match(r"M([\d.]+) [\d.]+H([\d.]+)", path).groups())
+    assert start == pytest.approx(x_of("none") + pixels_per_ms * (0.88 * 2.6 - 2.0), abs=0.3)
+    assert end == pytest.approx(x_of("none") + pixels_per_ms * (1.24 * 2.6 - 2.0), abs=0.3)
 
 
 def test_what_runs_have_written_is_shown_as_text(tmp_path):
@@ -333,7 +356,7 @@ SITUATIONS = {
         {"parts": ()},
         ["No cost is known", "17 of 17 tested groups have no profile"],
     ),
-    "no profile": ({}, {"parts": ("curves",)}, ["GFLOPs as printed in the paper"]),
+    "no profile": ({}, {"parts": ("curves",)}, ["GFLOPs of the paper's network", "measures it."]),
     "two axes": (
         {
             "axes": {
@@ -439,6 +462,80 @@ assert "torch" not in sys.modules and "pytorch_lightning" not in sys.modules
     assert len(elements.all("img")) > 100
     points = [one for one in elements.all("g") if "pt" in one.get("class", "").split()]
     assert len(points) == 2 * 3 * 67  # wide and narrow, of three costs
+
+
+def test_an_envelope_of_single_runs_is_dotted(tmp_path, made):
+    study = write_study(tmp_path, seeds=(0,))
+    fill(study, tmp_path / "cells", parts=("profile",))
+    elements = report(study, tmp_path)
+    assert "Best single run" in elements.text
+    assert "best single run" in elements.text
+    assert "Dotted stairs: single runs" in elements.text
+    for folder, is_dotted in ((tmp_path / "out", True), (made[2].parent, False)):
+        drawing = (folder / "plots/accuracy_paper.svg").read_text()
+        assert ('class="front single"' in drawing) == is_dotted
+        assert 'class="front"' in (folder / "plots/paper.svg").read_text()
+    assert "Dotted stairs" not in Elements(made[2].read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [("test/bleu", "BLEU"), ("test/ap", "AP"), ("test/miou", "mean IoU"), ("test/chrf", "chrF")]
+)
+def test_a_score_is_spelled_the_same_with_and_without_reference(tmp_path, metric, expected):
+    printed = {"test/ap": "mAP", "test/miou": "mIoU"}.get(metric, expected)
+    reference = [{"cell": "0110", printed: 3.0, "GFLOPs": 4.0}]
+    for number, given in enumerate((reference, None)):
+        study = write_study(tmp_path, f"s{number}", groups=("0110",), metric=metric, reference=given, findings=None)
+        record = collect(study, tmp_path / "cells")
+        assert record.score_name == expected
+        assert record.is_same_score == (given is not None)
+
+
+def test_findings_say_what_is_drawn_and_what_is_missing(tmp_path, made):
+    assert "upper bar: 95 % interval over seeds" in Elements(made[2].read_text()).text
+    study = write_study(tmp_path, seeds=(0,))
+    fill(study, tmp_path / "cells", parts=("bootstrap",), cells=[one for one in study.cells if one.group[0] != "none"])
+    text = report(study, tmp_path).text
+    assert "upper bar" not in text
+    assert "grey bar: 95 % interval of the test set" in text
+    assert "no run of none" in text
+    drawing = "".join(ET.parse(tmp_path / "out/plots/findings.svg").getroot().itertext())
+    assert re.search(r"undecided: one run · expected within ±0.5 · difference [+−]\d\.\d\d", drawing)
+    assert "not run: no run of none · expected greater" in drawing
+    assert "over seeds" not in drawing
+
+
+def test_intervals_of_findings_are_cut_beyond_three_times_the_largest_difference():
+    def row(mean, low, high, margin=0.0):
+        return Row("", mean, low, high, math.nan, math.nan, margin, "warn", "")
+
+    inside = forest_scale([row(1.0, -1.0, 2.9), row(0.2, 0.1, 0.3)], 0, 100)
+    assert inside.low <= -1.0
+    assert 2.9 <= inside.high < 3.3
+    cut = forest_scale([row(1.0, -50.0, 50.0)], 0, 100)
+    assert -3.5 < cut.low <= -3
+    assert 3 <= cut.high < 3.5
+
+
+def test_curves_are_over_steps_done(made):
+    drawing = ET.parse(made[2].parent / "plots/curves_val_loss.svg").getroot()
+    words = ["".join(one.itertext()) for one in drawing.iter() if one.tag.endswith("text")]
+    assert words.count("400") == len(GROUPS)
+    assert "399" not in words
+
+
+def test_waiting_cells_are_one_line_that_opens(tmp_path):
+    study = write_study(tmp_path, groups=("0110", "1111"), seeds=(0, 1, 2), findings=None)
+    fill(study, tmp_path / "cells", parts=(), cells=study.cells[:2])
+    (tmp_path / "base.yaml").write_text("trainer: {max_steps: 300}\n")
+    edited = Study.read(study.path)
+    fill(edited, tmp_path / "cells", parts=(), cells=edited.cells[3:4])
+    text = report(edited, tmp_path).text
+    assert "5 waiting" in text
+    assert "2 waiting have an older configuration's folder, which is kept and not used here." in text
+    assert f"0110, seed 0: an older configuration's folder is kept: {study.cells[0].name}" in text
+    assert "0 process" not in text
+    assert edited.cells[5].shell_line(["python", "train.py"], tmp_path / "cells/figure" / edited.cells[5].name) in text
 
 
 def test_templates_are_in_the_package(made):
@@ -567,6 +664,9 @@ def test_reports_are_made_of_the_current_code_alone(made):
     elements = report(Study.read(study.path), base)
     assert "1 stale, by other code: shown below, left out of means and verdicts." in elements.text
     assert rows_of(base / "out/groups.csv")[0]["n"] == "2"
+    assert {row["older_code"] for row in rows_of(base / "out/groups.csv")} == {""}
+    data = as_data(study, read_statuses(study, base / "cells" / study.name))
+    assert (data["older_code"], data["groups"][0]["n"]) == (None, 2)
 
 
 def test_of_cells_that_are_all_of_other_code_the_most_common_one_counts(made):
@@ -582,6 +682,18 @@ def test_of_cells_that_are_all_of_other_code_the_most_common_one_counts(made):
     rows = rows_of(base / "out/groups.csv")
     assert sum(int(row["n"]) for row in rows) == 45
     assert [row["n"] for row in rows[:4]] == ["2", "3", "3", "2"]
+    assert {row["older_code"] for row in rows} == {"feedfeedfeed"}
+    assert {row["older_code"] for row in rows_of(base / "out/findings.csv")} == {"feedfeedfeed"}
+    # What the terminal shows is of the same cells.
+    statuses = read_statuses(study, base / "cells" / study.name)
+    data = as_data(study, statuses)
+    assert data["older_code"] == "feedfeedfeed"
+    assert [one["mean"] for one in data["groups"]] == pytest.approx([float(row["mean"]) for row in rows])
+    shown = groups_table(study, statuses).caption
+    assert shown == "None of these cells is of the present code: this is of 45 stale, of code feedfeedfeed."
+    new = write_study(base, "new")
+    page = write_report([Study.read(study.path), new], base / "cells", base / "several", "python train.py")
+    assert "45 of 51, by older code" in Elements(page.read_text()).text
 
 
 def test_pictures_are_those_of_the_newest_test(tmp_path):

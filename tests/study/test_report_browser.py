@@ -123,7 +123,7 @@ def test_points_tell_what_they_are(tab):
     assert lines[1].startswith("BLEU ")
     assert "(95 %, 3 seeds)" in lines[1]
     assert lines[2].startswith("seeds ")
-    assert lines[4] == "1.87 GFLOPs per pair, as the paper counts"
+    assert lines[4] == "1.87 G multiply-adds per pair, as the paper counts"
     # Its row, and the paper's point, are marked.
     assert tab.evaluate("document.querySelectorAll('.hot').length") > 3
     assert tab.evaluate("document.querySelector('#s0-groups tr.hot th').innerText").startswith("deformable_0010")
@@ -148,9 +148,9 @@ def test_axes_are_switched(tab):
             ".map(one => [...one.querySelectorAll('.axis')].map(text => text.textContent).join('|'))"
         )
 
-    assert shown() == ["GFLOPs per pair, as the paper counts|BLEU"]
+    assert shown() == ["G multiply-adds per pair, as the paper counts|BLEU"]
     tab.click("#s0-accuracy .tabs label:nth-child(2)")
-    assert shown() == ["G multiply-adds per pair, as really done|BLEU"]
+    assert shown() == ["G multiply-adds per pair, done here|BLEU"]
     assert tab.evaluate(OVERLAPS) == []
     tab.press("ArrowRight", 39)
     assert shown() == ["ms per pair, forward pass|BLEU"]
@@ -211,3 +211,38 @@ def test_texts_have_enough_contrast(tab):
     for scheme in ("light", "dark"):
         tab.prefer(scheme=scheme)
         assert tab.evaluate(script) == [], scheme
+
+
+def test_two_groups_of_the_readers_choice_are_compared(tab):
+    choose = "(() => {{ const one = document.querySelectorAll('.compare select')[{}]; one.value = '{}';"
+    choose += " one.dispatchEvent(new Event('change', {{ bubbles: true }})); }})()"
+    shown = "[...document.querySelectorAll('.compare p')[1].children].map(one => one.textContent)"
+    for place, group in enumerate(("0110", "0100")):
+        tab.evaluate(choose.format(place, GROUPS.index(group)))
+    # The same as the study's first finding, 0110 minus 0100.
+    row = "[...document.querySelectorAll('#s0-findings tbody tr')[0].cells].map(one => one.textContent)"
+    cells = tab.evaluate(row)
+    parts = tab.evaluate(shown)
+    assert parts[0] == f"{cells[3]} BLEU"
+    assert parts[1] == f"95 % interval over 3 shared seeds: {cells[5]}"
+    assert parts[2] == f"of the test set: {cells[6]}"
+    assert parts[3:] == ["paper's count: 1.05 times", "done here: 1.01 times", "measured time: 1.21 times"]
+    tab.evaluate(choose.format(1, GROUPS.index("0110")))
+    assert tab.evaluate(shown) == ["The same group."]
+    assert tab.problems == []
+
+
+@pytest.mark.parametrize("width", [1200, 1600])
+def test_tables_fit(page, width):
+    page.resize(width)
+    page.open(page.one)
+    cut = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length"
+    assert page.evaluate(cut) == 0
+
+
+def test_maps_of_a_row_are_of_one_size(tab):
+    tab.resize(1200)
+    widths = (
+        "[...document.querySelectorAll('#s0-attention .map')].map(one => Math.round(one.getBoundingClientRect().width))"
+    )
+    assert len(set(tab.evaluate(widths))) == 1

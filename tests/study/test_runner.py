@@ -237,14 +237,14 @@ def test_a_cell_of_other_code_is_stale_and_kept(write):
     assert json.loads((older / "translation/run/run.json").read_text()) == {"code": "000000000000"}
 
 
-def test_a_cell_of_another_configuration_is_stale_and_run_anew(write):
+def test_a_cell_of_another_configuration_is_waiting_and_run(write):
     study = write()
     run_all(study)
     Path("base.yaml").write_text("model: {class_path: other}\n")
     changed = Study.read("study.yaml")
     before = read_statuses(changed, Path("cells"))
-    assert [status.state for status in before] == ["stale"] * 3
-    assert before[0].reason == f"run with another configuration: {study.cells[0].name}"
+    assert [status.state for status in before] == ["waiting"] * 3
+    assert before[0].reason == f"an older configuration's folder is kept: {study.cells[0].name}"
     run_all(changed)
     assert states(changed) == ["done"] * 3
     assert states(study) == ["done"] * 3  # the older ones are still there

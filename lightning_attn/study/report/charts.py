@@ -31,6 +31,7 @@ _SIZE = 11.5  # of labels
 _LINE = 13.5  # their height
 _MOST_LABELS = 40
 _MOST_POINTS = 90  # of a curve
+_MOST_REACH = 3.0  # of intervals of differences, in units of the largest difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Point:
         tip: What is told of it.
         series: Its colour and shape.
         is_on_front: Whether none is both cheaper and better.
+        x_low: Lower quartile of the cost; NaN for none.
+        x_high: Upper quartile.
     """
 
     place: int
@@ -60,6 +63,8 @@ class Point:
     tip: str
     series: int
     is_on_front: bool
+    x_low: float = math.nan
+    x_high: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,7 @@ def draw_scatter(
     y_title: str,
     title: str,
     more_is_better: bool,
+    is_single: bool = False,
     series: Sequence[str] = (),
     width: float = 640,
     height: float = 430,
@@ -135,20 +141,25 @@ def draw_scatter(
         y_title: Of the axis of scores.
         title: Of the plot.
         more_is_better: Whether a greater score is.
+        is_single: Whether the front depends on single runs, and is dotted.
         series: Names of colours, for a legend; empty for a single one.
         width: Pixels.
         height: Pixels.
     """
     legend = _legend(series, 58, 16, width - 70) if len(series) > 1 else (Markup(""), 0.0)
     left, top, right, bottom = 58.0, 16.0 + legend[1], width - 16.0, height - 46.0
-    x_scale = Scale(min(one.x for one in points), max(one.x for one in points), left, right, num_ticks=int(width / 80))
-    low, high = _range(points)
+    ends = _range([one.x for one in points], [end for one in points for end in (one.x_low, one.x_high)])
+    x_scale = Scale(*ends, left, right, num_ticks=int(width / 80))
+    low, high = _range(
+        [value for one in points for value in (one.y, *one.seeds)],
+        [end for one in points for end in (one.low, one.high)],
+    )
     y_scale = Scale(low, high, bottom, top, num_ticks=int(height / 75))
     parts = [legend[0], _axes(x_scale, y_scale, (left, top, right, bottom), x_title, y_title)]
     on_front = sorted((one for one in points if one.is_on_front), key=lambda one: (one.x, one.y))
     stairs = _stairs([(x_scale(one.x), y_scale(one.y)) for one in on_front], right)
     if stairs:
-        parts.append(element("path", d=path(stairs), class_="front"))
+        parts.append(element("path", d=path(stairs), class_="front single" if is_single else "front"))
     boxes, lines = _obstacles(points, x_scale, y_scale, stairs)
     clusters = _clusters(points, x_scale, y_scale, width)
     placed = place_labels([one.box for one in clusters], boxes, lines, (left + 1, top + 1, right - 1, bottom - 1))
@@ -182,7 +193,7 @@ class Row:
         test_high: Upper end.
         margin: On either side of zero, within which a difference is none.
         kind: "good", "bad" or "warn".
-        verdict: In a word.
+        verdict: In a word, and what was expected.
     """
 
     claim: str
@@ -197,11 +208,11 @@ class Row:
 
 
 def forest_scale(rows: Sequence[Row], start: float, end: float) -> Scale:
-    """A scale that zero, margins, differences and most of their intervals lie in."""
+    """A scale of zero, margins, differences, and intervals up to three times the largest of those."""
     means = [row.mean for row in rows if math.isfinite(row.mean)]
     reach = max((abs(value) for value in [*means, *(row.margin for row in rows)]), default=0.0) or 1.0
     ends = [value for row in rows for value in (row.low, row.high, row.test_low, row.test_high) if math.isfinite(value)]
-    inside = [value for value in [*means, *ends] if abs(value) <= 2.5 * reach]
+    inside = [*means, *(min(max(value, -_MOST_REACH * reach), _MOST_REACH * reach) for value in ends)]
     low = min([-reach * 0.2, *inside, *(-row.margin for row in rows)])
     high = max([reach * 0.2, *inside, *(row.margin for row in rows)])
     return Scale(low, high, start, end, num_ticks=4)
@@ -250,13 +261,15 @@ def draw_forest(rows: Sequence[Row], x_title: str, title: str) -> Panel:
     for place, row in enumerate(rows):
         middle = top + row_height * (place + 0.5)
         lines = _wrapped(row.claim, 430, 12, 2)
-        first = middle - 7 * len(lines) + 4
-        for line, words in enumerate(lines):
-            parts.append(element("text", words, x=16, y=first + 14 * line))
-        parts.append(element("text", row.verdict, x=16, y=first + 14 * len(lines) + 1, class_="tick"))
+        below = _wrapped(row.verdict, 430, 11.5, 2)
+        first = middle - 7 * (len(lines) + len(below)) + 11
+        for line, words in enumerate([*lines, *below]):
+            is_claim = line < len(lines)
+            parts.append(
+                element("text", words, x=16, y=first + 14 * line + (not is_claim), class_=None if is_claim else "tick")
+            )
         parts.append(draw_forest_row(row, scale, middle, row_height - 18))
-    x = (scale.start + scale.end) / 2
-    parts.append(element("text", x_title, x=x, y=bottom + 36, text_anchor="middle", class_="axis"))
+    parts.append(element("text", x_title, x=scale.end, y=bottom + 36, text_anchor="end", class_="axis"))
     return Panel(
         Markup("").join(parts), width, bottom + 50, title, f"Differences and intervals of {len(rows)} findings."
     )
@@ -287,9 +300,14 @@ def curve_panel(
         if ticks:
             parts.append(element("text", shown, x=left - 5, y=y + 4, text_anchor="end", class_="tick"))
     if ticks:
-        for value, anchor in ((x_scale.low, "start"), (x_scale.high, "end")):
-            shown = _short(value)
-            parts.append(element("text", shown, x=x_scale(value), y=bottom + 14, text_anchor=anchor, class_="tick"))
+        for value, _ in x_scale.ticks():
+            if value % 1:
+                continue
+            near_end = x_scale(value) > right - 12
+            anchor = "end" if near_end else "start" if x_scale(value) < left + 12 else "middle"
+            parts.append(
+                element("text", _short(value), x=x_scale(value), y=bottom + 14, text_anchor=anchor, class_="tick")
+            )
     lines = []
     for curve in curves:
         points = [(x_scale.clip(step), y_scale.clip(value)) for step, value in thinned(curve)]
@@ -338,7 +356,7 @@ def curve_scales(curves: Sequence[Curve], left: float, right: float, bottom: flo
             min(high, middle[1] + (middle[1] - middle[0]) / 2),
         )
     return (
-        Scale(min(steps), max(steps), left, right, padding=0.0),
+        Scale(0, max(steps), left, right, num_ticks=4, padding=0.0),
         Scale(low, high, bottom, top, num_ticks=3),
     )
 
@@ -360,12 +378,11 @@ class _Cluster:
     box: Label
 
 
-def _range(points: Sequence[Point]) -> tuple[float, float]:
-    """Of scores: all runs, and intervals unless they are far wider than those."""
-    values = [value for one in points for value in (one.y, *one.seeds)]
+def _range(values: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
+    """All values, and ends of their intervals unless these are far wider."""
     low, high = min(values), max(values)
     reach = 0.75 * ((high - low) or abs(high) * 0.05 or 1.0)
-    ends = [value for one in points for value in (one.low, one.high) if math.isfinite(value)]
+    ends = [value for value in ends if math.isfinite(value)]
     return max(low - reach, min([low, *ends])), min(high + reach, max([high, *ends]))
 
 
@@ -410,6 +427,8 @@ def _obstacles(
         lines += [(x - 3, y_scale(seed) - 3, x + 3, y_scale(seed) + 3) for seed in one.seeds]
         if math.isfinite(one.low):
             lines.append((x - 3, y_scale.clip(one.high), x + 3, y_scale.clip(one.low)))
+        if math.isfinite(one.x_low):
+            lines.append((x_scale.clip(one.x_low), y - 3, x_scale.clip(one.x_high), y + 3))
     for (x, y), (next_x, next_y) in itertools.pairwise(stairs):
         lines.append((min(x, next_x) - 2, min(y, next_y) - 2, max(x, next_x) + 2, max(y, next_y) + 2))
     return boxes, lines
@@ -458,6 +477,8 @@ def _draw_point(one: Point, x_scale: Scale, y_scale: Scale, label: Markup, *, fi
     parts = []
     if math.isfinite(one.low):
         parts.append(_bar(x, y_scale, one.low, one.high))
+    if math.isfinite(one.x_low):
+        parts.append(_whisker(x_scale, one.x_low, one.x_high, y, "ci"))
     parts += [element("circle", cx=x, cy=y_scale(seed), r=2.6, class_="seed") for seed in one.seeds]
     parts.append(_mark(one.series, x, y, 5.0, "mark solid" if one.is_on_front else "mark hollow"))
     parts.append(label)

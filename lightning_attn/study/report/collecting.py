@@ -1,6 +1,5 @@
 """What the folders of a study's cells hold, as plain values for tables and plots."""
 
-import collections
 import dataclasses
 import re
 import statistics
@@ -22,7 +21,7 @@ from lightning_attn.study.report.reading import (
     read_json,
     text,
 )
-from lightning_attn.study.states import COMMAND_MARK, CellStatus, read_statuses, scores_of
+from lightning_attn.study.states import COMMAND_MARK, CellStatus, older_code_of, read_statuses, scores_of
 from lightning_attn.study.statistics import Judgement, Summary, judge, summarize
 
 __all__ = [
@@ -43,6 +42,9 @@ Curve: TypeAlias = Sequence[tuple[int, float]]  # optimizer steps and values
 
 _DEVICE = re.compile(r"GPU available: (\w+)(?: \((\w+)\))?, used: (\w+)")
 _LEVEL = 0.95
+_UNSTEADY = 1 / 3  # of the median, between the quartiles
+_SPELLINGS = {"bleu": "BLEU", "chrf": "chrF", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "miou": "mean IoU"}
+_SPELLINGS |= {"pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,8 @@ class CostKind:
 
 
 COSTS: tuple[CostKind, ...] = (
-    CostKind("paper", "Paper's count", "GFLOPs", 1e9, "multiply-adds of a sample as the paper counts them"),
-    CostKind("done", "Really done", "G multiply-adds", 1e9, "multiply-adds that our algorithms do for a sample"),
+    CostKind("paper", "Paper's count", "G multiply-adds", 1e9, "multiply-adds of a sample as the paper counts them"),
+    CostKind("done", "Done here", "G multiply-adds", 1e9, "multiply-adds that our algorithms do for a sample"),
     CostKind("latency", "Measured time", "ms", 1e-3, "median time of a forward pass, divided by the batch size"),
 )
 
@@ -79,7 +81,9 @@ class Cost:
         parameters: Number of them.
         paper: Multiply-adds of a sample by the paper's rules.
         done: Those that are done.
-        latency: Seconds of the forward pass for a sample, on `device`.
+        latency: Seconds of the forward pass for a sample, on `device`: the median.
+        latency_low: Lower quartile of the same.
+        latency_high: Upper quartile.
         step: Seconds of a training step.
         memory: Bytes at the peak of a training step.
         sample: What is counted: an image or a pair.
@@ -90,10 +94,28 @@ class Cost:
     paper: float | None
     done: float | None
     latency: float | None
+    latency_low: float | None
+    latency_high: float | None
     step: float | None
     memory: float | None
     sample: str
     device: str
+
+    @property
+    def quartiles(self) -> tuple[float, float] | None:
+        """Of the measured time; None if they are not known, or no quartiles of it."""
+        low, middle, high = self.latency_low, self.latency, self.latency_high
+        return (
+            (low, high)
+            if low is not None and middle is not None and high is not None and low <= middle <= high
+            else None
+        )
+
+    @property
+    def is_unsteady(self) -> bool:
+        """Whether the quartiles are further apart than a third of the median."""
+        found = self.quartiles
+        return found is not None and found[1] - found[0] > _UNSTEADY * (self.latency or 0.0)
 
     def value(self, kind: CostKind) -> float | None:
         """One of the measures, unscaled."""
@@ -207,8 +229,9 @@ class GroupRecord:
 
     @property
     def shown_cell(self) -> CellRecord | None:
-        """The cell whose pictures and maps stand for the group: the first that has been tested."""
-        return next((cell for cell in self.cells if cell.status.is_finished), None)
+        """The cell whose pictures and maps stand for the group: the first that counts, or else that has been tested."""
+        tested = [cell for cell in self.cells if cell.status.is_finished]
+        return next((cell for cell in tested if cell.status.cell.seed in self.scores), tested[0] if tested else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +255,7 @@ class StudyRecord:
         score_name: What the score is called.
         reference_cost: Name of the cost in `reference`; empty if there is none.
         reference_score: Name of the score in it.
+        is_same_score: Whether that is the study's own score.
         curve_names: Curves that at least one cell has.
         older_code: Version of the code that the scores are of; empty for the present one.
     """
@@ -244,8 +268,17 @@ class StudyRecord:
     score_name: str
     reference_cost: str
     reference_score: str
+    is_same_score: bool
     curve_names: Sequence[str]
     older_code: str
+
+    def difference(self, first: GroupRecord, second: GroupRecord) -> tuple[Summary, Interval | None]:
+        """What one group's scores are more than another's: over seeds that both have, and of resampled test sets."""
+        seeds = sorted(set(first.scores) & set(second.scores))
+        cells = {one.group: one.cells for one in (first, second)}
+        weights = [(first.group, 1.0), (second.group, -1.0)]
+        interval = _interval(self.study, cells, weights, seeds) if seeds else None
+        return summarize([first.scores[seed] - second.scores[seed] for seed in seeds]), interval
 
 
 def collect(study: Study, root: Path) -> StudyRecord:
@@ -258,7 +291,7 @@ def collect(study: Study, root: Path) -> StudyRecord:
     statuses = read_statuses(study, root)
     names = [study.metric.replace("test/", "val/", 1), "train/loss", "val/loss"]
     cells = [_cell(study, status, list(dict.fromkeys(names))) for status in statuses]
-    scores, code = _counted(cells)
+    scores = scores_of(statuses)
     groups = []
     by_group: dict[Group, list[CellRecord]] = {}
     for cell in cells:
@@ -284,11 +317,12 @@ def collect(study: Study, root: Path) -> StudyRecord:
     cost_name, score_name = _reference_names(study)
     has = {name for cell in cells for name in cell.curves}
     metric = study.metric.removeprefix("test/")
-    label = score_name if _is_called(score_name, metric) else metric
+    is_same = _is_called(score_name, metric)
+    label = _SPELLINGS.get(metric, score_name if is_same else metric)
     return StudyRecord(
-        *(study, root, cells, groups, findings, label, cost_name, score_name),
+        *(study, root, cells, groups, findings, label, cost_name, score_name, is_same),
         [name for name in dict.fromkeys(names) if name in has],
-        code,
+        older_code_of(statuses),
     )
 
 
@@ -365,6 +399,8 @@ def _cost(path: Path | None, damages: list[str]) -> Cost | None:
         paper=each("forward", "paper_multiply_adds"),
         done=each("forward", "multiply_adds"),
         latency=each("forward", "latency", "median"),
+        latency_low=each("forward", "latency", "lower_quartile"),
+        latency_high=each("forward", "latency", "upper_quartile"),
         step=value("training_step", "latency", "median"),
         memory=value("training_step", "peak_memory"),
         sample=text(stored.get("sample")) or "sample",
@@ -376,8 +412,17 @@ def _common_cost(cells: Sequence[CellRecord]) -> Cost | None:
     known = [cell.cost for cell in cells if cell.cost is not None]
     if not known:
         return None
-    latencies = [one.latency for one in known if one.latency is not None]
-    return dataclasses.replace(known[0], latency=statistics.median(latencies) if latencies else None)
+
+    def middle(values: Sequence[float | None]) -> float | None:
+        measured = [value for value in values if value is not None]
+        return statistics.median(measured) if measured else None
+
+    return dataclasses.replace(
+        known[0],
+        latency=middle([one.latency for one in known]),
+        latency_low=middle([one.latency_low for one in known]),
+        latency_high=middle([one.latency_high for one in known]),
+    )
 
 
 def _resampled(path: Path | None, study: Study, damages: list[str]) -> Resampled | None:
@@ -457,21 +502,3 @@ def _pictures(predictions: Path) -> dict[str, Path]:
         return {path.stem: path for path in sorted(folders[-1].glob("*.png")) if path.is_file()} if folders else {}
     except OSError:
         return {}
-
-
-def _counted(cells: Sequence[CellRecord]) -> tuple[dict[Group, dict[int, float]], str]:
-    """Scores that are compared, by group and seed: of the present code, or if there are none of the most common one.
-
-    Returns:
-        The scores, and which code they are of; an empty string for the present one.
-    """
-    if scores := scores_of([one.status for one in cells]):
-        return scores, ""
-    codes = collections.Counter(one.origin.code for one in cells if one.status.is_finished and one.origin.code)
-    if not codes:
-        return {}, ""
-    code = codes.most_common(1)[0][0]
-    for one in cells:
-        if one.status.score is not None and one.origin.code == code:
-            scores.setdefault(one.status.cell.group, {})[one.status.cell.seed] = one.status.score
-    return scores, code

@@ -4,7 +4,7 @@ import datetime
 import math
 from collections.abc import Iterable
 
-__all__ = ["MINUS", "bytes_of", "count", "date", "decimals", "duration", "fixed", "signed"]
+__all__ = ["MINUS", "bytes_of", "count", "date", "decimals", "duration", "durations", "fixed", "signed"]
 
 MINUS = "\N{MINUS SIGN}"
 _NONE = "\N{EN DASH}"
@@ -61,6 +61,12 @@ def duration(seconds: float | None) -> str:
     if hours < 48:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     return f"{hours / 24:.3g} d"
+
+
+def durations(low: float, high: float) -> str:
+    """Two short times in the unit of the longer one: 2.50 to 2.71 ms."""
+    size, unit = next((one for one in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")) if high >= one[0]), (1e-9, "ns"))
+    return f"{_digits(low / size, 3)} to {_digits(high / size, 3)} {unit}"
 
 
 def bytes_of(value: float | None) -> str:

@@ -83,13 +83,14 @@ class Gallery:
         kind = one.get("kind")
         if not isinstance(weights, dict) or kind not in ("sentence", "map"):
             return None
-        maps, ranges = {}, {}
+        maps, ranges, on = {}, {}, []
         shape = (1, 1)
         for term in _TERMS:
             values = matrix(weights.get(term))
             if values is None:
                 continue
             shape = (values.shape[0], values.shape[1])
+            on.append(term)
             uri = budget.take(sentence_heat(values) if kind == "sentence" else map_overlay(values))
             if uri:
                 maps[term] = uri
@@ -97,7 +98,7 @@ class Gallery:
                 ranges[term] = f"{largest:.2f}" if kind == "sentence" else f"{largest:.3g}×"
         if not maps:
             return None
-        shown: dict[str, Any] = {"kind": kind, "maps": maps, "ranges": ranges, "shape": shape}
+        shown: dict[str, Any] = {"kind": kind, "maps": maps, "ranges": ranges, "on": on, "shape": shape}
         if kind == "sentence":
             queries, keys = _tokens(one.get("queries")), _tokens(one.get("keys"))
             fits = len(queries) == shape[0] and len(keys) == shape[1]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_attn.study.grid import Finding
 from lightning_attn.study.report import formatting
 from lightning_attn.study.report.charts import (
     Panel,
@@ -37,6 +38,7 @@ _KINDS = {
 _SIGNS = {"good": "✓", "bad": "✕", "warn": "?", "mute": "–", "info": "…", "other": "≠"}
 _VERDICTS = ("supported", "contradicted", "undecided", "not run")
 _EXAMPLES = 6
+_MOST_COMPARED = 20  # groups of which any two are compared: as many squared are the words for it
 _PROBLEMS = 12  # of which the end of the log is shown
 
 
@@ -75,8 +77,9 @@ class _Viewer:
         self.is_alone = is_alone
         self.name, self.command = f"s{place}", command.split()
         scores = [score for group in record.groups for score in group.scores.values()]
-        if record.score_name == record.reference_score:  # of the same unit
-            scores += [one.reference[record.score_name] for one in record.groups if record.score_name in one.reference]
+        if record.is_same_score:
+            name = record.reference_score
+            scores += [one.reference[name] for one in record.groups if name in one.reference]
         self.places = formatting.decimals(scores)
         self.more_is_better = self.study.mode == "max"
         self.plots: dict[str, Panel] = {}
@@ -107,6 +110,8 @@ class _Viewer:
             "by_state": {state: sum(one.status.state == state for one in record.cells) for state in STATES},
             "by_verdict": {one: sum(each.judgement.verdict == one for each in record.findings) for one in _VERDICTS},
             "num_cells": len(record.cells),
+            "older_code": record.older_code,
+            "num_compared": sum(one.summary.n for one in record.groups),
             "is_new": all(one.status.state == "waiting" for one in record.cells),
             "num_groups": len(record.groups),
             "time": self._time(),
@@ -118,6 +123,7 @@ class _Viewer:
             "paper": self._paper(),
             "groups": self._groups(),
             "group_columns": self._group_columns(),
+            "pairs": self._pairs(),
             "findings": self._findings(),
             "has_test_intervals": any(one.test_interval for one in record.groups)
             or any(one.test_interval for one in record.findings),
@@ -133,7 +139,7 @@ class _Viewer:
 
     def between(self, low: float, high: float, *, sign: bool = False) -> str:
         shown: Callable[[float | None, int], str] = formatting.signed if sign else formatting.fixed
-        return f"{shown(low, self.places)} to {shown(high, self.places)}"
+        return f"{shown(low, self.places)} to\N{NO-BREAK SPACE}{shown(high, self.places)}"  # a line may break before it
 
     def _colour_axis(self) -> int | None:
         """The axis that colours tell, where several are."""
@@ -174,7 +180,12 @@ class _Viewer:
         sign = 1 if self.more_is_better else -1
         place, best = max(known, key=lambda one: sign * one[1].summary.mean)
         costs = [
-            {"title": kind.title, "value": self._cost_text(kind, value), "explanation": kind.explanation}
+            {
+                "title": kind.title,
+                "value": self._cost_text(kind, value),
+                "explanation": kind.explanation,
+                "is_unsteady": kind.key == "latency" and best.cost.is_unsteady,
+            }
             for kind in COSTS
             if best.cost is not None and (value := best.cost.value(kind)) is not None
         ]
@@ -229,15 +240,27 @@ class _Viewer:
             )
         elif stale:
             notes.append(f"{stale} stale, by other code: shown below, left out of means and verdicts.")
-        other = sum(one.status.state == "stale" and not one.status.is_finished for one in self.record.cells)
+        other = sum(
+            one.status.state == "waiting" and "older configuration" in one.status.reason for one in self.record.cells
+        )
         if other:
-            notes.append(
-                f"{other} stale: there are folders of the same labels, of another configuration, not used here."
-            )
+            notes.append(f"{other} waiting have an older configuration's folder, which is kept and not used here.")
+        run = " ".join([*self.command, "study run", str(self.study.path)])
         tested = [one for one in self.record.groups if one.summary.n]
         missing = sum(one.cost is None for one in tested)
         if missing:
-            notes.append(f"{missing} of {len(tested)} tested groups have no profile, so their cost is not known.")
+            notes.append(
+                f"{missing} of {len(tested)} tested groups have no profile, so their cost is not known: `{run}` "
+                "measures it."
+            )
+        unsteady = [one.title for one in tested if one.cost and one.cost.is_unsteady]
+        if unsteady:
+            few = ", ".join(unsteady[:6]) + (", …" if len(unsteady) > 6 else "")
+            notes.append(
+                f"The measured time of {len(unsteady)} group{'' if len(unsteady) == 1 else 's'} is unsteady ({few}): "
+                "its quartiles are further apart than a third of the median. To measure again, on a machine that does "
+                f"nothing else, delete the profile.json of all of its cells and call `{run}`."
+            )
         return notes
 
     def _problems(self) -> list[dict[str, Any]]:
@@ -261,7 +284,7 @@ class _Viewer:
 
     def _accuracy(self) -> list[dict[str, Any]]:
         """The plots of score over each cost."""
-        axes: list[tuple[str, str, str, dict[int, float]]] = []
+        axes: list[tuple[str, str, str, dict[int, float], float]] = []
         groups = self.record.groups
         for kind in COSTS:
             costs = {
@@ -273,11 +296,13 @@ class _Viewer:
                 scale, prefix = _prefix(max(costs.values()), kind.key == "latency")
                 sample = next(group.cost.sample for group in groups if group.cost)
                 unit = {
-                    "paper": f"{prefix}FLOPs per {sample}, as the paper counts",
-                    "done": f"{prefix} multiply-adds per {sample}, as really done".strip(),
+                    "paper": f"{prefix} multiply-adds per {sample}, as the paper counts".strip(),
+                    "done": f"{prefix} multiply-adds per {sample}, done here".strip(),
                     "latency": f"{prefix}s per {sample}, forward pass",
                 }[kind.key]
-                axes.append((kind.key, kind.title, unit, {place: value / scale for place, value in costs.items()}))
+                axes.append(
+                    (kind.key, kind.title, unit, {place: value / scale for place, value in costs.items()}, scale)
+                )
         if not axes and self.record.reference_cost:
             name = self.record.reference_cost
             given = {
@@ -286,16 +311,19 @@ class _Viewer:
                 if group.summary.n and name in group.reference
             }
             if given:
-                axes.append(("printed", "Printed in the paper", f"{name} as printed in the paper", given))
+                axes.append(("printed", "The paper's network", f"{name} of the paper's network", given, 1.0))
         return [self._accuracy_over(*axis) for axis in axes]
 
-    def _accuracy_over(self, key: str, title: str, unit: str, costs: Mapping[int, float]) -> dict[str, Any]:
+    def _accuracy_over(
+        self, key: str, title: str, unit: str, costs: Mapping[int, float], scale: float
+    ) -> dict[str, Any]:
         groups = self.record.groups
         places = list(costs)
         front = front_of(
             [(costs[place], groups[place].summary.mean) for place in places], more_is_better=self.more_is_better
         )
         self.fronts[key] = {places[one] for one in front}
+        is_single = any(groups[place].summary.n < 2 for place in self.fronts[key])
         points = []
         for place in places:
             group, summary = groups[place], groups[place].summary
@@ -311,11 +339,16 @@ class _Viewer:
             if group.test_interval:
                 lines.append(f"test set {self.between(group.test_interval.low, group.test_interval.high)}")
             lines.append(f"{formatting.count(costs[place], 4).strip()} {unit}")
+            quartiles = group.cost.quartiles if group.cost and key == "latency" else None
+            x_low, x_high = (one / scale for one in quartiles) if quartiles else (math.nan, math.nan)
+            unsteady = ", unsteady" if group.cost and group.cost.is_unsteady else ""
+            if quartiles:
+                lines.append(f"quartiles {formatting.durations(*quartiles)}{unsteady}")
             seeds = list(group.scores.values()) if summary.n > 1 else []
             points.append(
                 Point(
                     place=place,
-                    label=self._label(group),
+                    label=self._label(group) + (" (unsteady)" if quartiles and unsteady else ""),
                     x=costs[place],
                     y=summary.mean,
                     low=low,
@@ -324,17 +357,22 @@ class _Viewer:
                     tip="\n".join(lines),
                     series=self._series(group),
                     is_on_front=on_front,
+                    x_low=x_low,
+                    x_high=x_high,
                 )
             )
         return {
             "key": key,
             "title": title,
+            "has_quartiles": any(math.isfinite(one.x_low) for one in points),
+            "is_single": is_single,
             **self._scatter(
                 points,
                 f"accuracy_{key}",
                 unit,
                 self.record.score_name,
                 more_is_better=self.more_is_better,
+                is_single=is_single,
                 in_overview=not self.is_alone and len(self.fronts) == 1,
             ),
         }
@@ -347,6 +385,7 @@ class _Viewer:
         y_title: str,
         *,
         more_is_better: bool,
+        is_single: bool = False,
         in_overview: bool = False,
     ) -> dict[str, Any]:
         heading = f"{self.study.name}: {y_title} over {x_title}"
@@ -358,6 +397,7 @@ class _Viewer:
                 y_title=y_title + ("" if more_is_better else " (less is better)"),
                 title=heading,
                 more_is_better=more_is_better,
+                is_single=is_single,
                 series=self._series_names(),
                 width=width,
                 height=height,
@@ -411,7 +451,7 @@ class _Viewer:
         name = record.score_name
         columns = [{"key": axis, "title": axis, "unit": "", "align": "left"} for axis in self.study.axes]
         columns += [
-            {"key": "n", "title": "seeds", "unit": "done", "align": "right"},
+            {"key": "n", "title": "seeds", "unit": "older code" if record.older_code else "done", "align": "right"},
             {"key": "mean", "title": name, "unit": "mean", "align": "right"},
             {"key": "interval", "title": "95 % interval", "unit": "over seeds", "align": "right"},
             {"key": "spread", "title": "spread", "unit": "over seeds", "align": "right"},
@@ -422,11 +462,39 @@ class _Viewer:
             columns.append({"key": f"reference-{one}", "title": one, "unit": "paper", "align": "right"})
         for kind in COSTS:
             if any(group.cost and group.cost.value(kind) is not None for group in record.groups):
-                unit = {"paper": "FLOPs", "done": "multiply-adds", "latency": "forward"}[kind.key]
+                unit = {"paper": "multiply-adds", "done": "multiply-adds", "latency": "forward"}[kind.key]
                 columns.append({"key": kind.key, "title": kind.title, "unit": unit, "align": "right"})
         if any(group.cost and group.cost.parameters for group in record.groups):
             columns.append({"key": "parameters", "title": "parameters", "unit": "", "align": "right"})
         return columns
+
+    def _pairs(self) -> dict[str, Any]:
+        """What is told of any two groups, by their places; empty if there are too many."""
+        tested = [(place, one) for place, one in enumerate(self.record.groups) if one.scores]
+        if not 2 <= len(tested) <= _MOST_COMPARED:
+            return {}
+        names = [{"place": place, "title": one.title} for place, one in tested]
+        return {
+            "groups": names,
+            "words": {f"{i} {j}": self._pair(one, two) for i, one in tested for j, two in tested if i != j},
+        }
+
+    def _pair(self, first: GroupRecord, second: GroupRecord) -> list[str]:
+        difference, test = self.record.difference(first, second)
+        if not difference.n:
+            return ["They have no seed in common."]
+        number = "one shared seed, so no interval over seeds"
+        if difference.n > 1:
+            between = self.between(difference.low, difference.high, sign=True)
+            number = f"95 % interval over {difference.n} shared seeds: {between}"
+        parts = [f"{formatting.signed(difference.mean, self.places)} {self.record.score_name}", number]
+        if test:
+            parts.append(f"of the test set: {self.between(test.low, test.high, sign=True)}")
+        for kind in COSTS:
+            costs = [one.cost.value(kind) if one.cost else None for one in (first, second)]
+            if costs[0] is not None and costs[1]:
+                parts.append(f"{kind.title.lower()}: {costs[0] / costs[1]:.2f} times")
+        return parts
 
     def _reference_names(self) -> list[str]:
         return list(dict.fromkeys(name for one in self.record.groups for name in one.reference))
@@ -438,7 +506,7 @@ class _Viewer:
         shown_states = ("failed", "interrupted") if self.record.older_code else ("failed", "interrupted", "stale")
         for place, group in enumerate(self.record.groups):
             summary = group.summary
-            cells: dict[str, tuple[Any, str]] = {
+            cells: dict[str, tuple[Any, ...]] = {  # what it is sorted by, what is shown, and what below that
                 axis: (label, label) for axis, label in zip(self.study.axes, group.group, strict=True)
             }
             total = len(group.cells)
@@ -461,6 +529,8 @@ class _Viewer:
             for kind in COSTS:
                 cost = group.cost.value(kind) if group.cost else None
                 cells[kind.key] = ("" if cost is None else cost, self._cost_text(kind, cost))
+                if kind.key == "latency" and group.cost and (quartiles := group.cost.quartiles):
+                    cells[kind.key] += (formatting.durations(*quartiles), group.cost.is_unsteady)
             number_of = group.cost.parameters if group.cost else None
             cells["parameters"] = ("" if number_of is None else number_of, formatting.count(number_of))
             states = {one.status.state for one in group.cells}
@@ -481,6 +551,12 @@ class _Viewer:
             judgement, difference = one.judgement, one.judgement.difference
             finding, test = judgement.finding, one.test_interval
             kind = _KINDS[judgement.verdict]
+            expected = f"within ±{finding.margin:g}" if finding.expected == "equal" else str(finding.expected)
+            if finding.margin and finding.expected != "equal":
+                expected += f" by {finding.margin:g}"
+            shown = formatting.signed(difference.mean, self.places) if difference.n else "–"
+            why_not = judgement.note if difference.n else self._missing(finding)
+            verdict = judgement.verdict + (f": {why_not}" if why_not else "")
             row = Row(
                 claim=finding.claim,
                 mean=difference.mean if difference.n else math.nan,
@@ -490,14 +566,9 @@ class _Viewer:
                 test_high=test.high if test else math.nan,
                 margin=finding.margin,
                 kind=kind if kind in ("good", "bad") else "warn",
-                verdict=judgement.verdict + (f": {judgement.note}" if judgement.note and difference.n else ""),
+                verdict=f"{verdict} · expected {expected}" + (f" · difference {shown}" if difference.n else ""),
             )
             rows.append(row)
-            expected = {"greater": "more", "less": "less", "equal": "within"}[finding.expected]
-            if finding.expected == "equal":
-                expected = f"within ±{finding.margin:g}"
-            elif finding.margin:
-                expected = f"{expected} by {finding.margin:g}"
             title = self.study.title
             formula = f"{title(finding.minuend)} {formatting.MINUS} {title(finding.subtrahend)}"
             if finding.beyond:
@@ -511,9 +582,10 @@ class _Viewer:
                     "verdict": judgement.verdict,
                     "kind": kind,
                     "sign": _SIGNS[kind],
-                    "note": judgement.note if difference.n else "",
-                    "difference": formatting.signed(difference.mean, self.places) if difference.n else "–",
+                    "note": why_not,
+                    "difference": shown,
                     "difference_key": _sortable(difference.mean),
+                    "interval_key": _sortable(difference.high - difference.low) if difference.n > 1 else "",
                     "interval": self.between(difference.low, difference.high, sign=True) if difference.n > 1 else "–",
                     "test": self.between(test.low, test.high, sign=True) if test else "–",
                     "test_key": _sortable(test.high - test.low) if test else "",
@@ -540,9 +612,32 @@ class _Viewer:
             for at, shown in scale.ticks()
         ]
         axis = element("svg", *ticks, **{"class": "chart mini", "viewBox": "0 0 260 16", "aria-hidden": "true"})
-        unit = f"Difference of {self.record.score_name}; 95 % intervals: over seeds, below it of the test set"
+        legend = {
+            "seeds": any(math.isfinite(row.low) for row in rows),
+            "test": any(math.isfinite(row.test_low) for row in rows),
+            "margin": any(row.margin for row in rows),
+            "any": any(math.isfinite(row.mean) for row in rows),
+        }
+        bars = [words for key, words in (("seeds", "over seeds"), ("test", "of the test set, grey")) if legend[key]]
+        unit = f"Difference of {self.record.score_name}"
+        if bars:
+            unit += f"; 95 % interval{'' if len(bars) == 1 else 's'} {', below it '.join(bars)}"
         self.plots["findings"] = draw_forest(rows, unit, f"{self.study.name}: findings")
-        return {"rows": values, "axis": axis}
+        return {"rows": values, "axis": axis, "legend": legend}
+
+    def _missing(self, finding: Finding) -> str:
+        """The groups that a finding waits for."""
+        lacking = [
+            one.title
+            for group, _ in finding.weights
+            for one in self.record.groups
+            if one.group == group and not one.scores
+        ]
+        return (
+            f"no run of {', '.join(dict.fromkeys(lacking))}"
+            if lacking
+            else "no seed that all of its cells were run with"
+        )
 
     def _examples(self) -> list[dict[str, Any]]:
         """Translations of the same sentences; groups of the same translation together."""
@@ -584,7 +679,7 @@ class _Viewer:
             factor = self.study.scale if name == score else 1.0
             by_group = [
                 [
-                    [(step, value * factor) for step, value in cell.curves[name]]
+                    [(step + 1, value * factor) for step, value in cell.curves[name]]  # loggers count from 0
                     for cell in group.cells
                     if name in cell.curves
                 ]
@@ -645,6 +740,7 @@ class _Viewer:
             "place": place,
             "group": self.place_of[one.status.cell.group],
             "labels": status.cell.group,
+            "title": self.study.title(status.cell.group),
             "seed": status.cell.seed,
             "state": status.state,
             "kind": _KINDS[status.state],

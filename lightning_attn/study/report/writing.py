@@ -99,8 +99,16 @@ def _write_tables(record: StudyRecord, folder: Path) -> None:
     groups = [
         *axes,
         *("n", "mean", "spread", "low", "high", "test_low", "test_high", "num_test_samples"),
-        *("paper_multiply_adds", "multiply_adds", "forward_seconds", "parameters"),
+        *(
+            "paper_multiply_adds",
+            "multiply_adds",
+            "forward_seconds",
+            "forward_lower_quartile",
+            "forward_upper_quartile",
+            "parameters",
+        ),
         *(f"reference {name}" for name in names),
+        "older_code",
     ]
     rows = []
     for group in record.groups:
@@ -110,14 +118,16 @@ def _write_tables(record: StudyRecord, folder: Path) -> None:
                 *group.group,
                 *(summary.n, summary.mean, summary.spread, summary.low, summary.high),
                 *((test.low, test.high, test.num_samples) if test else (None, None, None)),
-                *((cost.paper, cost.done, cost.latency, cost.parameters) if cost else (None,) * 4),
+                *((cost.paper, cost.done, cost.latency) if cost else (None,) * 3),
+                *((cost.latency_low, cost.latency_high, cost.parameters) if cost else (None,) * 3),
                 *(group.reference.get(name) for name in names),
+                record.older_code if summary.n else "",
             ]
         )
     _write_csv(folder / "groups.csv", groups, rows)
     findings = [
         *("claim", "minuend", "subtrahend", "beyond", "expected", "margin", "verdict", "note", "n", "difference"),
-        *("spread", "low", "high", "p_holm", "test_low", "test_high", "num_test_samples"),
+        *("spread", "low", "high", "p_holm", "test_low", "test_high", "num_test_samples", "older_code"),
     ]
     rows = []
     for one in record.findings:
@@ -130,6 +140,7 @@ def _write_tables(record: StudyRecord, folder: Path) -> None:
                 *(finding.expected, finding.margin, judgement.verdict, judgement.note),
                 *(difference.n, difference.mean, difference.spread, difference.low, difference.high, judgement.p),
                 *((test.low, test.high, test.num_samples) if test else (None, None, None)),
+                record.older_code if difference.n else "",
             ]
         )
     _write_csv(folder / "findings.csv", findings, rows)

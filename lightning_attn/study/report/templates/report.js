@@ -44,11 +44,21 @@
     more.setAttribute("aria-expanded", !row.hidden);
   };
   for (const field of all("[data-filter]")) field.oninput = () => {
-    const words = field.value.toLowerCase().split(/\s+/), bodies = [...one(field.dataset.filter).tBodies];
+    const words = field.value.toLowerCase().split(/\s+/), section = field.closest("section");
+    const bodies = all("tbody[data-g], .waiting li", section), waiting = section.querySelector(".waiting");
     for (const body of bodies) body.hidden = !words.every(word => body.textContent.toLowerCase().includes(word));
     field.closest(".tools").lastElementChild.textContent =
       field.value && bodies.filter(body => !body.hidden).length + " of " + bodies.length;
+    if (waiting && field.value) waiting.open = true;
   };
+
+  // Two groups of the reader's choice.
+  for (const box of all(".compare")) {
+    const words = JSON.parse(one(box.dataset.words).textContent), [first, second] = all("select", box);
+    box.onchange = () => box.children[1].replaceChildren(...(words[first.value + " " + second.value] || ["The same group."])
+      .map(part => Object.assign(document.createElement("span"), { textContent: part })));
+    box.onchange();
+  }
 
   // Points: what they are, by mouse, touch and keyboard; their rows and other points are marked.
   const tip = one("tip");
@@ -65,6 +75,10 @@
     if (!group.dataset.tip) return;
     tip.textContent = group.dataset.tip;
     tip.hidden = false;
+    settle();
+  };
+  const settle = () => {
+    const group = current;
     const at = (group.querySelector(".mark") || group).getBoundingClientRect(), size = tip.getBoundingClientRect();
     const wide = document.documentElement.clientWidth;
     const right = at.right + 10 + size.width < wide;
@@ -81,7 +95,8 @@
     if (group) enter(group); else leave();
   });
   addEventListener("focusin", event => event.target.matches(".pt") ? enter(event.target) : leave());
-  addEventListener("scroll", leave, { passive: true });
+  // A point that the keyboard has reached may scroll into view.
+  addEventListener("scroll", () => current && current === document.activeElement ? settle() : leave(), { passive: true });
   addEventListener("keydown", event => {
     if (event.key === "Escape") leave();
     const point = event.target.closest && event.target.closest(".pt");
