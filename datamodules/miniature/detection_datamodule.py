@@ -1,6 +1,7 @@
 """The miniature detection set as a DataModule."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -18,7 +19,12 @@ class MiniatureDetectionDataModule(COCODataModule):
 
     It is written in the layout of COCO into `root`, by default a folder of the user's cache, and read like any other.
     Images are not resized. See `COCODataModule` for the arguments.
+
+    Attributes:
+        folder_name: Of the set in the cache.
     """
+
+    folder_name: ClassVar[str] = "miniature_detection"
 
     def __init__(
         self,
@@ -34,7 +40,7 @@ class MiniatureDetectionDataModule(COCODataModule):
         predict_folder: str = "",
     ) -> None:
         super().__init__(
-            root=root or str(user_cache_folder() / "miniature_detection"),
+            root=root or str(user_cache_folder() / self.folder_name),
             batch_size=batch_size,
             num_workers=num_workers,
             test_split="test2017",

@@ -221,7 +221,7 @@ def _report(options: argparse.Namespace) -> None:
     studies = [Study.read(file) for file in options.files]
     names = [study.name for study in studies]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"file: {repeated[0]} is given twice; studies are told apart by the names of their files.")
+        raise InputError(f"file: {repeated[0]} is given twice; two studies need files of different names.")
     root = Path(options.root)
     parent = root if len(studies) > 1 else root / names[0]
     output = Path(options.output) if options.output else parent / REPORT_NAME

@@ -7,10 +7,11 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
+from typing import IO
 
 from datamodules.machine import available_cores
 
-__all__ = ["StopRequests", "environment_of", "visible_gpus"]
+__all__ = ["StopRequests", "start_child", "visible_gpus"]
 
 
 class StopRequests:
@@ -44,14 +45,32 @@ class StopRequests:
                 signal.signal(number, handler)
 
 
-def environment_of(slot: int, jobs: int, gpus: Sequence[str]) -> dict[str, str]:
-    """Variables of a process that runs beside others: its share of the processors and GPUs.
+def start_child(
+    words: Sequence[str], log: IO[bytes], lock: int, *, slot: int, jobs: int, gpus: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    """Starts a process beside others, which writes what it prints to a log.
 
     Args:
-        slot: Its place among them, from 0.
-        jobs: How many there are.
+        words: The command.
+        log: The file, open to be written.
+        lock: Descriptor of a lock that it holds until it ends.
+        slot: Its place among the processes, from 0.
+        jobs: How many there may be.
         gpus: Those to be shared, as `visible_gpus` names them.
     """
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=_environment_of(slot, jobs, gpus),
+        pass_fds=(lock,),
+        start_new_session=True,  # Ctrl-C comes through this process, once
+    )
+
+
+def _environment_of(slot: int, jobs: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Variables of a process that runs beside others: its share of the processors and GPUs."""
     variables = dict(os.environ)
     if "OMP_NUM_THREADS" not in variables:
         variables["OMP_NUM_THREADS"] = str(max(1, available_cores() // jobs))

@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_file
-from lightning_attn.study.children import StopRequests, environment_of, visible_gpus
+from lightning_attn.study.children import StopRequests, start_child, visible_gpus
 from lightning_attn.study.grid import Cell, Group, Study
 
 __all__ = ["PROFILE_FILE", "Profiler", "copy_profile", "is_profile", "require_configuration", "step_seconds"]
@@ -152,15 +152,7 @@ class Profiler:
         with (folder / LOG_FILE).open("wb") as log:
             log.write(f"$ {shlex.join(words)}\n".encode())
             log.flush()
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment_of(slot, self.jobs, self._gpus),
-                pass_fds=(lock,),
-                start_new_session=True,  # Ctrl-C comes through this process
-            )
+            process = start_child(words, log, lock, slot=slot, jobs=self.jobs, gpus=self._gpus)
         self._running[slot] = _Job(group, folder, process)
 
     def _finish(self, slot: int, cells_of: dict[Group, list[Cell]]) -> None:

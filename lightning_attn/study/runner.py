@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from lightning_attn.errors import InputError
 from lightning_attn.io import naming
-from lightning_attn.study.children import StopRequests, environment_of, visible_gpus
+from lightning_attn.study.children import StopRequests, start_child, visible_gpus
 from lightning_attn.study.estimate import estimated_seconds
 from lightning_attn.study.grid import Cell, Study, format_duration
 from lightning_attn.study.profiling import copy_profile
@@ -177,15 +177,7 @@ class Runner:
         with naming(folder.log), folder.log.open("ab") as log:
             log.write(f"{COMMAND_MARK}{shlex.join(words)}\n".encode())
             log.flush()
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment_of(slot, self.jobs, self._gpus),
-                pass_fds=(lock,),
-                start_new_session=True,  # Ctrl-C comes through this process, once
-            )
+            process = start_child(words, log, lock, slot=slot, jobs=self.jobs, gpus=self._gpus)
         self._running[slot] = _Job(cell, folder, lock, process, attempts)
         self._say(f"{cell.name}: {stage} started")
 
