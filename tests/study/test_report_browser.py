@@ -36,10 +36,13 @@ def page(tmp_path_factory):
     images = write_study(base, "images", metric="test/ap", scale=100)
     fill(images, base / "cells", parts=("profile", "curves", "maps", "pictures"), task="detection")
     new = write_study(base, "new")
+    runs = write_study(base, "single", seeds=(0,))
+    fill(runs, base / "cells", parts=("profile", "bootstrap"))
+    single = write_report([runs], base / "cells", base / "single", "python train.py")
     one = write_report([study], base / "cells", base / "one", "python train.py")
     several = write_report([Study.read(study.path), images, new], base / "cells", base / "several", "python train.py")
     with chromium(PROGRAM, tmp_path_factory.mktemp("profile")) as tab:
-        tab.one, tab.several = one.as_uri(), several.as_uri()
+        tab.one, tab.several, tab.single = one.as_uri(), several.as_uri(), single.as_uri()
         yield tab
 
 
@@ -233,9 +236,10 @@ def test_two_groups_of_the_readers_choice_are_compared(tab):
 
 
 @pytest.mark.parametrize("width", [1200, 1600])
-def test_tables_fit(page, width):
+@pytest.mark.parametrize("which", ["one", "single"])
+def test_tables_fit(page, which, width):
     page.resize(width)
-    page.open(page.one)
+    page.open(getattr(page, which))
     cut = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).length"
     assert page.evaluate(cut) == 0
 
