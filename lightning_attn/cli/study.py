@@ -170,9 +170,7 @@ def _say_left(console: Console, statuses: Sequence[CellStatus], runner: Runner) 
     if failed and not runner.retry_failed:
         console.print(f"{failed} failed; --retry-failed runs them again")
     if stale and not runner.rerun_stale:
-        console.print(
-            f"{stale} run by another version of the code, and left out of verdicts; --rerun-stale begins anew"
-        )
+        console.print(f"{stale} run by another version of the code; --rerun-stale begins anew")
 
 
 def _profile(study: Study, root: Path, statuses: Sequence[CellStatus], jobs: int, console: Console) -> None:

@@ -203,7 +203,7 @@ def test_a_signal_reaches_the_cells_which_save(write, number):
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number
-    assert "the same command resumes it" in output
+    assert "the same command resumes" in output
     assert states(study, "study") == ["interrupted", "interrupted", "waiting"]
     assert 0 < len(steps_of(study.cells[0], "study")) < 40
     start_study("--jobs", "2").communicate(timeout=60)
