@@ -12,7 +12,6 @@ from datamodules.sampling.joint_batches import (
     JointBatchSampler,
     JointDataset,
     Order,
-    start_worker,
 )
 from datamodules.sampling.planned_batches import PlannedBatchSampler, PlannedLoader, planned_loader
 from lightning_attn.errors import InputError
@@ -139,7 +138,7 @@ class MultitaskDataModule(pl.LightningDataModule):
             samplers[name] = sampler
         sampler = JointBatchSampler(samplers, order=self.order, ratio=self.ratio, epoch=self.epoch, seed=self.seed)
         dataset = JointDataset({name: loader.dataset for name, loader in loaders.items()})
-        return planned_loader(self, dataset, sampler, self.num_workers, start_worker)
+        return planned_loader(self, dataset, sampler, self.num_workers)
 
     @override
     def val_dataloader(self) -> list["TaggedLoader"]:

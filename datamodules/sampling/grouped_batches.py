@@ -8,13 +8,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from datamodules.sampling.planned_batches import (
     PlannedBatchSampler,
     PlannedLoader,
-    ignore_stop_signals,
     planned_loader,
     rank_and_world_size,
     reshuffles,
@@ -26,7 +25,6 @@ __all__ = [
     "GroupedBatchSampler",
     "SampleRequest",
     "evaluation_loader",
-    "start_worker",
     "training_loader",
 ]
 
@@ -204,7 +202,7 @@ def training_loader(
         world_size=world_size,
         repeats=dataset.repeats,
     )
-    return planned_loader(module, dataset, sampler, num_workers, start_worker=start_worker)
+    return planned_loader(module, dataset, sampler, num_workers)
 
 
 def evaluation_loader(
@@ -213,16 +211,7 @@ def evaluation_loader(
     """A loader for validation, test or prediction, for this rank; arguments and errors as in `training_loader`."""
     rank, world_size = rank_and_world_size(module)
     sampler = GroupedBatchSampler(dataset.groups(), batch_size, shuffle=False, rank=rank, world_size=world_size)
-    return planned_loader(module, dataset, sampler, num_workers, start_worker=start_worker)
-
-
-def start_worker(worker: int) -> None:
-    """Prepares a process that makes batches of a `BatchedDataset`."""
-    ignore_stop_signals(worker)
-    info = get_worker_info()
-    assert info is not None, "called in a worker"
-    assert isinstance(info.dataset, BatchedDataset)
-    info.dataset.start_worker()
+    return planned_loader(module, dataset, sampler, num_workers)
 
 
 def _repeated(repeats: npt.NDArray[np.float64], number: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from datamodules.sampling.grouped_batches import BatchedDataset
-from datamodules.sampling.planned_batches import PlannedBatchSampler, ignore_stop_signals
+from datamodules.sampling.planned_batches import PlannedBatchSampler
 from lightning_attn.errors import InputError
 
-__all__ = ["EpochLength", "JointBatch", "JointBatchSampler", "JointDataset", "Order", "start_worker"]
+__all__ = ["EpochLength", "JointBatch", "JointBatchSampler", "JointDataset", "Order"]
 
 Order = Literal["together", "alternating"]
 """Whether each step has a batch of every member, or of one."""
@@ -208,15 +208,6 @@ class JointDataset(Dataset[JointBatch]):
         for dataset in self.members.values():
             if isinstance(dataset, BatchedDataset):
                 dataset.start_worker()
-
-
-def start_worker(worker: int) -> None:
-    """Prepares a process that makes batches of a `JointDataset`."""
-    ignore_stop_signals(worker)
-    info = get_worker_info()
-    assert info is not None, "called in a worker"
-    assert isinstance(info.dataset, JointDataset)
-    info.dataset.start_worker()
 
 
 def _ids(part: Any) -> list[Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler, get_worker_info
 from typing_extensions import override
 
 from lightning_attn.errors import InputError
@@ -221,16 +221,15 @@ def planned_loader(
     dataset: Dataset[Any],
     sampler: PlannedBatchSampler[Any],
     num_workers: int,
-    start_worker: Callable[[int], None] | None = None,
 ) -> PlannedLoader:
     """The loader of a DataModule; in training with a Trainer it resumes where the checkpoint stopped.
 
     Args:
         module: The DataModule.
-        dataset: Makes a whole batch of what the sampler asks for.
+        dataset: Makes a whole batch of what the sampler asks for. Its `start_worker`, if it has one, is called first in
+            each process that makes batches.
         sampler: Plans the batches.
         num_workers: Processes that make batches; 0 makes them in the training process.
-        start_worker: Called in each of them first; None for `ignore_stop_signals`.
     """
     if num_workers:
         _end_workers_at_exit()
@@ -239,7 +238,7 @@ def planned_loader(
         "collate_fn": _unchanged,
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": start_worker or ignore_stop_signals,
+        "worker_init_fn": _start_worker,
         # Without one, every iteration would draw from the random stream of the training, and a training that resumes
         # in the middle of an epoch iterates once more often.
         "generator": torch.Generator(),
@@ -275,6 +274,14 @@ def _end_workers() -> None:
         child.join(timeout=0.5)
         if child.is_alive():
             child.kill()
+
+
+def _start_worker(worker: int) -> None:
+    ignore_stop_signals(worker)
+    info = get_worker_info()
+    assert info is not None, "called in a worker"
+    if hasattr(info.dataset, "start_worker"):
+        info.dataset.start_worker()
 
 
 def ignore_stop_signals(worker: int) -> None:

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_attn.attention import TransformerAttention
 from lightning_attn.networks.images.batching import NormalizedBatch
-from lightning_attn.visualization.maps import attentions_of, recorded_inputs, term_maps
+from lightning_attn.visualization.maps import attentions_of, recorded_inputs_of, term_maps
 from lightning_attn.visualization.pictures import Picture, fitted
 
 __all__ = ["image_attention"]
@@ -29,32 +28,24 @@ def image_attention(network: nn.Module, image: Tensor) -> tuple[dict[str, Any], 
         Title, position of the query, size of the map, `kv_stride`, and weights as `TermMaps.as_lists`; and the image as
         the map covers it, with the padding. None if no attention with terms runs.
     """
-    sizes: dict[TransformerAttention, tuple[int, int]] = {}
     batch_size = [0, 0]
-
-    def record_map(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, TransformerAttention)
-        sizes[module] = (arguments[0].shape[2], arguments[0].shape[3])
 
     def record_batch(module: nn.Module, arguments: Any, output: Tensor) -> None:
         batch_size[:] = output.shape[2:]
 
-    handles = [one.register_forward_pre_hook(record_map) for one in attentions_of(network)]
-    handles += [
-        one.register_forward_hook(record_batch) for one in network.modules() if isinstance(one, NormalizedBatch)
-    ]
+    handles = [one.register_forward_hook(record_batch) for one in network.modules() if isinstance(one, NormalizedBatch)]
     try:
-        network([image])
+        inputs = recorded_inputs_of(attentions_of(network), lambda: network([image]))
     finally:
         for handle in handles:
             handle.remove()
-    if not sizes or not all(batch_size):
+    if not inputs or not all(batch_size):
         return None
-    largest = max(rows * columns for rows, columns in sizes.values())
-    attention = [module for module, (rows, columns) in sizes.items() if rows * columns == largest][-1]
-    height, width = sizes[attention]
+    # The last of equal ones.
+    attention = max(reversed(inputs), key=lambda one: inputs[one]["query"].shape[2:].numel())
+    height, width = inputs[attention]["query"].shape[2:]
     query = image.shape[1] * height // (2 * batch_size[0]), image.shape[2] * width // (2 * batch_size[1])
-    maps = term_maps(attention, **recorded_inputs(attention, lambda: network([image])), position=query)
+    maps = term_maps(attention, **inputs[attention], position=query)
     name = next(name for name, module in network.named_modules() if module is attention)
     padded = F.pad(image, (0, batch_size[1] - image.shape[2], 0, batch_size[0] - image.shape[1]), value=128)
     picture = np.asarray(fitted(padded, _LONGEST_SIDE)[0])

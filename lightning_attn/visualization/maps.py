@@ -166,23 +166,33 @@ def recorded_inputs(attention: nn.Module, call: Callable[[], object]) -> dict[st
         ValueError: If the attention did not run, or ran with a cache.
     """
     module = _unwrapped(attention)
-    signature = inspect.signature(module.forward)
-    calls: list[dict[str, Any]] = []
+    inputs = recorded_inputs_of([module], call).get(module)
+    if inputs is None:
+        raise ValueError("call did not run the attention: pass an attention of the network that call runs.")
+    return inputs
 
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(dict(signature.bind(*args, **kwargs).arguments))
 
-    handle = module.register_forward_pre_hook(record, with_kwargs=True)
+def recorded_inputs_of(
+    attentions: Sequence[TransformerAttention], call: Callable[[], object]
+) -> dict[TransformerAttention, dict[str, Any]]:
+    """As `recorded_inputs`, of several attentions in one run; without those that did not run."""
+    found: dict[TransformerAttention, dict[str, Any]] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(module, TransformerAttention)
+        found[module] = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in attentions]
     try:
         with torch.no_grad():
             call()
     finally:
-        handle.remove()
-    if not calls:
-        raise ValueError("call did not run the attention: pass an attention of the network that call runs.")
-    if calls[-1].get("cache") is not None:
+        for handle in handles:
+            handle.remove()
+    if any(inputs.get("cache") is not None for inputs in found.values()):
         raise ValueError("call ran the attention with a cache, step by step: run the network on the whole sentence.")
-    return {name: calls[-1].get(name) for name in ("query", "key", "key_padding_mask", "causal")}
+    names = ("query", "key", "key_padding_mask", "causal")
+    return {module: {name: inputs.get(name) for name in names} for module, inputs in found.items()}
 
 
 def _rounded(values: Any) -> Any:

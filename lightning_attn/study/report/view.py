@@ -26,7 +26,7 @@ from lightning_attn.study.report.collecting import COSTS, CellRecord, CostKind, 
 from lightning_attn.study.report.reading import read_tail
 from lightning_attn.study.report.svg import element, path
 from lightning_attn.study.states import STATES
-from lightning_attn.study.statistics import Summary
+from lightning_attn.study.statistics import Summary, Verdict
 from lightning_attn.training.scores import best_mode
 
 __all__ = ["View", "view_of"]
@@ -36,7 +36,7 @@ _KINDS = {
     **{"supported": "good", "contradicted": "bad", "undecided": "warn", "not run": "mute"},
 }
 _SIGNS = {"good": "✓", "bad": "✕", "warn": "?", "mute": "–", "info": "…", "other": "≠"}
-_VERDICTS = ("supported", "contradicted", "undecided", "not run")
+_VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "undecided", "not run")
 _EXAMPLES = 6
 _MOST_COMPARED = 20  # groups of which any two are compared: as many squared are the words for it
 _PROBLEMS = 12  # of which the end of the log is shown
@@ -108,7 +108,7 @@ class _Viewer:
                 if (number := sum(one.status.state == state for one in record.cells))
             ],
             "by_state": {state: sum(one.status.state == state for one in record.cells) for state in STATES},
-            "by_verdict": {one: sum(each.judgement.verdict == one for each in record.findings) for one in _VERDICTS},
+            "by_verdict": self._by_verdict(),
             "num_cells": len(record.cells),
             "older_code": record.older_code,
             "num_compared": sum(one.summary.n for one in record.groups),
@@ -208,13 +208,13 @@ class _Viewer:
     def _cost_text(kind: CostKind, value: float | None) -> str:
         return formatting.duration(value) if kind.key == "latency" else formatting.count(value)
 
+    def _by_verdict(self) -> dict[Verdict, int]:
+        return {one: sum(each.judgement.verdict == one for each in self.record.findings) for one in _VERDICTS}
+
     def _verdicts(self) -> list[dict[str, Any]]:
-        counts = dict.fromkeys(_VERDICTS, 0)
-        for one in self.record.findings:
-            counts[one.judgement.verdict] += 1
         return [
             {"verdict": name, "number": number, "kind": _KINDS[name], "sign": _SIGNS[_KINDS[name]]}
-            for name, number in counts.items()
+            for name, number in self._by_verdict().items()
             if number
         ]
 
