@@ -27,7 +27,8 @@ class MultitaskDataModule(pl.LightningDataModule):
 
     Args:
         members: A DataModule for each task. Those whose loaders are of `datamodules.sampling`: all of this package, and
-            your own with `sample_loader` or `training_loader`.
+            your own with `sample_loader` or `training_loader`. None (null) leaves out one that another configuration
+            names.
         order: With "together" each optimizer step has a batch of every member, with "alternating" of one.
         ratio: Relative number of batches of each member, for "alternating"; those that are not named have 1.
         epoch: An epoch ends when every member has been through once ("longest"), when the first has ("shortest"), or
@@ -46,7 +47,7 @@ class MultitaskDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        members: dict[str, pl.LightningDataModule],
+        members: dict[str, pl.LightningDataModule | None],
         order: Order = "together",
         ratio: dict[str, float] | None = None,
         epoch: EpochLength = "longest",
@@ -55,7 +56,8 @@ class MultitaskDataModule(pl.LightningDataModule):
         predict_folder: str = "",
     ) -> None:
         super().__init__()
-        if not members:
+        given = {name: member for name, member in members.items() if member is not None}
+        if not given:
             raise InputError("members: there is none; give a DataModule for each task.")
         for name, value, known in (("order", order, get_args(Order)), ("epoch", epoch, ("longest", "shortest"))):
             if value not in known and not (name == "epoch" and type(value) is int and value > 0):
@@ -67,21 +69,21 @@ class MultitaskDataModule(pl.LightningDataModule):
                 f"ratio: {ratio} is for order: alternating. Together, each step has a batch of every member, whose "
                 "batch_size says how many images that is."
             )
-        if unknown := [name for name in ratio if name not in members]:
-            raise InputError(f"ratio: {unknown[0]!r} is none of the members, which are {', '.join(members)}.")
+        if unknown := [name for name in ratio if name not in given]:
+            raise InputError(f"ratio: {unknown[0]!r} is none of the members, which are {', '.join(given)}.")
         if wrong := {name: value for name, value in ratio.items() if not 0 < value < 1000}:
             raise InputError(f"ratio: {wrong} must be above 0 and below 1000.")
         for name, value in (("num_workers", num_workers), ("seed", seed)):
             if value < 0:
                 raise InputError(f"{name}: {value} is too small; give 0 or more (--data.{name} 0).")
-        self.members = dict(members)
+        self.members = given
         self.order: Order = order
         self.ratio = ratio
         self.epoch: EpochLength = epoch
         self.num_workers = num_workers
         self.seed = seed
         self.evaluated: tuple[str, ...] = ()
-        for member in members.values():
+        for member in given.values():
             if hasattr(member, "num_workers"):
                 member.num_workers = num_workers
             if predict_folder and not hasattr(member, "predict_folder"):

@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_attn.cli.checks import check_open_files, check_trainer, check_values, trainer_errors
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.launching import observe_ranks, settle_collectives, watch_rendezvous
-from lightning_attn.cli.parser import ConfigurationError, listed
+from lightning_attn.cli.parser import ConfigurationError, Parser, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, stored_configuration, value_of
 from lightning_attn.errors import MissingFileError
@@ -91,7 +91,9 @@ class CommandLine(LightningCLI):
             else:
                 self._stored_name = stored.name
                 try:
-                    self._subcommand_parsers[stored.subcommand].set_defaults(_by_option(stored.defaults))
+                    subparser = self._subcommand_parsers[stored.subcommand]
+                    assert isinstance(subparser, Parser), "made by this command"
+                    subparser.set_stored_defaults(stored.defaults)
                     self.config = parser.parse_args(given)
                 except (ConfigurationError, KeyError) as error:
                     raise ConfigurationError(
@@ -251,17 +253,6 @@ class CommandLine(LightningCLI):
             for name, value in namespace_to_dict(self.config[self.subcommand]).items()
             if name not in _CALL_ARGUMENTS
         }
-
-
-def _by_option(sections: dict[str, Any]) -> dict[str, Any]:
-    """Options by their names in the parser: model and data each as one, others singly."""
-    options: dict[str, Any] = {}
-    for name, section in sections.items():
-        if name in ("trainer", "run"):
-            options |= {f"{name}.{option}": value for option, value in section.items()}
-        else:
-            options[name] = section
-    return options
 
 
 def files_first(arguments: list[str]) -> list[str]:

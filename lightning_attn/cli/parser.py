@@ -2,7 +2,7 @@
 
 from typing import Any, NoReturn
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 from typing_extensions import override
@@ -14,6 +14,9 @@ from lightning_attn.errors import InputError
 set_parsing_settings(instantiate_subclass_spec_in_any=False)
 datamodules.import_all()
 
+
+_NAMED = ("model.init_args.tasks", "data.init_args.members")
+"""Options whose values are objects by names of the user."""
 
 OPTION_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException)
 """What Lightning raises about options."""
@@ -29,10 +32,45 @@ class Parser(LightningArgumentParser):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         # Without this a misspelt --trainer.max_step would be taken for max_steps, in nested options too.
         super().__init__(*arguments, **options | {"allow_abbrev": False})
+        self._named: dict[str, dict[str, Any]] = {}
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigurationError(message) from ex
+
+    def set_stored_defaults(self, sections: dict[str, Any]) -> None:
+        """Takes defaults from a stored configuration, which overlays then change.
+
+        Args:
+            sections: Its options by section, such as `model`.
+        """
+        options: dict[str, Any] = {}
+        for name, section in sections.items():  # model and data each as one, others singly
+            if name in ("trainer", "run"):
+                options |= {f"{name}.{option}": value for option, value in section.items()}
+            else:
+                options[name] = section
+        self.set_defaults(options)
+        for option in _NAMED:
+            section, *rest = option.split(".")
+            found: Any = sections.get(section)
+            for key in rest:
+                found = found.get(key) if isinstance(found, dict) else None
+            if isinstance(found, dict):
+                self._named[option] = found
+
+    @override
+    def parse_path(self, *arguments: Any, **options: Any) -> Any:
+        """Reads a configuration file; an overlay may change some of the tasks or members of those before it."""
+        parsed = super().parse_path(*arguments, **options)
+        for option in _NAMED:
+            given = parsed.get(option)
+            if isinstance(given, dict):
+                before = self._named.get(option, {})
+                parsed[option] = self._named[option] = before | {
+                    name: _completed(value, before.get(name)) for name, value in given.items()
+                }
+        return parsed
 
     @override
     def instantiate_classes(self, *arguments: Any, **options: Any) -> Any:
@@ -61,6 +99,13 @@ class Parser(LightningArgumentParser):
             if not errors:
                 raise
         raise errors[0]
+
+
+def _completed(value: Any, before: Any) -> Any:
+    """An object's options with the class that an earlier file gave, where this one gives `init_args` alone."""
+    if isinstance(value, Namespace) and isinstance(before, Namespace | dict) and "class_path" not in value:
+        value["class_path"] = before.get("class_path")
+    return value
 
 
 def listed(value: Any) -> list[Any]:

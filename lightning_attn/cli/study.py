@@ -50,7 +50,7 @@ def run_study_command(arguments: Sequence[str]) -> None:
             _report(options)
             return
         study = Study.read(options.file)
-        root = Path(options.root) / study.name
+        root = Path(options.root) / study.folder
         cells = study.select(options.only)
         if options.what == "run":
             _run(study, root, cells, options)

@@ -31,20 +31,8 @@ REPORT_NAME = "report"  # of the folder with the page of several studies, beside
 RUN_NAME = "run"  # of the run directory in a cell's folder, <cell>/<task>/run
 
 _KEYS = (
-    *(
-        "description",
-        "base",
-        "options",
-        "axes",
-        "exclude",
-        "seeds",
-        "metric",
-        "mode",
-        "scale",
-        "test_checkpoint",
-        "budget",
-    ),
-    *("time_per_cell", "reference", "findings"),
+    *("description", "base", "options", "axes", "exclude", "seeds", "metric", "mode", "scale", "test_checkpoint"),
+    *("cells", "budget", "time_per_cell", "reference", "findings"),
 )
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 _AXIS = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -183,7 +171,7 @@ class Study:
     """What a study file says.
 
     Attributes:
-        path: The file; its stem is the study's name.
+        path: The file; its stem is the study's name, and the name of its cells' folder unless the file gives one.
         description: For readers.
         axes: Levels by axis.
         seeds: Of each group.
@@ -195,6 +183,7 @@ class Study:
         time_per_cell: Expected seconds of a cell if nothing was measured; None if unknown.
         reference: Numbers of the paper by group and name.
         findings: What is expected.
+        folder: Of the cells, below that of all studies. Studies that name the same share the cells that both have.
     """
 
     path: Path
@@ -209,11 +198,18 @@ class Study:
     time_per_cell: float | None
     reference: Mapping[Group, Mapping[str, float]]
     findings: tuple[Finding, ...]
+    folder: str
 
     @property
     def name(self) -> str:
-        """Of the study's folder."""
+        """Of the study, and of the folder of its report."""
         return self.path.stem
+
+    @property
+    def member(self) -> str:
+        """The task of a joint training whose score is compared, in `test/<member>/<score>`; else empty."""
+        first, slash, _ = self.metric.removeprefix("test/").partition("/")
+        return first if slash and first != ".." else ""
 
     @property
     def groups(self) -> list[Group]:
@@ -305,6 +301,7 @@ class _Reader:
             time_per_cell=self._duration("time_per_cell"),
             reference=self._reference(),
             findings=tuple(self._finding(*one) for one in enumerate(self._list("findings"))),
+            folder=self._folder(),
         )
 
     def _known_keys(self, place: str, mapping: Mapping[Any, Any], known: Sequence[str]) -> None:
@@ -401,6 +398,12 @@ class _Reader:
         if mode == "max" or mode == "min":
             return metric, mode
         raise self.fail("mode", f"say whether the 'max' or the 'min' of {metric} is better, got {mode!r}.")
+
+    def _folder(self) -> str:
+        folder = self.content.get("cells", self.path.stem)
+        if not isinstance(folder, str) or not _LABEL.fullmatch(folder) or folder == REPORT_NAME:
+            raise self.fail("cells", f"must be the name of a folder for the cells, such as joint, got {folder!r}.")
+        return folder
 
     def _duration(self, key: str) -> float | None:
         value = self.content.get(key)

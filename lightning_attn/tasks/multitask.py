@@ -1,5 +1,6 @@
 """The LightningModule of a joint training: several tasks on images, whose networks share their backbone."""
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,8 @@ class MultitaskTask(BaseTask):
 
     Args:
         tasks: The tasks, by names that are also those of their data. Of the arguments of each, `attention`,
-            `backbone`, `optimizer`, `schedule` and `compile` are left out: they are given here, once.
+            `backbone`, `optimizer`, `schedule` and `compile` are left out: they are given here, once. None (null)
+            leaves out a task that another configuration names.
         attention: Attention of the backbone, and of heads that have one.
         backbone: Which ResNet, its weights, and which blocks have attention.
         share: What the tasks share.
@@ -82,7 +84,7 @@ class MultitaskTask(BaseTask):
 
     def __init__(
         self,
-        tasks: dict[str, BaseTask],
+        tasks: dict[str, BaseTask | None],
         attention: AttentionSpec = AttentionSpec(),  # noqa: B008 - a frozen value
         backbone: ResNetSpec = ResNetSpec(),  # noqa: B008 - a frozen value
         share: Literal["backbone"] = "backbone",
@@ -97,18 +99,19 @@ class MultitaskTask(BaseTask):
         compile: bool | CompileBackend = False,
     ) -> None:
         weights, baselines = dict(weights or {}), dict(baselines or {})
-        _check_names(tasks, weights, freeze, baselines)
+        given = _given_tasks(tasks)
+        _check_names(given, weights, freeze, baselines)
         _check_statistics(backbone, statistics)
-        for name, task in tasks.items():
+        for name, task in given.items():
             _check_member(name, task)
             task.use_backbone(attention, backbone)  # before the arguments are stored
         super().__init__(optimizer, schedule, compile=compile)
         self.attention, self.backbone, self.statistics = attention, backbone, statistics
         self.freeze_parts, self.baselines = tuple(freeze), baselines
-        self.trained = [name for name in tasks if weights.get(name, 1.0) and name not in freeze]
+        self.trained = [name for name in given if weights.get(name, 1.0) and name not in freeze]
         if not self.trained:
-            raise InputError(f"weights and freeze: none of the tasks {', '.join(tasks)} is left to train.")
-        self.members = nn.ModuleDict(tasks)
+            raise InputError(f"weights and freeze: none of the tasks {', '.join(given)} is left to train.")
+        self.members = nn.ModuleDict(given)
         self.balancing = build_balancing(balancing, {name: weights.get(name, 1.0) for name in self.trained})
         self._reports_gradients = gradient_report and not compile  # compiled graphs are gone after one backward pass
         self._is_shared = False
@@ -190,7 +193,7 @@ class MultitaskTask(BaseTask):
     def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
         """A step with a batch of every task, each of its own size unless one is given for all."""
         members = getattr(datamodule, "members", {})
-        parts = {name: task.workload(members[name], options) for name, task in self.tasks().items()}
+        parts = {name: _workload(task, members[name], options) for name, task in self.tasks().items()}
         networks = {name: part.network for name, part in parts.items()}
         first, *others = (
             networks[name].get_submodule(task.backbone_name.partition(".")[2]) for name, task in self.tasks().items()
@@ -462,11 +465,16 @@ class MultitaskTask(BaseTask):
         return [{name: results[place] for name, results in found.items()} for place in range(len(inputs))]
 
 
+def _given_tasks(tasks: Mapping[str, BaseTask | None]) -> dict[str, BaseTask]:
+    """Those that are not left out."""
+    if not isinstance(tasks, Mapping) or not all(task is None or isinstance(task, BaseTask) for task in tasks.values()):
+        raise InputError(f"tasks: they must be tasks by name, got {str(tasks)[:200]}.")
+    return {name: task for name, task in tasks.items() if task is not None}
+
+
 def _check_names(
     tasks: Mapping[str, BaseTask], weights: Mapping[str, float], freeze: Sequence[str], baselines: Mapping[str, float]
 ) -> None:
-    if not isinstance(tasks, Mapping) or not all(isinstance(task, BaseTask) for task in tasks.values()):
-        raise InputError(f"tasks: they must be tasks by name, got {str(tasks)[:200]}.")
     if not tasks:
         raise InputError("tasks: there is none; give at least one, by a name of your choice.")
     for name in tasks:
@@ -525,6 +533,16 @@ def _check_member(name: str, task: BaseTask) -> None:
                 f"tasks.{name}.{argument}: {value} has no effect, as all tasks are trained by one optimizer. Leave it "
                 f"out, and give it once (--model.{argument})."
             )
+
+
+def _workload(task: BaseTask, data: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
+    """A task's own; a number of classes that is given is for those whose data does not tell it."""
+    try:
+        return task.workload(data, dataclasses.replace(options, num_classes=None))
+    except InputError:
+        if options.num_classes is None:
+            raise
+        return task.workload(data, options)
 
 
 def _loss(returned: Any) -> Tensor:

@@ -122,7 +122,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
             def outputs() -> list[Tensor]:
                 head = network.head
                 maps = network.backbone(images, align_corners=head.align_corners).maps
-                logits = [head(maps["c5"])]
+                logits = [head(maps)]
                 if network.training and head.auxiliary is not None:
                     logits.append(head.auxiliary(maps["c4"]))
                 return logits

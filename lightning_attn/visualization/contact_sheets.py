@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.data_option import data_parser, parse_data
 from datamodules.detection.datamodule import DetectionBatch, DetectionDataModule
+from datamodules.multitask import MultitaskDataModule
 from datamodules.segmentation.classes import IGNORED, SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch, SegmentationDataModule
 from datamodules.translation.batches import TranslationBatch
@@ -251,17 +252,29 @@ def main(args: Sequence[str] | None = None) -> None:
         "python -m lightning_attn.visualization.contact_sheets", "Draws a model's inputs after all transforms."
     )
     parser.add_argument("--split", type=str, default="train", help=f"one of {', '.join(SPLITS)}")
+    parser.add_argument("--member", type=str, default="", help="which data of a joint training")
     parser.add_argument("--num", type=int, default=16, help="maximum number of samples")
     parser.add_argument(
         "--output", type=str, default="sheet.png", help="figure to write; an existing file is not replaced"
     )
     try:
         options, module = parse_data(parser, args)
+        module = _member(module, options.member)
         path = write_figure(Path(options.output), browse_figure(module, options.split, options.num))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print(f"Contact sheet written to {path}")
+
+
+def _member(module: pl.LightningDataModule, name: str) -> pl.LightningDataModule:
+    """The data of one task of a joint training, or the module itself."""
+    members = module.members if isinstance(module, MultitaskDataModule) else {}
+    if name in members or (not members and not name):
+        return members.get(name, module)
+    if not members:
+        raise InputError(f"member: {type(module).__name__} has no members; leave out --member {name}.")
+    raise InputError(f"member: {name!r} is none of the members; give --member with one of {', '.join(members)}.")
 
 
 if __name__ == "__main__":

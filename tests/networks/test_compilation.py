@@ -112,9 +112,11 @@ def test_transformer(dropout):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_segmentation():
-    backbone = build_backbone(ResNetSpec("bottleneck14", width=8), ATTENTION, 8)
-    network = with_gammas(Segmenter(3, backbone, ATTENTION, SegmenterSpec(head_channels=16, dropout=0.0)))
+@pytest.mark.parametrize("head", [{}, {"head": "pyramid", "output_stride": 32}], ids=["ccnet", "pyramid"])
+def test_segmentation(head):
+    spec = SegmenterSpec(head_channels=16, dropout=0.0, **head)
+    backbone = build_backbone(ResNetSpec("bottleneck14", width=8), ATTENTION, spec.output_stride)
+    network = with_gammas(Segmenter(3, backbone, ATTENTION, spec))
     batches = pictures(lambda *size: torch.randint(0, 3, size).to(torch.uint8))
     # In float64: in float32, batch normalisation magnifies rounding in another order.
     numbers = compare(network.double(), batches, "inductor")

@@ -66,6 +66,13 @@ def test_segmentation(spec, norm):
     compare(Segmenter(3, backbone, spec, SegmenterSpec(head_channels=16)), (images(), labels), 4 + 1)
 
 
+def test_segmentation_by_a_pyramid():
+    pyramid = SegmenterSpec("pyramid", head_channels=16, output_stride=32)
+    backbone = build_backbone(ResNetSpec("bottleneck26", width=8), ATTENTION, 32)
+    labels = [torch.randint(0, 3, (33, 49)).to(torch.uint8) for _ in range(2)]
+    compare(Segmenter(3, backbone, ATTENTION, pyramid), (images(), labels), 4 + 1)
+
+
 def test_basic_blocks_without_attention_but_deformable():
     spec = AttentionSpec(mechanism="none", convolution="deformable")
     backbone = build_backbone(ResNetSpec("resnet18", width=8, deformable_blocks=("conv2", "conv3")), spec)

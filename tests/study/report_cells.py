@@ -101,9 +101,10 @@ def fill(
     """
     for cell in study.cells if cells is None else cells:
         random = np.random.default_rng(int(hashlib.sha256(cell.readable_name.encode()).hexdigest()[:8], 16))
-        folder = root / study.name / cell.name
+        folder = root / study.folder / cell.name
         run = folder / task / "run"
-        (run / "predictions").mkdir(parents=True)
+        predictions = run / study.member / "predictions"
+        predictions.mkdir(parents=True)
         terms = cell.group[0][-4:]
         on = [f"E{place + 1}" for place, digit in enumerate(terms) if digit == "1"] if terms.isdecimal() else []
         quality = 0.32 + 0.012 * len(on) + 0.02 * ("E2" in on) + 0.01 * ("deformable" in cell.group[0])
@@ -151,18 +152,19 @@ def fill(
             shared = np.random.default_rng(1).normal(0, 0.012, 1000)
             scores = ((quality + noise + shared + random.normal(0, 0.002, 1000)) * 100 / study.scale).tolist()
             content = {"seed": 0, "num_samples": 500, "samples": "0a1b2c3d"}
-            write(run / "predictions/test_bootstrap.json", content | {"scores": {study.metric: scores}})
+            name = f"test/{study.metric.rpartition('/')[2]}"
+            write(predictions / "test_bootstrap.json", content | {"scores": {name: scores}})
         maps = ([_sentence(on, random)] if "attention" in parts else []) + (
             [_map(on, random, 2 if large else 1)] if "maps" in parts else []
         )
         if maps and on:
-            write(run / "predictions/test_attention.json", {"maps": maps})
+            write(predictions / "test_attention.json", {"maps": maps})
             if "maps" in parts:
-                _photo(np.random.default_rng(5), 320, 240).save(run / "predictions/test_attention.jpg")
+                _photo(np.random.default_rng(5), 320, 240).save(predictions / "test_attention.jpg")
         if "examples" in parts:
-            write(run / "predictions/test_examples.json", {"examples": [_example(one, on, random) for one in range(4)]})
+            write(predictions / "test_examples.json", {"examples": [_example(one, on, random) for one in range(4)]})
         if "pictures" in parts:
-            folder = run / "predictions/test_pictures"
+            folder = predictions / "test_pictures"
             folder.mkdir()
             for number in range(3):
                 if large:  # drawing many of these would take minutes

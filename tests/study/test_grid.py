@@ -105,6 +105,18 @@ def test_options_of_every_cell_win_over_files_and_are_a_part_of_the_digest(write
     assert not {cell.digest for cell in study.cells} & {cell.digest for cell in before.cells}
 
 
+def test_studies_of_one_folder_share_the_cells_that_both_have(write):
+    """A joint training has a score for each task: one study compares those of one, another those of the other."""
+    one = Study.read(write(("cells", "joint"), ("metric", "test/detection/ap")))
+    others = write(("cells", "joint"), ("metric", "test/segmentation/miou"), ("exclude", []), ("findings", []))
+    other = Study.read(others)
+    assert {one.folder, other.folder} == {"joint"}
+    assert [one.member, other.member, Study.read(write()).member] == ["detection", "segmentation", ""]
+    names = {cell.name for cell in one.cells}
+    assert names < {cell.name for cell in other.cells}
+    assert Study.read(write()).folder == "study"
+
+
 def test_select(write):
     study = Study.read(write())
     assert {cell.group for cell in study.select(["size=small"])} == {("none", "small"), ("0010", "small")}
@@ -125,6 +137,8 @@ def test_select(write):
     ("change", "message"),
     [
         (("axis", {}), "study.yaml: axis: there is no such key.*Did you mean 'axes'"),
+        (("cells", "../joint"), "cells: must be the name of a folder for the cells, such as joint, got '../joint'"),
+        (("cells", "report"), "cells: must be the name of a folder"),
         (("base", []), "base: name at least one"),
         (("base", ["bose.yaml"]), "base: bose.yaml is not there.*Did you mean base.yaml"),
         (("axes", {}), "axes: must hold labelled values"),

@@ -145,6 +145,27 @@ def test_there_is_no_interval_of_the_test_set_unless_all_runs_have_the_same_samp
     assert record.findings[0].judgement.difference.n == 3  # the seeds are judged all the same
 
 
+def test_the_files_of_a_task_of_a_joint_training_are_in_its_own_folder(tmp_path):
+    """Two studies of one folder: each compares one task's scores, and finds that task's files."""
+    shared = {"groups": ("0100", "0110"), "seeds": (0, 1), "findings": None, "reference": None, "cells": "joint"}
+    detection = write_study(tmp_path, "of_boxes", metric="test/detection/ap", scale=100, **shared)
+    segmentation = write_study(tmp_path, "of_pixels", metric="test/segmentation/miou", scale=100, **shared)
+    root = tmp_path / "cells"
+    fill(detection, root, task="multitask")
+    assert sorted(one.name for one in (root / "joint").iterdir()) == sorted(one.name for one in segmentation.cells)
+    record = collect(detection, root / detection.folder)
+    assert record.score_name == "AP"
+    assert all(one.test_interval is not None for one in record.groups)
+    assert all(cell.examples and cell.attention for group in record.groups for cell in group.cells)
+    other = collect(segmentation, root / segmentation.folder)
+    assert all(one.test_interval is None for one in other.groups)
+    assert {one.status.reason for one in other.cells} == {
+        "test_metrics.json has no test/segmentation/miou; it has test/chrf, test/detection/ap"
+    }
+    page = write_report([detection], root, root / "page", "python train.py")
+    assert page.is_file()
+
+
 def test_undefined_replicates_are_left_out(tmp_path):
     study = write_study(tmp_path, groups=("0110",), seeds=(0,), findings=None)
     fill(study, tmp_path / "cells", parts=())

@@ -387,6 +387,8 @@ def test_the_profile_of_a_joint_network(run, multitask_config):
     assert joint["forward"]["multiply_adds"] == sum(one["forward"]["multiply_adds"] for one in alone)
     shared = next(part["parameters"] for part in alone[0]["parts"] if part["name"] == "backbone")
     assert joint["parameters"] == sum(one["parameters"] for one in alone) - shared
+    run("profile", "-c", multitask_config, *size, "--num_classes", 33, "--output", "again.json")
+    assert json.loads(Path("again.json").read_text())["parameters"] == joint["parameters"], "the data has its classes"
 
 
 # What is refused
@@ -416,6 +418,57 @@ def test_options_that_do_not_fit(multitask_config, run, coco):
         assert f"{name!r} is no name" in refused(
             model={"init_args": {"tasks": {name: {"class_path": "DetectionTask"}}}}
         )
+
+
+def written(path, content):
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def test_an_overlay_changes_a_task_and_leaves_the_others(run, multitask_config, in_folder):
+    narrower = written(
+        in_folder / "narrower.yaml",
+        """
+model:
+  class_path: MultitaskTask
+  init_args: {tasks: {segmentation: {init_args: {segmenter: {head_channels: 8}}}}}
+data:
+  class_path: MultitaskDataModule
+  init_args: {members: {detection: {init_args: {batch_size: 1}}}}
+""",
+    )
+
+    def parsed(*arguments):
+        printed = run("fit", *arguments, "--print_config")
+        return yaml.safe_load(printed[printed.index("seed_everything") :])
+
+    before = parsed("-c", multitask_config)
+    after = parsed("-c", multitask_config, "-c", narrower)
+    segmentation = after["model"]["init_args"]["tasks"]["segmentation"]["init_args"]
+    assert segmentation["segmenter"].pop("head_channels") == 8
+    detection = after["data"]["init_args"]["members"]["detection"]["init_args"]
+    assert detection.pop("batch_size") == 1
+    del before["model"]["init_args"]["tasks"]["segmentation"]["init_args"]["segmenter"]["head_channels"]
+    del before["data"]["init_args"]["members"]["detection"]["init_args"]["batch_size"]
+    assert after == before
+
+
+def test_a_task_can_be_left_out(run, multitask_config, trained, in_folder):
+    """By an overlay over files, and over the configuration in a checkpoint."""
+    overlays = Path(__file__).parents[2] / "configs/multitask"
+    alone = ["-c", multitask_config, "-c", overlays / "detection_alone.yaml"]
+    printed = run("fit", *alone, "--run.name", "alone")
+    assert "segmentation" not in printed
+    directory = in_folder / "checkpoints/multitask/alone"
+    run("test", "--ckpt_path", directory / "last.ckpt")
+    scores = json.loads((directory / "test_metrics.json").read_text())
+    assert {name.split("/")[1] for name in scores if name.startswith("test/")} == {"detection", "joint"}
+    assert (directory / "detection/predictions").is_dir()
+    alone_now = ["--ckpt_path", trained / "last.ckpt", "-c", overlays / "detection_alone.yaml"]
+    error = run("test", *alone_now, status=2)
+    assert "The checkpoint is of the tasks detection, segmentation, but the configuration is for detection" in error
+    error = run("fit", *alone, "-c", overlays / "segmentation_alone.yaml", status=2)
+    assert "there is none; give" in error
 
 
 def test_single_data_is_refused(run, multitask_config, coco):

@@ -174,6 +174,20 @@ def test_mistakes_are_said_in_one_line(config, tmp_path, monkeypatch, capsys, op
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_the_data_of_one_task_of_a_joint_training(multitask_config, tmp_path, capsys):
+    call = ["-c", str(multitask_config), "--output", str(tmp_path / "sheet.png"), "--num", "2"]
+    for options, message in (
+        ([], "member: '' is none of the members; give --member with one of detection, segmentation."),
+        (["--member", "boxes"], "member: 'boxes' is none of the members"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*call, *options])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    main([*call, "--member", "detection"])
+    assert (tmp_path / "sheet.png").is_file()
+
+
 def test_a_module_of_ones_own():
     class Bare(pl.LightningDataModule):
         pass

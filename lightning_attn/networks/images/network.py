@@ -10,10 +10,12 @@ from lightning_attn.attention import AttentionSpec
 from lightning_attn.errors import InputError
 from lightning_attn.networks.images.backbone import Backbone, Features
 from lightning_attn.networks.images.batching import check_images
+from lightning_attn.networks.images.heads.ccnet import CCNetHead
 from lightning_attn.networks.images.heads.detection import Detection, DetectionHead, DetectorSpec, Head, Target
 from lightning_attn.networks.images.heads.faster_rcnn import FasterRCNNHead
 from lightning_attn.networks.images.heads.retinanet import RetinaNetHead
-from lightning_attn.networks.images.heads.segmentation import SegmentationHead, SegmenterSpec
+from lightning_attn.networks.images.heads.segmentation import SegmentationHead, SegmentationHeadName, SegmenterSpec
+from lightning_attn.networks.images.heads.semantic_pyramid import PyramidHead
 
 TargetType = TypeVar("TargetType")
 ResultType = TypeVar("ResultType")
@@ -23,6 +25,7 @@ _DETECTION_HEADS: dict[Head, type[FasterRCNNHead] | type[RetinaNetHead]] = {
     "faster_rcnn": FasterRCNNHead,
     "retinanet": RetinaNetHead,
 }
+_SEGMENTATION_HEADS: dict[SegmentationHeadName, type[SegmentationHead]] = {"ccnet": CCNetHead, "pyramid": PyramidHead}
 
 
 class ImageHead(Protocol[HeadTarget, ResultType]):
@@ -161,4 +164,5 @@ class Segmenter(ImageNetwork[Tensor, Tensor]):
                 f"output_stride={segmenter.output_stride} of the head is not the backbone's, {backbone.stride}: build "
                 "both with the same output_stride."
             )
-        super().__init__(backbone, SegmentationHead(num_classes, backbone.channels, attention, segmenter))
+        head = _SEGMENTATION_HEADS[segmenter.head]
+        super().__init__(backbone, head(num_classes, backbone.channels, attention, segmenter))

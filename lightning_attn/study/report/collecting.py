@@ -290,6 +290,8 @@ def collect(study: Study, root: Path) -> StudyRecord:
     """
     statuses = read_statuses(study, root)
     names = [study.metric.replace("test/", "val/", 1), "train/loss", "val/loss"]
+    if study.member:
+        names[1:1] = [f"train/{study.member}/loss", f"val/{study.member}/loss"]
     cells = [_cell(study, status, list(dict.fromkeys(names))) for status in statuses]
     scores = scores_of(statuses)
     groups = []
@@ -316,7 +318,7 @@ def collect(study: Study, root: Path) -> StudyRecord:
     ]
     cost_name, score_name = _reference_names(study)
     has = {name for cell in cells for name in cell.curves}
-    metric = study.metric.removeprefix("test/")
+    metric = study.metric.rpartition("/")[2]
     is_same = _is_called(score_name, metric)
     label = _SPELLINGS.get(metric, score_name if is_same else metric)
     return StudyRecord(
@@ -330,7 +332,10 @@ def _cell(study: Study, status: CellStatus, curve_names: Sequence[str]) -> CellR
     folder = status.folder.path
     run = status.folder.run_directory()
     damages: list[str] = []
-    predictions = (run or folder) / "predictions"
+    directory = run or folder
+    if study.member and (directory / study.member).is_dir():
+        directory /= study.member
+    predictions = directory / "predictions"
     curves = {} if run is None else read_columns(run / "metrics.csv", curve_names, damages)
     resampled = None if run is None else _resampled(newest(predictions, "test_bootstrap*.json"), study, damages)
     if (folder / "cell.json").is_file():
@@ -430,7 +435,7 @@ def _resampled(path: Path | None, study: Study, damages: list[str]) -> Resampled
     if path is None or not isinstance(stored, dict):
         return None
     scores = stored.get("scores")
-    values = array(scores.get(study.metric)) if isinstance(scores, dict) else None
+    values = array(scores.get(f"test/{study.metric.rpartition('/')[2]}")) if isinstance(scores, dict) else None
     number, samples = finite(stored.get("num_samples")), stored.get("samples")
     if values is None or values.ndim != 1 or number is None or not isinstance(samples, str):
         return None

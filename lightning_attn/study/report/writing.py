@@ -54,7 +54,7 @@ def write_report(
             f"output: {page} is no report of a study, and is kept. Give another folder: --output DIR."
         )
     views = [
-        view_of(collect(study, root / study.name), place, command, is_alone=len(studies) == 1)
+        view_of(collect(study, root / study.folder), place, command, is_alone=len(studies) == 1)
         for place, study in enumerate(studies)
     ]
     folders = [f"{study.name}/" if len(studies) > 1 else "" for study in studies]

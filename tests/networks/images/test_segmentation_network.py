@@ -25,6 +25,8 @@ MECHANISMS = {
     "none": NONE,
 }
 mechanisms = pytest.mark.parametrize("mechanism", MECHANISMS)
+PYRAMID = {"head": "pyramid", "output_stride": 32}
+heads = pytest.mark.parametrize("head", [{}, PYRAMID], ids=["ccnet", "pyramid"])
 
 
 def small_segmenter(attention=NONE, num_classes=3, backbone=None, **segmenter):
@@ -148,7 +150,38 @@ def test_head_is_ccnets_with_this_attention(mechanism):
     fused = convolved(head.fuse, torch.cat((x, convolved(head.refine, context)), 1))
     expected = torch.einsum("bchw,kc->bkhw", fused, head.classifier.weight[:, :, 0, 0])
     expected = expected + head.classifier.bias[:, None, None]
-    torch.testing.assert_close(head(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head({"c5": x}), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pyramid_adds_all_levels_at_stride_4():
+    """Against the equations, level by level."""
+    head = randomise(small_segmenter(MECHANISMS["1111"], **PYRAMID).head).eval()
+    sizes = {"c2": (33, 41), "c3": (17, 21), "c4": (9, 11), "c5": (5, 6)}
+    maps = {name: torch.randn(2, 32 * 2**place, *size) for place, (name, size) in enumerate(sizes.items())}
+
+    def convolved(part, value):
+        value = F.conv2d(value, part[0].weight, padding=1)
+        norm = part[1]
+        return F.batch_norm(value, norm.running_mean, norm.running_var, norm.weight, norm.bias).clamp(min=0)
+
+    def at(name, value):
+        return F.interpolate(value, sizes[name], mode="bilinear", align_corners=True)
+
+    context = convolved(head.reduce, maps["c5"])
+    p5 = context + 0.6 * head.attention.attention(context)
+    p4 = F.conv2d(maps["c4"], head.laterals["c4"].weight, head.laterals["c4"].bias) + at("c4", p5)
+    p3 = F.conv2d(maps["c3"], head.laterals["c3"].weight, head.laterals["c3"].bias) + at("c3", p4)
+    p2 = F.conv2d(maps["c2"], head.laterals["c2"].weight, head.laterals["c2"].bias) + at("c2", p3)
+    of = head.branches
+    total = convolved(of["c2"][0], p2)
+    total = total + at("c2", convolved(of["c3"][0], p3))
+    total = total + at("c2", convolved(of["c4"][1], at("c3", convolved(of["c4"][0], p4))))
+    last = convolved(of["c5"][1], at("c4", convolved(of["c5"][0], p5)))
+    total = total + at("c2", convolved(of["c5"][2], at("c3", last)))
+    expected = F.conv2d(total, head.classifier.weight, head.classifier.bias)
+    assert expected.shape == (2, 3, 33, 41)
+    torch.testing.assert_close(head(maps), expected, rtol=1e-4, atol=1e-5)
+    assert sum(len(branch) for branch in of.values()) == 3 + 2 + 1 + 1
 
 
 def test_head_drops_channels_in_training_only():
@@ -156,8 +189,8 @@ def test_head_drops_channels_in_training_only():
     seen = []
     head.classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x = torch.randn(2, 256, 6, 6)
-    head.train()(x)
-    head.eval()(x)
+    head.train()({"c5": x})
+    head.eval()({"c5": x})
     dropped = (seen[0] == 0).flatten(2).all(2)
     assert dropped.sum() >= 6
     assert not (seen[1] == 0).flatten(2).all(2).any()
@@ -215,7 +248,7 @@ class Subsampled(nn.Module):
 def test_logits_lie_where_they_were_computed(height, width):
     """A ramp goes through subsampling and resizing unchanged, up to the last pixel of the map within the image."""
     network = small_segmenter().eval()
-    network.backbone.body, network.head.forward = Subsampled(), lambda conv5: conv5
+    network.backbone.body, network.head.forward = Subsampled(), lambda maps: maps["c5"]
     ramp = (2 * torch.arange(width) + 3 * torch.arange(height)[:, None]).to(torch.uint8).expand(3, -1, -1)
     (found,) = network([ramp])
     assert found.shape == (3, height, width)
@@ -224,14 +257,15 @@ def test_logits_lie_where_they_were_computed(height, width):
     torch.testing.assert_close(back[:, :rows, :columns], ramp[:, :rows, :columns].float(), rtol=0, atol=1e-3)
 
 
-def test_maps_are_computed_around_every_eighth_pixel():
+@heads
+def test_pixels_of_maps_are_where_they_were_computed(head):
     """With kernels that are their own mirror images, pixel i of a map must be pixel n - i of the mirrored image's."""
-    network = small_segmenter().eval()
+    network = small_segmenter(**head).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() == 4:
                 parameter.copy_((parameter + parameter.flip(-1)) / 2)
-    image = picture(33, 57)
+    image = picture(33, 97 if head else 57)
     (found,), (mirrored,) = network([image]), network([image.flip(-1)])
     torch.testing.assert_close(mirrored.flip(-1), found, rtol=1e-4, atol=1e-5)
     (other,), (mirrored,) = network([image[..., :-1]]), network([image[..., :-1].flip(-1)])
@@ -257,9 +291,10 @@ def test_output_strides(output_stride):
     assert [tuple(value.shape) for value in network.eval()(images)] == [(3, 40, 70), (3, 33, 65)]
 
 
+@heads
 @mechanisms
-def test_logits_do_not_depend_on_the_other_images(mechanism):
-    network = randomise(small_segmenter(MECHANISMS[mechanism])).eval()
+def test_logits_do_not_depend_on_the_other_images(mechanism, head):
+    network = randomise(small_segmenter(MECHANISMS[mechanism], **head)).eval()
     images = [picture(40, 33), picture(1, 1), picture(5, 3), picture(40, 33), picture(19, 80)]
     found = network(images)
     assert [tuple(value.shape) for value in found] == [(3, *image.shape[1:]) for image in images]
@@ -268,10 +303,11 @@ def test_logits_do_not_depend_on_the_other_images(mechanism):
         torch.testing.assert_close(value, network([image])[0], rtol=1e-4, atol=1e-5)
 
 
+@heads
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_smallest_image_can_be_trained(norm):
+def test_smallest_image_can_be_trained(norm, head):
     images = [picture(1, 1)]
-    network = small_segmenter(MECHANISMS["1111"], norm=norm, backbone={"norm": norm})
+    network = small_segmenter(MECHANISMS["1111"], norm=norm, backbone={"norm": norm}, **head)
     assert all(loss.isfinite() for loss in network(images, [torch.ones(1, 1, dtype=torch.uint8)]).values())
 
 
@@ -295,7 +331,7 @@ def test_losses_are_means_over_the_pixels_of_the_batch(ohem_threshold):
     features = network.backbone(images, align_corners=True).maps
     expected = {}
     for name, logits in (
-        ("loss_head", network.head(features["c5"])),
+        ("loss_head", network.head(features)),
         ("loss_auxiliary", network.head.auxiliary(features["c4"])),
     ):
         logits = F.interpolate(logits, (41, 57), mode="bilinear", align_corners=True)
@@ -347,10 +383,11 @@ def test_ignored_pixels_have_no_gradient(hard):
     assert logits.grad.count_nonzero() == 0
 
 
+@heads
 @mechanisms
 @pytest.mark.parametrize("everything_ignored", [False, True])
-def test_every_parameter_gets_a_gradient(mechanism, everything_ignored):
-    network = small_segmenter(MECHANISMS[mechanism], ohem_threshold=0.7 * everything_ignored)
+def test_every_parameter_gets_a_gradient(mechanism, everything_ignored, head):
+    network = small_segmenter(MECHANISMS[mechanism], ohem_threshold=0.7 * everything_ignored, **head)
     images = [picture(33, 49), picture(20, 41)]
     labels = labels_for(images)
     if everything_ignored:
@@ -364,8 +401,9 @@ def test_every_parameter_gets_a_gradient(mechanism, everything_ignored):
         assert parameter.grad.isfinite().all(), name
 
 
-def test_losses_and_logits_are_float32_under_autocast():
-    network = small_segmenter(MECHANISMS["1111"], dropout=0.0)
+@heads
+def test_losses_and_logits_are_float32_under_autocast(head):
+    network = small_segmenter(MECHANISMS["1111"], dropout=0.0, **head)
     images = [picture(41, 49)]
     labels = labels_for(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -440,6 +478,8 @@ def test_forward_refuses():
         ({"auxiliary_weight": float("inf")}, "auxiliary_weight must be a finite number"),
         ({"norm": "frozen"}, r"norm must be one of \['batch', 'sync', 'group'\], got 'frozen'"),
         ({"output_stride": 4}, "output_stride must be 8, 16 or 32, got 4"),
+        ({"head": "fcn"}, r"head must be one of \['ccnet', 'pyramid'\], got 'fcn'"),
+        ({"head": "pyramid"}, "output_stride=8 with head: pyramid, which joins maps.*set output_stride: 32"),
         ({"ohem_threshold": 1.0}, "ohem_threshold must be a probability of at least 0 and below 1, got 1.0; set 0 for"),
         ({"ohem_threshold": "0.7"}, "ohem_threshold must be a probability.*got '0.7'"),
         ({"ohem_min_kept": 0}, "ohem_min_kept must be an integer of at least 1, got 0"),

@@ -1,8 +1,6 @@
-"""CCNet's head with another attention, its losses and the auxiliary head (Zhu et al. 2019, section 4.1).
+"""What segmentation heads have in common: options, losses, results, the auxiliary head."""
 
-The extra attention module replaces CCNet's criss-cross attention.
-"""
-
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +19,7 @@ from lightning_attn.networks.images.batching import padded_labels
 from lightning_attn.networks.recomputation import RecomputableLayer
 from lightning_attn.validation import is_number, require_dropout, require_int
 
+SegmentationHeadName = Literal["ccnet", "pyramid"]
 HeadNorm = Literal["batch", "sync", "group"]
 OutputStride = Literal[8, 16, 32]
 
@@ -35,11 +34,13 @@ class SegmenterSpec:
     The exception is `norm`: the paper normalises new layers with statistics over all GPUs, `"sync"`, which needs GPUs.
 
     Attributes:
+        head: `"ccnet"`, see `CCNetHead`, or `"pyramid"` for a feature pyramid, see `PyramidHead`.
         head_channels: Channels of the head, of the attention in it and of the auxiliary head.
         dropout: Probability of dropping a channel before the classifiers.
         auxiliary_weight: Factor on the loss of the auxiliary head, whose input is conv4; 0 for no auxiliary head.
         norm: Normalisation after every new 3x3 convolution: `"batch"`, `"sync"` or `"group"`, as in `ResNetSpec`.
-        output_stride: Stride of conv5: 8 (the paper's), 16 or 32. With 8, conv4 is dilated by 2 and conv5 by 4.
+        output_stride: Stride of conv5: 8 (the paper's), 16 or 32. With 8, conv4 is dilated by 2 and conv5 by 4. A
+            feature pyramid needs 32.
         ohem_threshold: With online hard example mining the loss is the mean over those pixels whose true class has a
             lower probability than this, CCNet's is 0.7; 0 for all pixels. The auxiliary loss is over all pixels.
         ohem_min_kept: Minimum number of pixels of a batch, on each GPU, in that mean: the hardest.
@@ -50,6 +51,7 @@ class SegmenterSpec:
         ValueError: If a field has an invalid value; the message names the field.
     """
 
+    head: SegmentationHeadName = "ccnet"
     head_channels: int = 512
     dropout: float = 0.1
     auxiliary_weight: float = 0.4
@@ -60,6 +62,8 @@ class SegmenterSpec:
     class_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.head not in get_args(SegmentationHeadName):
+            raise InputError(f"head must be one of {list(get_args(SegmentationHeadName))}, got {self.head!r}.")
         require_int("head_channels", self.head_channels)
         require_dropout(self.dropout)
         if not (
@@ -73,6 +77,11 @@ class SegmenterSpec:
             raise InputError(f"norm must be one of {list(get_args(HeadNorm))}, got {self.norm!r}.")
         if self.output_stride not in get_args(OutputStride):
             raise InputError(f"output_stride must be 8, 16 or 32, got {self.output_stride!r}.")
+        if self.head == "pyramid" and self.output_stride != 32:
+            raise InputError(
+                f"output_stride={self.output_stride} with head: pyramid, which joins maps of the strides 4, 8, 16 and "
+                "32: set output_stride: 32, or head: ccnet."
+            )
         if not (is_number(self.ohem_threshold) and 0 <= self.ohem_threshold < 1):
             raise InputError(
                 f"ohem_threshold must be a probability of at least 0 and below 1, got {self.ohem_threshold!r}; "
@@ -86,31 +95,26 @@ class SegmenterSpec:
             )
 
 
-class SegmentationHead(RecomputableLayer, nn.Module):
-    """Maps conv5 to logits: 3x3, attention, 3x3, concatenation with the input, 3x3, dropout, 1x1.
-
-    Norm and ReLU follow each 3x3 convolution. (In CCNet's code it is a leaky ReLU of slope 0.01, the default of its
-    fused normalisation.)
+class SegmentationHead(RecomputableLayer, nn.Module, abc.ABC):
+    """Maps the features of images to logits, and these to losses or results.
 
     Pixel i of a map of stride s is computed around pixel s i of the image, so images are padded to sides of 1 more than
-    a multiple of the stride, and logits are resized to them with `align_corners=True`: pixel i is then exactly at s i,
+    a multiple of the stride, and maps and logits are resized with `align_corners=True`: pixel i is then exactly at s i,
     whatever the size of the image. Resizing and losses are always float32.
 
     Args:
         num_classes: Number of classes K; their labels are 0 to K - 1.
         channels: Number of channels of the backbone's maps, by name.
-        attention: Replaces criss-cross attention.
+        attention: Of the head.
         spec: Channels, dropout, normalisation and losses.
 
     Attributes:
         align_corners: How images are padded; see `padded_size`.
         needs_equal_sizes: Whether all images of a batch must have the same size in evaluation: the attention would
             read the padding of smaller images.
-        reduce: The convolution before the attention.
+        reduce: The convolution of conv5 before the attention.
         attention: The gated attention, None for `mechanism: none`.
-        refine: The convolution after it.
-        fuse: The convolution of the concatenated input and `refine`'s output.
-        classifier: The last, 1x1.
+        classifier: The last convolution, 1x1.
         auxiliary: The `AuxiliaryHead`; None if its weight is 0.
         class_weights: Those of the spec, `[K]`, or None.
 
@@ -140,30 +144,33 @@ class SegmentationHead(RecomputableLayer, nn.Module):
         weights = torch.tensor(spec.class_weights, dtype=torch.float32) if spec.class_weights else None
         self.register_buffer("class_weights", weights, persistent=False)
         width = spec.head_channels
-        self.reduce = _convolution(channels["c5"], spec)
+        self.reduce = convolution(channels["c5"], spec)
         try:
             self.attention = build_attention(attention, width, 2, role="head")
         except ValueError as error:
             raise InputError(f"head_channels={width} does not fit the attention: {error}") from error
-        self.refine = _convolution(width, spec)
-        self.fuse = _convolution(channels["c5"] + width, spec)
+        self.build_layers(channels)
         self.dropout = nn.Dropout2d(spec.dropout)
         self.classifier = nn.Conv2d(width, num_classes, 1)
         self.auxiliary = AuxiliaryHead(channels["c4"], num_classes, spec) if spec.auxiliary_weight else None
+
+    @abc.abstractmethod
+    def build_layers(self, channels: Mapping[str, int]) -> None:
+        """Makes the layers between the attention and the classifier."""
+
+    @abc.abstractmethod
+    def forward(self, maps: Mapping[str, Tensor]) -> Tensor:
+        """Maps the backbone's maps to logits, `[B, K, H, W]`."""
+
+    def context(self, conv5: Tensor) -> Tensor:
+        """Conv5, `[B, C, H, W]`, behind `reduce` and the attention, `[B, head_channels, H, W]`."""
+        context: Tensor = self.reduce(conv5)
+        return context if self.attention is None else self.run(outside_graph, self.attention, context)
 
     @property
     @override
     def has_attention(self) -> bool:
         return self.attention is not None
-
-    def forward(self, conv5: Tensor) -> Tensor:
-        """Maps conv5, `[B, C, H, W]`, to logits, `[B, K, H, W]`."""
-        context = self.reduce(conv5)
-        if self.attention is not None:
-            context = self.run(outside_graph, self.attention, context)
-        context = self.refine(context)
-        logits: Tensor = self.classifier(self.dropout(self.fuse(torch.cat((conv5, context), 1))))
-        return logits
 
     def losses(self, features: Features, targets: Sequence[Tensor]) -> dict[str, Tensor]:
         """The losses by name, to be summed.
@@ -177,19 +184,19 @@ class SegmentationHead(RecomputableLayer, nn.Module):
         """
         spec, size, weights = self.spec, features.batch_size, self.class_weights
         labels = padded_labels(targets, size, IGNORED)
-        logits = _upsampled(self(features.maps["c5"]), size)
+        logits = upsampled(self(features.maps), size)
         if spec.ohem_threshold:
             losses = {"loss_head": hard_cross_entropy(logits, labels, spec.ohem_threshold, spec.ohem_min_kept, weights)}
         else:
             losses = {"loss_head": cross_entropy(logits, labels, weights)}
         if self.auxiliary is not None:
-            auxiliary = cross_entropy(_upsampled(self.auxiliary(features.maps["c4"]), size), labels, weights)
+            auxiliary = cross_entropy(upsampled(self.auxiliary(features.maps["c4"]), size), labels, weights)
             losses["loss_auxiliary"] = spec.auxiliary_weight * auxiliary
         return losses
 
     def results(self, features: Features) -> list[Tensor]:
         """For every image the logits of its pixels, float32 `[K, H, W]`."""
-        logits = _upsampled(self(features.maps["c5"]), features.batch_size)
+        logits = upsampled(self(features.maps), features.batch_size)
         return [one[:, :height, :width] for one, (height, width) in zip(logits, features.image_sizes, strict=True)]
 
     def modules_to_compile(self) -> list[nn.Module]:
@@ -240,7 +247,7 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, spec: SegmenterSpec) -> None:
         super().__init__()
-        self.convolution = _convolution(in_channels, spec)
+        self.convolution = convolution(in_channels, spec)
         self.dropout = nn.Dropout2d(spec.dropout)
         self.classifier = nn.Conv2d(spec.head_channels, num_classes, 1)
 
@@ -302,7 +309,8 @@ def _total_weight(labels: Tensor, pixels: Tensor, weights: Tensor | None) -> Ten
     return of_pixels.where(pixels, 0).sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-def _convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:
+def convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:
+    """3x3 to `head_channels`, norm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, spec.head_channels, 3, padding=1, bias=False),
         norm_factory(spec.norm)(spec.head_channels),
@@ -310,5 +318,6 @@ def _convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:
     )
 
 
-def _upsampled(logits: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=True)
+def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps resized to a height and width, in float32; their corners stay corners."""
+    return F.interpolate(maps.float(), tuple(size), mode="bilinear", align_corners=True)
