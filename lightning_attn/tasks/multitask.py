@@ -25,7 +25,7 @@ from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.membership import Membership
 from lightning_attn.tasks.multitask_evaluation import JointScore, MemberEvaluator
 from lightning_attn.tasks.workload import Workload, WorkloadOptions
-from lightning_attn.training.balancing import BalancingSpec, build_balancing, gradient_statistics
+from lightning_attn.training.balancing import BalancingSpec, build_balancing, gradient_statistics, gradients_of
 from lightning_attn.training.checkpoint_keys import BACKBONE_NAME_KEY, MEMBERS_KEY, TASK_KEY
 from lightning_attn.training.checkpoints import SHARED_BACKBONE, CheckpointError, member_prefix, read_checkpoint
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec, complete_momentum
@@ -113,6 +113,12 @@ class MultitaskTask(BaseTask):
             raise InputError(f"weights and freeze: none of the tasks {', '.join(given)} is left to train.")
         self.members = nn.ModuleDict(given)
         self.balancing = build_balancing(balancing, {name: weights.get(name, 1.0) for name in self.trained})
+        if self.balancing.needs_gradients and (compile or _BACKBONE in freeze):
+            reason = "compile: true, whose graphs are gone after one backward pass" if compile else "a frozen backbone"
+            raise InputError(
+                f"balancing.name: {balancing.name} needs the gradients of each loss in the backbone, which there are "
+                f"not with {reason}. Leave that out, or choose another balancing."
+            )
         self._reports_gradients = gradient_report and not compile  # compiled graphs are gone after one backward pass
         self._is_shared = False
         for name, task in self.tasks().items():
@@ -295,6 +301,11 @@ class MultitaskTask(BaseTask):
         untrained = [name for name in self.tasks() if name not in self.trained]
         if order != "alternating":
             return
+        if self.balancing.needs_gradients:
+            raise InputError(
+                "data.order: alternating has one task's loss in each step, and balancing.name: torchjd weighs the "
+                "losses of a step against each other. Set order: together, or choose another balancing."
+            )
         if untrained:
             raise InputError(
                 f"data.order: alternating would give steps to {', '.join(untrained)}, which is not trained. Set order: "
@@ -345,9 +356,10 @@ class MultitaskTask(BaseTask):
             for name, part in batch.parts.items()
             if name in self.trained
         }
+        gradients = self._gradients(losses)
         if self._is_logged_step():
-            self._log_balance(losses)
-        total = self.balancing.total(losses, self._mean_over_ranks)
+            self._log_balance(list(losses), gradients)
+        total = self.balancing.total(losses, self._mean_over_ranks, gradients)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=1)
         return total
 
@@ -361,13 +373,19 @@ class MultitaskTask(BaseTask):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return bool(every) and (self.trainer.global_step + 1) % every == 0
 
-    def _log_balance(self, losses: Mapping[str, Tensor]) -> None:
+    def _gradients(self, losses: Mapping[str, Tensor]) -> Tensor | None:
+        """Those of each loss in the backbone, in steps in which they are logged or weigh the losses."""
+        if not (self.balancing.needs_gradients or (self._reports_gradients and self._is_logged_step())):
+            return None
+        shared = [one for one in next(iter(self.backbones().values())).parameters() if one.requires_grad]
+        return gradients_of(losses, shared, self._mean_over_ranks) if shared else None
+
+    def _log_balance(self, names: Sequence[str], gradients: Tensor | None) -> None:
         """Logs the weight of each loss, the norm of its gradient in the backbone, and what angles these have."""
         weights = self.balancing.current()
-        logged: dict[str, Tensor | float] = {f"train/{name}/weight": weights[name] for name in losses}
-        shared = [one for one in next(iter(self.backbones().values())).parameters() if one.requires_grad]
-        if self._reports_gradients and shared:
-            norms, cosines = gradient_statistics(losses, shared, self._mean_over_ranks)
+        logged: dict[str, Tensor | float] = {f"train/{name}/weight": weights[name] for name in names}
+        if self._reports_gradients and gradients is not None:
+            norms, cosines = gradient_statistics(names, gradients)
             logged |= {f"train/{name}/gradient_norm": value for name, value in norms.items()}
             logged |= {f"train/gradient_cosine/{pair}": value for pair, value in cosines.items()}
         self.log_dict(logged, batch_size=1)

@@ -1,4 +1,4 @@
-"""Weights of the losses of several tasks in one training: fixed, learnt, or from how fast the losses fall."""
+"""Weights of the losses of several tasks in one training: fixed, learnt, or from how fast the losses fall or agree."""
 
 import abc
 import dataclasses
@@ -20,12 +20,24 @@ __all__ = [
     "BalancingSpec",
     "DynamicAverage",
     "Fixed",
+    "JacobianDescent",
     "Uncertainty",
     "build_balancing",
     "gradient_statistics",
+    "gradients_of",
 ]
 
-BalancingName = Literal["fixed", "uncertainty", "dynamic_average"]
+BalancingName = Literal["fixed", "uncertainty", "dynamic_average", "torchjd"]
+Aggregator = Literal["upgrad", "mgda", "dualproj", "aligned_mtl", "imtl_g"]
+
+_WEIGHTINGS: Mapping[Aggregator, str] = {
+    "upgrad": "UPGradWeighting",
+    "mgda": "MGDAWeighting",
+    "dualproj": "DualProjWeighting",
+    "aligned_mtl": "AlignedMTLWeighting",
+    "imtl_g": "IMTLGWeighting",
+}
+"""Names in `torchjd.aggregation`."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Returns the mean of a tensor over all ranks."""
@@ -37,8 +49,10 @@ class BalancingSpec:
 
     Attributes:
         name: `"fixed"` for the given weights; `"uncertainty"` for weights that are learnt (Kendall et al. 2018);
-            `"dynamic_average"` for weights by how slowly each loss fell in the last two epochs (Liu et al. 2019).
+            `"dynamic_average"` for weights by how slowly each loss fell in the last two epochs (Liu et al. 2019);
+            `"torchjd"` for weights that settle conflicts between the losses' gradients in each step.
         temperature: Of `"dynamic_average"`: the larger, the more equal are the weights.
+        aggregator: Of `"torchjd"`: how its weights are found, by TorchJD's name.
 
     Raises:
         ValueError: If a value is out of range.
@@ -46,13 +60,18 @@ class BalancingSpec:
 
     name: BalancingName = "fixed"
     temperature: float = 2.0
+    aggregator: Aggregator = "upgrad"
 
     def __post_init__(self) -> None:
         if self.name not in get_args(BalancingName):
             raise InputError(f"balancing.name must be one of {list(get_args(BalancingName))}, got {self.name!r}.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError(f"balancing.temperature must be a positive finite number, got {self.temperature!r}.")
-        refuse_unused(self, "name", {"dynamic_average": ("temperature",)})
+        if self.aggregator not in get_args(Aggregator):
+            raise InputError(
+                f"balancing.aggregator must be one of {list(get_args(Aggregator))}, got {self.aggregator!r}."
+            )
+        refuse_unused(self, "name", {"dynamic_average": ("temperature",), "torchjd": ("aggregator",)})
 
 
 class Balancing(nn.Module, abc.ABC):
@@ -66,16 +85,20 @@ class Balancing(nn.Module, abc.ABC):
         super().__init__()
         self.given = dict(weights)
 
+    needs_gradients: bool = False
+    """Whether `total` needs the gradients of each loss."""
+
     @abc.abstractmethod
     def current(self) -> dict[str, Tensor | float]:
         """The weight of each task now, without a gradient."""
 
-    def total(self, losses: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor], reduce: Reduce, gradients: Tensor | None = None) -> Tensor:
         """The weighted sum of the losses of the tasks that have one in this step.
 
         Args:
             losses: Of this rank, each normalised by its own count.
             reduce: Gives means over ranks; a collective, which each rank calls for the same tasks.
+            gradients: Of each loss, in this order, if they are known; see `gradients_of`.
         """
         weights = self.current()
         return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
@@ -108,7 +131,7 @@ class Uncertainty(Balancing):
         return {name: self.given[name] * torch.exp(-one.detach()) for name, one in self.log_variances.items()}
 
     @override
-    def total(self, losses: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor], reduce: Reduce, gradients: Tensor | None = None) -> Tensor:
         terms = []
         for name, loss in losses.items():
             log_variance = self.log_variances[name]
@@ -142,7 +165,7 @@ class DynamicAverage(Balancing):
         return {name: weight * self.factors[place].float() for place, (name, weight) in enumerate(self.given.items())}
 
     @override
-    def total(self, losses: Mapping[str, Tensor], reduce: Reduce) -> Tensor:
+    def total(self, losses: Mapping[str, Tensor], reduce: Reduce, gradients: Tensor | None = None) -> Tensor:
         places = [list(self.given).index(name) for name in losses]
         means = reduce(torch.stack([loss.detach().double() for loss in losses.values()]))
         for place, mean in zip(places, means, strict=True):
@@ -161,40 +184,90 @@ class DynamicAverage(Balancing):
         self.factors = len(self.given) * torch.softmax(ratios / self.temperature, dim=0)
 
 
+class JacobianDescent(Balancing):
+    """Weights by TorchJD (Quinton and Rey 2024), from the inner products of the losses' gradients in each step.
+
+    The gradients are those of the weighted losses in the shared parameters, of all ranks. The weights that an
+    aggregator gives are multiplied by the number of losses, so that those of a mean are 1. They count for the heads as
+    for the backbone.
+    """
+
+    needs_gradients = True
+    factors: Tensor
+
+    def __init__(self, weights: Mapping[str, float], aggregator: Aggregator) -> None:
+        super().__init__(weights)
+        try:
+            from torchjd import aggregation
+        except ModuleNotFoundError as error:
+            raise InputError(
+                "balancing.name: torchjd needs the package torchjd, which is not installed. Install it with "
+                "pip install 'torchjd[quadprog-projector]', or choose another balancing."
+            ) from error
+        self.weighting: nn.Module = getattr(aggregation, _WEIGHTINGS[aggregator])()
+        self.register_buffer("factors", torch.ones(len(weights)))
+
+    @override
+    def current(self) -> dict[str, Tensor | float]:
+        return {name: weight * self.factors[place] for place, (name, weight) in enumerate(self.given.items())}
+
+    @override
+    def total(self, losses: Mapping[str, Tensor], reduce: Reduce, gradients: Tensor | None = None) -> Tensor:
+        if gradients is None or list(losses) != list(self.given):
+            raise InputError("balancing.name: torchjd needs a loss of every task in each step: set order: together.")
+        scale = torch.tensor(list(self.given.values()), device=gradients.device)
+        # In float64 on the CPU, where its solvers run: the same weights on every kind of device.
+        scaled = gradients * scale[:, None]
+        gramian = (scaled @ scaled.T).double().cpu()
+        largest = gramian.diagonal().max()
+        if bool(largest > 0) and bool(gramian.isfinite().all()):
+            self.factors.copy_(len(losses) * self.weighting(gramian / largest))
+        return super().total(losses, reduce)
+
+
 def build_balancing(spec: BalancingSpec, weights: Mapping[str, float]) -> Balancing:
     """The module that a spec describes, for the given weights of the tasks that are trained."""
     if spec.name == "uncertainty":
         return Uncertainty(weights)
     if spec.name == "dynamic_average":
         return DynamicAverage(weights, spec.temperature)
+    if spec.name == "torchjd":
+        return JacobianDescent(weights, spec.aggregator)
     return Fixed(weights)
 
 
-def gradient_statistics(
-    losses: Mapping[str, Tensor], parameters: Sequence[Tensor], reduce: Reduce
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """How much each loss moves some shared parameters, and whether two of them agree.
+def gradients_of(losses: Mapping[str, Tensor], parameters: Sequence[Tensor], reduce: Reduce) -> Tensor:
+    """The gradient of each loss in some shared parameters, `[losses, numbers]`, of all ranks.
 
     Args:
         losses: The losses, whose graphs are kept.
         parameters: The shared parameters.
         reduce: Gives means over ranks; a collective.
-
-    Returns:
-        The norm of each loss's gradient, by its name, and the cosine between each two, by both names.
     """
-    gradients: dict[str, Tensor] = {}
-    for name, loss in losses.items():
+    rows = []
+    for loss in losses.values():
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         own = [
             torch.zeros_like(parameter) if one is None else one
             for one, parameter in zip(found, parameters, strict=True)
         ]
-        gradients[name] = reduce(torch.cat([one.flatten() for one in own]))
-    norms = {name: own.norm() for name, own in gradients.items()}
+        rows.append(reduce(torch.cat([one.flatten() for one in own])))
+    return torch.stack(rows)
+
+
+def gradient_statistics(names: Sequence[str], gradients: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """How much each loss moves the shared parameters, and whether two of them agree.
+
+    Args:
+        names: Of the losses.
+        gradients: See `gradients_of`.
+
+    Returns:
+        The norm of each loss's gradient, by its name, and the cosine between each two, by both names.
+    """
+    norms = dict(zip(names, gradients.norm(dim=1), strict=True))
     cosines = {}
-    for first, second in itertools.combinations(gradients, 2):
+    for (first, one), (second, other) in itertools.combinations(zip(names, gradients, strict=True), 2):
         scale = norms[first] * norms[second]
-        product = torch.dot(gradients[first], gradients[second])
-        cosines[f"{first}_{second}"] = torch.where(scale > 0, product / scale, 0.0)
+        cosines[f"{first}_{second}"] = torch.where(scale > 0, torch.dot(one, other) / scale, 0.0)
     return norms, cosines

@@ -283,6 +283,29 @@ def test_learnt_weights_and_those_of_an_average(run, multitask_config):
         assert float(logged[4][f"train/{name}/weight"]) == pytest.approx(2 * powers[task] / sum(powers))
 
 
+def test_weights_that_settle_conflicts(run, multitask_config):
+    """In each step by the angle that is logged with them; a resumed training is the unbroken one."""
+    pytest.importorskip("torchjd")
+    # Two gradients that agree are left alone by the projection; of two that do not, each loses what harms the other.
+    settled = ["--model.balancing.name", "torchjd", "--trainer.log_every_n_steps", 1]
+    settled += ["--model.schedule.milestones", "[0.99]"]  # no step of these, however many there are
+    run("fit", "-c", multitask_config, *settled, "--trainer.max_steps", 5, "--run.name", "whole", *NO_VALIDATION)
+    logged = [row for row in rows(Path("checkpoints/multitask/whole")) if "train/loss" in row]
+    assert [float(logged[0][f"train/{name}/weight"]) for name in TASKS] == [1, 1], "before the first step"
+    for row, later in zip(logged, logged[1:], strict=False):
+        norms = [float(row[f"train/{name}/gradient_norm"]) for name in TASKS]
+        cosine = float(row["train/gradient_cosine/detection_segmentation"])
+        ratios = [norms[1] / norms[0], norms[0] / norms[1]]
+        expected = [1 + max(0.0, -cosine * ratio) for ratio in ratios]
+        assert [float(later[f"train/{name}/weight"]) for name in TASKS] == pytest.approx(expected, rel=1e-3)
+    run("fit", "-c", multitask_config, *settled, "--trainer.max_steps", 3, "--run.name", "half", *NO_VALIDATION)
+    half = Path("checkpoints/multitask/half/last.ckpt")
+    run("fit", "-c", multitask_config, *settled, "--trainer.max_steps", 5, "--ckpt_path", half, *NO_VALIDATION)
+    whole, resumed = stored(Path("checkpoints/multitask/whole/last.ckpt")), stored(half)
+    assert "balancing.factors" in whole
+    assert same(resumed, whole)
+
+
 def test_a_task_without_validation_data_is_trained_all_the_same(run, multitask_config):
     """Frozen statistics too: those of the backbone are constants, stored once."""
     no_split = ["--data.members.segmentation.init_args.val_split", "", "--model.backbone.norm", "frozen"]
@@ -403,6 +426,10 @@ def test_options_that_do_not_fit(multitask_config, run, coco):
     assert "keeps none" in refused("--model.statistics", "per_task")
     assert "'depth' is none of detection, segmentation, backbone" in refused("--model.freeze", "[depth]")
     assert "none of the tasks detection, segmentation is left" in refused("--model.freeze", "[detection, segmentation]")
+    settled = ["--model.balancing.name", "torchjd"]
+    assert "which there are not with a frozen backbone" in refused(*settled, "--model.freeze", "[backbone]")
+    assert "compile: true, whose graphs are gone" in refused(*settled, "--model.compile", "true")
+    assert "Set order: together, or choose another balancing" in refused(*settled, "--data.order", "alternating")
     order = ["--data.order", "alternating", "--model.freeze", "[detection]"]
     assert "give steps to detection, which is not trained" in refused(*order)
     assert "is for order: alternating" in refused(data={"init_args": {"ratio": {"detection": 2.0}}})

@@ -1,11 +1,13 @@
 """Weights of losses, compared with the formulas of the papers and with gradients taken one by one."""
 
 import math
+import sys
 
 import pytest
 import torch
 
-from lightning_attn.training.balancing import BalancingSpec, build_balancing, gradient_statistics
+from lightning_attn.errors import InputError
+from lightning_attn.training.balancing import BalancingSpec, build_balancing, gradient_statistics, gradients_of
 
 WEIGHTS = {"a": 2.0, "b": 0.5}
 
@@ -85,7 +87,7 @@ def test_norms_and_angles_of_gradients():
     x = torch.randn(5, 4)
     parameters = [*layer.parameters(), unused]
     found = {"a": layer(x).square().mean(), "b": layer(x).sin().sum(), "c": -2 * layer(x).square().mean()}
-    norms, cosines = gradient_statistics(found, parameters, unchanged)
+    norms, cosines = gradient_statistics(list(found), gradients_of(found, parameters, unchanged))
     separate = {}
     for name, loss in found.items():
         gradients = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
@@ -100,9 +102,51 @@ def test_norms_and_angles_of_gradients():
     torch.stack([*found.values()]).sum().backward()  # the graphs are still there
 
 
+@pytest.mark.parametrize("aggregator", ["upgrad", "mgda", "dualproj", "aligned_mtl", "imtl_g"])
+def test_conflicts_of_gradients_are_settled_as_by_torchjd(aggregator):
+    """The gradient of the weighted sum is what TorchJD's own backward pass leaves, times the number of losses."""
+    torchjd = pytest.importorskip("torchjd")
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(6, 3), torch.randn(5, 6)
+    names = {"upgrad": "UPGrad", "mgda": "MGDA", "dualproj": "DualProj", "aligned_mtl": "AlignedMTL", "imtl_g": "IMTLG"}
+
+    def found():
+        y = layer(x)
+        return {"a": (y + 1).square().mean(), "b": (y - 2).square().mean()}
+
+    weighted = [WEIGHTS[name] * loss for name, loss in found().items()]
+    autojac = pytest.importorskip("torchjd.autojac")
+    autojac.backward(weighted)
+    autojac.jac_to_grad(layer.parameters(), getattr(torchjd.aggregation, names[aggregator])())
+    expected = [2 * parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+
+    balancing = build_balancing(BalancingSpec("torchjd", aggregator=aggregator), WEIGHTS)
+    assert balancing.needs_gradients
+    losses_now = found()
+    gradients = gradients_of(losses_now, list(layer.parameters()), unchanged)
+    assert torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0) < 0, "they disagree"
+    balancing.total(losses_now, unchanged, gradients).backward()
+    for parameter, one in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, one, rtol=1e-4, atol=1e-6)
+    factors = {name: float(value) / WEIGHTS[name] for name, value in balancing.current().items()}
+    assert max(abs(value - 1) for value in factors.values()) > 0.01
+    # Without a gradient there is nothing to settle, and the weights stay.
+    balancing.total(losses_now, unchanged, torch.zeros_like(gradients))
+    assert {name: float(value) / WEIGHTS[name] for name, value in balancing.current().items()} == factors
+
+
+def test_torchjd_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(InputError, match=r"pip install 'torchjd\[quadprog-projector\]'"):
+        build_balancing(BalancingSpec("torchjd"), WEIGHTS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"name": "torchjd", "aggregator": "best"}, "balancing.aggregator must be one of"),
+        ({"aggregator": "mgda"}, "not used by name='fixed'"),
         ({"name": "best"}, "balancing.name must be one of"),
         ({"name": "dynamic_average", "temperature": 0.0}, "balancing.temperature must be a positive"),
         ({"temperature": 3.0}, "not used by name='fixed'"),
