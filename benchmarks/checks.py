@@ -15,7 +15,7 @@ from benchmarks.fresh_process import REPOSITORY, describe
 from benchmarks.results import Comparison
 
 NO_TIME = "no time left"
-_OURS = ("benchmarks", "datamodules", "lightning_attn")
+_OURS = ("benchmarks", "lightning_attn")
 _LONGEST_REASON = 300
 
 

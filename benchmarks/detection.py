@@ -38,8 +38,8 @@ from benchmarks.detection_problem import (
 from benchmarks.peers import torchvision_training
 from benchmarks.results import Result, ratio
 from benchmarks.runner import run_as_command
-from datamodules.detection.datamodule import DetectionBatch
 from lightning_attn.attention import DeformableConv
+from lightning_attn.datamodules.detection.datamodule import DetectionBatch
 
 DEFORMABLE_ALONE, REGULAR_ALONE = "deformable 3x3 alone", "regular 3x3 alone"
 

@@ -15,7 +15,9 @@ from lightning_attn.networks.images.heads.detection import DetectorSpec
 from lightning_attn.networks.images.network import Detector
 
 if TYPE_CHECKING:
-    from datamodules.detection.datamodule import DetectionBatch  # needs Lightning, which a network does not
+    from lightning_attn.datamodules.detection.datamodule import (
+        DetectionBatch,  # needs Lightning, which a network does not
+    )
 
 ATTENTIONS: Mapping[str, dict[str, Any]] = {
     "none": {"mechanism": "none"},
@@ -59,7 +61,7 @@ class Problem:
 
     def batch(self, seed: int = 0) -> "DetectionBatch":
         """`samples` as a data module gives them."""
-        from datamodules.detection.datamodule import DetectionBatch
+        from lightning_attn.datamodules.detection.datamodule import DetectionBatch
 
         images, targets = self.samples(seed)
         sizes = torch.tensor([[self.height, self.width]] * self.images)

@@ -17,7 +17,7 @@ import torch
 from benchmarks.case import Benchmark, Case, Table
 from benchmarks.fresh_process import REPOSITORY
 from benchmarks.results import Result, Target, ratio
-from datamodules.machine import available_cores, processor_name
+from lightning_attn.datamodules.machine import available_cores, processor_name
 from lightning_attn.io import unused_path, write_figure, write_json, write_text
 
 if TYPE_CHECKING:

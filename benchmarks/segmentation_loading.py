@@ -28,9 +28,9 @@ from benchmarks.peers.torchvision_cityscapes import TorchvisionCityscapes
 from benchmarks.report import settings
 from benchmarks.results import Comparison, Result, Side, Target, overlap, ratio
 from benchmarks.runner import run_as_command
-from datamodules.miniature.backgrounds import photograph
-from datamodules.segmentation.cityscapes import CityscapesDataModule
-from datamodules.segmentation.classes import HIGHEST_ID
+from lightning_attn.datamodules.miniature.backgrounds import photograph
+from lightning_attn.datamodules.segmentation.cityscapes import CityscapesDataModule
+from lightning_attn.datamodules.segmentation.classes import HIGHEST_ID
 
 OURS, PILLOW, TENSORS = "lightning_attn", "torchvision, Pillow", "torchvision, tensors"
 _PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")

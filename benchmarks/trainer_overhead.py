@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from benchmarks.case import Case, Run
 from benchmarks.detection_problem import MINIATURE, Problem
 from benchmarks.results import Comparison, Result, Side, Timing
-from datamodules.detection.annotations import Categories
-from datamodules.detection.datamodule import DetectionBatch
+from lightning_attn.datamodules.detection.annotations import Categories
+from lightning_attn.datamodules.detection.datamodule import DetectionBatch
 from lightning_attn.tasks import DetectionTask, OptimizerSpec, ScheduleSpec
 
 BARE, TRAINER = "bare loop", "Trainer"

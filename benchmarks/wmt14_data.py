@@ -19,7 +19,7 @@ from benchmarks.case import Benchmark, Case, Run, Table
 from benchmarks.report import settings
 from benchmarks.results import Comparison, Result
 from benchmarks.runner import positive_int, run_as_command
-from datamodules import WMT14DataModule
+from lightning_attn.datamodules import WMT14DataModule
 
 _CHUNK = 25_000
 # After so many distinct pairs the text repeats, which no step of the data path can profit from.

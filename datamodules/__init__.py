@@ -1,51 +1,63 @@
 """Data sets in their official layouts, and in those that tools export, as Lightning DataModules.
 
-A class is imported when it is first used, so that images need no sentencepiece, and text no OpenCV.
+The package is `lightning_attn.datamodules`; `datamodules` is a second name of it, unless a folder of the user's own has
+that name. A class is imported when it is first used, so that images need no sentencepiece, and text no OpenCV.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_attn.alias import alias_package
+
 if TYPE_CHECKING:
-    from datamodules.detection.annotations import Categories as Categories
-    from datamodules.detection.coco import COCODataModule as COCODataModule
-    from datamodules.detection.datamodule import (
+    from lightning_attn.datamodules.detection.annotations import Categories as Categories
+    from lightning_attn.datamodules.detection.coco import COCODataModule as COCODataModule
+    from lightning_attn.datamodules.detection.datamodule import (
         DetectionBatch as DetectionBatch,
     )
-    from datamodules.detection.datamodule import (
+    from lightning_attn.datamodules.detection.datamodule import (
         DetectionDataModule as DetectionDataModule,
     )
-    from datamodules.detection.merged import MergedDetectionDataModule as MergedDetectionDataModule
-    from datamodules.detection.transforms import Augmentation as Augmentation
-    from datamodules.detection.voc import VOCDetectionDataModule as VOCDetectionDataModule
-    from datamodules.detection.yolo import YOLODetectionDataModule as YOLODetectionDataModule
-    from datamodules.miniature.detection_datamodule import MiniatureDetectionDataModule as MiniatureDetectionDataModule
-    from datamodules.miniature.segmentation_datamodule import (
+    from lightning_attn.datamodules.detection.merged import MergedDetectionDataModule as MergedDetectionDataModule
+    from lightning_attn.datamodules.detection.transforms import Augmentation as Augmentation
+    from lightning_attn.datamodules.detection.voc import VOCDetectionDataModule as VOCDetectionDataModule
+    from lightning_attn.datamodules.detection.yolo import YOLODetectionDataModule as YOLODetectionDataModule
+    from lightning_attn.datamodules.miniature.detection_datamodule import (
+        MiniatureDetectionDataModule as MiniatureDetectionDataModule,
+    )
+    from lightning_attn.datamodules.miniature.segmentation_datamodule import (
         MiniatureSegmentationDataModule as MiniatureSegmentationDataModule,
     )
-    from datamodules.miniature.street_detection_datamodule import (
+    from lightning_attn.datamodules.miniature.street_detection_datamodule import (
         MiniatureStreetDetectionDataModule as MiniatureStreetDetectionDataModule,
     )
-    from datamodules.miniature.translation_datamodule import (
+    from lightning_attn.datamodules.miniature.translation_datamodule import (
         MiniatureTranslationDataModule as MiniatureTranslationDataModule,
     )
-    from datamodules.multitask import MultitaskDataModule as MultitaskDataModule
-    from datamodules.sampling.joint_batches import JointBatch as JointBatch
-    from datamodules.segmentation.cityscapes import CityscapesDataModule as CityscapesDataModule
-    from datamodules.segmentation.classes import SegmentationClasses as SegmentationClasses
-    from datamodules.segmentation.datamodule import (
+    from lightning_attn.datamodules.multitask import MultitaskDataModule as MultitaskDataModule
+    from lightning_attn.datamodules.sampling.joint_batches import JointBatch as JointBatch
+    from lightning_attn.datamodules.segmentation.cityscapes import CityscapesDataModule as CityscapesDataModule
+    from lightning_attn.datamodules.segmentation.classes import SegmentationClasses as SegmentationClasses
+    from lightning_attn.datamodules.segmentation.datamodule import (
         SegmentationBatch as SegmentationBatch,
     )
-    from datamodules.segmentation.datamodule import (
+    from lightning_attn.datamodules.segmentation.datamodule import (
         SegmentationDataModule as SegmentationDataModule,
     )
-    from datamodules.segmentation.folders import SegmentationFolderDataModule as SegmentationFolderDataModule
-    from datamodules.segmentation.merged import MergedSegmentationDataModule as MergedSegmentationDataModule
-    from datamodules.segmentation.transforms import SegmentationAugmentation as SegmentationAugmentation
-    from datamodules.translation.batches import TranslationBatch as TranslationBatch
-    from datamodules.translation.parallel_text import Cleaning as Cleaning
-    from datamodules.translation.vocabulary import Vocabulary as Vocabulary
-    from datamodules.translation.wmt14 import WMT14DataModule as WMT14DataModule
+    from lightning_attn.datamodules.segmentation.folders import (
+        SegmentationFolderDataModule as SegmentationFolderDataModule,
+    )
+    from lightning_attn.datamodules.segmentation.merged import (
+        MergedSegmentationDataModule as MergedSegmentationDataModule,
+    )
+    from lightning_attn.datamodules.segmentation.transforms import SegmentationAugmentation as SegmentationAugmentation
+    from lightning_attn.datamodules.translation.batches import TranslationBatch as TranslationBatch
+    from lightning_attn.datamodules.translation.parallel_text import Cleaning as Cleaning
+    from lightning_attn.datamodules.translation.vocabulary import Vocabulary as Vocabulary
+    from lightning_attn.datamodules.translation.wmt14 import WMT14DataModule as WMT14DataModule
+
+if __name__ == "datamodules":  # the top-level name, by which its modules are those of lightning_attn.datamodules
+    alias_package(__name__, "lightning_attn.datamodules")
 
 _MODULES = {
     "Categories": "detection.annotations",

@@ -1,4 +1,4 @@
-"""Checks all data before a long run: `python -m datamodules.check -c CONFIG`.
+"""Checks all data before a long run: `python -m lightning_attn.datamodules.check -c CONFIG`.
 
 Every image and label is decoded, on all cores. Statistics of the data are printed as tables and plotted, and every
 file that cannot be used is named. The exit status is 2 if there is one.
@@ -26,19 +26,19 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.data_option import data_parser, parse_data
-from datamodules.detection.annotations import TargetStatus, read_annotated
-from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.images.files import ImageError, image_header, read_image
-from datamodules.images.folders import listed
-from datamodules.images.transforms import resized_sizes
-from datamodules.machine import available_cores
-from datamodules.multitask import MultitaskDataModule
-from datamodules.sampling.planned_batches import ignore_stop_signals
-from datamodules.segmentation.classes import IGNORED
-from datamodules.segmentation.datamodule import SegmentationDataModule
-from datamodules.translation.vocabulary import UNK_ID
-from datamodules.translation.wmt14 import WMT14DataModule
+from lightning_attn.datamodules.data_option import data_parser, parse_data
+from lightning_attn.datamodules.detection.annotations import TargetStatus, read_annotated
+from lightning_attn.datamodules.detection.datamodule import DetectionDataModule
+from lightning_attn.datamodules.images.files import ImageError, image_header, read_image
+from lightning_attn.datamodules.images.folders import listed
+from lightning_attn.datamodules.images.transforms import resized_sizes
+from lightning_attn.datamodules.machine import available_cores
+from lightning_attn.datamodules.multitask import MultitaskDataModule
+from lightning_attn.datamodules.sampling.planned_batches import ignore_stop_signals
+from lightning_attn.datamodules.segmentation.classes import IGNORED
+from lightning_attn.datamodules.segmentation.datamodule import SegmentationDataModule
+from lightning_attn.datamodules.translation.vocabulary import UNK_ID
+from lightning_attn.datamodules.translation.wmt14 import WMT14DataModule
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_figure
 
@@ -416,7 +416,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With status 2 if an option or the data is wrong, or a file cannot be used.
     """
-    parser = data_parser("python -m datamodules.check", "Checks all data before a long run.")
+    parser = data_parser("python -m lightning_attn.datamodules.check", "Checks all data before a long run.")
     parser.add_argument("--output", type=str, default="data.png", help="figure to write; an existing file is kept")
     parser.add_argument("--workers", type=int, default=-1, help="processes that decode; -1 for one per core")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

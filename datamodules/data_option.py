@@ -1,12 +1,14 @@
 """Parses the `data` section of a configuration, for commands that need no model."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import SUPPRESS, ArgumentParser
 
-import datamodules
+from lightning_attn import datamodules
+from lightning_attn.configurations import with_located_files
 
 __all__ = ["data_parser", "parse_data"]
 
@@ -40,7 +42,7 @@ def parse_data(parser: ArgumentParser, args: Sequence[str] | None) -> tuple[Any,
     Raises:
         ValueError: If an argument of the DataModule is wrong.
     """
-    options = parser.parse_args(args)
+    options = parser.parse_args(with_located_files(sys.argv[1:] if args is None else args))
     for section in _OTHER_SECTIONS:
         options.pop(section)  # or its classes would be instantiated
     return options, parser.instantiate(options).data

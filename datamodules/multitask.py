@@ -6,14 +6,14 @@ from typing import Any, get_args
 import pytorch_lightning as pl
 from typing_extensions import override
 
-from datamodules.sampling.joint_batches import (
+from lightning_attn.datamodules.sampling.joint_batches import (
     EpochLength,
     JointBatch,
     JointBatchSampler,
     JointDataset,
     Order,
 )
-from datamodules.sampling.planned_batches import PlannedBatchSampler, PlannedLoader, planned_loader
+from lightning_attn.datamodules.sampling.planned_batches import PlannedBatchSampler, PlannedLoader, planned_loader
 from lightning_attn.errors import InputError
 
 __all__ = ["MultitaskDataModule"]
@@ -26,7 +26,7 @@ class MultitaskDataModule(pl.LightningDataModule):
     of the members differ, shorter ones begin anew, each time in another order. Evaluation has a loader for each member.
 
     Args:
-        members: A DataModule for each task. Those whose loaders are of `datamodules.sampling`: all of this package, and
+        members: A DataModule for each task. Those whose loaders are of the package `sampling`: all of this project, and
             your own with `sample_loader` or `training_loader`. None (null) leaves out one that another configuration
             names.
         order: With "together" each optimizer step has a batch of every member, with "alternating" of one.
@@ -135,7 +135,7 @@ class MultitaskDataModule(pl.LightningDataModule):
                 raise InputError(
                     f"members.{name}: the training loader of {type(self.members[name]).__name__} is a "
                     f"{type(loader).__name__}, whose batches cannot be planned with those of others. Make it by "
-                    "datamodules.sampling.sample_batches.sample_loader, with shuffle=True."
+                    "lightning_attn.datamodules.sampling.sample_batches.sample_loader, with shuffle=True."
                 )
             samplers[name] = sampler
         sampler = JointBatchSampler(samplers, order=self.order, ratio=self.ratio, epoch=self.epoch, seed=self.seed)

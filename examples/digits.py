@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from datamodules.sampling.sample_batches import sample_loader
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.datamodules.sampling.sample_batches import sample_loader
 from lightning_attn.networks.images.backbone import ResNetSpec, build_resnet
 from lightning_attn.tasks import BaseTask, OptimizerSpec, ScheduleSpec
 

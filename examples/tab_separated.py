@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from datamodules import WMT14DataModule
-from datamodules.translation.parallel_text import read_lines
+from lightning_attn.datamodules import WMT14DataModule
+from lightning_attn.datamodules.translation.parallel_text import read_lines
 
 
 class TabSeparatedDataModule(WMT14DataModule):

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 
-from datamodules.segmentation.classes import IGNORED, SegmentationClasses
+from lightning_attn.datamodules.segmentation.classes import IGNORED, SegmentationClasses
 
 _FILLING = (124, 116, 104)
 

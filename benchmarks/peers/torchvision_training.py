@@ -25,11 +25,11 @@ from benchmarks.peers.torchvision_detector import torchvision_detector, train_mo
 from benchmarks.report import settings
 from benchmarks.results import Comparison, Result
 from benchmarks.runner import positive_float, positive_int
-from datamodules.detection.coco import COCODataModule
-from datamodules.detection.datamodule import DetectionBatch
 from lightning_attn.callbacks import ExponentialAveraging
 from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.run_options import RunOptions
+from lightning_attn.datamodules.detection.coco import COCODataModule
+from lightning_attn.datamodules.detection.datamodule import DetectionBatch
 from lightning_attn.metrics.detection import CocoDetectionMetrics
 from lightning_attn.tasks import BaseTask, DetectionTask
 from lightning_attn.tasks.evaluation import without_nan

@@ -10,11 +10,18 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.detection.transforms import MIN_BOX_SIDE, Boxes, Labels
-from datamodules.images.batches import BadImagePolicy
-from datamodules.images.files import ExifPolicy, ImageError, ImageHeader, image_header, image_size
-from datamodules.images.folders import PackedText, evenly_spaced, first_duplicate, images_to_predict, listed, printable
-from datamodules.images.transforms import resized_sizes
+from lightning_attn.datamodules.detection.transforms import MIN_BOX_SIDE, Boxes, Labels
+from lightning_attn.datamodules.images.batches import BadImagePolicy
+from lightning_attn.datamodules.images.files import ExifPolicy, ImageError, ImageHeader, image_header, image_size
+from lightning_attn.datamodules.images.folders import (
+    PackedText,
+    evenly_spaced,
+    first_duplicate,
+    images_to_predict,
+    listed,
+    printable,
+)
+from lightning_attn.datamodules.images.transforms import resized_sizes
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = [

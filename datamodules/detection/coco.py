@@ -6,10 +6,10 @@ from typing import Any
 
 from typing_extensions import override
 
-from datamodules.detection.annotations import Categories, DetectionAnnotations
-from datamodules.detection.coco_files import read_coco
-from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.images.folders import contents
+from lightning_attn.datamodules.detection.annotations import Categories, DetectionAnnotations
+from lightning_attn.datamodules.detection.coco_files import read_coco
+from lightning_attn.datamodules.detection.datamodule import DetectionDataModule
+from lightning_attn.datamodules.images.folders import contents
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["COCODataModule"]
@@ -92,7 +92,7 @@ class COCODataModule(DetectionDataModule):
     @override
     def prepare_files(self, splits: Sequence[str]) -> None:
         if self.download:
-            from datamodules.downloads.coco import download_coco
+            from lightning_attn.datamodules.downloads.coco import download_coco
 
             download_coco(self.root, splits)
 

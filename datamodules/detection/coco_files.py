@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from pytorch_lightning.utilities import rank_zero_info
 
-from datamodules.detection.annotations import Categories, DetectionAnnotations
-from datamodules.images.folders import first_duplicate, listed
+from lightning_attn.datamodules.detection.annotations import Categories, DetectionAnnotations
+from lightning_attn.datamodules.images.folders import first_duplicate, listed
 from lightning_attn.errors import InputError
 
 __all__ = ["read_coco"]

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import LongTensor, Tensor
 from typing_extensions import override
 
-from datamodules.detection.annotations import (
+from lightning_attn.datamodules.detection.annotations import (
     Categories,
     DetectionAnnotations,
     Integers,
@@ -23,12 +23,12 @@ from datamodules.detection.annotations import (
     check_images,
     read_annotated,
 )
-from datamodules.detection.transforms import Augmentation, EvaluationTransform, TrainingTransform
-from datamodules.images.batches import BadImage, BadImagePolicy, ImageBatch, ImageDataset
-from datamodules.images.datamodule import ImageDataModule, require_at_least
-from datamodules.images.files import ExifPolicy, ImageHeader, channels_first, read_image
-from datamodules.images.folders import PackedText, listed, printable, unique_stems
-from datamodules.sampling.grouped_batches import SampleRequest
+from lightning_attn.datamodules.detection.transforms import Augmentation, EvaluationTransform, TrainingTransform
+from lightning_attn.datamodules.images.batches import BadImage, BadImagePolicy, ImageBatch, ImageDataset
+from lightning_attn.datamodules.images.datamodule import ImageDataModule, require_at_least
+from lightning_attn.datamodules.images.files import ExifPolicy, ImageHeader, channels_first, read_image
+from lightning_attn.datamodules.images.folders import PackedText, listed, printable, unique_stems
+from lightning_attn.datamodules.sampling.grouped_batches import SampleRequest
 from lightning_attn.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -10,10 +10,16 @@ import numpy.typing as npt
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from datamodules.detection.annotations import Categories, DetectionAnnotations
-from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.images.folders import listed
-from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
+from lightning_attn.datamodules.detection.annotations import Categories, DetectionAnnotations
+from lightning_attn.datamodules.detection.datamodule import DetectionDataModule
+from lightning_attn.datamodules.images.folders import listed
+from lightning_attn.datamodules.images.members import (
+    check_members,
+    member_splits,
+    member_weights,
+    members_with,
+    prepare_members,
+)
 from lightning_attn.errors import InputError
 
 __all__ = ["MergedDetectionDataModule", "merged_annotations"]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.images.files import ImageArray
-from datamodules.images.transforms import (
+from lightning_attn.datamodules.images.files import ImageArray
+from lightning_attn.datamodules.images.transforms import (
     FILLING,
     ImageAugmentation,
     albumentations,

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
-from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.images.batches import BadImagePolicy
-from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
-from datamodules.images.folders import contents, first_duplicate, listed, read_lines
+from lightning_attn.datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
+from lightning_attn.datamodules.detection.datamodule import DetectionDataModule
+from lightning_attn.datamodules.images.batches import BadImagePolicy
+from lightning_attn.datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
+from lightning_attn.datamodules.images.folders import contents, first_duplicate, listed, read_lines
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["VOC_CLASSES", "VOCDetectionDataModule", "read_voc"]

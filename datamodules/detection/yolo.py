@@ -8,11 +8,11 @@ import numpy as np
 import yaml
 from typing_extensions import override
 
-from datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
-from datamodules.detection.datamodule import DetectionDataModule
-from datamodules.images.batches import BadImagePolicy
-from datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
-from datamodules.images.folders import contents, images_below, listed, read_lines, read_text
+from lightning_attn.datamodules.detection.annotations import Categories, DetectionAnnotations, sizes_of
+from lightning_attn.datamodules.detection.datamodule import DetectionDataModule
+from lightning_attn.datamodules.images.batches import BadImagePolicy
+from lightning_attn.datamodules.images.files import IMAGE_SUFFIXES, ExifPolicy
+from lightning_attn.datamodules.images.folders import contents, images_below, listed, read_lines, read_text
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["YOLODetectionDataModule", "read_yolo", "read_yolo_description"]

@@ -262,7 +262,7 @@ def _receive(partial: _Partial, timeout: float, report: Callable[[int, int | Non
         offset = 0  # a change of the server's file in between would not be noticed
     if offset and offset == file.size:
         return
-    request = urllib.request.Request(file.url, headers={"User-Agent": "lightning-attn", "Accept-Encoding": "identity"})
+    request = urllib.request.Request(file.url, headers={"User-Agent": "lightning_attn", "Accept-Encoding": "identity"})
     if offset:
         request.add_header("Range", f"bytes={offset}-")
         if version is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.downloads.transfer import RemoteFile, claim_folder, extract_members, fetch
+from lightning_attn.datamodules.downloads.transfer import RemoteFile, claim_folder, extract_members, fetch
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_json
 

@@ -10,9 +10,9 @@ import torch
 from torch import LongTensor, Tensor
 from typing_extensions import override
 
-from datamodules.images.files import ImageError
-from datamodules.images.folders import printable
-from datamodules.sampling.grouped_batches import BatchedDataset, SampleRequest
+from lightning_attn.datamodules.images.files import ImageError
+from lightning_attn.datamodules.images.folders import printable
+from lightning_attn.datamodules.sampling.grouped_batches import BatchedDataset, SampleRequest
 
 __all__ = ["BadImage", "BadImagePolicy", "ImageBatch", "ImageDataset"]
 

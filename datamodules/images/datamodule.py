@@ -10,9 +10,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.images.batches import BadImage, BadImagePolicy, ImageDataset
-from datamodules.images.files import ExifPolicy
-from datamodules.sampling.grouped_batches import evaluation_loader, training_loader
+from lightning_attn.datamodules.images.batches import BadImage, BadImagePolicy, ImageDataset
+from lightning_attn.datamodules.images.files import ExifPolicy
+from lightning_attn.datamodules.sampling.grouped_batches import evaluation_loader, training_loader
 from lightning_attn.errors import InputError
 
 STAGE_SPLITS: Mapping[str, tuple[str, ...]] = {

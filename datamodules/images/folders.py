@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.images.files import IMAGE_SUFFIXES
+from lightning_attn.datamodules.images.files import IMAGE_SUFFIXES
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.images.datamodule import ImageDataModule
+from lightning_attn.datamodules.images.datamodule import ImageDataModule
 from lightning_attn.errors import InputError
 
 __all__ = ["check_members", "member_splits", "member_weights", "members_with", "prepare_members"]

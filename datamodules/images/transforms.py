@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.images.files import ImageArray
+from lightning_attn.datamodules.images.files import ImageArray
 from lightning_attn.errors import InputError
 
 # The mean of ImageNet, which the network sees as nearly 0.

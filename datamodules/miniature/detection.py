@@ -2,7 +2,7 @@
 
 It is for quick experiments: the quick start, the tests and a first look at a new attention need a detection task that a
 small network learns in minutes on a laptop. Each picture shows up to six objects over a part of a natural photograph
-(`datamodules.miniature.backgrounds`): balls, stars, mugs, kites, fish and arrows of any colour, size, rotation and
+(`miniature/backgrounds.py`): balls, stars, mugs, kites, fish and arrows of any colour, size, rotation and
 shading. They hide each other and are cut by the border of the picture. Every sixteenth picture is empty. Every twelfth
 shows a swarm of small objects, annotated as one crowd.
 
@@ -39,9 +39,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from datamodules.miniature.backgrounds import background
-from datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
-from datamodules.miniature.files import check_counts, write_generated
+from lightning_attn.datamodules.miniature.backgrounds import background
+from lightning_attn.datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
+from lightning_attn.datamodules.miniature.files import check_counts, write_generated
 
 __all__ = [
     "MINIATURE_CATEGORIES",

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from datamodules.detection.annotations import Categories
-from datamodules.detection.coco import COCODataModule
-from datamodules.detection.transforms import Augmentation
-from datamodules.machine import user_cache_folder
-from datamodules.miniature.detection import MINIATURE_CATEGORIES, write_miniature_detection
+from lightning_attn.datamodules.detection.annotations import Categories
+from lightning_attn.datamodules.detection.coco import COCODataModule
+from lightning_attn.datamodules.detection.transforms import Augmentation
+from lightning_attn.datamodules.machine import user_cache_folder
+from lightning_attn.datamodules.miniature.detection import MINIATURE_CATEGORIES, write_miniature_detection
 
 __all__ = ["MiniatureDetectionDataModule"]
 

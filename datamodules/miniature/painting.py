@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from datamodules.miniature.drawing import Colour, Floats, Pixels, Points
+from lightning_attn.datamodules.miniature.drawing import Colour, Floats, Pixels, Points
 
 __all__ = ["HEIGHT", "SIGN_SIZE", "SKY", "SMOOTH", "UNLABELLED", "WIDTH", "Camera", "Painting", "Shape", "Shapes"]
 

@@ -4,7 +4,7 @@ It is for quick experiments: the quick start, the tests and a first look at a ne
 that a small network learns in minutes on a laptop. Each picture is a small street, seen by a camera behind the
 windscreen: a road with marks and crossings between sidewalks, a row of houses, a park with trees and far roofs, and
 cars, people, lamps and traffic signs, each of any colour. Perspective, light, sky and season differ, and the surfaces
-are parts of natural photographs (`datamodules.miniature.backgrounds`). Objects hide each other.
+are parts of natural photographs (`miniature/backgrounds.py`). Objects hide each other.
 
 **Long-range context.** Two classes, `truck` and `bus`, are one large vehicle, drawn by the same code with the same
 random draws. A sign in the sky decides which one it is: the large vehicles under a sun are buses, those under a moon
@@ -36,10 +36,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from datamodules.miniature.backgrounds import crop
-from datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
-from datamodules.miniature.files import check_counts, write_generated
-from datamodules.miniature.painting import HEIGHT, SIGN_SIZE, SMOOTH, WIDTH, Camera, Painting, Shape, Shapes
+from lightning_attn.datamodules.miniature.backgrounds import crop
+from lightning_attn.datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
+from lightning_attn.datamodules.miniature.files import check_counts, write_generated
+from lightning_attn.datamodules.miniature.painting import (
+    HEIGHT,
+    SIGN_SIZE,
+    SMOOTH,
+    WIDTH,
+    Camera,
+    Painting,
+    Shape,
+    Shapes,
+)
 
 __all__ = [
     "COUNTABLE",

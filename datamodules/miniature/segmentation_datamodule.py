@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from datamodules.machine import user_cache_folder
-from datamodules.miniature.painting import HEIGHT, WIDTH
-from datamodules.miniature.segmentation import MINIATURE_CLASSES, write_miniature_segmentation
-from datamodules.segmentation.cityscapes import CityscapesDataModule
-from datamodules.segmentation.transforms import SegmentationAugmentation
+from lightning_attn.datamodules.machine import user_cache_folder
+from lightning_attn.datamodules.miniature.painting import HEIGHT, WIDTH
+from lightning_attn.datamodules.miniature.segmentation import MINIATURE_CLASSES, write_miniature_segmentation
+from lightning_attn.datamodules.segmentation.cityscapes import CityscapesDataModule
+from lightning_attn.datamodules.segmentation.transforms import SegmentationAugmentation
 
 __all__ = ["MiniatureSegmentationDataModule"]
 

@@ -1,6 +1,6 @@
 """The streets of the miniature segmentation set with boxes, in the layout of COCO: detection for a joint training.
 
-The pictures are those of `datamodules.miniature.segmentation`, pixel by pixel, so that one network can be trained on
+The pictures are those of `miniature/segmentation.py`, pixel by pixel, so that one network can be trained on
 their labels and on these boxes. The categories are traffic sign, person, car, truck and bus; as there, a sign in the
 sky decides which of the last two a large vehicle is. A box is that of an object's visible pixels. What is hidden but
 for a few pixels is annotated as a crowd, which neither is learnt nor counts.
@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.miniature.files import check_counts, write_generated
-from datamodules.miniature.segmentation import (
+from lightning_attn.datamodules.miniature.files import check_counts, write_generated
+from lightning_attn.datamodules.miniature.segmentation import (
     COUNTABLE,
     DRAWING_VERSION,
     MINIATURE_PICTURES,

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from datamodules.detection.annotations import Categories
-from datamodules.miniature.detection_datamodule import MiniatureDetectionDataModule
-from datamodules.miniature.painting import HEIGHT, WIDTH
-from datamodules.miniature.segmentation import COUNTABLE
-from datamodules.miniature.street_detection import write_miniature_street_detection
+from lightning_attn.datamodules.detection.annotations import Categories
+from lightning_attn.datamodules.miniature.detection_datamodule import MiniatureDetectionDataModule
+from lightning_attn.datamodules.miniature.painting import HEIGHT, WIDTH
+from lightning_attn.datamodules.miniature.segmentation import COUNTABLE
+from lightning_attn.datamodules.miniature.street_detection import write_miniature_street_detection
 
 __all__ = ["MiniatureStreetDetectionDataModule"]
 

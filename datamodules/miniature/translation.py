@@ -26,7 +26,7 @@ from babel.numbers import format_currency
 from babel.units import format_unit
 from num2words import num2words
 
-from datamodules.miniature.files import check_counts, write_generated
+from lightning_attn.datamodules.miniature.files import check_counts, write_generated
 from lightning_attn.errors import InputError
 
 __all__ = ["MINIATURE_PAIRS", "miniature_pairs", "write_miniature_corpus"]

@@ -2,11 +2,11 @@
 
 from typing_extensions import override
 
-from datamodules.machine import user_cache_folder
-from datamodules.miniature.translation import write_miniature_corpus
-from datamodules.translation.batches import LongLinePolicy
-from datamodules.translation.parallel_text import Cleaning
-from datamodules.translation.wmt14 import WMT14DataModule
+from lightning_attn.datamodules.machine import user_cache_folder
+from lightning_attn.datamodules.miniature.translation import write_miniature_corpus
+from lightning_attn.datamodules.translation.batches import LongLinePolicy
+from lightning_attn.datamodules.translation.parallel_text import Cleaning
+from lightning_attn.datamodules.translation.wmt14 import WMT14DataModule
 
 __all__ = ["MiniatureTranslationDataModule"]
 

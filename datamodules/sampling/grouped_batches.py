@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from datamodules.sampling.planned_batches import (
+from lightning_attn.datamodules.sampling.planned_batches import (
     PlannedBatchSampler,
     PlannedLoader,
     planned_loader,

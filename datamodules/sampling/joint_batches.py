@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from datamodules.sampling.grouped_batches import BatchedDataset
-from datamodules.sampling.planned_batches import PlannedBatchSampler
+from lightning_attn.datamodules.sampling.grouped_batches import BatchedDataset
+from lightning_attn.datamodules.sampling.planned_batches import PlannedBatchSampler
 from lightning_attn.errors import InputError
 
 __all__ = ["EpochLength", "JointBatch", "JointBatchSampler", "JointDataset", "Order"]

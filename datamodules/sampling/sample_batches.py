@@ -8,7 +8,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
-from datamodules.sampling.grouped_batches import BatchedDataset, SampleRequest, evaluation_loader, training_loader
+from lightning_attn.datamodules.sampling.grouped_batches import (
+    BatchedDataset,
+    SampleRequest,
+    evaluation_loader,
+    training_loader,
+)
 
 __all__ = ["sample_loader"]
 

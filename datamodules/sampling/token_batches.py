@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from datamodules.sampling.planned_batches import PlannedBatchSampler
+from lightning_attn.datamodules.sampling.planned_batches import PlannedBatchSampler
 from lightning_attn.errors import InputError
 
 Lengths = npt.NDArray[np.int32]

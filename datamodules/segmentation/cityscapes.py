@@ -13,10 +13,10 @@ import numpy as np
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from datamodules.images.files import ImageError, label_size, read_labels
-from datamodules.images.folders import contents, listed
-from datamodules.segmentation.classes import HIGHEST_ID, IGNORED, LabelMap, SegmentationClasses
-from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
+from lightning_attn.datamodules.images.files import ImageError, label_size, read_labels
+from lightning_attn.datamodules.images.folders import contents, listed
+from lightning_attn.datamodules.segmentation.classes import HIGHEST_ID, IGNORED, LabelMap, SegmentationClasses
+from lightning_attn.datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
 from lightning_attn.errors import MissingFileError
 
 __all__ = ["CityscapesDataModule", "CityscapesLabels", "read_label_ids"]

@@ -14,9 +14,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.images.batches import BadImagePolicy, ImageBatch, ImageDataset
-from datamodules.images.datamodule import ImageDataModule
-from datamodules.images.files import (
+from lightning_attn.datamodules.images.batches import BadImagePolicy, ImageBatch, ImageDataset
+from lightning_attn.datamodules.images.datamodule import ImageDataModule
+from lightning_attn.datamodules.images.files import (
     ExifPolicy,
     ImageArray,
     ImageError,
@@ -27,10 +27,17 @@ from datamodules.images.files import (
     image_size,
     read_image,
 )
-from datamodules.images.folders import PackedText, evenly_spaced, images_to_predict, listed, printable, unique_stems
-from datamodules.sampling.grouped_batches import SampleRequest
-from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
-from datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
+from lightning_attn.datamodules.images.folders import (
+    PackedText,
+    evenly_spaced,
+    images_to_predict,
+    listed,
+    printable,
+    unique_stems,
+)
+from lightning_attn.datamodules.sampling.grouped_batches import SampleRequest
+from lightning_attn.datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, value_counts
+from lightning_attn.datamodules.segmentation.transforms import SegmentationAugmentation, SegmentationTransform
 from lightning_attn.errors import InputError
 
 __all__ = [

@@ -12,10 +12,21 @@ import numpy.typing as npt
 from PIL import Image
 from typing_extensions import override
 
-from datamodules.images.files import IMAGE_SUFFIXES, ImageError, decoding
-from datamodules.images.folders import contents, first_duplicate, images_below, listed, read_lines
-from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours, value_counts
-from datamodules.segmentation.datamodule import LabelCensus, LabelReader, SegmentationDataModule, SegmentationFiles
+from lightning_attn.datamodules.images.files import IMAGE_SUFFIXES, ImageError, decoding
+from lightning_attn.datamodules.images.folders import contents, first_duplicate, images_below, listed, read_lines
+from lightning_attn.datamodules.segmentation.classes import (
+    IGNORED,
+    LabelMap,
+    SegmentationClasses,
+    distinct_colours,
+    value_counts,
+)
+from lightning_attn.datamodules.segmentation.datamodule import (
+    LabelCensus,
+    LabelReader,
+    SegmentationDataModule,
+    SegmentationFiles,
+)
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["MaskLabels", "MaskValues", "SegmentationFolderDataModule"]

@@ -10,10 +10,16 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from datamodules.images.folders import listed
-from datamodules.images.members import check_members, member_splits, member_weights, members_with, prepare_members
-from datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours
-from datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
+from lightning_attn.datamodules.images.folders import listed
+from lightning_attn.datamodules.images.members import (
+    check_members,
+    member_splits,
+    member_weights,
+    members_with,
+    prepare_members,
+)
+from lightning_attn.datamodules.segmentation.classes import IGNORED, LabelMap, SegmentationClasses, distinct_colours
+from lightning_attn.datamodules.segmentation.datamodule import LabelReader, SegmentationDataModule, SegmentationFiles
 from lightning_attn.errors import InputError
 
 __all__ = ["MergedSegmentationDataModule", "RenamedLabels"]

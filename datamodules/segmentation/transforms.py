@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from datamodules.images.files import ImageArray, Window
-from datamodules.images.transforms import (
+from lightning_attn.datamodules.images.files import ImageArray, Window
+from lightning_attn.datamodules.images.transforms import (
     FILLING,
     ImageAugmentation,
     albumentations,
@@ -24,7 +24,7 @@ from datamodules.images.transforms import (
     resize_image,
     seed_transforms,
 )
-from datamodules.segmentation.classes import IGNORED, LabelMap
+from lightning_attn.datamodules.segmentation.classes import IGNORED, LabelMap
 from lightning_attn.errors import InputError
 
 # Attempts to find a crop without a dominating class; the last one is used in any case.

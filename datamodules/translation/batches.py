@@ -12,10 +12,10 @@ import torch
 from torch import LongTensor
 from torch.utils.data import Dataset
 
-from datamodules.sampling.token_batches import Lengths
-from datamodules.translation.parallel_text import decode_line, is_blank
-from datamodules.translation.token_cache import TokenArray
-from datamodules.translation.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary
+from lightning_attn.datamodules.sampling.token_batches import Lengths
+from lightning_attn.datamodules.translation.parallel_text import decode_line, is_blank
+from lightning_attn.datamodules.translation.token_cache import TokenArray
+from lightning_attn.datamodules.translation.vocabulary import BOS_ID, EOS_ID, PAD_ID, Vocabulary
 from lightning_attn.errors import InputError
 
 __all__ = [

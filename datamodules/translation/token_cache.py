@@ -37,9 +37,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from datamodules.machine import available_cores, user_cache_folder
-from datamodules.translation.new_processes import without_main_module
-from datamodules.translation.parallel_text import (
+from lightning_attn.datamodules.machine import available_cores, user_cache_folder
+from lightning_attn.datamodules.translation.new_processes import without_main_module
+from lightning_attn.datamodules.translation.parallel_text import (
     Cleaning,
     FilePair,
     FileSummary,
@@ -48,7 +48,7 @@ from datamodules.translation.parallel_text import (
     read_blocks,
     summarise,
 )
-from datamodules.translation.vocabulary import Vocabulary, VocabularyOptions, train_vocabulary
+from lightning_attn.datamodules.translation.vocabulary import Vocabulary, VocabularyOptions, train_vocabulary
 from lightning_attn.errors import InputError, MissingFileError, UnusableFileError
 from lightning_attn.processes import is_running, start_of
 

@@ -81,7 +81,7 @@ class Vocabulary:
         except RuntimeError as error:
             raise InputError(
                 f"model: these {len(self._model)} bytes are not a sentencepiece model ({error}). Give the content of a "
-                "file made by datamodules.translation.vocabulary.train_vocabulary."
+                "file made by lightning_attn.datamodules.translation.vocabulary.train_vocabulary."
             ) from error
         found = (
             self._processor.pad_id(),

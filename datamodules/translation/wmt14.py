@@ -10,9 +10,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.sampling.planned_batches import planned_loader, rank_and_world_size, reshuffles
-from datamodules.sampling.token_batches import TokenBatchSampler
-from datamodules.translation.batches import (
+from lightning_attn.datamodules.sampling.planned_batches import planned_loader, rank_and_world_size, reshuffles
+from lightning_attn.datamodules.sampling.token_batches import TokenBatchSampler
+from lightning_attn.datamodules.translation.batches import (
     LONGER_EVALUATION,
     LongLinePolicy,
     StandardInput,
@@ -20,7 +20,7 @@ from datamodules.translation.batches import (
     TranslationDataset,
     check_lengths,
 )
-from datamodules.translation.parallel_text import (
+from lightning_attn.datamodules.translation.parallel_text import (
     Cleaning,
     find_pairs,
     find_source,
@@ -29,8 +29,8 @@ from datamodules.translation.parallel_text import (
     read_lines,
     read_source,
 )
-from datamodules.translation.token_cache import Preparation, TokenCache, default_cache_folder
-from datamodules.translation.vocabulary import Vocabulary, VocabularyOptions
+from lightning_attn.datamodules.translation.token_cache import Preparation, TokenCache, default_cache_folder
+from lightning_attn.datamodules.translation.vocabulary import Vocabulary, VocabularyOptions
 from lightning_attn.errors import InputError, MissingFileError
 
 __all__ = ["WMT14DataModule"]
@@ -197,7 +197,7 @@ class WMT14DataModule(pl.LightningDataModule):
     def prepare_files(self) -> None:
         """Downloads or generates the corpus in ``root``, if asked to; runs in one process per node."""
         if self.download:
-            from datamodules.downloads.wmt14 import download_wmt14
+            from lightning_attn.datamodules.downloads.wmt14 import download_wmt14
 
             download_wmt14(self.root)
 

@@ -23,7 +23,9 @@ def main(args: Sequence[str] | None = None) -> None:
     bind_to_launcher()
     arguments = sys.argv[1:] if args is None else [str(argument) for argument in args]
     from lightning_attn.cli.front import answer
+    from lightning_attn.configurations import with_located_files
 
+    arguments = with_located_files(arguments)
     if answer(arguments):
         return
     if arguments[0] == "study":

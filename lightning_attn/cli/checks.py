@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
-from datamodules.machine import available_cores
 from lightning_attn.cli.parser import OPTION_ERRORS, ConfigurationError, listed
+from lightning_attn.datamodules.machine import available_cores
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training.scores import best_mode
 from lightning_attn.training.trust import argument_types

@@ -3,12 +3,14 @@
 import difflib
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import yaml
 
+from lightning_attn.configurations import bundled_configurations, close_names, described, located
 from lightning_attn.io import missing_checkpoint, neighbours
 
 SUBCOMMANDS = {
@@ -21,6 +23,7 @@ SUBCOMMANDS = {
     "profile": "what a network costs: parameters, multiply-adds, time, memory",
     "study": "train and test the cells of a study, show their states, judge its findings, write a report",
     "compare": "what differs between runs: configuration, scores, cost, curves",
+    "configs": "list the configurations of the package, or print one (configs miniature/detection)",
 }
 CHECKPOINT_WORDS = ("auto", "last", "best")  # of the newest run of that name
 
@@ -50,12 +53,41 @@ def answer(arguments: Sequence[str]) -> bool:
     first = next((argument for argument in arguments if argument in SUBCOMMANDS), None)
     if first is None or (arguments[0] not in SUBCOMMANDS and not arguments[0].startswith("-")):
         _fail(_unknown(arguments[0]))
+    if first == "configs":
+        _configs(arguments[1:])
+        return True
     try:
         _check_files(arguments)
     except OSError as error:  # such as a name that is too long
         _fail(f"{str(error.filename)[:100]}: {error.strerror}.")
     _check_temporary_folder()
     return False
+
+
+def _configs(arguments: Sequence[str]) -> None:
+    """Lists the configurations of the package, or prints one of them."""
+    known = bundled_configurations()
+    if not arguments:
+        width = max(map(len, known))
+        for name, path in known.items():
+            print(f"{name:<{width}}  {textwrap.shorten(described(path), 100, placeholder=' ...')}".rstrip())
+        return
+    if arguments[0] in ("-h", "--help"):
+        print(f"usage: {command_name()} configs [NAME]\n\n{SUBCOMMANDS['configs']}.")
+        print("-c NAME takes it, unless there is a file of that name.")
+        return
+    if len(arguments) > 1:
+        _fail(f"configs: {arguments[1]} is one name too many; give one, or none for a list.")
+    path = Path(located(arguments[0]))
+    if path not in known.values():
+        _fail(f"configs: {arguments[0]!r} is no configuration of the package. {_meant(arguments[0])}")
+    print(path.read_text(encoding="utf-8"), end="")
+
+
+def _meant(given: str) -> str:
+    close = close_names(given)
+    hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    return f"{hint}To list them: {command_name()} configs"
 
 
 def _check_temporary_folder() -> None:
@@ -134,7 +166,8 @@ def _check_configuration(given: str) -> None:
     if not path.is_file():
         if "\n" in given or given.lstrip().startswith("{"):
             return  # YAML itself
-        _fail(f"config: {given} is {'a folder' if path.is_dir() else 'not there'}. {neighbours(path, '*.yaml')}")
+        what = "a folder" if path.is_dir() else "not there, and no configuration of the package"
+        _fail(f"config: {given} is {what}. {neighbours(path, '*.yaml')} Of the package: {_meant(given)}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -192,11 +192,10 @@ def _is_full(error: BaseException) -> TypeGuard[OSError]:
 
 def configure_messages() -> None:
     """Shows what our packages report, and silences messages that a user can do nothing about, each with its reason."""
-    for name in ("datamodules", "lightning_attn"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO if run_directory.is_rank_zero() else logging.WARNING)
-        if not logger.hasHandlers():
-            logger.addHandler(logging.StreamHandler())
+    logger = logging.getLogger("lightning_attn")
+    logger.setLevel(logging.INFO if run_directory.is_rank_zero() else logging.WARNING)
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
     # jsonargparse renamed methods that Lightning calls (Lightning issue 21900).
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in (

@@ -7,7 +7,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningArgumentParser
 from typing_extensions import override
 
-import datamodules
+from lightning_attn import datamodules
 from lightning_attn.errors import InputError
 
 # A field that takes any value, such as `options` of an attention, takes data: no object is made of a class_path in it.

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
 
 from lightning_attn.cli.run_options import RunOptions
+from lightning_attn.configurations import complete_configurations
 from lightning_attn.tasks import BaseTask
 
 _NOISE = re.compile(
@@ -47,8 +48,8 @@ def clean_parser_message(message: str) -> str:
     missing = re.search(r"arguments are required: (.*)", text)
     if missing and re.search(r"\b\w+\.(model|data)\b", missing.group(1)):
         text += (
-            "\nGive a complete configuration, such as -c configs/detection/own_images.yaml, and yours after it; or a "
-            "checkpoint, which holds one (--ckpt_path FILE)."
+            "\nGive a complete configuration, such as -c detection/own_images, and yours after it; or a checkpoint, "
+            f"which holds one (--ckpt_path FILE). Those of the package are {', '.join(complete_configurations())}."
         )
     elif missing and (key := re.search(r'Parser key "([\w.]+)"', text)):
         names = [name for name in re.split(r"[,\s]+", missing.group(1)) if name]

@@ -15,12 +15,12 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from datamodules.machine import processor_name
 from lightning_attn.cli.checks import check_values, checked_precision
 from lightning_attn.cli.command_line import files_first
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.run_options import RunOptions
+from lightning_attn.datamodules.machine import processor_name
 from lightning_attn.errors import InputError
 from lightning_attn.study.network_profile import profile_network
 from lightning_attn.study.profile_report import ProfileReport, check_output

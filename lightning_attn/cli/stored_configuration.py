@@ -13,9 +13,8 @@ from pytorch_lightning import callbacks, strategies
 from pytorch_lightning.plugins import environments
 from pytorch_lightning.utilities import rank_zero_info
 
-import datamodules
 import lightning_attn.callbacks
-from lightning_attn import tasks
+from lightning_attn import datamodules, tasks
 from lightning_attn.cli.front import CHECKPOINT_WORDS, option_values
 from lightning_attn.cli.parser import ConfigurationError, listed
 from lightning_attn.cli.run_options import RunOptions

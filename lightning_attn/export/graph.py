@@ -110,7 +110,7 @@ def _as_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(
-            f"ONNX needs packages that are not installed ({error}). pip install 'lightning-attn[onnx]'"
+            f"ONNX needs packages that are not installed ({error}). pip install 'generalized-attention[onnx]'"
         ) from error
     try:
         converted = torch.onnx.export(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import IO
 
-from datamodules.machine import available_cores
+from lightning_attn.datamodules.machine import available_cores
 
 __all__ = ["StopRequests", "start_child", "visible_gpus"]
 

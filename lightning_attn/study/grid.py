@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import yaml
 
+from lightning_attn.configurations import located
 from lightning_attn.errors import InputError, MissingFileError
 from lightning_attn.io import neighbours
 from lightning_attn.training.scores import best_mode
@@ -224,13 +225,13 @@ class Study:
 
     @classmethod
     def read(cls, path: str | Path) -> "Study":
-        """Reads a study file.
+        """Reads a study file, or a study of the package, such as `studies/figure_3c_miniature`.
 
         Raises:
             FileNotFoundError: If it, or a configuration that it names, is not there.
             ValueError: If something in it cannot be used; names the file, the key and the value.
         """
-        path = Path(path)
+        path = Path(located(str(path)))
         if not path.is_file():
             raise MissingFileError(f"study: {path} is not there. {neighbours(path, '*.yaml')}")
         return _Reader(path).study()

@@ -11,11 +11,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from datamodules.detection.annotations import Categories
-from datamodules.detection.datamodule import DetectionBatch
-from datamodules.images.files import ImageArray, channels_first
-from datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.datamodules.detection.annotations import Categories
+from lightning_attn.datamodules.detection.datamodule import DetectionBatch
+from lightning_attn.datamodules.images.files import ImageArray, channels_first
+from lightning_attn.datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.errors import InputError
 from lightning_attn.metrics.detection import coco_records, image_detections
 from lightning_attn.networks.compilation import CompileBackend

@@ -10,9 +10,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.detection.datamodule import DetectionBatch
-from datamodules.images.files import ExifPolicy, ImageArray, ImageError, read_image
-from datamodules.images.folders import unique_stems
+from lightning_attn.datamodules.detection.datamodule import DetectionBatch
+from lightning_attn.datamodules.images.files import ExifPolicy, ImageArray, ImageError, read_image
+from lightning_attn.datamodules.images.folders import unique_stems
 from lightning_attn.io import unused_path, write_json
 from lightning_attn.metrics.bootstrap import ResampledScores
 from lightning_attn.metrics.detection import COCO_NUMBERS, CocoDetectionMetrics, ImageDetections

@@ -13,8 +13,8 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.images.batches import BadImage, ImageBatch
-from datamodules.images.folders import listed
+from lightning_attn.datamodules.images.batches import BadImage, ImageBatch
+from lightning_attn.datamodules.images.folders import listed
 from lightning_attn.io import unused_path, write_json, write_table
 from lightning_attn.metrics.gather import gather_by_id
 from lightning_attn.networks.images.network import ImageNetwork

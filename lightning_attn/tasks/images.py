@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import override
 
-from datamodules.images.batches import ImageBatch
-from datamodules.images.files import ExifPolicy, ImageArray, pixels_of
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.datamodules.images.batches import ImageBatch
+from lightning_attn.datamodules.images.files import ExifPolicy, ImageArray, pixels_of
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.io import unused_path
 from lightning_attn.networks.compilation import CompileBackend

@@ -14,8 +14,8 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from typing_extensions import override
 
-from datamodules.sampling.joint_batches import JointBatch
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.datamodules.sampling.joint_batches import JointBatch
 from lightning_attn.errors import InputError
 from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec

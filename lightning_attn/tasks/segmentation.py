@@ -14,10 +14,10 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from datamodules.images.files import ImageArray, channels_first
-from datamodules.segmentation.classes import SegmentationClasses
-from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.datamodules.images.files import ImageArray, channels_first
+from lightning_attn.datamodules.segmentation.classes import SegmentationClasses
+from lightning_attn.datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_file, write_table
 from lightning_attn.networks.compilation import CompileBackend

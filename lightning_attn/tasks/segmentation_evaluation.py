@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from datamodules.segmentation.datamodule import SegmentationBatch
+from lightning_attn.datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.metrics.bootstrap import ResampledScores
 from lightning_attn.metrics.segmentation import SegmentationMetrics
 from lightning_attn.tasks.evaluation import Evaluator

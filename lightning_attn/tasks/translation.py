@@ -12,9 +12,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from datamodules.translation.batches import TranslationBatch, TranslationDataset
-from datamodules.translation.vocabulary import PAD_ID, VOCABULARY_KEY, Vocabulary
 from lightning_attn.attention import AttentionSpec
+from lightning_attn.datamodules.translation.batches import TranslationBatch, TranslationDataset
+from lightning_attn.datamodules.translation.vocabulary import PAD_ID, VOCABULARY_KEY, Vocabulary
 from lightning_attn.errors import InputError
 from lightning_attn.io import unused_path, write_file
 from lightning_attn.metrics.translation import TranslationScoring, one_line

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from datamodules.translation.batches import TranslationBatch, TranslationDataset
+from lightning_attn.datamodules.translation.batches import TranslationBatch, TranslationDataset
 from lightning_attn.io import unused_path, write_json, write_text
 from lightning_attn.metrics.bootstrap import ResampledScores
 from lightning_attn.metrics.gather import gather_by_id

@@ -30,8 +30,8 @@ every value (`contents.py`) before anyone reads it. "Lightning *" means: after `
 `export` writes the same keys as safetensors and JSON, without `TRAINING_KEYS`. A task of your own may add keys: exports
 and averages keep tensors and plain values.
 
-The constant of `vocabulary` is `datamodules.translation.vocabulary.VOCABULARY_KEY`, since `datamodules` import nothing
-from here; those of `classes` and `categories` are the `classes_key` of the tasks.
+The constant of `vocabulary` is `VOCABULARY_KEY` in datamodules/translation/vocabulary.py, which imports nothing from
+here; those of `classes` and `categories` are the `classes_key` of the tasks.
 """
 
 from typing import Any, TypedDict

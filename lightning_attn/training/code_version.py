@@ -6,18 +6,20 @@ from pathlib import Path
 
 __all__ = ["code_version"]
 
-_PACKAGES = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).parents[1]
 # They neither train nor test.
-_WITHOUT_EFFECT = ("lightning_attn/study/", "lightning_attn/cli/study.py", "lightning_attn/export/")
+_WITHOUT_EFFECT = ("study/", "cli/study.py", "export/")
 
 
 @functools.cache
 def code_version() -> str:
     """Twelve hexadecimal digits of all sources that training and testing may run."""
     digest = hashlib.sha256()
-    for package in ("datamodules", "lightning_attn"):
-        for path in sorted((_PACKAGES / package).rglob("*.py")):
-            name = path.relative_to(_PACKAGES).as_posix()
-            if not name.startswith(_WITHOUT_EFFECT):
-                digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
+    linked = _PACKAGE / "datamodules"  # in a checkout, beside the package
+    data = linked.resolve() if linked.is_dir() else _PACKAGE.with_name("datamodules")
+    sources = {f"datamodules/{path.relative_to(data).as_posix()}": path for path in data.rglob("*.py")}
+    sources |= {path.relative_to(_PACKAGE).as_posix(): path for path in _PACKAGE.rglob("*.py")}
+    for name, path in sorted(sources.items()):
+        if not name.startswith(_WITHOUT_EFFECT):
+            digest.update(f"{name}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

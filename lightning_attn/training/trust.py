@@ -250,13 +250,15 @@ def path_of(owner: type) -> str:
 
 
 def public_classes(modules: Collection[types.ModuleType], base: type) -> dict[str, type]:
-    """The public classes of some modules that have a base, by short name and by both of their import paths."""
+    """The public classes of some modules that have a base, by short name and by all of their import paths."""
     found: dict[str, type] = {}
     for module in modules:
         for name in module.__all__:
             one = getattr(module, name)
             if inspect.isclass(one) and issubclass(one, base):
-                found |= dict.fromkeys((name, f"{module.__name__}.{name}", path_of(one)), one)
+                paths = [f"{module.__name__}.{name}", path_of(one)]
+                paths += [path.removeprefix("lightning_attn.") for path in paths if ".datamodules." in path]
+                found |= dict.fromkeys((name, *paths), one)
     return found
 
 

@@ -21,14 +21,14 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.data_option import data_parser, parse_data
-from datamodules.detection.datamodule import DetectionBatch, DetectionDataModule
-from datamodules.multitask import MultitaskDataModule
-from datamodules.segmentation.classes import IGNORED, SegmentationClasses
-from datamodules.segmentation.datamodule import SegmentationBatch, SegmentationDataModule
-from datamodules.translation.batches import TranslationBatch
-from datamodules.translation.vocabulary import PAD_ID, Vocabulary
-from datamodules.translation.wmt14 import WMT14DataModule
+from lightning_attn.datamodules.data_option import data_parser, parse_data
+from lightning_attn.datamodules.detection.datamodule import DetectionBatch, DetectionDataModule
+from lightning_attn.datamodules.multitask import MultitaskDataModule
+from lightning_attn.datamodules.segmentation.classes import IGNORED, SegmentationClasses
+from lightning_attn.datamodules.segmentation.datamodule import SegmentationBatch, SegmentationDataModule
+from lightning_attn.datamodules.translation.batches import TranslationBatch
+from lightning_attn.datamodules.translation.vocabulary import PAD_ID, Vocabulary
+from lightning_attn.datamodules.translation.wmt14 import WMT14DataModule
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_figure
 from lightning_attn.visualization.detection import draw_detections

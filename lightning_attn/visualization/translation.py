@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datamodules.translation.vocabulary import Vocabulary
+from lightning_attn.datamodules.translation.vocabulary import Vocabulary
 from lightning_attn.networks.translation.transformer import DecoderLayer, Transformer
 from lightning_attn.visualization.figures import draw_token_matrix
 from lightning_attn.visualization.maps import attentions_of, recorded_inputs, term_maps

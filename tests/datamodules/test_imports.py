@@ -35,5 +35,5 @@ def test_every_public_name_is_an_attribute():
     assert set(datamodules.__all__) <= set(dir(datamodules))
     for name in datamodules.__all__:
         assert getattr(datamodules, name).__name__ == name
-    with pytest.raises(AttributeError, match="module 'datamodules' has no attribute 'COCO'"):
+    with pytest.raises(AttributeError, match=r"module 'lightning_attn\.datamodules' has no attribute 'COCO'"):
         datamodules.COCO  # noqa: B018

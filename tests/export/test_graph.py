@@ -262,7 +262,7 @@ def test_other_errors(run, tiny_config, in_folder, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     printed = run("export", "--ckpt_path", checkpoint, "--format", "onnx", "--output", "out", status=2)
-    assert "pip install 'lightning-attn[onnx]'" in printed
+    assert "pip install 'generalized-attention[onnx]'" in printed
     assert not (in_folder / "out").exists()
 
 

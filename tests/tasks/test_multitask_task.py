@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -292,7 +293,7 @@ def test_weights_that_settle_conflicts(run, multitask_config):
     run("fit", "-c", multitask_config, *settled, "--trainer.max_steps", 5, "--run.name", "whole", *NO_VALIDATION)
     logged = [row for row in rows(Path("checkpoints/multitask/whole")) if "train/loss" in row]
     assert [float(logged[0][f"train/{name}/weight"]) for name in TASKS] == [1, 1], "before the first step"
-    for row, later in zip(logged, logged[1:], strict=False):
+    for row, later in itertools.pairwise(logged):
         norms = [float(row[f"train/{name}/gradient_norm"]) for name in TASKS]
         cosine = float(row["train/gradient_cosine/detection_segmentation"])
         ratios = [norms[1] / norms[0], norms[0] / norms[1]]
