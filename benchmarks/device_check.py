@@ -15,6 +15,7 @@ Sections, in the order of worth, each with its share of the minutes, of which wh
                convolution, beside the fused attention with E1 alone, mmcv's module, torchvision's operator and unfold
   tasks        training steps of Faster R-CNN, the base Transformer and segmentation beside torchvision's and torch's
                networks; the quickstart's training, a resumed training beside an unbroken one, one rank by torchrun
+  profile      the kernels of steps by time: attention, detection and translation, ours beside the floor and torch's
   study        cells of the studies on Multi30k, three seeds of a group at a time, by the public command; their files,
                without checkpoints, are in DIR/studies, for `study report` elsewhere. Only with --multi30k FOLDER
 
@@ -47,6 +48,7 @@ from benchmarks import (
     device_correctness,
     device_first_look,
     device_kernels,
+    device_profile,
     device_study,
     device_tasks,
     device_training,
@@ -60,7 +62,10 @@ from benchmarks.results import Comparison, Result, Target
 from benchmarks.runner import comma_separated, positive_float
 from lightning_attn.io import unused_path
 
-SECTIONS: Mapping[str, float] = {"correctness": 0.18, "first_look": 0.24, "attention": 0.42, "tasks": 0.6, "study": 1.0}
+SECTIONS: Mapping[str, float] = {
+    **{"correctness": 0.18, "first_look": 0.24, "attention": 0.42, "tasks": 0.6, "profile": 0.66},
+    "study": 1.0,
+}
 """Each section's end as a share of the minutes, if all run; of several that are chosen, the shares are stretched."""
 
 _SECONDS_BETWEEN_WRITES = 2.0
@@ -90,6 +95,7 @@ BENCHMARK = Benchmark(
         *device_kernels.CASES,
         *device_tasks.CASES,
         *device_training.CASES,
+        *device_profile.CASES,
         *device_study.CASES,
     ),
     packages=("triton", "mmcv-lite", "torchmetrics", "jsonargparse"),
@@ -361,7 +367,7 @@ def _print_summary(record: Record) -> None:
         [case] = BENCHMARK.cases_named(result.case)
         found = tabulate(case, result)
         print(f"\n{result.case}: {result.title}; {result.sizes} ({record.seconds.get(result.case, 0.0):.0f} s)")
-        if found.cells and section_of(case) in ("attention", "tasks", "study"):
+        if found.cells and section_of(case) in ("attention", "tasks", "profile", "study"):
             print("\n".join(markdown_table(found.header, found.cells)))
         for note in found.notes:
             if not isinstance(note, Target):

@@ -168,6 +168,17 @@ class TestSections:
             assert {name: cost.error for name, cost in comparison.sides.items()} == dict.fromkeys(comparison.sides)
             assert device_tasks.rate(comparison, side) > 0
 
+    def test_profiles(self, tmp_path):
+        status, results = check(tmp_path, "profile")
+        assert status == 0
+        found = {one.name: one for one in results["profile.steps"].comparisons}
+        assert {"translation 1111", "detection none", "deformable"} < found.keys()
+        for one in found.values():
+            assert one.outcome == "measured"
+            times = [kernel["ms"] for kernel in one.figures["kernels"]]
+            assert times == sorted(times, reverse=True)
+            assert 0 < sum(times) <= one.figures["busy, ms"] * (1 + 1e-9)
+
     def test_the_quickstart(self, tmp_path, here, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         [case] = device_check.chosen_cases(["tasks.trainings"], small=True)
@@ -453,7 +464,7 @@ class TestCommand:
         [
             (
                 ["--only", "speed"],
-                "--only speed: there are the sections correctness, first_look, attention, tasks, study",
+                "--only speed: there are the sections correctness, first_look, attention, tasks, profile, study",
             ),
             (["--minutes", "0"], "0 is not a number above 0"),
             (["--resume", "no/such/file.json"], "no/such/file.json"),
