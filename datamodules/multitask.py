@@ -1,9 +1,11 @@
 """Several data sets for one training of several tasks: their batches in one schedule, their evaluations one by one."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_attn.datamodules.sampling.joint_batches import (
@@ -14,9 +16,12 @@ from lightning_attn.datamodules.sampling.joint_batches import (
     Order,
 )
 from lightning_attn.datamodules.sampling.planned_batches import PlannedBatchSampler, PlannedLoader, planned_loader
-from lightning_attn.errors import InputError
+from lightning_attn.errors import InputError, UserError
 
 __all__ = ["MultitaskDataModule"]
+
+
+_MOST_STEPS = 10_000_000  # of an epoch
 
 
 class MultitaskDataModule(pl.LightningDataModule):
@@ -60,8 +65,8 @@ class MultitaskDataModule(pl.LightningDataModule):
         if not given:
             raise InputError("members: there is none; give a DataModule for each task.")
         for name, value, known in (("order", order, get_args(Order)), ("epoch", epoch, ("longest", "shortest"))):
-            if value not in known and not (name == "epoch" and type(value) is int and value > 0):
-                steps = " or a number of steps" if name == "epoch" else ""
+            if value not in known and not (name == "epoch" and type(value) is int and 0 < value <= _MOST_STEPS):
+                steps = f" or a number of steps, at most {_MOST_STEPS:,}" if name == "epoch" else ""
                 raise InputError(f"{name}: {value!r} is unknown; give {' or '.join(known)}{steps}.")
         ratio = dict(ratio or {})
         if ratio and order == "together":
@@ -82,14 +87,18 @@ class MultitaskDataModule(pl.LightningDataModule):
         self.epoch: EpochLength = epoch
         self.num_workers = num_workers
         self.seed = seed
+        self.predict_folder = predict_folder
         self.evaluated: tuple[str, ...] = ()
         for member in given.values():
             if hasattr(member, "num_workers"):
                 member.num_workers = num_workers
-            if predict_folder and not hasattr(member, "predict_folder"):
-                raise InputError(f"predict_folder: {type(member).__name__} has no such option; leave it out.")
-            if predict_folder:
+            if predict_folder and hasattr(member, "predict_folder"):
                 vars(member)["predict_folder"] = predict_folder
+        without = [name for name, member in given.items() if not hasattr(member, "predict_folder")]
+        if predict_folder and len(without) == len(given):
+            raise InputError(f"predict_folder: none of the members {', '.join(given)} has this option; leave it out.")
+        if predict_folder and without:
+            rank_zero_info(f"predict_folder: {', '.join(without)} has no such option, and predicts nothing.")
 
     @property
     def batch_size(self) -> int | None:
@@ -100,24 +109,26 @@ class MultitaskDataModule(pl.LightningDataModule):
 
     @override
     def prepare_data(self) -> None:
-        for member in self._attached():
-            member.prepare_data()
+        for name, member in self._attached().items():
+            with errors_of(name):
+                member.prepare_data()
 
     @override
     def setup(self, stage: str) -> None:
-        for member in self._attached():
-            member.setup(stage)
+        for name, member in self._attached().items():
+            with errors_of(name):
+                member.setup(stage)
 
     @override
     def teardown(self, stage: str) -> None:
         for member in self.members.values():
             member.teardown(stage)
 
-    def _attached(self) -> list[pl.LightningDataModule]:
+    def _attached(self) -> dict[str, pl.LightningDataModule]:
         """The members, which plan for this trainer's ranks."""
         for member in self.members.values():
             member.trainer = self.trainer
-        return list(self.members.values())
+        return self.members
 
     @override
     def train_dataloader(self) -> PlannedLoader:
@@ -126,8 +137,10 @@ class MultitaskDataModule(pl.LightningDataModule):
         Raises:
             ValueError: If the loader of a member cannot be a part of the schedule.
         """
-        self._attached()
-        loaders = {name: member.train_dataloader() for name, member in self.members.items()}
+        loaders = {}
+        for name, member in self._attached().items():
+            with errors_of(name):
+                loaders[name] = member.train_dataloader()
         samplers: dict[str, PlannedBatchSampler[Any]] = {}
         for name, loader in loaders.items():
             sampler = getattr(loader, "batch_sampler", None)
@@ -155,10 +168,12 @@ class MultitaskDataModule(pl.LightningDataModule):
         return self._evaluation_loaders("predict_dataloader")
 
     def _evaluation_loaders(self, kind: str) -> list["TaggedLoader"]:
-        self._attached()
         loaders = []
-        for name, member in self.members.items():
-            found = getattr(member, kind)()
+        for name, member in self._attached().items():
+            if kind == "predict_dataloader" and self.predict_folder and not hasattr(member, "predict_folder"):
+                continue
+            with errors_of(name):
+                found = getattr(member, kind)()
             if isinstance(found, list | tuple) and len(found) > 1:
                 raise InputError(f"members.{name}: {kind} has {len(found)} loaders; one is possible.")
             one = found[0] if isinstance(found, list | tuple) and found else found
@@ -166,6 +181,16 @@ class MultitaskDataModule(pl.LightningDataModule):
                 loaders.append(TaggedLoader(name, one))
         self.evaluated = tuple(one.name for one in loaders)
         return loaders
+
+
+@contextlib.contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Says in errors of a member's data that a user can mend which member it is, and how its options are called."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).replace("--data.", f"--data.members.{name}.init_args.")
+        raise type(error)(f"members.{name}: {text}") from error
 
 
 class TaggedLoader:

@@ -364,7 +364,7 @@ class DetectionDataModule(ImageDataModule, abc.ABC):
             )
         cut = int((annotations.cut_at_borders() & (statuses == TargetStatus.TARGET)).sum())
         empty = len(annotations) - len(annotations.with_targets(*self.training_size))
-        notes = ["left out of training: " + (", ".join(left_out) or "no box")]
+        notes = [f"left out of training: {', '.join(left_out)}" if left_out else "all boxes are trained on"]
         if empty:
             notes.append(f"{empty:,} images without a box" + (" are kept" if self.keep_empty else " are left out"))
         if cut:

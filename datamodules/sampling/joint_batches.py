@@ -77,6 +77,11 @@ class JointBatchSampler(PlannedBatchSampler[Request]):
         else:
             self.steps = max(1, min(int(lengths[name] / share + 1e-9) for name, share in shares.items()))
         self.counts = dict.fromkeys(members, self.steps) if order == "together" else _apportioned(self.steps, shares)
+        if idle := [name for name, count in self.counts.items() if not count]:
+            raise InputError(
+                f"epoch: with {self.steps} steps, {', '.join(idle)} has none in any epoch: its share by the ratio is "
+                f"{shares[idle[0]]:.3g} of the steps. Give more steps, or another ratio."
+            )
         self.bounds = np.arange(self.steps * world_size + 1)
 
     def _shares(self, ratio: Mapping[str, float]) -> dict[str, float]:

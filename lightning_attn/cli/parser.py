@@ -67,6 +67,10 @@ class Parser(LightningArgumentParser):
             given = parsed.get(option)
             if isinstance(given, dict):
                 before = self._named.get(option, {})
+                for name, value in given.items():
+                    if value is None and name not in before:
+                        known = ", ".join(before) or "none before it"
+                        self.error(f"{option}.{name}: null leaves out what an earlier file names, which is {known}.")
                 parsed[option] = self._named[option] = before | {
                     name: _completed(value, before.get(name)) for name, value in given.items()
                 }

@@ -45,8 +45,8 @@ def export_checkpoint(
 
     Args:
         path: The checkpoint.
-        output: The folder to write to, created if necessary; None for `export` beside the checkpoint, or `export-2` and
-            so on.
+        output: The folder to write to, created if necessary; None for `export` beside the checkpoint, `export_<task>`
+            of one task, or `export-2` and so on.
         weights: Of a run with weight averaging, the average or the "current" weights.
         format: What to write.
         size: Height and width of a program's input images; None for the size that the data was resized to.
@@ -65,7 +65,8 @@ def export_checkpoint(
     """
     if format == "safetensors" and size is not None:
         raise InputError("size is for the formats program and onnx; safetensors has no image size. Leave it out.")
-    folder = unused_path(Path(path).parent / "export") if output is None else Path(output)
+    beside = Path(path).parent / ("export" if task is None else f"export_{task}")
+    folder = unused_path(beside) if output is None else Path(output)
     file = folder / f"model{SAFETENSORS}"
     graphs: dict[Path, ExportGraph] = {}
     written = [file, file.with_suffix(".json")]

@@ -682,7 +682,7 @@ def _typed_arguments(task_class: type, arguments: dict[str, Any], trust: Trust) 
         is_dataclass = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         if is_dataclass and isinstance(value, dict) and callable(hint):
             typed[name] = hint(**value)
-        elif hint == dict[str, BaseTask] and isinstance(value, dict):
+        elif hint == dict[str, BaseTask | None] and isinstance(value, dict):
             typed[name] = {
                 member: _stored_member(one, trust, f"task.arguments.{name}.{member}") for member, one in value.items()
             }

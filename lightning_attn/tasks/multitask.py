@@ -239,10 +239,25 @@ class MultitaskTask(BaseTask):
                     f"The checkpoint is of the tasks {', '.join(stored)}, but the configuration is for "
                     f"{', '.join(self.tasks())}. Use the configuration in the checkpoint's run directory."
                 )
+            self._require_same_training(checkpoint[TASK_KEY].get("arguments", {}))
             for task in self.tasks().values():
                 assert task.membership is not None, "made by the constructor"
                 task.on_load_checkpoint(task.membership.checkpoint(checkpoint, "The checkpoint"))
         super().on_load_checkpoint(checkpoint)
+
+    def _require_same_training(self, stored: Mapping[str, Any]) -> None:
+        """Refuses to resume with other parts to train, of which the optimizer has no state."""
+        weights, freeze = stored.get("weights") or {}, tuple(stored.get("freeze") or ())
+        trained = [name for name in self.tasks() if weights.get(name, 1.0) and name not in freeze]
+        if self.trainer.state.fn == "fit" and (
+            trained != self.trained or (_BACKBONE in freeze) != (_BACKBONE in self.freeze_parts)
+        ):
+            raise CheckpointError(
+                f"weights and freeze: the run that is resumed trained {', '.join(trained)} with weights: {weights} and "
+                f"freeze: {list(freeze)}; now it would be {', '.join(self.trained)} with freeze: "
+                f"{list(self.freeze_parts)}. Resume with what it had, or begin a new run with its weights "
+                "(--run.initial_weights)."
+            )
 
     @override
     def configure_data_from_checkpoint(self, datamodule: pl.LightningDataModule, checkpoint: dict[str, Any]) -> None:
@@ -357,9 +372,9 @@ class MultitaskTask(BaseTask):
             if name in self.trained
         }
         gradients = self._gradients(losses)
+        total = self.balancing.total(losses, self._mean_over_ranks, gradients)
         if self._is_logged_step():
             self._log_balance(list(losses), gradients)
-        total = self.balancing.total(losses, self._mean_over_ranks, gradients)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=1)
         return total
 
@@ -496,7 +511,12 @@ def _check_names(
     if not tasks:
         raise InputError("tasks: there is none; give at least one, by a name of your choice.")
     for name in tasks:
-        if not re.fullmatch(r"[A-Za-z]\w*", name) or name == _BACKBONE or hasattr(nn.ModuleDict(), name):
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[A-Za-z]\w*", name)
+            or name == _BACKBONE
+            or hasattr(nn.ModuleDict(), name)
+        ):
             raise InputError(f"tasks: {name!r} is no name for a task: give letters, digits and _, such as detection.")
     for option, given, further in (
         ("weights", weights, ()),

@@ -42,6 +42,7 @@ Weights = Literal["averaged", "current"]
 """Of a run that averages: the average, or the weights that are trained. Without averaging there is no difference."""
 
 SAFETENSORS = ".safetensors"
+_SPAWNED_WEIGHTS = ".temp.ckpt"  # by which Lightning's spawned ranks hand their weights to the process that began them
 _WEIGHTS = f"{WEIGHTS_KEY}/"
 
 
@@ -186,7 +187,20 @@ def member_checkpoint(checkpoint: dict[str, Any], name: str, path: str | Path) -
             weights[key.removeprefix(own)] = value
     kept = {key: checkpoint[key] for key in (EPOCH_KEY, STEP_KEY, LIGHTNING_VERSION_KEY) if key in checkpoint}
     own_keys: dict[str, Any] = members[name]
+    run = stored_run(checkpoint)
+    configuration = _configuration_of(name, run.get("configuration"), own_keys[TASK_KEY])
+    if configuration is not None:
+        kept[RUN_KEY] = {**run, "configuration": configuration}
     return kept | own_keys | {WEIGHTS_KEY: weights}
+
+
+def _configuration_of(name: str, joint: Any, task: StoredTask) -> dict[str, Any] | None:
+    """The configuration that trains one task of a joint configuration alone; None if that is none."""
+    try:
+        data = joint["data"]["init_args"]["members"][name]
+    except (KeyError, TypeError):
+        return None
+    return {**joint, "model": {"class_path": task["class_path"], "init_args": task["arguments"]}, "data": data}
 
 
 def members_of_task(checkpoint: Mapping[str, Any], task_name: str) -> list[str]:
@@ -424,6 +438,9 @@ class AtomicCheckpointIO(CheckpointIO):
         Raises:
             CheckpointError: Also if a state of a callback names files outside of the checkpoint's directory.
         """
+        if Path(path).name == _SPAWNED_WEIGHTS:
+            weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return weights
         checkpoint = read_checkpoint(path)
         forget_readings()  # a training changes the states of its optimizer in place
         choose_weights(checkpoint, self.weights, path)

@@ -140,13 +140,14 @@ class TrainingSummary(Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         lines = [f"Training ended at step {trainer.global_step}: {_why_it_ended(trainer)}."]
-        best = next((one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)), None)
         file = "last.ckpt"
-        if best is not None and best.best_model_score is not None and (self.directory / "best.ckpt").is_file():
-            file = "best.ckpt"
-            at = f" at step {best.best_step}" if best.best_step else ""
-            lines.append(f"Best {best.monitor} {float(best.best_model_score):.5g}{at}: {self.directory / file}")
-        else:
+        for best in (one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)):
+            name = f"{best.filename}.ckpt"
+            if best.best_model_score is not None and (self.directory / name).is_file():
+                file = name if name == "best.ckpt" else file
+                at = f" at step {best.best_step}" if best.best_step else ""
+                lines.append(f"Best {best.monitor} {float(best.best_model_score):.5g}{at}: {self.directory / name}")
+        if file == "last.ckpt":
             lines.append(f"There is no best.ckpt: {_why_no_best(trainer)}. The last network: {self.directory / file}")
         trusted = "".join(f" --trust {package}" for package in self.trust)
         names = [stage for stage in ("test", "predict") if _defines(pl_module, f"{stage}_step")]

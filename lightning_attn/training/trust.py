@@ -295,10 +295,13 @@ def _classes_in(hint: Any) -> list[type]:
 
 
 def _named_objects(hint: Any) -> Any:
-    """The class of the values of a dictionary of objects by name, such as `dict[str, BaseTask]`; else None."""
+    """The class of the values of a dictionary of objects by name, such as `dict[str, BaseTask | None]`; else None."""
     if typing.get_origin(hint) is not dict:
         return None
     _, values = typing.get_args(hint)
+    if typing.get_origin(values) in (typing.Union, types.UnionType):
+        classes = [one for one in typing.get_args(values) if one is not type(None)]
+        values = classes[0] if len(classes) == 1 else values
     is_object = inspect.isclass(values) and typing.get_origin(values) is None and not issubclass(values, _PLAIN_TYPES)
     return values if is_object and values is not object and not dataclasses.is_dataclass(values) else None
 

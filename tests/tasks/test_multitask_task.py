@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import itertools
 import json
 import math
 import shutil
@@ -157,6 +156,12 @@ def test_an_exported_member_is_a_model_of_its_own(run, trained, images, segmenta
     assert "has no task 'depth'" in run("export", "--ckpt_path", path, "--task", "depth", status=2)
     model = in_folder / "segmentation/model.safetensors"
     run("test", "-c", segmentation_config, "--ckpt_path", model, "--model.backbone.norm", "batch")
+    for one in (model, path):  # by the configuration of the joint training
+        run("test", "--ckpt_path", one, "--run.root", "runs", "--run.name", "own")
+    alone, joint = (
+        json.loads(Path(f"runs/{task}/own/test_metrics.json").read_text()) for task in ("segmentation", "multitask")
+    )
+    assert alone["test/miou"] == joint["test/segmentation/miou"]
     run("average", path, trained / "best.ckpt", "--output", in_folder / "mean.ckpt")
     mean, *both = (stored(one) for one in (in_folder / "mean.ckpt", path, trained / "best.ckpt"))
     torch.testing.assert_close(mean["backbone.conv1.weight"], sum(one["backbone.conv1.weight"] for one in both) / 2)
@@ -292,13 +297,16 @@ def test_weights_that_settle_conflicts(run, multitask_config):
     settled += ["--model.schedule.milestones", "[0.99]"]  # no step of these, however many there are
     run("fit", "-c", multitask_config, *settled, "--trainer.max_steps", 5, "--run.name", "whole", *NO_VALIDATION)
     logged = [row for row in rows(Path("checkpoints/multitask/whole")) if "train/loss" in row]
-    assert [float(logged[0][f"train/{name}/weight"]) for name in TASKS] == [1, 1], "before the first step"
-    for row, later in itertools.pairwise(logged):
+    for row in logged:
         norms = [float(row[f"train/{name}/gradient_norm"]) for name in TASKS]
         cosine = float(row["train/gradient_cosine/detection_segmentation"])
         ratios = [norms[1] / norms[0], norms[0] / norms[1]]
         expected = [1 + max(0.0, -cosine * ratio) for ratio in ratios]
-        assert [float(later[f"train/{name}/weight"]) for name in TASKS] == pytest.approx(expected, rel=1e-3)
+        weights = [float(row[f"train/{name}/weight"]) for name in TASKS]
+        assert weights == pytest.approx(expected, rel=1e-3)
+        losses = [float(row[f"train/{name}/loss"]) for name in TASKS]
+        total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        assert float(row["train/loss"]) == pytest.approx(total, rel=1e-4)
     run("fit", "-c", multitask_config, *settled, "--trainer.max_steps", 3, "--run.name", "half", *NO_VALIDATION)
     half = Path("checkpoints/multitask/half/last.ckpt")
     run("fit", "-c", multitask_config, *settled, "--trainer.max_steps", 5, "--ckpt_path", half, *NO_VALIDATION)
@@ -427,6 +435,9 @@ def test_options_that_do_not_fit(multitask_config, run, coco):
     assert "keeps none" in refused("--model.statistics", "per_task")
     assert "'depth' is none of detection, segmentation, backbone" in refused("--model.freeze", "[depth]")
     assert "none of the tasks detection, segmentation is left" in refused("--model.freeze", "[detection, segmentation]")
+    idle = ["--data.order", "alternating", "--data.epoch", 1]
+    assert "segmentation has none in any epoch" in refused(*idle)
+    assert "at most 10,000,000" in refused("--data.epoch", 10**11)
     settled = ["--model.balancing.name", "torchjd"]
     assert "which there are not with a frozen backbone" in refused(*settled, "--model.freeze", "[backbone]")
     assert "compile: true, whose graphs are gone" in refused(*settled, "--model.compile", "true")
@@ -497,6 +508,31 @@ def test_a_task_can_be_left_out(run, multitask_config, trained, in_folder):
     assert "The checkpoint is of the tasks detection, segmentation, but the configuration is for detection" in error
     error = run("fit", *alone, "-c", overlays / "segmentation_alone.yaml", status=2)
     assert "there is none; give" in error
+    misspelt = written(
+        in_folder / "misspelt.yaml", "model: {class_path: MultitaskTask, init_args: {tasks: {segmentatoin: null}}}"
+    )
+    error = run("fit", "-c", multitask_config, "-c", misspelt, status=2)
+    assert "tasks.segmentatoin: null leaves out what an earlier file names, which is detection, segmentation" in error
+
+
+def test_a_run_is_resumed_with_what_it_trained(run, trained):
+    """The optimizer has no state of anything else."""
+    for options in (["--model.weights", "{detection: 0}"], ["--model.freeze", "[backbone]"]):
+        error = run("fit", "--ckpt_path", trained / "last.ckpt", *options, "--trainer.max_steps", 9, status=2)
+        assert "weights and freeze: the run that is resumed trained detection, segmentation with weights: {}" in error
+        assert "(--run.initial_weights)" in error
+
+
+def test_mistakes_in_a_members_data_are_said_to_be_its(run, multitask_config):
+    error = run("fit", "-c", multitask_config, "--data.members.detection.init_args.root", "/nope", status=2)
+    assert "members.detection: root: the folder /nope does not exist" in error
+    assert "--data.members.detection.init_args.root FOLDER" in error
+
+
+def test_ranks_that_are_spawned_end_as_others_do(run_process, multitask_config):
+    spawned = ["--trainer.devices", 2, "--trainer.strategy", "ddp_spawn", "--trainer.max_steps", 2, *NO_VALIDATION]
+    done = run_process("fit", "-c", multitask_config, *spawned)
+    assert "Training ended at step 2" in done.stderr + done.stdout
 
 
 def test_single_data_is_refused(run, multitask_config, coco):
