@@ -166,8 +166,9 @@ def _check_configuration(given: str) -> None:
     if not path.is_file():
         if "\n" in given or given.lstrip().startswith("{"):
             return  # YAML itself
-        what = "a folder" if path.is_dir() else "not there, and no configuration of the package"
-        _fail(f"config: {given} is {what}. {neighbours(path, '*.yaml')} Of the package: {_meant(given)}")
+        what = "a folder" if path.is_dir() else "not there"
+        also = f"The package has no configuration of that name either. {_meant(given)}"
+        _fail(f"config: {given} is {what}. {neighbours(path, '*.yaml')} {also}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
