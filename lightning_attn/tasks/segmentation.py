@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from datamodules.images.files import ImageArray, channels_first
+from datamodules.images.files import ImageArray
 from datamodules.segmentation.classes import SegmentationClasses
 from datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.attention import AttentionSpec
@@ -188,7 +188,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
 
     def predict_images(self, images: list[ImageArray]) -> list[npt.NDArray[np.uint8]]:
         """The label 0..K-1 of every pixel, `[H, W]` for each image; `known_classes.names` has their names."""
-        batch = [channels_first(image).to(self.device) for image in images]
+        batch = [self.network_input(image) for image in images]
         return [labels.cpu().numpy() for labels in segment(self.built_network, batch, self.inference)]
 
     @override

@@ -387,7 +387,7 @@ def _padding_note(rows: list[tuple[str, TermMaps]], grid: PixelGrid) -> str:
     share = weight_on_padding(maps.whole, grid, maps.kv_stride)
     if grid.keys_inside(maps.kv_stride) == tuple(maps.visible.shape):
         return ""
-    whose = f" of {rows[0][0]}" if rows[0][0] else ""
+    whose = f" ({rows[0][0]})" if rows[0][0] else ""
     return f"not drawn: keys in the padding around the image, with {100 * share:.1f} % of the weight{whose}"
 
 

@@ -90,7 +90,7 @@ def image_attention(network: nn.Module, image: Tensor) -> tuple[dict[str, Any], 
     if recorded is None:
         return None
     # The last of equal ones.
-    layer = max(reversed(recorded.inputs), key=lambda one: recorded.inputs[one][1]["query"].shape[2:].numel())
+    layer = max(reversed(list(recorded.inputs)), key=lambda one: recorded.inputs[one][1]["query"].shape[2:].numel())
     grid = recorded.grid(layer)
     height, width = grid.image_size
     query = grid.position_of((height - 1) / 2, (width - 1) / 2)

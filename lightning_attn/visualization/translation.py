@@ -101,7 +101,7 @@ def draw_translation_attention(
         path: The file to write.
     """
     recorded = record_pair(network, vocabulary, source, target)
-    layer = next((one for one in reversed(recorded.inputs) if one.endswith("cross_attention")), None)
+    layer = next((one for one in reversed(list(recorded.inputs)) if one.endswith("cross_attention")), None)
     if layer is None:
         raise ValueError("network: its encoder-decoder attention is no TransformerAttention, which alone has terms.")
     draw_token_matrix(

@@ -79,7 +79,7 @@ def drawn_peak(network, image, layer_end, kv_stride=1):
     ],
 )
 def test_the_greatest_weight_is_drawn_where_the_image_is_white(kind, layer_end, kv_stride, stride, size):
-    """At both ends of both axes: an image that is stretched over the map is half a cell off, or more, at one of them."""
+    """At both ends of both axes: at one of them, an image stretched over the map is half a cell off or more."""
     network = listening_to_white(build(kind, kv_stride=kv_stride))
     for down, right in [(0.08, 0.08), (0.5, 0.3), (0.9, 0.92)]:
         # Not beyond the last key that is centred on the image: what is nearest to a key of the padding has no other.
@@ -159,7 +159,7 @@ def test_an_image_must_be_that_of_its_grid():
     image = GREY[:, None, None].repeat(1, 100, 120)
     recorded = record_image(network, image)
     layer = [*recorded.inputs][-1]
-    with pytest.raises(ValueError, match="image of 128 × 128 pixels and map of .* are not those of PixelGrid"):
+    with pytest.raises(ValueError, match=r"image of 128 × 128 pixels and map of .* are not those of PixelGrid"):
         draw_term_maps(recorded.maps(layer, (0, 0)), np.zeros((128, 128)), grid=recorded.grid(layer))
 
 
