@@ -19,10 +19,12 @@ from lightning_attn.cli.stored_configuration import TRUST_HELP
 from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.io import unused_path, write_text, written_together
 from lightning_attn.study.report.attention_page import fitting, render_attention
-from lightning_attn.tasks import BaseTask, MultitaskTask, TranslationTask
+from lightning_attn.tasks import BaseTask, TranslationTask
 from lightning_attn.tasks.base import evaluating
 from lightning_attn.tasks.images import ImageTask
 from lightning_attn.training import run_directory
+from lightning_attn.training.checkpoint_keys import MEMBERS_KEY
+from lightning_attn.training.checkpoints import read_checkpoint
 from lightning_attn.visualization.figures import draw_term_maps, draw_token_matrix, save_figure
 from lightning_attn.visualization.images import RecordedImage, record_image
 from lightning_attn.visualization.levels import LayerLevels, image_levels, pair_levels
@@ -52,12 +54,13 @@ def attention_map_command(arguments: list[str]) -> None:
     path = Path(options.ckpt_path)
     folder = _folder(path, options)
     with reading_once():
+        members = list(read_checkpoint(path).get(MEMBERS_KEY, {}))
+        if members and options.task is None:
+            names = " and ".join(members)
+            raise InputError(
+                f"task: {path} is of a joint training of {names}. Say which is meant: --task {members[0]}."
+            )
         task = BaseTask.load(path, trust=options.trust, task=options.task)
-    if isinstance(task, MultitaskTask):
-        names = list(task.tasks())
-        raise InputError(
-            f"task: {path} is of a joint training of {' and '.join(names)}. Say which is meant: --task {names[0]}."
-        )
     facts = [("checkpoint", str(path)), *([("task", options.task)] if options.task else [])]
     if isinstance(task, TranslationTask):
         if options.image is not None:
@@ -162,31 +165,20 @@ def _of_image(task: ImageTask[Any, Any], options: Any, facts: list[tuple[str, st
     layers = _chosen_layers(list(recorded.inputs), options.layer)
     terms = _chosen_terms(recorded, layers, options)
     seen = recorded.image.shape[1], recorded.image.shape[2]
-    # Pixel i of n reaches from i to i + 1, of n' pixels after resizing too.
-    queries = [
-        (((y + 0.5) * seen[0] / original[0]) - 0.5, ((x + 0.5) * seen[1] / original[1]) - 0.5)
-        for y, x in asked or [((original[0] - 1) / 2, (original[1] - 1) / 2)]
-    ]
-    queries = [(min(max(y, 0.0), seen[0] - 1), min(max(x, 0.0), seen[1] - 1)) for y, x in queries]
+    places = asked or [(original[0] // 2, original[1] // 2)]
+    queries = [_seen_pixel(place, original, seen) for place in places]
     figures = {}
     for layer in layers:
         grid = recorded.grid(layer)
-        for y, x in queries:
-            position = grid.position_of(y, x)
-            centre = [
-                min(round((pixel + 0.5) * size / length - 0.5), size - 1)
-                for pixel, size, length in zip(grid.pixel_of(position), original, seen, strict=True)
-            ]
-            name = "attention.png"
-            if len(layers) * len(queries) > 1:
-                name = f"{layer}_{centre[0]}_{centre[1]}.png"
+        for (y, x), query in zip(places, queries, strict=True):
+            name = "attention.png" if len(layers) * len(queries) == 1 else f"{layer}_{y}_{x}.png"
             figures[name] = draw_term_maps(
-                recorded.maps(layer, position),
+                recorded.maps(layer, grid.position_of(*query)),
                 recorded.image.cpu(),
                 grid=grid,
                 terms=terms,
                 heads="mean" if options.head == "mean" else int(options.head),
-                title=f"{layer}: where pixel ({centre[0]}, {centre[1]}) of {Path(options.image).name} looks",
+                title=f"{layer}: where the query at pixel ({y}, {x}) of {Path(options.image).name} looks",
             )
     kept, notes = fitting([_image_levels(recorded, layer, terms, options.head) for layer in layers], options.head)
     notes += _thinning_notes(recorded, kept)
@@ -224,6 +216,15 @@ def _pixel(given: Sequence[str], size: tuple[int, int]) -> tuple[int, int]:
         raise InputError(
             f"query: {shown!r} is not in the picture, whose rows are 0 to {size[0] - 1} and columns 0 to {size[1] - 1}."
         )
+    return y, x
+
+
+def _seen_pixel(pixel: tuple[int, int], size: tuple[int, int], seen: tuple[int, int]) -> tuple[float, float]:
+    """Where a pixel of the file is in the picture that was resized from its size to that which was seen."""
+    # Its middle is at + 1/2, in parts of a side that resizing keeps.
+    y, x = (
+        min(max((at + 0.5) * new / old - 0.5, 0.0), new - 1.0) for at, old, new in zip(pixel, size, seen, strict=True)
+    )
     return y, x
 
 
