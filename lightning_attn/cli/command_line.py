@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import namespace_to_dict
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelSummary, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies.launchers import subprocess_script
@@ -43,7 +43,7 @@ from lightning_attn.training.checkpoints import (
     stored_run,
 )
 from lightning_attn.training.loggers import MetricsLogger, placed_loggers
-from lightning_attn.training.progress import ProgressLines, TrainingBar, TrainingSummary
+from lightning_attn.training.progress import NetworkSummary, ProgressLines, TrainingBar, TrainingSummary
 from lightning_attn.training.resuming import LastCheckpoint
 from lightning_attn.training.scores import best_mode
 
@@ -126,6 +126,8 @@ class CommandLine(LightningCLI):
         if not checkpoint and self.subcommand != "fit":
             rank_zero_info(f"No --ckpt_path: {self.subcommand} takes the network as it is before any training.")
         self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
+        if self.subcommand == "test" and self.model.prints_scores:
+            self.config_init[self.subcommand]["verbose"] = False
         if checkpoint:
             self.model.checkpoint_path = str(checkpoint)
             self.model.stored_numbers = count_numbers(stored[WEIGHTS_KEY])
@@ -153,14 +155,17 @@ class CommandLine(LightningCLI):
         configuration = self._resolved_configuration()
         if self.subcommand == "fit" and (earlier := stored_run(stored).get("configuration")) is not None:
             _report_differences(earlier, configuration)
+        given = listed(options["callbacks"])
         callbacks: list[Callback] = [SaveConfiguration(self.run_path, self.subcommand, configuration)]
         if self.subcommand == "fit" and run.initial_weights and not checkpoint:
             callbacks.append(InitialWeights(run.initial_weights, run.initial_weights_strict))
         if training and options["enable_checkpointing"] is not False:
             callbacks += _checkpoint_callbacks(self.run_path, self.model, run)
+        if options["enable_model_summary"] is not False and not any(isinstance(one, ModelSummary) for one in given):
+            kwargs["enable_model_summary"] = False  # in the place of Lightning's
+            callbacks.append(NetworkSummary())
         if training and kwargs.get("logger", options["logger"]):
             callbacks.append(LearningRateMonitor(logging_interval="step"))
-        given = listed(options["callbacks"])
         if options["enable_progress_bar"] is None and not any(isinstance(one, ProgressBar) for one in given):
             # A bar would be drawn between the typed lines and their translations.
             shows_bar = sys.stdout.isatty() and not getattr(self.datamodule, "reads_standard_input", False)

@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "average": "make one checkpoint of the mean of several",
     "export": "write a model as safetensors and JSON, torch.export program or ONNX",
     "profile": "what a network costs: parameters, multiply-adds, time, memory",
+    "attention-map": "where chosen queries look: figures and a page, for an image or a sentence",
     "study": "train and test the cells of a study, show their states, judge its findings, write a report",
     "compare": "what differs between runs: configuration, scores, cost, curves",
     "configs": "list the configurations of the package, or print one (configs miniature/detection)",
@@ -123,7 +124,7 @@ def command_name() -> str:
 
 def _help() -> str:
     name = command_name()
-    lines = [f"  {subcommand:<10}{what}" for subcommand, what in SUBCOMMANDS.items()]
+    lines = [f"  {subcommand:<15}{what}" for subcommand, what in SUBCOMMANDS.items()]
     return "\n".join(
         [
             f"usage: {name} SUBCOMMAND [-c FILE ...] [--OPTION VALUE ...]",

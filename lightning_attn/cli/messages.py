@@ -142,7 +142,11 @@ def _of_memory(text: str, arguments: Sequence[str]) -> str:
 def _option(arguments: Sequence[str]) -> str:
     """The option that says where this subcommand writes."""
     subcommand = arguments[0] if arguments else ""
-    return "--output" if subcommand in ("export", "average", "compare", "profile") else "--run.root FOLDER"
+    return (
+        "--output"
+        if subcommand in ("export", "average", "compare", "profile", "attention-map")
+        else "--run.root FOLDER"
+    )
 
 
 def _path(error: OSError) -> str:

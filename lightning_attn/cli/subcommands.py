@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_attn.archives import reading_once
+from lightning_attn.cli.attention_map_command import attention_map_command
 from lightning_attn.cli.command_line import CommandLine
 from lightning_attn.cli.comparison import compare_runs
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
@@ -148,7 +149,13 @@ def _compare(arguments: list[str]) -> None:
         rank_zero_info(f"Written to {comparison.write(Path(options['output']))}")
 
 
-_FURTHER_COMMANDS = {"average": _average, "export": _export, "profile": profile_command, "compare": _compare}
+_FURTHER_COMMANDS = {
+    "average": _average,
+    "export": _export,
+    "profile": profile_command,
+    "attention-map": attention_map_command,
+    "compare": _compare,
+}
 
 
 @contextlib.contextmanager

@@ -140,6 +140,14 @@ class BaseTask(pl.LightningModule):
         return datamodule
 
     @property
+    def prints_scores(self) -> bool:
+        """Whether a test prints all scores itself, so that Lightning's table would only repeat them.
+
+        Not with a step of a user's own, which may log others.
+        """
+        return type(self).__module__.startswith("lightning_attn.")
+
+    @property
     def learning_rate(self) -> float:
         """The optimizer's learning rate, under the name that Lightning's LearningRateFinder uses."""
         return self.optimizer.learning_rate

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.datamodules.detection.annotations import Categories
 from lightning_attn.datamodules.detection.datamodule import DetectionBatch
-from lightning_attn.datamodules.images.files import ImageArray, channels_first
+from lightning_attn.datamodules.images.files import ImageArray
 from lightning_attn.datamodules.images.transforms import resize_image, resized_size
 from lightning_attn.errors import InputError
 from lightning_attn.metrics.detection import coco_records, image_detections
@@ -220,14 +220,29 @@ class DetectionTask(ImageTask[Categories, Detector]):
         )
         detected = (image(), found["boxes"], names, found["scores"])
         if target is None:
-            return draw_detections(*detected, categories=categories, min_score=self.picture_score)
-        truth = (target["boxes"], true_names)
-        return draw_detections_beside_truth(*detected, *truth, categories=categories, min_score=self.picture_score)
+            return draw_detections(
+                *detected, categories=categories, min_score=self.picture_score, option=self.picture_score_option
+            )
+        return draw_detections_beside_truth(
+            *detected,
+            target["boxes"],
+            true_names,
+            categories=categories,
+            min_score=self.picture_score,
+            option=self.picture_score_option,
+        )
+
+    @property
+    def picture_score_option(self) -> str:
+        """The option that sets `picture_score`, as a user writes it."""
+        where = "" if self.membership is None else f"tasks.{self.membership.name}.init_args."
+        return f"--model.{where}picture_score"
 
     # Prediction
 
-    def predict_images(self, images: list[ImageArray]) -> list[list[dict[str, Any]]]:
-        """The objects in each image, best first: `category`, `score`, and `box` (x1, y1, x2, y2) in its pixels.
+    @override
+    def network_input(self, image: ImageArray) -> Tensor:
+        """Resized as the data was.
 
         Raises:
             CheckpointError: If the checkpoint does not contain the image sizes of its data.
@@ -236,12 +251,17 @@ class DetectionTask(ImageTask[Categories, Detector]):
             raise CheckpointError(
                 "The checkpoint does not contain min_size of its data; evaluate it by the command line."
             )
-        sizes = [(image.shape[0], image.shape[1]) for image in images]
         lengths = int(self.preprocessing["min_size"]), int(self.preprocessing["max_size"])
-        resized = [
-            channels_first(resize_image(image, resized_size(size, *lengths))).to(self.device)
-            for image, size in zip(images, sizes, strict=True)
-        ]
+        return super().network_input(resize_image(image, resized_size((image.shape[0], image.shape[1]), *lengths)))
+
+    def predict_images(self, images: list[ImageArray]) -> list[list[dict[str, Any]]]:
+        """The objects in each image, best first: `category`, `score`, and `box` (x1, y1, x2, y2) in its pixels.
+
+        Raises:
+            CheckpointError: If the checkpoint does not contain the image sizes of its data.
+        """
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        resized = [self.network_input(image) for image in images]
         ids = torch.arange(len(images))
         batch = DetectionBatch(ids, resized, [], torch.tensor(sizes))  # type: ignore[arg-type]
         names = dict(zip(self.known_classes.ids, self.known_classes.names, strict=True))

@@ -35,6 +35,7 @@ class DetectionEvaluator(Evaluator):
     """
 
     shown: ClassVar[tuple[str, ...]] = ("ap", "ap50")
+    prints_scores: ClassVar[bool] = True
 
     def __init__(self, task: "DetectionTask") -> None:
         self._task = task
@@ -111,6 +112,8 @@ class DetectionEvaluator(Evaluator):
                 original_image(path, size, task.exif),
                 list(detected),
                 [(*one, outcome) for one, outcome in zip(objects, errors.objects, strict=True)],
+                note=f"Nothing was detected with a score of at least {task.picture_score:g}. "
+                f"{task.picture_score_option} sets this threshold.",
             )
             save_picture(picture, folder / f"{rank:03d}_{unique_stems([image['file_name']])[0]}.png")
 

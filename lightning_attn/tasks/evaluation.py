@@ -30,11 +30,13 @@ class Evaluator(abc.ABC):
 
     Attributes:
         shown: Names of the logged scores in the progress bar; None for all.
+        prints_scores: Whether `write` prints the scores of a test; the others are printed behind it.
         split: Of the current pass, "val" or "test".
         dataloader_idx: Of the batch that `update` gets, if there are several loaders; else None.
     """
 
     shown: ClassVar[tuple[str, ...] | None] = None
+    prints_scores: ClassVar[bool] = False
     split: str = "val"
     dataloader_idx: int | None = None
 
@@ -193,10 +195,14 @@ class Evaluation(Callback):
     @staticmethod
     def _finish(trainer: pl.Trainer, task: "BaseTask", split: str) -> None:
         found = []
+        unprinted: dict[str, float] = {}
         for evaluator in task.evaluators:
             scores = evaluator.compute()
             found.append(scores)
-            logged = {name: torch.tensor(value) for name, value in evaluator.logged(scores).items()}
+            values = evaluator.logged(scores)
+            if not evaluator.prints_scores:
+                unprinted |= values
+            logged = {name: torch.tensor(value) for name, value in values.items()}
             for shown in (True, False):
                 chosen = {
                     f"{split}/{name}": value
@@ -207,6 +213,8 @@ class Evaluation(Callback):
                     task.log_dict(chosen, prog_bar=shown, batch_size=1)
         if trainer.is_global_zero and not trainer.sanity_checking:
             Evaluation._write(task, split, found)
+            if split == "test" and unprinted and task.prints_scores:
+                rank_zero_info(", ".join(f"{split}/{name} {value:.5g}" for name, value in unprinted.items()))
         for evaluator in task.evaluators:
             evaluator.clear()
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.datamodules.images.batches import ImageBatch
-from lightning_attn.datamodules.images.files import ExifPolicy, ImageArray, pixels_of
+from lightning_attn.datamodules.images.files import ExifPolicy, ImageArray, channels_first, pixels_of
 from lightning_attn.errors import InputError, MissingMethodError
 from lightning_attn.io import unused_path
 from lightning_attn.networks.compilation import CompileBackend
@@ -390,6 +390,10 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     def exif(self) -> ExifPolicy:
         """How EXIF orientations were handled in the training data."""
         return cast(ExifPolicy, self.preprocessing.get("exif", "apply"))
+
+    def network_input(self, image: ImageArray) -> Tensor:
+        """An original image `[H, W, 3]` as the network gets it, uint8 `[3, H', W']` on the task's device."""
+        return channels_first(image).to(self.device)
 
     def predict_images(self, images: list[ImageArray]) -> list[Any]:
         """The results for original images `[H, W, 3]`; `predict` calls it, in evaluation mode."""

@@ -28,6 +28,7 @@ class MemberEvaluator(Evaluator):
 
     def __init__(self, host: "MultitaskTask", name: str, task: "BaseTask", evaluator: Evaluator) -> None:
         self._host, self._name, self._task, self._evaluator = host, name, task, evaluator
+        self.prints_scores = evaluator.prints_scores  # type: ignore[misc]
         self._runs = False
         self._scores: dict[str, Any] = {}
         self.found: dict[str, float] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_attn.attention import AttentionSpec
-from lightning_attn.datamodules.images.files import ImageArray, channels_first
+from lightning_attn.datamodules.images.files import ImageArray
 from lightning_attn.datamodules.segmentation.classes import SegmentationClasses
 from lightning_attn.datamodules.segmentation.datamodule import SegmentationBatch
 from lightning_attn.errors import InputError
@@ -188,7 +188,7 @@ class SegmentationTask(ImageTask[SegmentationClasses, Segmenter]):
 
     def predict_images(self, images: list[ImageArray]) -> list[npt.NDArray[np.uint8]]:
         """The label 0..K-1 of every pixel, `[H, W]` for each image; `known_classes.names` has their names."""
-        batch = [channels_first(image).to(self.device) for image in images]
+        batch = [self.network_input(image) for image in images]
         return [labels.cpu().numpy() for labels in segment(self.built_network, batch, self.inference)]
 
     @override

@@ -26,6 +26,7 @@ class SegmentationEvaluator(Evaluator):
     """
 
     shown: ClassVar[tuple[str, ...]] = _TOTALS
+    prints_scores: ClassVar[bool] = True
 
     def __init__(self, task: "SegmentationTask") -> None:
         self._task = task

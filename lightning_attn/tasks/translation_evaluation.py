@@ -1,7 +1,7 @@
 """The evaluator of translation: loss per token, BLEU and chrF, and the files of a test."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
@@ -41,6 +41,8 @@ class TranslationEvaluator(Evaluator):
     Args:
         task: The task, whose steps return a `ScoredBatch`.
     """
+
+    prints_scores: ClassVar[bool] = True
 
     def __init__(self, task: "TranslationTask") -> None:
         self._task = task
@@ -85,7 +87,10 @@ class TranslationEvaluator(Evaluator):
         task = self._task
         lines = "".join(f"{hypothesis}\n" for hypothesis in self._metrics.hypotheses())
         write_text(task.output_directory / "predictions" / "test_hypotheses.txt", lines)
-        rank_zero_info(f"BLEU {scores['bleu']:.2f} ({scores['bleu_signature']})")
+        rank_zero_info(
+            f"BLEU {scores['bleu']:.2f} ({scores['bleu_signature']}), chrF {scores['chrf']:.2f}, loss "
+            f"{scores['loss']:.4f} nats per token"
+        )
         examples = list(self._examples.values())
         if examples:
             _print_examples(examples)

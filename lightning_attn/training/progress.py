@@ -9,9 +9,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import Callback
-from pytorch_lightning.callbacks import RichProgressBar, Timer
+from pytorch_lightning.callbacks import ModelSummary, RichProgressBar, Timer
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from rich.console import Console
+from rich.table import Table
 from typing_extensions import override
 
 from lightning_attn.training.callbacks import BestCheckpoint
@@ -123,6 +125,36 @@ class ProgressLines(Callback):
 def _metrics(trainer: pl.Trainer) -> str:
     values = trainer.progress_bar_metrics
     return " ".join(f"{name} {value:.5g}" for name, value in values.items() if isinstance(value, float | int))
+
+
+class NetworkSummary(ModelSummary):
+    """Prints the parts of the network and their parameters before a training.
+
+    Lightning's own also says "Total FLOPs: 0", since it counts none without an example of the input; `profile` counts.
+    """
+
+    @staticmethod
+    @override
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        columns = [(name, values) for name, values in summary_data if total_flops or name != "FLOPs"]
+        table = Table()
+        for name, _ in columns:
+            table.add_column(name, justify="right" if name.startswith(("Params", "FLOPs")) else "left")
+        for row in zip(*(values for _, values in columns), strict=True):
+            table.add_row(*row)
+        console = Console()
+        console.print(table)
+        frozen = total_parameters - trainable_parameters
+        of_these = f", {frozen:,} of them frozen" if frozen else ", all trained"
+        console.print(f"{total_parameters:,} parameters{of_these} ({model_size:.1f} MB)", highlight=False)
 
 
 class TrainingSummary(Callback):

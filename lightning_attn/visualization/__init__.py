@@ -9,8 +9,10 @@ from lightning_attn.visualization.convolution import (
 )
 from lightning_attn.visualization.detection import draw_detections, draw_detections_beside_truth
 from lightning_attn.visualization.figures import draw_term_maps, draw_token_matrix, save_figure
+from lightning_attn.visualization.images import RecordedImage, record_image
 from lightning_attn.visualization.maps import TermMaps, attentions_of, recorded_inputs, term_maps
 from lightning_attn.visualization.pictures import save_picture
+from lightning_attn.visualization.pixel_grid import PixelGrid
 from lightning_attn.visualization.segmentation import (
     colour_labels,
     draw_segmentation,
@@ -23,6 +25,8 @@ from lightning_attn.visualization.translation import (
 )
 
 __all__ = [
+    "PixelGrid",
+    "RecordedImage",
     "SamplingPoints",
     "TermMaps",
     "attentions_of",
@@ -38,6 +42,7 @@ __all__ = [
     "draw_token_matrix",
     "draw_translation_attention",
     "dynamic_kernel",
+    "record_image",
     "recorded_inputs",
     "sampling_points",
     "save_figure",

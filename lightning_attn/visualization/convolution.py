@@ -18,6 +18,7 @@ from lightning_attn.attention.deformable import DeformableConv
 from lightning_attn.attention.dynamic import DynamicConv
 from lightning_attn.visualization.figures import colour_bar, faint, fitting_image, save_figure
 from lightning_attn.visualization.maps import find_query
+from lightning_attn.visualization.pixel_grid import PixelGrid
 
 POINT_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")  # Okabe and Ito's colour-blind safe palette
 
@@ -129,6 +130,7 @@ def draw_sampling_points(
     image: npt.ArrayLike | Tensor | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
+    grid: PixelGrid | None = None,
     title: str | None = "Sampling points of deformable convolution",
 ) -> Figure:
     """Draws the taps of one or several queries: rings on the regular grid, discs at the sampling points.
@@ -137,6 +139,7 @@ def draw_sampling_points(
         points: From `sampling_points`; of several queries in one map, at most as many as `POINT_COLOURS`.
         image: As in `draw_term_maps`.
         path: As in `draw_term_maps`.
+        grid: As in `draw_term_maps`.
         title: Above the figure.
 
     Raises:
@@ -149,9 +152,9 @@ def draw_sampling_points(
     height, width = queries[0].size
     figure = Figure(figsize=(5.2, 0.7 + 5.0 * min(2.0, max(0.3, height / width))), dpi=100, layout="compressed")
     axes = figure.subplots()
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5) if grid is None else grid.image_extent()
     if image is not None:
-        picture = faint(fitting_image(image, queries[0].size))
-        axes.imshow(picture, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+        axes.imshow(faint(fitting_image(image, queries[0].size, grid)), extent=extent)
     for query, colour in zip(queries, POINT_COLOURS, strict=False):
         (down, right), (moved_down, moved_right) = query.grid.T.numpy(), query.points.T.numpy()
         for line in zip(right, moved_right, down, moved_down, strict=True):
@@ -159,7 +162,7 @@ def draw_sampling_points(
         axes.scatter(right, down, s=16, facecolors="white", edgecolors=colour, linewidths=0.9, zorder=3)
         area = 46 * query.modulation.numpy()
         axes.scatter(moved_right, moved_down, s=area, color=colour, edgecolors="white", linewidths=0.7, zorder=4)
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], aspect="equal")
+    axes.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[], aspect="equal")
     note = "rings: the regular grid; discs: after the offsets"
     modulated = any(not bool((query.modulation == 1).all()) for query in queries)
     axes.set_xlabel(note + ("; area: modulation" if modulated else ""), fontsize=9)

@@ -36,6 +36,7 @@ def draw_detections(
     *,
     categories: Sequence[str] = (),
     min_score: float = 0.0,
+    option: str = "min_score",
     longest_side: int | None = None,
 ) -> Picture:
     """Draws boxes on an image, each with the name of its category and, if given, its score.
@@ -52,7 +53,8 @@ def draw_detections(
         path: File to write, by `save_picture`. None writes nothing.
         categories: All names in order, so that a category has the same colour in all pictures, unless two categories
             of a picture would share a colour.
-        min_score: Boxes with a lower score are omitted.
+        min_score: Boxes with a lower score are omitted. If none is left, the picture says so.
+        option: What a user sets `min_score` by, to be named then.
         longest_side: Pixels of the picture's longer side; None for that of the image, but at least 640 and at most
             1600.
 
@@ -67,6 +69,8 @@ def draw_detections(
     colours = category_colours((name for _, name, _ in found), categories)
     background, factor = fitted(image, longest_side)
     _draw(background, factor, found, colours)
+    if scores is not None and not found:
+        _write_note(background, _nothing(scores, min_score, option))
     picture = np.array(background)
     if path is not None:
         save_picture(picture, path)
@@ -84,6 +88,7 @@ def draw_detections_beside_truth(
     *,
     categories: Sequence[str] = (),
     min_score: float = 0.3,
+    option: str = "min_score",
     longest_side: int | None = None,
 ) -> Picture:
     """Draws two pictures of one image, detections on the left and the ground truth on the right, with headings.
@@ -98,6 +103,7 @@ def draw_detections_beside_truth(
         path: As in `draw_detections`.
         categories: As in `draw_detections`; a category has the same colour in both pictures.
         min_score: As in `draw_detections`; it is in the heading.
+        option: As in `draw_detections`.
         longest_side: Of each of the two pictures.
 
     Returns:
@@ -115,10 +121,44 @@ def draw_detections_beside_truth(
     panels = [(heading, background.copy()) for heading in headings]
     for (_, panel), objects in zip(panels, (found, truth), strict=True):
         _draw(panel, factor, objects, colours)
+    if not found:
+        _write_note(panels[0][1], _nothing(scores, min_score, option))
     figure = np.array(beside_each_other(panels))
     if path is not None:
         save_picture(figure, path)
     return figure
+
+
+def _nothing(scores: Sequence[float] | npt.ArrayLike | Tensor, min_score: float, option: str) -> str:
+    """What a picture without any box says: why there is none, and what may be done."""
+    values = _array(scores)
+    if not values.size:
+        return "Nothing was detected, at any score."
+    return (
+        f"Nothing was detected with a score of at least {min_score:g}; the highest is {values.max():.2g}. "
+        f"{option} sets this threshold."
+    )
+
+
+def _write_note(picture: Image.Image, text: str) -> None:
+    """Writes a note at the bottom of a picture, in as many lines as it needs."""
+    size = font_size(picture)
+    note_font = font(size)
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and note_font.getlength(longer) <= picture.width - 2 * size:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    height = round(1.4 * size)
+    canvas = ImageDraw.Draw(picture)
+    top = max(0, picture.height - height * len(lines) - size)
+    canvas.rectangle((0, top, picture.width, picture.height), fill="white")
+    canvas.line((0, top, picture.width, top), fill="black", width=max(1, size // 8))
+    for number, line in enumerate(lines):
+        place = size, top + size // 2 + number * height + height // 2
+        canvas.text(place, line, fill="black", font=note_font, anchor="lm")
 
 
 def draw_detection_errors(
@@ -126,6 +166,7 @@ def draw_detection_errors(
     detections: Sequence[tuple[Rectangle, str, float, str]],
     objects: Sequence[tuple[Rectangle, str, str]],
     *,
+    note: str = "",
     longest_side: int | None = None,
 ) -> Picture:
     """Draws two pictures of one image, detections on the left and the ground truth on the right, coloured by outcome.
@@ -136,6 +177,7 @@ def draw_detection_errors(
         image: As in `draw_detections`.
         detections: Box, category, score and outcome of each; see `Outcome` in `lightning_attn.metrics`.
         objects: Box, category and outcome of each.
+        note: Written on the left picture if it has no box.
         longest_side: Of each of the two pictures.
 
     Returns:
@@ -155,6 +197,8 @@ def draw_detection_errors(
         for outcome in ("wrong category", "not detected", "no object"):
             wrong = [(box, name, score) for box, name, score, one in found if one == outcome]
             _draw(panel, factor, wrong, dict.fromkeys((name for _, name, _ in wrong), OUTCOME_COLOURS[outcome]))
+        if note and what == "detected" and not found:
+            _write_note(panel, note)
         panels.append((f"{what}: {', '.join(parts) or 'nothing'}", panel))
     return np.array(beside_each_other(panels))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_attn.io import write_file
 from lightning_attn.visualization.maps import TermMaps
+from lightning_attn.visualization.pixel_grid import PixelGrid
 
 Heads = Literal["mean", "each", "both"]
 Quantity = Literal["weights", "energies"]
@@ -45,8 +46,9 @@ def draw_term_maps(
     image: npt.ArrayLike | Tensor | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
+    grid: PixelGrid | None = None,
     terms: Sequence[str] | None = None,
-    heads: Heads = "mean",
+    heads: Heads | int = "mean",
     quantity: Quantity = "weights",
     title: str | None = None,
 ) -> Figure:
@@ -58,12 +60,14 @@ def draw_term_maps(
 
     Args:
         maps: From `term_maps`, of one query.
-        image: The network's input before normalisation, resized and padded: `[H, W]` or `[H, W, 3]`, or a tensor
-            `[1 or 3, H, W]`; uint8, or floats from 0 to 1. None draws the maps alone.
+        image: The image as the network saw it, resized, but neither normalised nor padded: `[H, W]` or `[H, W, 3]`, or
+            a tensor `[1 or 3, H, W]`; uint8, or floats from 0 to 1. None draws the maps alone.
         path: File to write, in the format of its suffix (.png, .svg, .pdf); an existing file is replaced. None writes
             nothing.
-        terms: Which of the terms that are on; None for all.
-        heads: Rows: the mean over heads, each head, or both.
+        grid: Where the map's positions lie in the image; keys in the padding are not drawn. Needed for the maps of a
+            network (`RecordedImage.grid`). None for an image that is cut into equal cells, one for each position.
+        terms: Which of the terms that are on; None for all. `()` draws the whole alone.
+        heads: Rows: the mean over heads, each head, both, or one head, counted from 1 as in the figures.
         quantity: `"weights"`, or `"energies"`.
         title: Above the figure; None for the position of the query.
 
@@ -77,37 +81,44 @@ def draw_term_maps(
     if maps.position is None or len(maps.key_size) != 2:
         raise ValueError("maps are those of a sentence: use draw_token_matrix.")
     columns, rows = [*maps.selected(terms), "whole"], _rows(maps, heads)
-    picture = None if image is None else fitting_image(image, maps.key_size)
+    picture = None if image is None else fitting_image(image, maps.key_size, grid)
     panels = _panels(rows, columns, quantity, factor=int(maps.visible.sum()))
+    if grid is not None:
+        key_rows, key_columns = grid.keys_inside(maps.kv_stride)
+        for row in panels:
+            for values in row.values():
+                values[key_rows:], values[:, key_columns:] = math.nan, math.nan
     scale = _map_scale(panels, quantity)
 
     (height, width), first = maps.key_size, 0 if picture is None else 1
-    count, tall = first + len(columns), PANEL_INCHES * min(2.0, max(0.3, height / width))
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5) if grid is None else grid.image_extent()
+    ratio = (extent[2] - extent[3]) / (extent[1] - extent[0])
+    count, tall = first + len(columns), PANEL_INCHES * min(2.0, max(0.3, ratio))
     figure = Figure(figsize=(PANEL_INCHES * count + 1.0, (tall + 0.1) * len(rows) + 1.0), dpi=100, layout="compressed")
-    grid = figure.subplots(len(rows), count, squeeze=False)
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    for axes in grid.flat:
+    panel_axes = figure.subplots(len(rows), count, squeeze=False)
+    for axes in panel_axes.flat:
         axes.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[], aspect="equal")
     if picture is not None:
-        grid[0, 0].imshow(picture, extent=extent)
-        grid[0, 0].set_title("image and\nquery", fontsize=9)
-        _mark_query(grid[0, 0], maps)
-        for axes in grid[1:, 0]:
+        panel_axes[0, 0].imshow(picture, extent=extent)
+        panel_axes[0, 0].set_title("image and\nquery", fontsize=9)
+        _mark_query(panel_axes[0, 0], maps)
+        for axes in panel_axes[1:, 0]:
             axes.set_axis_off()
     for r, (label, _) in enumerate(rows):
-        grid[r, first].set_ylabel(label, fontsize=10)
-        for axes, name in zip(grid[r, first:], columns, strict=True):
+        panel_axes[r, first].set_ylabel(label, fontsize=10)
+        for axes, name in zip(panel_axes[r, first:], columns, strict=True):
             if picture is not None:
                 axes.imshow(faint(picture), extent=extent)
-            axes.imshow(_hidden_overlay(maps), extent=_key_extent(maps), interpolation="nearest")
+            axes.imshow(_hidden_overlay(maps, padding=grid), extent=_key_extent(maps), interpolation="nearest")
             axes.imshow(panels[r][name], extent=_key_extent(maps), interpolation="nearest", **scale)
             axes.set(xlim=extent[:2], ylim=extent[2:])
             _mark_query(axes, maps)
-    for axes, name in zip(grid[0, first:], columns, strict=True):
+    for axes, name in zip(panel_axes[0, first:], columns, strict=True):
         axes.set_title(_column_title(name, quantity), fontsize=9)
-    colour_bar(figure, grid[:, first:], scale, MAP_UNITS[quantity])
+    colour_bar(figure, panel_axes[:, first:], scale, MAP_UNITS[quantity])
     position = f"row {maps.position[0]}, column {maps.position[1]} of a {height} × {width} map"
-    _write_titles(figure, f"Attention of the query at {position}" if title is None else title, maps)
+    label = "" if grid is None else _padding_note(rows, grid)
+    _write_titles(figure, f"Attention of the query at {position}" if title is None else title, maps, label)
     if path is not None:
         save_figure(figure, path)
     return figure
@@ -120,7 +131,7 @@ def draw_token_matrix(
     path: str | os.PathLike[str] | None = None,
     *,
     terms: Sequence[str] | None = None,
-    heads: Heads = "mean",
+    heads: Heads | int = "mean",
     quantity: Quantity = "weights",
     title: str | None = None,
     query_label: str = "query token",
@@ -209,10 +220,14 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
         )
 
 
-def _rows(maps: TermMaps, heads: Heads) -> list[tuple[str, TermMaps]]:
+def _rows(maps: TermMaps, heads: Heads | int) -> list[tuple[str, TermMaps]]:
     """The rows of a figure, each with its label, as maps of a single head."""
+    if isinstance(heads, int):
+        if not 1 <= heads <= maps.num_heads:
+            raise ValueError(f"heads: {heads} is none of the heads 1 to {maps.num_heads}.")
+        return [(f"head {heads}", maps.head(heads - 1))]
     if heads not in ("mean", "each", "both"):
-        raise ValueError(f"heads must be 'mean', 'each' or 'both', got {heads!r}.")
+        raise ValueError(f"heads must be 'mean', 'each', 'both' or the number of a head, got {heads!r}.")
     rows = [] if heads == "each" else [("mean over heads" if maps.num_heads > 1 else "", maps.mean())]
     if heads != "mean":
         rows += [(f"head {m + 1}", maps.head(m)) for m in range(maps.num_heads)]
@@ -302,11 +317,16 @@ def colour_bar(figure: Figure, grid: npt.NDArray[np.object_], scale: dict[str, A
     bar.ax.tick_params(labelsize=8)
 
 
-def fitting_image(image: npt.ArrayLike | Tensor, size: tuple[int, ...]) -> Array:
+def fitting_image(image: npt.ArrayLike | Tensor, size: tuple[int, ...], grid: PixelGrid | None = None) -> Array:
     """The image as `[H, W, 3]` floats from 0 to 1.
 
+    Args:
+        image: As in `draw_term_maps`.
+        size: Rows and columns of the map.
+        grid: As in `draw_term_maps`.
+
     Raises:
-        ValueError: If it is not an image, or its aspect ratio does not fit a map of this height and width.
+        ValueError: If it is not an image, is not the grid's, or cannot be cut into equal cells for a map of this size.
     """
     array = np.asarray(image.detach().cpu().movedim(0, -1) if isinstance(image, Tensor) and image.dim() == 3 else image)
     if array.ndim == 2:
@@ -321,13 +341,20 @@ def fitting_image(image: npt.ArrayLike | Tensor, size: tuple[int, ...]) -> Array
             f"image must be uint8 or from 0 to 1, its values are from {pixels.min():g} to {pixels.max():g}: undo the "
             "normalisation of the network's input."
         )
-    # A map of n positions at stride s comes from (n - 1) s < pixels <= n s, or from n s <= pixels < (n + 1) s.
-    lowest = max(pixels.shape[axis] / (size[axis] + 1) for axis in range(2))
-    highest = min((pixels.shape[axis] / (size[axis] - 1) for axis in range(2) if size[axis] > 1), default=math.inf)
-    if lowest >= highest:
+    described = f"image of {pixels.shape[0]} × {pixels.shape[1]} pixels"
+    if grid is not None:
+        if pixels.shape[:2] != grid.image_size or tuple(size) != grid.map_size:
+            raise ValueError(
+                f"{described} and map of {size[0]} × {size[1]} positions are not those of {grid}: pass the image that "
+                "the network saw, without padding."
+            )
+    elif any(pixels.shape[axis] % size[axis] for axis in range(2)) or len(
+        {pixels.shape[axis] // size[axis] for axis in range(2) if size[axis] > 1}
+    ) not in (0, 1):
         raise ValueError(
-            f"image of {pixels.shape[0]} × {pixels.shape[1]} pixels has another aspect ratio than the map of {size[0]} "
-            f"× {size[1]} positions: pass the network's input, resized and padded."
+            f"{described} cannot be cut into {size[0]} × {size[1]} equal squares, one for each position of the map. "
+            "For the map of a network pass where its positions lie: grid=PixelGrid(...), such as that of "
+            "record_image(network, image)."
         )
     return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
@@ -344,11 +371,31 @@ def _key_extent(maps: TermMaps) -> tuple[float, float, float, float]:
     return -half, columns * maps.kv_stride - half, rows * maps.kv_stride - half, -half
 
 
-def _hidden_overlay(maps: TermMaps) -> Array:
-    """RGBA: grey where a key is hidden from the query, transparent elsewhere."""
+def _hidden_overlay(maps: TermMaps, padding: PixelGrid | None = None) -> Array:
+    """RGBA: grey where a key is hidden from the query, transparent elsewhere and in the padding of a grid."""
     overlay = np.zeros((*maps.visible.shape, 4))
     overlay[~maps.visible.numpy()] = to_rgba(HIDDEN_COLOUR, 0.8)
+    if padding is not None:
+        key_rows, key_columns = padding.keys_inside(maps.kv_stride)
+        overlay[key_rows:], overlay[:, key_columns:] = 0.0, 0.0
     return overlay
+
+
+def _padding_note(rows: list[tuple[str, TermMaps]], grid: PixelGrid) -> str:
+    """How much weight lies on keys that are not drawn, since they are in the padding; empty if there are none."""
+    maps = rows[0][1]
+    share = weight_on_padding(maps.whole, grid, maps.kv_stride)
+    if grid.keys_inside(maps.kv_stride) == tuple(maps.visible.shape):
+        return ""
+    whose = f" ({rows[0][0]})" if rows[0][0] else ""
+    return f"not drawn: keys in the padding around the image, with {100 * share:.1f} % of the weight{whose}"
+
+
+def weight_on_padding(weights: Tensor, grid: PixelGrid, kv_stride: int) -> float:
+    """The share of the weights `[M, H_k, W_k]`, in the mean over heads, on keys that are centred beyond the image."""
+    key_rows, key_columns = grid.keys_inside(kv_stride)
+    inside = weights[:, :key_rows, :key_columns].double().sum()
+    return max(0.0, 1.0 - float(inside) / max(1e-12, float(weights.double().sum())))
 
 
 def _mark_query(axes: Axes, maps: TermMaps) -> None:

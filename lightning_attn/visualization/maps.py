@@ -154,6 +154,13 @@ def attentions_of(network: nn.Module) -> list[TransformerAttention]:
     return [module for module in network.modules() if isinstance(module, TransformerAttention)]
 
 
+def layer_names(network: nn.Module) -> dict[str, TransformerAttention]:
+    """The attentions with terms in a network by name, without the endings that all of them have."""
+    found = {name: module for name, module in network.named_modules() if isinstance(module, TransformerAttention)}
+    short = {name.removesuffix(".attention").removesuffix(".attention"): module for name, module in found.items()}
+    return short if len(short) == len(found) else found
+
+
 def recorded_inputs(attention: nn.Module, call: Callable[[], object]) -> dict[str, Any]:
     """Records the inputs of an attention inside a network, for `term_maps(attention, **inputs)`.
 

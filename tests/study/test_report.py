@@ -563,7 +563,7 @@ def test_templates_are_in_the_package(made):
     data = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     package = REPOSITORY / "lightning_attn"
     files = [path.relative_to(package).as_posix() for path in (package / "study/report/templates").iterdir()]
-    assert len(files) == 4
+    assert len(files) == 9
     assert all(any(fnmatch(file, pattern) for pattern in data["lightning_attn"]) for file in files)
 
 

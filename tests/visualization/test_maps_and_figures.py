@@ -353,22 +353,23 @@ def test_images_of_every_kind_are_the_same():
 @pytest.mark.parametrize(
     ("size", "pixels", "fits"),
     [
-        ((25, 42), (800, 1333), True),  # 32-fold, rounded up
-        ((25, 41), (800, 1333), True),  # rounded down
+        ((25, 42), (800, 1344), True),
+        ((25, 42), (800, 1333), False),  # what a network pads: where its positions lie must be said
         ((25, 42), (800, 1000), False),
-        ((25, 42), (1333, 800), False),
+        ((25, 42), (1344, 800), False),
+        ((10, 15), (300, 451), False),
         ((1, 1), (30, 90), True),  # anything may be one position
         ((4, 6), (4, 6), True),
+        ((4, 6), (8, 18), False),  # no squares
     ],
 )
-def test_an_image_must_have_the_aspect_of_the_map(size, pixels, fits):
+def test_an_image_alone_must_be_cut_into_equal_squares(size, pixels, fits):
     maps = term_maps(make("0010"), draw_map(*size), position=(0, 0))
     if fits:
         draw_term_maps(maps, np.zeros(pixels))
     else:
-        with pytest.raises(
-            ValueError, match=r"another aspect ratio than the map of 25 × 42 positions: .*resized and padded"
-        ):
+        message = f"image of {pixels[0]} × {pixels[1]} pixels cannot be cut into {size[0]} × {size[1]} equal squares"
+        with pytest.raises(ValueError, match=f"{message}.*grid=PixelGrid"):
             draw_term_maps(maps, np.zeros(pixels))
 
 
@@ -378,7 +379,8 @@ def test_what_cannot_be_drawn():
     for call, message in (
         (lambda: draw_term_maps(maps, terms=("E2",)), r"terms: 'E2' is off in this attention; .*\['E3', 'E4'\]"),
         (lambda: draw_term_maps(maps, terms=("E9",)), r"terms: 'E9' is off"),
-        (lambda: draw_term_maps(maps, heads="all"), "heads must be 'mean', 'each' or 'both', got 'all'"),
+        (lambda: draw_term_maps(maps, heads="all"), "heads must be 'mean', 'each', 'both' or .*, got 'all'"),
+        (lambda: draw_term_maps(maps, heads=9), r"heads: 9 is none of the heads 1 to \d"),
         (lambda: draw_term_maps(maps, quantity="logits"), "quantity must be 'weights' or 'energies', got 'logits'"),
         (lambda: draw_term_maps(maps, np.zeros((4, 6, 2))), r"image must be .* got shape \(4, 6, 2\)"),
         (lambda: draw_term_maps(maps, np.full((4, 6), 3.0)), "its values are from 3 to 3: undo the normalisation"),
@@ -578,7 +580,7 @@ def test_errors_of_convolutions():
         (lambda: dynamic_kernel(DynamicConv(DIM, groups=4), torch.zeros(1, 3, DIM), 0, sample=-1), "sample=-1"),
         (lambda: draw_sampling_points([]), "points: 0 queries; pass 1 to 4"),
         (lambda: draw_sampling_points([point] * 5), "points: 5 queries"),
-        (lambda: draw_sampling_points(point, np.zeros((6, 4))), "another aspect"),
+        (lambda: draw_sampling_points(point, np.zeros((6, 4))), "cannot be cut into 4 × 6 equal squares"),
         (lambda: draw_dynamic_kernels({}), "kernels must be one or more of the same shape"),
         (lambda: draw_dynamic_kernels({"a": torch.rand(2, 3), "b": torch.rand(2, 5)}), r"\(2, 3\), \(2, 5\)"),
     ):

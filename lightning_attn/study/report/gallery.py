@@ -109,6 +109,14 @@ class Gallery:
         if 0 <= row < height and 0 <= column < width:
             shown["query"] = (100 * (column + 0.5) / width, 100 * (row + 0.5) / height)
         shown["aspect"] = f"{width:g}/{height:g}"
+        box, at = _numbers(one.get("key_box"), 4), _numbers(one.get("query_at"), 2)
+        if box is not None and min(box[2:]) > 0:  # else of an older test, whose picture is that of the padded batch
+            shown["box"] = [100 * value for value in box]
+            # The picture is a whole where the map is all the squares of its keys.
+            columns, rows = shape[1] / box[2], shape[0] / box[3]
+            shown["aspect"] = f"{columns:g}/{rows:g}"
+            if at is not None and shown["query"] is not None:
+                shown["query"] = (100 * at[0], 100 * at[1])
         shown["input"] = {"class": self._background(one.get("image"), cell)}
         return shown
 
@@ -181,6 +189,13 @@ def _cell_of(group: GroupRecord) -> CellRecord:
 
 def _tokens(value: object) -> list[str]:
     return [text(one, 24) or "?" for one in value[:_MOST_TOKENS]] if isinstance(value, list) else []
+
+
+def _numbers(value: object, count: int) -> list[float] | None:
+    """So many numbers that a picture can be placed with, or None."""
+    found = [finite(one) for one in value] if isinstance(value, list) and len(value) == count else []
+    numbers = [one for one in found if one is not None and abs(one) < 1e4]
+    return numbers if len(numbers) == count else None
 
 
 def _pair(value: object, default: Sequence[float]) -> tuple[float, float]:

@@ -13,7 +13,10 @@ from PIL import Image
 
 from lightning_attn.study.report.reading import array
 
-__all__ = ["MOST_RATIO", "Budget", "gradient", "map_overlay", "matrix", "sentence_heat", "size_of", "thumbnail"]
+__all__ = [
+    *("MOST_RATIO", "Budget", "colours", "embedded", "gradient", "map_overlay", "matrix", "sentence_heat", "size_of"),
+    "thumbnail",
+]
 
 Matrix = npt.NDArray[np.float64]
 
@@ -28,6 +31,10 @@ _MOST_PIXELS = 50_000_000  # of a picture that is opened
 _VIRIDIS = ((68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99))
 _STOPS = np.array([*_VIRIDIS, (170, 220, 50), (253, 231, 37)], dtype=np.float64)
 _WARM = np.array([(190, 20, 90), (230, 60, 60), (250, 130, 30), (255, 200, 40), (255, 250, 160)], dtype=np.float64)
+
+
+_OPAQUE = np.full(255, 255.0)
+_WARM_OPACITY = np.clip(np.linspace(0, 1, 255) ** 0.6 * 235, 0, 255)
 
 
 class Budget:
@@ -72,6 +79,11 @@ def thumbnail(file: Path, size: int, *, as_background: bool = False) -> str:
         return ""
     if as_background:
         picture = picture.convert("L").point([round(0.75 * level) for level in range(256)])
+    return embedded(picture, size)
+
+
+def embedded(picture: Image.Image, size: int) -> str:
+    """A picture as a data URI, of about so many bytes."""
     for quality in (_QUALITY, _QUALITY // 2):
         stream = io.BytesIO()
         picture.save(stream, "WEBP", quality=quality, method=1)
@@ -104,7 +116,7 @@ def sentence_heat(weights: Matrix) -> str:
     Colours follow the square root, from 0 to 1, so that they mean the same in every picture.
     """
     levels = np.sqrt(np.clip(np.nan_to_num(weights), 0.0, 1.0))
-    return _palette_png(levels, np.isnan(weights), _ramp(_STOPS), np.full(255, 255))
+    return _palette_png(levels, np.isnan(weights), _ramp(_STOPS), _OPAQUE)
 
 
 def map_overlay(ratios: Matrix) -> str:
@@ -113,15 +125,21 @@ def map_overlay(ratios: Matrix) -> str:
     What has less than the mean is transparent; colours and opacity follow the logarithm up to `MOST_RATIO`.
     """
     levels = np.log(np.clip(np.nan_to_num(ratios), 1.0, MOST_RATIO)) / math.log(MOST_RATIO)
-    opacity = np.clip(np.linspace(0, 1, 255) ** 0.6 * 235, 0, 255)
-    return _palette_png(levels, np.isnan(ratios), _ramp(_WARM), opacity)
+    return _palette_png(levels, np.isnan(ratios), _ramp(_WARM), _WARM_OPACITY)
 
 
 def gradient(kind: str) -> str:
     """The colours of `sentence_heat` or `map_overlay` from the least to the most, for CSS."""
-    colours = _ramp(_STOPS if kind == "sentence" else _WARM)
-    chosen: Sequence[Sequence[int]] = colours[:: len(colours) // 8].astype(int).tolist()
+    ramp = _ramp(_STOPS if kind == "sentence" else _WARM)
+    chosen: Sequence[Sequence[int]] = ramp[:: len(ramp) // 8].astype(int).tolist()
     return ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in chosen)
+
+
+def colours(kind: str) -> list[list[int]]:
+    """The 255 colours of `sentence_heat` or `map_overlay` from the least to the most: red, green, blue, opacity."""
+    ramp, opacity = (_STOPS, _OPAQUE) if kind == "sentence" else (_WARM, _WARM_OPACITY)
+    found: list[list[int]] = np.column_stack([_ramp(ramp), opacity]).astype(np.uint8).tolist()
+    return found
 
 
 def _ramp(stops: Matrix) -> Matrix:

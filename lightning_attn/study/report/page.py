@@ -16,7 +16,7 @@ from lightning_attn.study.report.images import gradient
 from lightning_attn.study.report.svg import DARK, LIGHT, variables
 from lightning_attn.study.report.view import View
 
-__all__ = ["MARK", "render"]
+__all__ = ["MARK", "document", "render"]
 
 MARK = "lightning_attn study report"  # by which a page is known as ours
 
@@ -51,20 +51,12 @@ def _page(
     files: Sequence[str],
     generated: datetime.datetime,
 ) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    script = (_FOLDER / "report.js").read_text(encoding="utf-8").strip()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    styles = (_FOLDER / "report.css").read_text(encoding="utf-8") + (_FOLDER / "chart.css").read_text(encoding="utf-8")
-    light, dark = variables(LIGHT), variables(DARK)
-    themes = (
-        f":root{{color-scheme:light;{light}}}\n:root[data-theme=dark]{{color-scheme:dark;{dark}}}\n"
-        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{color-scheme:dark;{dark}}}}}\n"
-        f"@media print{{:root:root:root{{color-scheme:light;{light}}}}}\n"
-    )
     names = [view.record.study.name for view in views]
-    return environment.get_template("report.html.j2").render(
+    return document(
+        "report.html.j2",
+        ("theme.js", "report.js"),
+        ("report.css", "chart.css"),
+        classes,
         mark=MARK,
         title=names[0] if len(names) == 1 else f"{len(names)} studies: {', '.join(names)}",
         studies=[
@@ -72,9 +64,38 @@ def _page(
             for view, gallery, folder in zip(views, galleries, files, strict=True)
         ],
         generated=f"{generated:%Y-%m-%d %H:%M} UTC",
+        ramps={kind: gradient(kind) for kind in ("sentence", "map")},
+    )
+
+
+def document(
+    template: str, scripts: Sequence[str], styles: Sequence[str], further_styles: str = "", **values: Any
+) -> str:
+    """A page that is one file, runs its own script alone, and asks for nothing else; light and dark.
+
+    Args:
+        template: Its template, of this package's; it includes `head.html.j2` and ends with the `script`.
+        scripts: Files of its script, in order.
+        styles: Files of its styles.
+        further_styles: CSS.
+        values: What the template is given; `mark` and `title` among them.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    script = "\n".join((_FOLDER / name).read_text(encoding="utf-8").strip() for name in scripts)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    light, dark = variables(LIGHT), variables(DARK)
+    themes = (
+        f":root{{color-scheme:light;{light}}}\n:root[data-theme=dark]{{color-scheme:dark;{dark}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{color-scheme:dark;{dark}}}}}\n"
+        f"@media print{{:root:root:root{{color-scheme:light;{light}}}}}\n"
+    )
+    rules = "".join((_FOLDER / name).read_text(encoding="utf-8") for name in styles)
+    return environment.get_template(template).render(
         version=lightning_attn.__version__,
         script=Markup(script),
         digest=digest,
-        styles=Markup(themes + styles + classes),
-        ramps={kind: gradient(kind) for kind in ("sentence", "map")},
+        styles=Markup(themes + rules + further_styles),
+        **values,
     )

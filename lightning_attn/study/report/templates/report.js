@@ -3,22 +3,6 @@
   const all = (selector, from = document) => [...from.querySelectorAll(selector)];
   const one = id => document.getElementById(id);
 
-  // Theme: that of the system until one is chosen.
-  const themes = ["auto", "light", "dark"], button = one("theme");
-  let theme = "auto";
-  try { theme = localStorage.getItem("study-report-theme") || theme; } catch { /* not allowed for files */ }
-  const show = () => {
-    if (theme === "auto") document.documentElement.removeAttribute("data-theme");
-    else document.documentElement.dataset.theme = theme;
-    button.textContent = "Theme: " + theme;
-  };
-  button.onclick = () => {
-    theme = themes[(themes.indexOf(theme) + 1) % 3];
-    try { localStorage.setItem("study-report-theme", theme); } catch { /* the same */ }
-    show();
-  };
-  show();
-
   // Tables: sorted by the column that is clicked, what has no value last.
   const key = (row, column) => {
     const cell = (row.rows ? row.rows[0] : row).cells[column];
