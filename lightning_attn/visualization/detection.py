@@ -131,13 +131,11 @@ def draw_detections_beside_truth(
 
 def _nothing(scores: Sequence[float] | npt.ArrayLike | Tensor, min_score: float, option: str) -> str:
     """What a picture without any box says: why there is none, and what may be done."""
+    if min_score <= 0:
+        return "Nothing was detected."
     values = _array(scores)
-    if not values.size:
-        return "Nothing was detected, at any score."
-    return (
-        f"Nothing was detected with a score of at least {min_score:g}; the highest is {values.max():.2g}. "
-        f"{option} sets this threshold."
-    )
+    others = f"; the highest is {values.max():.2g}" if values.size else ", nor with a lower one"
+    return f"Nothing was detected with a score of at least {min_score:g}{others}. {option} sets this threshold."
 
 
 def _write_note(picture: Image.Image, text: str) -> None:

@@ -39,7 +39,9 @@ def read_metrics(run_path: Path, name: str) -> list[float]:
 
 
 def test_all_stages_fill_one_run_directory(run, tiny_config, corpus, in_folder):
-    run("fit", "-c", tiny_config)
+    printed = run("fit", "-c", tiny_config)
+    assert "FLOPs" not in printed, "none are counted, which is no number to print"
+    assert " parameters, all trained" in printed
     path = in_folder / "checkpoints" / "translation" / "tiny"
     names = {file.name for file in path.iterdir()}
     assert {"best.ckpt", "last.ckpt", "metrics.csv", "config_fit.yaml", "run.json"} <= names
@@ -55,6 +57,8 @@ def test_all_stages_fill_one_run_directory(run, tiny_config, corpus, in_folder):
     run("predict", *stored)
     metrics = json.loads((path / "test_metrics.json").read_text())
     assert f"BLEU {metrics['test/bleu']:.2f} (nrefs:1|case:mixed|eff:no|tok:13a" in printed
+    assert f"chrF {metrics['test/chrf']:.2f}, loss {metrics['test/loss']:.4f} nats per token" in printed
+    assert "Test metric" not in printed, "scores are printed once"
     assert (path / "attention.png").stat().st_size > 1000
     shown = json.loads((path / "predictions" / "test_examples.json").read_text())["examples"]
     sources = (corpus / "test.en").read_text().splitlines()
@@ -519,7 +523,7 @@ def test_mistakes_in_commands_without_a_trainer(run, arguments, message):
     assert len(printed.splitlines()) <= 4
 
 
-@pytest.mark.parametrize("command", ["average", "export", "compare", "profile"])
+@pytest.mark.parametrize("command", ["average", "export", "compare", "profile", "attention-map"])
 def test_help_of_commands_without_a_trainer(run, command):
     printed = run(command, "--help")
     assert printed.startswith(f"usage: python train.py {command} ")

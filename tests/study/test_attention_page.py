@@ -159,7 +159,8 @@ def test_the_query_follows_the_mouse(open_page, stride, map_size, inside):
         )
         assert opaque > 200, "the greatest weight is drawn"
     assert "20 % of the weight lies on the padding" in page.evaluate("document.getElementById('readout').textContent")
-    assert page.problems == []
+    # Chromium's advice on reading pixels is for this test, which reads them; the page does not.
+    assert [one for one in page.problems if "willReadFrequently" not in one] == []
     assert all(one.startswith(("file:", "data:")) for one in page.requests)
 
 

@@ -321,6 +321,39 @@ def test_what_runs_have_written_is_shown_as_text(tmp_path):
         assert not [one for one in ET.parse(path).getroot().iter() if one.tag.endswith(("script", "img", "image"))]
 
 
+def test_maps_of_pictures_lie_where_their_keys_do(tmp_path):
+    """By the box of all keys that a test writes, in parts of its picture; an older one's map is all of its picture."""
+    study = write_study(tmp_path, groups=("0010", "1111"), seeds=(0,), findings=None)
+    fill(study, tmp_path / "cells", parts=("maps",))
+    path = tmp_path / "cells" / study.name / study.cells[0].name / "translation/run/predictions/test_attention.json"
+    maps = json.loads(path.read_text())["maps"]
+    (one,) = [one for one in maps if one["kind"] == "map"]
+    rows, columns = np.array(one["weights"]["whole"]).shape
+    placed = {"key_box": [-0.02, -0.03, 1.04, 1.05], "query_at": [0.25, 0.75]}
+    write(path, {"maps": [one | placed]})
+    elements = report(study, tmp_path)
+    boxes = [item["style"] for item in elements.all("img") if "left:" in item.get("style", "")]
+    assert set(boxes) == {"left:-2.000%;top:-3.000%;width:104.000%;height:105.000%"}
+    assert [item["style"] for item in elements.all("span") if item.get("style") == "left:25.0%;top:75.0%"]
+    wide, high = next(
+        map(float, item["style"].removeprefix("aspect-ratio:").split("/"))
+        for item in elements.all("span")
+        if item.get("style", "").startswith("aspect-ratio:") and item["style"] != f"aspect-ratio:{columns}/{rows}"
+    )
+    assert wide / high == pytest.approx(columns / 1.04 / (rows / 1.05), rel=1e-3), "that of the picture"
+
+
+@pytest.mark.parametrize("box", [[0, 0, 0, 1], [0, 0, 1], "x", [None] * 4, [1e300, 0, 1, 1]])
+def test_boxes_that_are_none_are_not_used(tmp_path, box):
+    study = write_study(tmp_path, groups=("0010", "1111"), seeds=(0,), findings=None)
+    fill(study, tmp_path / "cells", parts=("maps",))
+    for path in (tmp_path / "cells").rglob("test_attention.json"):
+        maps = [one | {"key_box": box, "query_at": box} for one in json.loads(path.read_text())["maps"]]
+        write(path, {"maps": maps})
+    elements = report(study, tmp_path)
+    assert not [item for item in elements.all("img") if "left:" in item.get("style", "")]
+
+
 def test_broken_and_half_written_cells_are_shown_as_such(tmp_path):
     study = write_study(tmp_path, groups=("0010", "0110", "1111", "none", "0100", "0111"), seeds=(0,), findings=None)
     fill(

@@ -89,7 +89,10 @@ def test_validate_test_predict(run, coco, trained, tmp_path):
     coco = truth_from_detections(coco, "test2017", written, tmp_path / "truth")
     stored += ["--data.root", coco]
     run("validate", *stored)
-    run("test", *stored)
+    printed = run("test", *stored)
+    assert "Test set, 5 images" in printed
+    assert printed.count("ap50") == 1, "scores are printed once"
+    assert "Test metric" not in printed
     results = json.loads((trained / "test_metrics.json").read_text())
     names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
     names += ("ar_small", "ar_medium", "ar_large")

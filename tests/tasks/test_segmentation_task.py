@@ -117,6 +117,7 @@ def test_scores_are_those_of_the_written_files(run, cityscapes, trained, tmp_pat
     assert shown + weights["padding"] == pytest.approx(1.0, abs=1e-3), "relative to uniform weights"
     assert len(list((trained / "predictions" / "predict_pictures").glob("*.png"))) == 2
     assert "Test set, 5 images" in printed
+    assert printed.count("pixel_accuracy") == 1, "scores are printed once"
 
     run("predict", *stored(trained), "--data.test_split", "val")
     assert len(list((trained / "predictions" / "labels-2").iterdir())) == 3, "nothing is overwritten"

@@ -3,7 +3,7 @@ import errno
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
 from lightning_attn.visualization import draw_detections, draw_detections_beside_truth, save_picture
 from lightning_attn.visualization.detection import (
@@ -63,7 +63,34 @@ def test_kinds_of_arguments_give_the_same_picture():
 
 def test_without_boxes_the_picture_is_the_image():
     for boxes in ([], np.zeros((0, 4)), torch.zeros(0, 4)):
-        np.testing.assert_array_equal(draw_detections(SKY, boxes, [], [], longest_side=400), SKY)
+        np.testing.assert_array_equal(draw_detections(SKY, boxes, [], longest_side=400), SKY)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (200, 900)])
+def test_a_picture_without_any_box_says_so(size, monkeypatch):
+    """And names the option of the threshold; the letters are those that Pillow is asked to draw."""
+    written = []
+    draw = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, at, text, **rest: (written.append(text), draw(self, at, text, **rest))
+    )
+    image = np.full((*size, 3), 100, np.uint8)
+    low = (np.array([[1, 1, 30, 30]]), ["cat"], [0.31])
+    option = {"min_score": 0.5, "option": "--model.picture_score"}
+    picture = draw_detections(image, *low, **option)
+    said = " ".join(written)
+    assert "Nothing was detected with a score of at least 0.5; the highest is 0.31." in said
+    assert "--model.picture_score sets this threshold." in said
+    assert (picture[-3] == 255).mean() > 0.9, "at the bottom"
+    assert (picture[: len(picture) // 3] != 255).all(), "not over all of the picture"
+    written.clear()
+    draw_detections_beside_truth(image, np.zeros((0, 4)), [], [], low[0], low[1], **option)
+    said = " ".join(written)
+    assert "at least 0.5, nor with a lower one. --model.picture_score sets this threshold." in said
+    written.clear()
+    draw_detections(image, *low, min_score=0.1)
+    draw_detections_beside_truth(image, *low, low[0], low[1], min_score=0.1)
+    assert not [text for text in written if "Nothing" in text]
 
 
 def test_low_scores_are_left_out():
