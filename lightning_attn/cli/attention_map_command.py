@@ -34,8 +34,9 @@ __all__ = ["attention_map_command"]
 
 PAGE = "index.html"
 _TERMS = ("E1", "E2", "E3", "E4")
-_FEWEST_QUERIES = 150  # of a map with all heads; below it, the page has the mean and one head for more queries
-_LEVELS = 6_000_000  # bytes of a layer before compression, from which on not all queries are computed
+_FEWEST_WITH_HEADS = 150  # queries of a map; with fewer, the page has the mean and one head alone for more queries
+_FEWEST = 30  # queries of a map, before layers are left out
+_LEVELS = 9_000_000  # bytes of all layers before compression, from which on not all queries are computed
 _LONGEST_NAME = 60  # characters of the folder of a sentence
 
 
@@ -180,7 +181,9 @@ def _of_image(task: ImageTask[Any, Any], options: Any, facts: list[tuple[str, st
                 heads="mean" if options.head == "mean" else int(options.head),
                 title=f"{layer}: where the query at pixel ({y}, {x}) of {Path(options.image).name} looks",
             )
-    kept, notes = fitting([_image_levels(recorded, layer, terms, options.head) for layer in layers], options.head)
+    kept, notes = fitting(
+        [_image_levels(recorded, layer, terms, options.head, _LEVELS // len(layers)) for layer in layers], options.head
+    )
     notes += _thinning_notes(recorded, kept)
     if seen != original:
         notes.append(
@@ -228,21 +231,23 @@ def _seen_pixel(pixel: tuple[int, int], size: tuple[int, int], seen: tuple[int, 
     return y, x
 
 
-def _image_levels(recorded: RecordedImage, layer: str, terms: Sequence[str] | None, head: str) -> LayerLevels:
-    """The levels of as many queries as a page may hold, of all heads where that leaves enough queries."""
+def _image_levels(
+    recorded: RecordedImage, layer: str, terms: Sequence[str] | None, head: str, most: int
+) -> LayerLevels:
+    """The levels of as many queries as so many bytes may hold, of all heads where that leaves enough queries."""
     attention = recorded.inputs[layer][0]
     grid = recorded.grid(layer)
     keys = math.prod(grid.keys_inside(attention.kv_stride))
-    number = (str(attention.terms).count("1") if terms is None else len(terms)) + 1
-    for heads, least in ((None, _FEWEST_QUERIES), (tuple(dict.fromkeys(("mean", head))), 1)):
-        size = keys * number * (attention.num_heads + 1 if heads is None else len(heads))
-        for step in range(1, max(grid.inside) + 1):
-            count = math.prod(-(-length // step) for length in grid.inside)
-            if count < min(least, math.prod(grid.inside)):
-                break
-            if count * size <= _LEVELS or count == 1:
-                return image_levels(recorded, layer, terms, heads=heads, step=step)
-    return image_levels(recorded, layer, terms, heads=("mean",), step=max(grid.inside))
+    size = keys * ((str(attention.terms).count("1") if terms is None else len(terms)) + 1)
+    queries = math.prod(grid.inside)
+    steps = [(step, math.prod(-(-length // step) for length in grid.inside)) for step in range(1, max(grid.inside) + 1)]
+    with_all_heads = [step for step, count in steps if count * size * (attention.num_heads + 1) <= most]
+    if with_all_heads and dict(steps)[with_all_heads[0]] >= min(_FEWEST_WITH_HEADS, queries):
+        return image_levels(recorded, layer, terms, heads=None, step=with_all_heads[0])
+    heads = tuple(dict.fromkeys(("mean", head)))
+    enough = [step for step, count in steps if count >= min(_FEWEST, queries)]
+    step = next((step for step in enough if dict(steps)[step] * size * len(heads) <= most), enough[-1])
+    return image_levels(recorded, layer, terms, heads=heads, step=step)
 
 
 def _thinning_notes(recorded: RecordedImage, layers: Sequence[LayerLevels]) -> list[str]:
@@ -250,14 +255,14 @@ def _thinning_notes(recorded: RecordedImage, layers: Sequence[LayerLevels]) -> l
     notes = []
     for one in layers:
         step, heads = one.facts["query_step"], recorded.inputs[one.name][0].num_heads
+        kept = []
         if step > 1:
-            notes.append(
-                f"{one.name}: to keep the page small, the query moves in steps of {step} positions along both axes. "
-                "Figures (--query) are of any query."
-            )
+            kept.append(f"queries in steps of {step} positions (figures, by --query, are of any)")
         if heads > 1 and len(one.heads) < heads + 1:
             shown = " and ".join("the mean" if head == "mean" else f"head {head}" for head in one.heads)
-            notes.append(f"{one.name}: of its {heads} heads {shown} is here, for a small page; --head N adds one.")
+            kept.append(f"of {heads} heads {shown} (--head N is another)")
+        if kept:
+            notes.append(f"To keep the page small, it has of {one.name} {', and '.join(kept)}.")
     return notes
 
 

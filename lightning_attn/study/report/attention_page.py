@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["ATTENTION_MARK", "MOST_BYTES", "fitting", "render_attention"]
 
 ATTENTION_MARK = "lightning_attn attention maps"
-MOST_BYTES = 2_400_000  # of all levels in the page
+MOST_BYTES = 3_000_000  # of all levels in the page
 _PICTURE_BYTES = 400_000
 _LONGEST_SIDE = 1600  # of the picture, in pixels
 
@@ -26,7 +26,8 @@ def fitting(
 ) -> tuple[list["LayerLevels"], list[str]]:
     """What fits into a number of bytes, and what was left out, in words.
 
-    First every second query along both axes is left out while hundreds remain, then heads, then layers, then queries.
+    First every second query along both axes is left out while hundreds remain, then heads, then queries while dozens
+    remain, then layers.
 
     Args:
         layers: The first ones are left out before the later ones.
@@ -35,17 +36,18 @@ def fitting(
     """
     kept, notes = list(layers), list[str]()
     while sum(map(_page_bytes, kept)) > most:
-        many = [place for place, one in enumerate(kept) if _can_be_thinned(one, 300)]
-        some = [place for place, one in enumerate(kept) if _can_be_thinned(one, 4)]
+        many, dozens, some = ([one for one in kept if _can_be_thinned(one, least)] for least in (300, 30, 1))
         if many:
-            kept[many[0]] = kept[many[0]].thinned()
+            _thin_largest(kept, many)
         elif any(set(one.heads) - {"mean", keep} for one in kept):
             kept = [one.with_heads(("mean", keep)) for one in kept]
+        elif dozens:
+            _thin_largest(kept, dozens)
         elif len(kept) > 1:
             notes.append(f"Layer {kept[0].name} is left out, to keep the page small: give it alone (--layer).")
             del kept[0]
         elif some:
-            kept[some[0]] = kept[some[0]].thinned()
+            _thin_largest(kept, some)
         else:
             break
     return kept, notes
@@ -106,9 +108,16 @@ def render_attention(
 
 
 def _can_be_thinned(layer: "LayerLevels", least: int) -> bool:
-    """Whether so many queries of a map would remain."""
-    rows, columns = layer.facts.get("query_size", (1, 1))
-    return bool(-(-rows // 2) * -(-columns // 2) >= least)
+    """Whether fewer queries of a map, but so many, would remain."""
+    rows, columns = map(int, layer.facts.get("query_size", (1, 1)))
+    return rows * columns > 1 and -(-rows // 2) * -(-columns // 2) >= least
+
+
+def _thin_largest(kept: list["LayerLevels"], some: Sequence["LayerLevels"]) -> None:
+    """Thins the largest of some of the layers, in place."""
+    largest = max(some, key=lambda one: one.size)
+    place = next(place for place, one in enumerate(kept) if one is largest)
+    kept[place] = largest.thinned()
 
 
 def _described(layer: "LayerLevels") -> dict[str, Any]:
