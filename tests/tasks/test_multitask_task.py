@@ -91,7 +91,9 @@ def test_a_loaded_member_is_that_of_the_joint_network(trained, images):
 
 
 def test_scores_are_those_of_each_task_alone(run, trained, coco, cityscapes, in_folder):
-    run("test", "--ckpt_path", trained / "last.ckpt", "--run.name", "scores", "--run.root", "runs")
+    printed = run("test", "--ckpt_path", trained / "last.ckpt", "--run.name", "scores", "--run.root", "runs")
+    assert "Test metric" not in printed, "scores are printed once"
+    assert printed.count("pixel_accuracy") == printed.count("test/joint ") == 1
     joint = json.loads(Path("runs/multitask/scores/test_metrics.json").read_text())
     data = {
         "detection": COCODataModule(str(coco), test_split="test2017", min_size=48, max_size=80),
