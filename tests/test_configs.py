@@ -100,7 +100,10 @@ def test_segmentation_configurations(run, cityscapes, path):
     assert (checkpoint.parent / "test_metrics.json").is_file()
 
 
-@pytest.mark.parametrize("path", [*paths("multitask"), CONFIGS / "miniature/multitask.yaml"], ids=lambda p: p.stem)
+JOINT = [*(path for path in paths("multitask") if "alone" not in path.stem), CONFIGS / "miniature/multitask.yaml"]
+
+
+@pytest.mark.parametrize("path", JOINT, ids=lambda path: path.stem)
 def test_multitask_configurations(run, coco, cityscapes, path):
     roots = {"detection": coco, "segmentation": cityscapes}
     if "miniature" in str(path):
@@ -249,7 +252,9 @@ def test_trainer_overlays(run, tiny_config, path):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in paths("studies") if path.stem.endswith("_miniature")], ids=lambda path: path.stem
+    "path",
+    [path for path in paths("studies") if path.stem.endswith("_miniature") and "joint" not in path.stem],
+    ids=lambda path: path.stem,
 )
 def test_every_cell_of_a_study_is_a_configuration(run, path):
     """The parser of the command resolves each, to the attention that its label promises."""
@@ -268,6 +273,29 @@ def test_every_cell_of_a_study_is_a_configuration(run, path):
             AttentionSpec(**spec)
             assert resolved["seed_everything"] == study.seeds[-1]
             assert resolved["trainer"]["max_steps"] == cell.total_steps
+
+
+@pytest.mark.parametrize(("task", "other"), [("detection", "segmentation"), ("segmentation", "detection")])
+def test_joint_against_single_at_equal_images_and_at_equal_multiply_adds(run, task, other):
+    study, twin = (Study.read(CONFIGS / f"studies/joint_{name}_miniature.yaml") for name in (task, other))
+    assert study.groups == [("joint",), (f"{task}_equal_images",), (f"{task}_equal_work",)]
+    joint = {cell.name for cell in study.cells if cell.group == ("joint",)}
+    assert joint == {cell.name for cell in twin.cells if cell.group == ("joint",)}
+    assert study.folder == twin.folder
+    work = {}
+    for cell in study.cells[:: len(study.seeds)]:
+        printed = run(*cell.arguments("fit", Path("cell")), "--print_config")
+        resolved = yaml.safe_load(printed[printed.index("seed_everything:") :])
+        tasks = {name for name, one in resolved["model"]["init_args"]["tasks"].items() if one is not None}
+        members = {name for name, one in resolved["data"]["init_args"]["members"].items() if one is not None}
+        assert tasks == members == ({task, other} if cell.group == ("joint",) else {task})
+        trainer = resolved["trainer"]
+        assert trainer["max_steps"] % trainer["val_check_interval"] == 0, "the last step is validated"
+        run(*cell.profile_arguments(Path(f"{cell.group[0]}.json")), "--device", "meta")
+        counted = json.loads(Path(f"{cell.group[0]}.json").read_text())["forward"]["multiply_adds"]
+        work[cell.group[0]] = counted * trainer["max_steps"]
+    assert work[f"{task}_equal_work"] == pytest.approx(work["joint"], rel=2e-3)
+    assert work[f"{task}_equal_images"] < 0.6 * work["joint"]
 
 
 def test_there_is_a_study_for_every_table_of_the_paper():

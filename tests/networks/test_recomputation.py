@@ -67,7 +67,7 @@ def test_segmentation(spec, norm):
 
 
 def test_segmentation_by_a_pyramid():
-    pyramid = SegmenterSpec("pyramid", head_channels=16, output_stride=32)
+    pyramid = SegmenterSpec(head="pyramid", head_channels=16, output_stride=32)
     backbone = build_backbone(ResNetSpec("bottleneck26", width=8), ATTENTION, 32)
     labels = [torch.randint(0, 3, (33, 49)).to(torch.uint8) for _ in range(2)]
     compare(Segmenter(3, backbone, ATTENTION, pyramid), (images(), labels), 4 + 1)

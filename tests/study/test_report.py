@@ -12,9 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import xml.etree.ElementTree as ET
-from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -590,14 +588,6 @@ def test_waiting_cells_are_one_line_that_opens(tmp_path):
     assert f"0110, seed 0: an older configuration's folder is kept: {study.cells[0].name}" in text
     assert "0 process" not in text
     assert edited.cells[5].shell_line(["python", "train.py"], tmp_path / "cells/figure" / edited.cells[5].name) in text
-
-
-def test_templates_are_in_the_package(made):
-    data = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    package = REPOSITORY / "lightning_attn"
-    files = [path.relative_to(package).as_posix() for path in (package / "study/report/templates").iterdir()]
-    assert len(files) == 9
-    assert all(any(fnmatch(file, pattern) for pattern in data["lightning_attn"]) for file in files)
 
 
 @pytest.mark.parametrize("more_is_better", [True, False])

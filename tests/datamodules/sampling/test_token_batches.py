@@ -29,8 +29,15 @@ lengths = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=4
 @given(lengths, st.integers(30, 200), st.integers(1, 5), st.integers(0, 3), st.integers(0, 3))
 def test_training_plan(pairs, max_tokens, world_size, seed, epoch):
     source, target = (np.array(side, dtype=np.int32) for side in zip(*pairs, strict=True))
+    options = {"shuffle": True, "seed": seed}
+    alone = TokenBatchSampler(source, target, max_tokens, rank=0, world_size=1, **options)
+    if len(alone) == len(pairs) and len(pairs) % world_size:
+        # A sentence each: there is nothing to divide further, so that every rank had as many.
+        with pytest.raises(ValueError, match=f"{len(pairs)} sentences cannot be distributed over {world_size} ranks"):
+            TokenBatchSampler(source, target, max_tokens, rank=0, world_size=world_size, **options)
+        return
     ranks = [
-        TokenBatchSampler(source, target, max_tokens, shuffle=True, seed=seed, rank=rank, world_size=world_size)
+        TokenBatchSampler(source, target, max_tokens, rank=rank, world_size=world_size, **options)
         for rank in range(world_size)
     ]
     dealt = [epoch_of(sampler, epoch) for sampler in ranks]

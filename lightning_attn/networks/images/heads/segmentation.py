@@ -34,7 +34,6 @@ class SegmenterSpec:
     The exception is `norm`: the paper normalises new layers with statistics over all GPUs, `"sync"`, which needs GPUs.
 
     Attributes:
-        head: `"ccnet"`, see `CCNetHead`, or `"pyramid"` for a feature pyramid, see `PyramidHead`.
         head_channels: Channels of the head, of the attention in it and of the auxiliary head.
         dropout: Probability of dropping a channel before the classifiers.
         auxiliary_weight: Factor on the loss of the auxiliary head, whose input is conv4; 0 for no auxiliary head.
@@ -46,12 +45,12 @@ class SegmenterSpec:
         ohem_min_kept: Minimum number of pixels of a batch, on each GPU, in that mean: the hardest.
         class_weights: Weight of the pixels of each class in both losses; empty for equal weights. Without them,
             a network that is trained from scratch for a short time never predicts rare classes.
+        head: `"ccnet"`, see `CCNetHead`, or `"pyramid"` for a feature pyramid, see `PyramidHead`.
 
     Raises:
         ValueError: If a field has an invalid value; the message names the field.
     """
 
-    head: SegmentationHeadName = "ccnet"
     head_channels: int = 512
     dropout: float = 0.1
     auxiliary_weight: float = 0.4
@@ -60,6 +59,7 @@ class SegmenterSpec:
     ohem_threshold: float = 0.0
     ohem_min_kept: int = 100_000
     class_weights: tuple[float, ...] = ()
+    head: SegmentationHeadName = "ccnet"
 
     def __post_init__(self) -> None:
         if self.head not in get_args(SegmentationHeadName):
