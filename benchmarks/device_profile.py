@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.attention_shape import Shape
 from benchmarks.case import Case, Run, Table
 from benchmarks.checks import Check
-from benchmarks.device import autocast, free_memory, on_gpu, synchronize
+from benchmarks.device import free_memory, on_gpu, synchronize
 from benchmarks.device_attention import MAPS, measured, step_of
 from benchmarks.device_correctness import outcome_notes
-from benchmarks.device_tasks import NONE, build_faster_rcnn, build_translation
+from benchmarks.device_tasks import NONE, build_faster_rcnn, build_translation, training_step
 from benchmarks.device_tasks import Problem as NetworkProblem
 from benchmarks.peers.attention import build_module
 from benchmarks.results import Comparison, Result
@@ -78,17 +78,7 @@ def _network_step(
     build: Callable[[NetworkProblem, str, int], Any], problem: NetworkProblem, side: str, batch: int
 ) -> Callable[[], object]:
     network, loss, _ = build(problem, side, batch)
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, fused=True)
-
-    def step() -> None:
-        with autocast("bf16"):
-            value = loss(network)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return training_step(network, loss)
 
 
 def _profile(build: Callable[[], Callable[[], object]], run: Run, found: Comparison) -> None:

@@ -66,8 +66,8 @@ Measured = Callable[[str, int], tuple[nn.Module, Callable[[nn.Module], Tensor], 
 """From a side and a size of batch: a network, its loss, and how many images or tokens a step has."""
 
 
-def timed_steps(network: nn.Module, loss: Callable[[nn.Module], Tensor], rounds: int, run: Run) -> tuple[Side, float]:
-    """The cost of training steps after the first three, and the seconds of the first."""
+def training_step(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[], None]:
+    """A step forward and backward in bfloat16, and of the optimizer."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, fused=True)
 
@@ -77,6 +77,13 @@ def timed_steps(network: nn.Module, loss: Callable[[nn.Module], Tensor], rounds:
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
+
+    return step
+
+
+def timed_steps(network: nn.Module, loss: Callable[[nn.Module], Tensor], rounds: int, run: Run) -> tuple[Side, float]:
+    """The cost of training steps after the first three, and the seconds of the first."""
+    step = training_step(network, loss)
 
     def seconds() -> float:
         synchronize()

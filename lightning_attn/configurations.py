@@ -15,6 +15,7 @@ __all__ = [
 ]
 
 _PACKAGE = Path(__file__).parent
+_OPTIONS = ("-c", "--config")
 _FOLDER = "configs"  # of a checkout, and what names may begin with
 
 
@@ -54,10 +55,11 @@ def with_located_files(arguments: Sequence[str]) -> list[str]:
     """Arguments of a command line whose configuration files are `located`."""
     found: list[str] = []
     for argument in arguments:
-        if found and found[-1] in ("-c", "--config"):
+        option, equals, file = argument.partition("=")
+        if found and found[-1] in _OPTIONS:
             found.append(located(argument))
-        elif argument.startswith("--config="):
-            found.append("--config=" + located(argument.removeprefix("--config=")))
+        elif equals and option in _OPTIONS:
+            found.append(f"{option}={located(file)}")
         else:
             found.append(argument)
     return found

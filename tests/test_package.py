@@ -134,6 +134,11 @@ def test_configurations_are_listed_and_printed(installed, tmp_path):
     assert "Did you mean attention/attention_0010" in error
     error = called(installed / "lightning-attn", "fit", folder=tmp_path, status=2)
     assert "Those of the package are detection/bccd, " in error
+    for words in (["-c=miniature/nothing"], ["--config=miniature/nothing"], ["--config", "miniature/nothing"]):
+        assert "nothing is not there" in called(installed / "lightning-attn", "fit", *words, folder=tmp_path, status=2)
+        known = [word.replace("nothing", "detection") for word in words]
+        printed = called(installed / "lightning-attn", "fit", *known, "--print_config", folder=tmp_path)
+        assert "MiniatureDetectionDataModule" in printed
     study = "configs/studies/figure_3c_miniature.yaml"
     assert "waiting" in called(installed / "lightning-attn", "study", "run", study, "--dry-run", folder=tmp_path)
 

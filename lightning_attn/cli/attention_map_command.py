@@ -10,6 +10,7 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_attn.archives import reading_once
+from lightning_attn.attention.spec import TERM_NAMES
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.stored_configuration import TRUST_HELP
@@ -33,7 +34,6 @@ from lightning_attn.visualization.translation import RecordedPair, record_pair
 __all__ = ["attention_map_command"]
 
 PAGE = "index.html"
-_TERMS = ("E1", "E2", "E3", "E4")
 _FEWEST_WITH_HEADS = 150  # queries of a map; with fewer, the page has the mean and one head alone for more queries
 _FEWEST = 30  # queries of a map, before layers are left out
 _LEVELS = 9_000_000  # bytes of all layers before compression, from which on not all queries are computed
@@ -127,8 +127,8 @@ def _check(options: Any) -> None:
         if options[name] is not None and is_blank(options[name]):
             raise InputError(f"{name}: {options[name]!r} has no word. Give a sentence, in quotation marks.")
     for term in options.terms:
-        if term not in _TERMS:
-            raise InputError(f"terms: {term!r} is none of {' '.join(_TERMS)}, such as --terms E1 E4.")
+        if term not in TERM_NAMES:
+            raise InputError(f"terms: {term!r} is none of {' '.join(TERM_NAMES)}, such as --terms E1 E4.")
     head = options.head
     if head != "mean" and not (head.isdecimal() and int(head) >= 1):
         raise InputError(f"head: {head!r} is neither the number of a head, from 1 on, nor mean.")
@@ -381,7 +381,7 @@ def _chosen_terms(
             raise InputError(
                 f"head: {options.head} is none of the heads 1 to {attention.num_heads} of {layer}, nor mean."
             )
-        on = [name for name, digit in zip(_TERMS, str(attention.terms), strict=True) if digit == "1"]
+        on = [name for name, digit in zip(TERM_NAMES, str(attention.terms), strict=True) if digit == "1"]
         for term in options.terms:
             if term not in on:
                 raise InputError(f"terms: {term} is off in {layer}, which has {' '.join(on)}. Give some of these.")

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -108,7 +108,7 @@ class MultitaskTask(BaseTask):
         super().__init__(optimizer, schedule, compile=compile)
         self.attention, self.backbone, self.statistics = attention, backbone, statistics
         self.freeze_parts, self.baselines = tuple(freeze), baselines
-        self.trained = [name for name in given if weights.get(name, 1.0) and name not in freeze]
+        self.trained = _trained(given, weights, freeze)
         if not self.trained:
             raise InputError(f"weights and freeze: none of the tasks {', '.join(given)} is left to train.")
         self.members = nn.ModuleDict(given)
@@ -248,7 +248,7 @@ class MultitaskTask(BaseTask):
     def _require_same_training(self, stored: Mapping[str, Any]) -> None:
         """Refuses to resume with other parts to train, of which the optimizer has no state."""
         weights, freeze = stored.get("weights") or {}, tuple(stored.get("freeze") or ())
-        trained = [name for name in self.tasks() if weights.get(name, 1.0) and name not in freeze]
+        trained = _trained(self.tasks(), weights, freeze)
         if self.trainer.state.fn == "fit" and (
             trained != self.trained or (_BACKBONE in freeze) != (_BACKBONE in self.freeze_parts)
         ):
@@ -496,6 +496,11 @@ class MultitaskTask(BaseTask):
         """The results of every task for each input, by the tasks' names."""
         found = {name: task.predict(inputs) for name, task in self.tasks().items()}
         return [{name: results[place] for name, results in found.items()} for place in range(len(inputs))]
+
+
+def _trained(names: Iterable[str], weights: Mapping[str, float], freeze: Sequence[str]) -> list[str]:
+    """The tasks whose losses are trained on."""
+    return [name for name in names if weights.get(name, 1.0) and name not in freeze]
 
 
 def _given_tasks(tasks: Mapping[str, BaseTask | None]) -> dict[str, BaseTask]:
