@@ -5,9 +5,11 @@ BIN := .venv/bin
 RUN ?= quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread per worker: two workers that both want all cores wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# The site's own extensions (formulas, tables of options) are in docs/.
+SITE = PYTHONPATH=docs OMP_NUM_THREADS=1 $(BIN)/zensical
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart study test test-all test-long lint format clean
+.PHONY: help quickstart study test test-all test-long lint docs docs-serve format clean
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,19 +38,25 @@ test-all: lint  ## The same with the slow tests
 test-long: .venv/installed-dev  ## Kills, damaged inputs: an hour or so, with results to read; not a part of CI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s tests/long tests/study
 
-lint: .venv/installed-dev
+lint: .venv/installed-dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/deptry .
 
+docs: .venv/installed-dev  ## Build the documentation site, site/index.html
+	$(SITE) build --strict --clean
+
+docs-serve: .venv/installed-dev  ## Show the site while its pages are written
+	$(SITE) serve
+
 format: .venv/installed-dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## Remove the environment and caches, never runs or data
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/created:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

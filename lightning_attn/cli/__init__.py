@@ -1,5 +1,6 @@
 """The command: `train.py`, `python -m lightning_attn` and `lightning-attn` are this."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,13 +27,19 @@ def main(args: Sequence[str] | None = None) -> None:
     from lightning_attn.configurations import with_located_files
 
     arguments = with_located_files(arguments)
-    if answer(arguments):
-        return
-    if arguments[0] == "study":
-        from lightning_attn.cli.study import run_study_command
+    try:
+        if answer(arguments):
+            sys.stdout.flush()
+            return
+        if arguments[0] == "study":
+            from lightning_attn.cli.study import run_study_command
 
-        run_study_command(arguments[1:])
-        return
+            run_study_command(arguments[1:])
+            sys.stdout.flush()
+            return
+    except BrokenPipeError:  # whoever reads the list has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
+        sys.exit(141)  # as a shell calls it
     # Only now, as this imports torch and Lightning, which takes seconds.
     from lightning_attn.cli.subcommands import run
 
