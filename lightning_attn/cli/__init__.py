@@ -23,7 +23,7 @@ def main(args: Sequence[str] | None = None) -> None:
     open_standard_streams()
     bind_to_launcher()
     arguments = sys.argv[1:] if args is None else [str(argument) for argument in args]
-    from lightning_attn.cli.front import answer
+    from lightning_attn.cli.front import answer, explain_torchvision
     from lightning_attn.configurations import with_located_files
 
     arguments = with_located_files(arguments)
@@ -40,7 +40,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever reads the list has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
         sys.exit(141)  # as a shell calls it
-    # Only now, as this imports torch and Lightning, which takes seconds.
-    from lightning_attn.cli.subcommands import run
+    try:
+        # Only now, as this imports torch and Lightning, which takes seconds.
+        from lightning_attn.cli.subcommands import run
+    except (RuntimeError, OSError, ImportError) as error:
+        explain_torchvision(error)
+        raise
 
     run(arguments)

@@ -1,6 +1,8 @@
 """What the command answers without importing torch and Lightning, which takes seconds: help, and common mistakes."""
 
 import difflib
+import importlib.metadata
+import re
 import sys
 import tempfile
 import textwrap
@@ -100,6 +102,20 @@ def _check_temporary_folder() -> None:
             f"{error.strerror}: their disks are full, or none of them can be written to. Make room, or "
             "name another folder in the variable TMPDIR."
         )
+
+
+def explain_torchvision(error: Exception) -> None:
+    """Ends with a message if importing failed because torch and torchvision are not of one release.
+
+    Each torchvision is built for one torch; with another, its operators are missing, or its library does not load.
+    """
+    if not re.search(r"operator torchvision::|torchvision.*undefined symbol|torchvision/_C", str(error)):
+        return
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    _fail(
+        f"torch {versions['torch']} and torchvision {versions['torchvision']} do not match: {error}. Install both "
+        "again, together: pip install --upgrade torch torchvision"
+    )
 
 
 def _check_files(arguments: Sequence[str]) -> None:

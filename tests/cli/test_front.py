@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lightning_attn.cli import main
-from lightning_attn.cli.front import SUBCOMMANDS, answer
+from lightning_attn.cli.front import SUBCOMMANDS, answer, explain_torchvision
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +74,25 @@ def test_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_torch_and_torchvision_of_different_releases(monkeypatch, capsys):
+    """What importing torchvision raises beside another torch."""
+    versions = {"torch": "2.11.0", "torchvision": "0.29.1"}
+    monkeypatch.setattr("importlib.metadata.version", versions.__getitem__)
+    with pytest.raises(SystemExit) as ended:
+        explain_torchvision(RuntimeError("operator torchvision::nms does not exist"))
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "torch 2.11.0 and torchvision 0.29.1 do not match" in message
+    assert "pip install --upgrade torch torchvision" in message
+    explain_torchvision(RuntimeError("operator aten::other does not exist"))  # is nobody's mistake: raised further
+
+
+def test_a_list_can_be_cut_by_another_program():
+    """As by `lightning-attn configs | head -1`."""
+    code = "from lightning_attn.cli import main; main(['configs'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as listing:
+        listing.stdout.close()  # long before Python has started
+        errors = listing.stderr.read()
+        assert (listing.wait(), errors) == (141, b"")
