@@ -664,9 +664,15 @@ def plain_value(name: str, value: Any) -> Any:
 
 
 def argument_default(task_class: type, name: str) -> Any:
-    """The default of an argument of a task's constructor; None if it has none."""
-    parameter = inspect.signature(task_class).parameters.get(name)
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+    """The default of an argument of a task's constructor, which may hand it on; None if it has none.
+
+    It is one object for all tasks of the class: an argument that is another object was given.
+    """
+    for one in task_class.__mro__:
+        parameter = inspect.signature(one.__init__).parameters.get(name)  # type: ignore[misc]
+        if parameter is not None:
+            return None if parameter.default is inspect.Parameter.empty else parameter.default
+    return None
 
 
 def _own_classes() -> dict[str, type]:
@@ -689,7 +695,9 @@ def _typed_arguments(task_class: type, arguments: dict[str, Any], trust: Trust) 
         hint = hints.get(name)
         is_dataclass = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         if is_dataclass and isinstance(value, dict) and callable(hint):
-            typed[name] = hint(**value)
+            made, default = hint(**value), argument_default(task_class, name)
+            # Sequences are lists there; the default itself, by which a joint task knows that it was not given.
+            typed[name] = default if plain_value(name, made) == plain_value(name, default) else made
         elif hint == dict[str, BaseTask | None] and isinstance(value, dict):
             typed[name] = {
                 member: _stored_member(one, trust, f"task.arguments.{name}.{member}") for member, one in value.items()

@@ -20,7 +20,7 @@ from lightning_attn.errors import InputError
 from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.networks.sharing import copy_buffers, share_parameters, statistics_in
-from lightning_attn.tasks.base import BaseTask, argument_default, plain_value
+from lightning_attn.tasks.base import BaseTask, argument_default
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.membership import Membership
 from lightning_attn.tasks.multitask_evaluation import JointScore, MemberEvaluator
@@ -30,7 +30,7 @@ from lightning_attn.training.checkpoint_keys import BACKBONE_NAME_KEY, MEMBERS_K
 from lightning_attn.training.checkpoints import SHARED_BACKBONE, CheckpointError, member_prefix, read_checkpoint
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec, complete_momentum
 
-__all__ = ["MultitaskTask"]
+__all__ = ["MultitaskTask", "joint_arguments"]
 
 Statistics = Literal["shared", "per_task"]
 
@@ -41,7 +41,6 @@ _OF_THE_WHOLE = (
     *("on_after_backward", "on_before_backward", "on_before_optimizer_step", "on_before_zero_grad", "optimizer_step"),
     *("optimizer_zero_grad", "parameter_groups"),
 )
-_OF_THE_STEP = ("optimizer", "schedule", "compile")  # arguments of every task
 
 
 class MultitaskTask(BaseTask):
@@ -569,13 +568,21 @@ def _check_member(name: str, task: BaseTask) -> None:
             f"tasks.{name}: {kind} defines {', '.join(own)}, which act on optimizer steps, and these are of all tasks. "
             "Leave them out."
         )
-    for argument in _OF_THE_STEP:
-        value, default = task.arguments.get(argument), argument_default(type(task), argument)
-        if value is not None and default is not None and value != plain_value(argument, default):
+    values = {"optimizer": task.optimizer, "schedule": task.schedule, "compile": task.arguments.get("compile", False)}
+    for argument, value in values.items():
+        default = argument_default(type(task), argument)
+        if default is not None and value is not default:
             raise InputError(
-                f"tasks.{name}.{argument}: {value} has no effect, as all tasks are trained by one optimizer. Leave it "
-                f"out, and give it once (--model.{argument})."
+                f"tasks.{name}.{argument}: {task.arguments.get(argument)} has no effect, as all tasks are trained by "
+                f"one optimizer. Leave it out, and give it once (--model.{argument})."
             )
+
+
+def joint_arguments(task_class: type[BaseTask]) -> tuple[str, ...]:
+    """Arguments of a task that a joint training has for all tasks, so that the task leaves them out."""
+    of_backbone = () if task_class.use_backbone is BaseTask.use_backbone else ("attention", "backbone")
+    names = (*of_backbone, "optimizer", "schedule", "compile")
+    return tuple(name for name in names if argument_default(task_class, name) is not None)
 
 
 def _workload(task: BaseTask, data: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
