@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,31 @@ class TrainingSummary(Callback):
             for stage in names
         ]
         rank_zero_info("\n".join(lines))
+
+
+def print_gradients(means: Mapping[str, Mapping[str, float | None]], steps: int) -> None:
+    """Prints how the gradients of several losses compare.
+
+    Args:
+        means: From `GradientSummary`.
+        steps: How many steps they are of.
+    """
+    table = Table(title=f"Gradients in the backbone, mean of {steps} logged steps", title_justify="left")
+    table.add_column("task")
+    for column in ("share of the norm", "weight", "cosine", "cosines below 0"):
+        table.add_column(column, justify="right")
+    for name, one in means.items():
+        share, weight, cosine, negative = (
+            one[key] for key in ("gradient_share", "weight", "cosine", "negative_cosines")
+        )
+        table.add_row(
+            name,
+            "-" if share is None else f"{share:.0%}",
+            f"{weight:.3g}",
+            "-" if cosine is None else f"{cosine:.2f}",
+            "-" if negative is None else f"{negative:.0%}",
+        )
+    Console().print(table)
 
 
 def _defines(module: pl.LightningModule, name: str) -> bool:

@@ -197,6 +197,27 @@ def test_what_is_logged_and_which_checkpoints_are_kept(trained):
     assert kept == {"last.ckpt", "best.ckpt", "best_detection.ckpt", "best_segmentation.ckpt"}
 
 
+def test_the_gradients_are_summed_up_at_the_end(run, multitask_config):
+    """The same means as those of the logged values."""
+    printed = run("fit", "-c", multitask_config, "--model.weights", "{segmentation: 0.5}", *NO_VALIDATION)
+    directory = Path("checkpoints/multitask/tiny")
+    logged = [row for row in rows(directory) if "train/gradient_cosine/detection_segmentation" in row]
+    cosines = [float(row["train/gradient_cosine/detection_segmentation"]) for row in logged]
+    norms = {name: sum(float(row[f"train/{name}/gradient_norm"]) for row in logged) for name in TASKS}
+    norms["segmentation"] *= 0.5
+    written = json.loads((directory / "gradients.json").read_text())
+    assert written["steps"] == len(logged) == 4
+    for name, weight in (("detection", 1.0), ("segmentation", 0.5)):
+        found = written["tasks"][name]
+        assert found["weight"] == weight
+        assert found["cosine"] == pytest.approx(sum(cosines) / 4, rel=1e-4)
+        assert found["negative_cosines"] == sum(cosine < 0 for cosine in cosines) / 4
+        assert found["gradient_share"] == pytest.approx(norms[name] / sum(norms.values()), rel=1e-4)
+    assert "Gradients in the backbone, mean of 4 logged steps" in printed
+    off = ["--model.gradient_report", "false", "--run.name", "off"]
+    assert "Gradients in" not in run("fit", "-c", multitask_config, *off, *NO_VALIDATION)
+
+
 def test_the_best_network_is_that_of_the_largest_mean_change_to_the_baselines(run, multitask_config):
     baselines = yaml.safe_dump({"model": {"init_args": {"baselines": {"detection": 0.02, "segmentation": 0.5}}}})
     Path("baselines.yaml").write_text(baselines)
