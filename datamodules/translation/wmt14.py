@@ -155,7 +155,6 @@ class WMT14DataModule(pl.LightningDataModule):
         self.given_vocabulary: Vocabulary | None = None
         self._vocabulary: Vocabulary | None = None
         self._cache: TokenCache | None = None
-        self._has_logged_no_validation = False
         self._splits: dict[str, TranslationDataset] = {}
 
     @property
@@ -298,7 +297,7 @@ class WMT14DataModule(pl.LightningDataModule):
         return self.predict_file == "-"
 
     def _splits_of(self, stage: str) -> tuple[str, ...]:
-        """The splits that a stage reads; logs that a training has no validation.
+        """The splits that a stage reads.
 
         Raises:
             ValueError: If the stage needs a split that is not named.
@@ -307,12 +306,7 @@ class WMT14DataModule(pl.LightningDataModule):
         for option, split in (("valid_files", "valid"), ("test_files", "test")):
             if split in splits and not getattr(self, option) and stage != "fit":
                 raise InputError(f"{option}: it is empty, and {stage} needs it (--data.{option} NAME).")
-        if stage == "fit" and not self.valid_files:
-            if not self._has_logged_no_validation:
-                rank_zero_info("There is no validation text: best.ckpt is not written, and last.ckpt is the result.")
-            self._has_logged_no_validation = True
-            return ()
-        return splits
+        return () if stage == "fit" and not self.valid_files else splits
 
     def _evaluation_vocabulary(self) -> Vocabulary | None:
         """The vocabulary of stages that read no training text; None if there is none."""

@@ -428,7 +428,15 @@ class MultitaskTask(BaseTask):
 
     @override
     def on_train_start(self) -> None:
+        """Says which tasks have no part in the choice of `best.ckpt`."""
         self._gradient_summary = GradientSummary()
+        scored = self.evaluated_members() if sum(self.trainer.num_val_batches) else ()
+        unscored = [name for name in self.tasks() if name not in scored]
+        if scored and unscored:
+            rank_zero_info(
+                f"No validation data of {', '.join(unscored)}: best.ckpt is chosen by {', '.join(scored)} alone, and "
+                f"there is no {' or '.join(f'best_{name}.ckpt' for name in unscored)}."
+            )
 
     @override
     def on_train_end(self) -> None:

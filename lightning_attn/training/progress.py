@@ -158,7 +158,7 @@ class NetworkSummary(ModelSummary):
 
 
 class TrainingSummary(Callback):
-    """Reports at the end of a training why it ended, the best score, and the next commands.
+    """Reports at the end of a training why it ended, the best score, and the next commands; before it, what will lack.
 
     Args:
         directory: The run directory.
@@ -168,6 +168,11 @@ class TrainingSummary(Callback):
 
     def __init__(self, directory: Path, command: str, trust: Sequence[str] = ()) -> None:
         self.directory, self.command, self.trust = directory, command, trust
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not sum(trainer.num_val_batches):
+            rank_zero_info(f"No best.ckpt will be written, as {_NO_VALIDATION}: last.ckpt is the result.")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -232,9 +237,12 @@ def _why_it_ended(trainer: pl.Trainer) -> str:
     return "a callback stopped it" if trainer.should_stop else "there was nothing left to do"
 
 
+_NO_VALIDATION = "there is no validation (data without a validation split, or limit_val_batches 0)"
+
+
 def _why_no_best(trainer: pl.Trainer) -> str:
     if not sum(trainer.num_val_batches):
-        return "there is no validation (data without a validation split, or limit_val_batches 0)"
+        return _NO_VALIDATION
     if not any(name.startswith("val/") for name in trainer.callback_metrics):
         every = trainer.val_check_interval
         return f"no validation took place in {trainer.global_step} steps (val_check_interval {every})"

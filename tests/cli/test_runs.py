@@ -37,7 +37,7 @@ def test_a_training_says_how_it_ended_and_what_is_next(run, tiny_config):
     printed = run("fit", "-c", tiny_config, "--trainer.val_check_interval", 100, "--trainer.limit_train_batches", 50)
     assert "There is no best.ckpt: no validation took place in 4 steps (val_check_interval 100)" in printed
     printed = run("fit", "-c", tiny_config, "--data.valid_files", "")
-    assert "There is no validation text: best.ckpt is not written" in printed
+    assert "No best.ckpt will be written, as there is no validation" in printed
     assert "There is no best.ckpt: there is no validation" in printed
 
 

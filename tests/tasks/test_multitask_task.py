@@ -341,8 +341,13 @@ def test_weights_that_settle_conflicts(run, multitask_config):
 def test_a_task_without_validation_data_is_trained_all_the_same(run, multitask_config):
     """Frozen statistics too: those of the backbone are constants, stored once."""
     no_split = ["--data.members.segmentation.init_args.val_split", "", "--model.backbone.norm", "frozen"]
-    run("fit", "-c", multitask_config, *no_split)
+    printed = run("fit", "-c", multitask_config, *no_split)
+    said = "No validation data of segmentation: best.ckpt is chosen by detection alone, and there is no best_segment"
+    assert printed.count(said) == 1
+    assert "No best.ckpt" not in printed
+    assert "best.ckpt is not written" not in printed
     directory = Path("checkpoints/multitask/tiny")
+    assert (directory / "best.ckpt").is_file()
     scored = [row for row in rows(directory) if "val/joint" in row]
     assert len(scored) == 2
     for row in scored:
