@@ -116,8 +116,12 @@ class MultitaskDataModule(pl.LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         for name, member in self._attached().items():
+            splits = getattr(member, "split_names", {})
+            is_unscored = stage == "validate" and splits.get("val") == "" and bool(splits.get("test"))
+            if is_unscored:
+                rank_zero_info(f"members.{name} has no validation split, and is not scored.")
             with errors_of(name):
-                member.setup(stage)
+                member.setup("test" if is_unscored else stage)  # which says what classes there are
 
     @override
     def teardown(self, stage: str) -> None:

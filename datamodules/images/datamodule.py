@@ -127,8 +127,9 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         for split in splits:
             role = "test" if split == "predict" and not self.predict_folder else split
             if not self.split_names.get(role, "-"):
+                name = getattr(stage, "value", stage)  # Lightning's enumeration prints as its member's name
                 raise InputError(
-                    f"{role}_split: it is empty, and {stage} needs it. Name a split (--data.{role}_split NAME)."
+                    f"{role}_split: it is empty, and {name} needs it. Name a split (--data.{role}_split NAME)."
                 )
         if stage == "test" and not self.has_test_split:
             rank_zero_info(

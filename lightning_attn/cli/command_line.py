@@ -138,7 +138,7 @@ class CommandLine(LightningCLI):
         if not checkpoint and self.subcommand != "fit":
             rank_zero_info(f"No --ckpt_path: {self.subcommand} takes the network as it is before any training.")
         self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
-        if self.subcommand == "test" and self.model.prints_scores:
+        if self.subcommand in ("validate", "test") and self.model.prints_scores:
             self.config_init[self.subcommand]["verbose"] = False
         if checkpoint:
             self.model.checkpoint_path = str(checkpoint)

@@ -141,7 +141,7 @@ class BaseTask(pl.LightningModule):
 
     @property
     def prints_scores(self) -> bool:
-        """Whether a test prints all scores itself, so that Lightning's table would only repeat them.
+        """Whether validate and test print all scores themselves, so that Lightning's table would only repeat them.
 
         Not with a step of a user's own, which may log others.
         """

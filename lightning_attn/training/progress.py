@@ -111,10 +111,8 @@ class ProgressLines(Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            # An evaluation of its own does not count steps.
-            step = f" at step {trainer.global_step}" if trainer.state.fn == TrainerFn.FITTING else ""
-            self._print(f"validated{step} {_metrics(trainer)}")
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:  # the command validate prints all
+            self._print(f"validated at step {trainer.global_step} {_metrics(trainer)}")
 
     @staticmethod
     @rank_zero_only

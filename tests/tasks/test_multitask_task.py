@@ -354,6 +354,10 @@ def test_a_task_without_validation_data_is_trained_all_the_same(run, multitask_c
         assert float(row["val/joint"]) == float(row["val/detection/ap"])
         assert not any(name.startswith("val/segmentation/") for name in row)
     assert not (directory / "best_segmentation.ckpt").exists()
+    validated = run("validate", "--ckpt_path", directory / "best.ckpt")
+    assert "members.segmentation has no validation split, and is not scored." in validated
+    assert validated.count("val/detection/ap ") == 1
+    assert "val/segmentation" not in validated
     names = [name for name in stored(directory / "last.ckpt") if "running_mean" in name]
     assert names
     assert all(name.startswith("backbone.") for name in names)
