@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_attn.datamodules.loaders import defines_loader, require_loader
 from lightning_attn.datamodules.sampling.joint_batches import (
     EpochLength,
     JointBatch,
@@ -144,6 +145,7 @@ class MultitaskDataModule(pl.LightningDataModule):
         loaders = {}
         for name, member in self._attached().items():
             with errors_of(name):
+                require_loader(member, "train_dataloader")
                 loaders[name] = member.train_dataloader()
         samplers: dict[str, PlannedBatchSampler[Any]] = {}
         for name, loader in loaders.items():
@@ -176,7 +178,10 @@ class MultitaskDataModule(pl.LightningDataModule):
         for name, member in self._attached().items():
             if kind == "predict_dataloader" and self.predict_folder and not hasattr(member, "predict_folder"):
                 continue
+            if kind == "val_dataloader" and not defines_loader(member, kind):
+                continue
             with errors_of(name):
+                require_loader(member, kind)
                 found = getattr(member, kind)()
             if isinstance(found, list | tuple) and len(found) > 1:
                 raise InputError(f"members.{name}: {kind} has {len(found)} loaders; one is possible.")

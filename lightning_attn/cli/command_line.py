@@ -29,6 +29,7 @@ from lightning_attn.cli.launching import observe_ranks, settle_collectives, watc
 from lightning_attn.cli.parser import ConfigurationError, Parser, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, stored_configuration, value_of
+from lightning_attn.datamodules.loaders import LOADERS, require_loader
 from lightning_attn.errors import MissingFileError
 from lightning_attn.tasks import BaseTask
 from lightning_attn.tasks.multitask import joint_arguments
@@ -123,6 +124,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         assert self.subcommand is not None
         self.model.require_steps(self.subcommand)
+        require_loader(self.datamodule, LOADERS[self.subcommand])
         options = self.config_init[self.subcommand]["trainer"]
         check_trainer(options, self.model, self.subcommand)
         workers = getattr(self.datamodule, "num_workers", 0)

@@ -175,11 +175,10 @@ class BaseTask(pl.LightningModule):
             NotImplementedError: If it does not; the message names the method.
         """
         needed = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
-        alternatives = ("predict_step", "forward") if stage == "predict" else (needed[stage],)
-        if all(getattr(cls, name) is getattr(pl.LightningModule, name) for name in alternatives):
+        if getattr(cls, needed[stage]) is getattr(pl.LightningModule, needed[stage]):
             returned = {
                 "fit": "and return the loss",
-                "predict": "and return or write the results",
+                "predict": "and write the results into self.output_directory",
             }.get(stage, "and return a dictionary with a value for each sample")
             raise MissingMethodError(
                 f"{cls.__name__} must define {needed[stage]}(self, batch, batch_idx), {returned}, for {stage!r}."
@@ -426,7 +425,10 @@ class BaseTask(pl.LightningModule):
 
     def predict(self, inputs: Any) -> list[Any]:
         """The results for inputs as plain values, one for each input; for a task from `load`."""
-        raise MissingMethodError(f"{type(self).__name__} must define predict to be used without a Trainer.")
+        raise MissingMethodError(
+            f"{type(self).__name__} must define predict(self, inputs) to be used without a Trainer, and return a list "
+            "with the result of each input as plain values. (predict_step is what the command's predict calls.)"
+        )
 
     def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
         """The network and a batch of made-up inputs for `profile`, which reads no data.
