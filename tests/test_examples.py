@@ -4,6 +4,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,12 @@ def test_a_task_of_one_s_own(run, in_folder):
     assert accuracy == pytest.approx(sum(right) / len(right), abs=1e-9)
     with pytest.raises(NotImplementedError, match=r"DigitsTask must define predict\(self, inputs\) .* return a list"):
         task.predict([])
+
+
+def test_a_missing_package_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    error = run("fit", "-c", DIGITS, *SMALL, status=2)
+    assert "error: The digits are scikit-learn's: pip install scikit-learn." in error
 
 
 @pytest.mark.ddp
