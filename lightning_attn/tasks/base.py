@@ -569,6 +569,10 @@ class BaseTask(pl.LightningModule):
                 file = f"{name}-{self.global_step}.png"
                 logger.experiment.log_image(logger.run_id, picture, file)  # type: ignore[attr-defined]
 
+    def option(self, name: str) -> str:
+        """An argument of the task as an option of the command: its own, or the member's in a joint training."""
+        return f"--model.{name}" if self.membership is None else self.membership.option(name)
+
     @property
     def output_directory(self) -> Path:
         """The run directory; in a joint training, the member's folder in it."""

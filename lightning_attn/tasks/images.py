@@ -179,9 +179,10 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             return
         for part in self._arguments:
             if getattr(getattr(self, part, None), "norm", None) == "sync":
+                option = "--model.backbone.norm" if part == "backbone" else self.option(f"{part}.norm")
                 raise InputError(
                     f"{part}.norm='sync' synchronises statistics of GPUs, but this run has none. "
-                    f"Use batch or group (--model.{part}.norm batch)."
+                    f"Use batch or group ({option} batch)."
                 )
 
     def _build(self, classes: ClassesType, backbone: ResNetSpec) -> None:

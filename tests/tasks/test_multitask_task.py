@@ -646,6 +646,11 @@ def test_mistakes_in_a_members_data_are_said_to_be_its(run, multitask_config):
     assert "--data.members.detection.init_args.root FOLDER" in error
 
 
+def test_mistakes_in_a_task_name_the_members_option(run, multitask_config):
+    error = run("fit", "-c", multitask_config, "--model.tasks.segmentation.segmenter.norm", "sync", status=2)
+    assert "Use batch or group (--model.tasks.segmentation.init_args.segmenter.norm batch)." in error
+
+
 def test_ranks_that_are_spawned_end_as_others_do(run_process, multitask_config):
     spawned = ["--trainer.devices", 2, "--trainer.strategy", "ddp_spawn", "--trainer.max_steps", 2, *NO_VALIDATION]
     done = run_process("fit", "-c", multitask_config, *spawned)
