@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_attn.datamodules.loaders import defines_loader, require_loader
 from lightning_attn.datamodules.sampling.joint_batches import (
     EpochLength,
     JointBatch,
@@ -116,8 +117,12 @@ class MultitaskDataModule(pl.LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         for name, member in self._attached().items():
+            splits = getattr(member, "split_names", {})
+            is_unscored = stage == "validate" and splits.get("val") == "" and bool(splits.get("test"))
+            if is_unscored:
+                rank_zero_info(f"members.{name} has no validation split, and is not scored.")
             with errors_of(name):
-                member.setup(stage)
+                member.setup("test" if is_unscored else stage)  # which says what classes there are
 
     @override
     def teardown(self, stage: str) -> None:
@@ -140,6 +145,7 @@ class MultitaskDataModule(pl.LightningDataModule):
         loaders = {}
         for name, member in self._attached().items():
             with errors_of(name):
+                require_loader(member, "train_dataloader")
                 loaders[name] = member.train_dataloader()
         samplers: dict[str, PlannedBatchSampler[Any]] = {}
         for name, loader in loaders.items():
@@ -172,7 +178,10 @@ class MultitaskDataModule(pl.LightningDataModule):
         for name, member in self._attached().items():
             if kind == "predict_dataloader" and self.predict_folder and not hasattr(member, "predict_folder"):
                 continue
+            if kind == "val_dataloader" and not defines_loader(member, kind):
+                continue
             with errors_of(name):
+                require_loader(member, kind)
                 found = getattr(member, kind)()
             if isinstance(found, list | tuple) and len(found) > 1:
                 raise InputError(f"members.{name}: {kind} has {len(found)} loaders; one is possible.")

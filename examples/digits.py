@@ -1,19 +1,23 @@
-"""Example of a custom task and DataModule: classification of scikit-learn's digits by a ResNet with attention."""
+"""Example of a custom task and DataModule: digits of scikit-learn (pip install it), by a ResNet with attention."""
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.datamodules.sampling.sample_batches import sample_loader
+from lightning_attn.errors import MissingPackageError
 from lightning_attn.networks.images.backbone import ResNetSpec, build_resnet
 from lightning_attn.tasks import BaseTask, OptimizerSpec, ScheduleSpec
 
 
 class DigitsDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise MissingPackageError("The digits are scikit-learn's: pip install scikit-learn.") from error
         digits = load_digits()
         images = torch.from_numpy(digits.images / 8 - 1).float()
         images = F.interpolate(images[:, None].expand(-1, 3, -1, -1), scale_factor=4)

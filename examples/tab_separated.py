@@ -1,5 +1,6 @@
 """Example of a custom DataModule: converts tab-separated sentence pairs to the layout of `WMT14DataModule`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_attn.datamodules import WMT14DataModule
@@ -13,16 +14,16 @@ class TabSeparatedDataModule(WMT14DataModule):
         super().__init__(root, max_tokens=max_tokens, vocabulary_size=vocabulary_size)
         self.pairs = Path(pairs)
 
-    def prepare_files(self) -> None:
+    def prepare_files(self, splits: Sequence[str]) -> None:
         """Runs once per node, before the data is read."""
-        splits = {"train": [], "valid": [], "test": []}
+        lines = {"train": [], "valid": [], "test": []}
         for number, line in enumerate(read_lines(self.pairs)):  # splits at "\n" only, not at other separators
             pair = line.split("\t")
             if len(pair) < 2:
                 raise ValueError(f"{self.pairs}, line {number + 1} has no tab. Correct the line.")
-            splits[{0: "valid", 1: "test"}.get(number % 10, "train")].append(pair)
+            lines[{0: "valid", 1: "test"}.get(number % 10, "train")].append(pair)
         self.root.mkdir(parents=True, exist_ok=True)
-        for split, pairs in splits.items():
+        for split, pairs in lines.items():
             for side, language in enumerate((self.source_language, self.target_language)):
-                lines = "".join(f"{pair[side]}\n" for pair in pairs)
-                (self.root / f"{split}.{language}").write_text(lines, encoding="utf-8")
+                text = "".join(f"{pair[side]}\n" for pair in pairs)
+                (self.root / f"{split}.{language}").write_text(text, encoding="utf-8")

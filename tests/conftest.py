@@ -28,6 +28,11 @@ trainer:
   log_every_n_steps: 1
 """
 
+SMALL_DETECTOR = (
+    "{fpn_channels: 8, anchor_sizes: [8, 10, 12, 14, 16], nms_threshold: 0.7, roi_canonical_size: 32, fc_dim: 16, "
+    "rpn_post_nms_top_n_train: 50, rpn_post_nms_top_n_test: 300, roi_batch_size: 16, score_threshold: 0.0}"
+)
+
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
@@ -89,16 +94,7 @@ model:
   init_args:
     attention: {{terms: "0010", convolution: deformable, num_heads: 2}}
     backbone: {{name: bottleneck14, width: 8, norm: group}}
-    detector:
-      fpn_channels: 8
-      anchor_sizes: [8, 10, 12, 14, 16]
-      nms_threshold: 0.7
-      roi_canonical_size: 32
-      fc_dim: 16
-      rpn_post_nms_top_n_train: 50
-      rpn_post_nms_top_n_test: 300
-      roi_batch_size: 16
-      score_threshold: 0.0
+    detector: {SMALL_DETECTOR}
     optimizer: {{name: sgd, learning_rate: 0.05, weight_decay: 1.0e-4, base_batch_size: 8}}
     schedule: {{name: multistep, warmup_steps: 1, warmup_start: 0.5, milestones: [0.75]}}
     num_pictures: 2
@@ -175,16 +171,7 @@ model:
       detection:
         class_path: DetectionTask
         init_args:
-          detector:
-            fpn_channels: 8
-            anchor_sizes: [8, 10, 12, 14, 16]
-            nms_threshold: 0.7
-            roi_canonical_size: 32
-            fc_dim: 16
-            rpn_post_nms_top_n_train: 50
-            rpn_post_nms_top_n_test: 300
-            roi_batch_size: 16
-            score_threshold: 0.0
+          detector: {SMALL_DETECTOR}
           num_pictures: 2
           picture_score: 0.0
       segmentation:

@@ -1,7 +1,10 @@
 """docs/extending.md: a task, a mechanism and a DataModule of the user's own, without an edit of the packages."""
 
+import inspect
 import itertools
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,17 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+import datamodules
+from datamodules import WMT14DataModule
+from datamodules.detection.datamodule import DetectionDataModule
 from datamodules.sampling.sample_batches import sample_loader
+from datamodules.segmentation.datamodule import SegmentationDataModule
 from examples.digits import DigitsDataModule, DigitsTask
 from examples.mean_attention import MeanAttention
+from examples.tab_separated import TabSeparatedDataModule
 from lightning_attn.attention import AttentionSpec, build_attention
 from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.tasks import BaseTask, CheckpointError, OptimizerSpec, ScheduleSpec
+from lightning_attn.tasks import BaseTask, CheckpointError, DetectionTask, OptimizerSpec, ScheduleSpec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = EXAMPLES / "digits.yaml"
@@ -39,8 +47,14 @@ def test_a_task_of_one_s_own(run, in_folder):
     with torch.inference_mode():
         right = [task(sample["image"][None]).argmax().item() == sample["label"] for sample in data.samples[::5]]
     assert accuracy == pytest.approx(sum(right) / len(right), abs=1e-9)
-    with pytest.raises(NotImplementedError, match="DigitsTask must define predict to be used without a Trainer"):
+    with pytest.raises(NotImplementedError, match=r"DigitsTask must define predict\(self, inputs\) .* return a list"):
         task.predict([])
+
+
+def test_a_missing_package_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    error = run("fit", "-c", DIGITS, *SMALL, status=2)
+    assert "error: The digits are scikit-learn's: pip install scikit-learn." in error
 
 
 @pytest.mark.ddp
@@ -200,6 +214,57 @@ def test_data_of_one_s_own(run, tiny_config, corpus, in_folder):
     assert (in_folder / "checkpoints/translation/mine/last.ckpt").is_file()
 
 
+# The tables of hooks
+
+
+@pytest.mark.parametrize(
+    ("kind", "owners", "own"),
+    [
+        ("task", (BaseTask, DetectionTask, DigitsTask), ("predict_step", "export_graphs")),
+        ("DataModule", (DetectionDataModule, SegmentationDataModule, DigitsDataModule, pl.LightningDataModule), ()),
+    ],
+)
+def test_documented_hooks_are_those_of_the_code(kind, owners, own):
+    """In every class of the project that has them; further arguments have defaults."""
+    text = (EXAMPLES.parent / "docs" / "extending.md").read_text()
+    table = text[text.index(f"| hook of a {kind} |") :].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    documented = [one for cell in cells for one in re.findall(r"`(\w+)\((.*?)\)`", cell)]
+    assert len(documented) > 10
+    for name, arguments in documented:
+        names = [one for one in arguments.split(", ") if one]
+        signatures = [inspect.signature(getattr(owner, name)) for owner in owners if hasattr(owner, name)]
+        found = [list(one.parameters.values())[1:] for one in signatures]
+        found = [one for one in found if [parameter.name for parameter in one] != ["args", "kwargs"]]  # Lightning's
+        assert found or name in own, f"no class has {name}"
+        for parameters in found:
+            assert [one.name for one in parameters[: len(names)]] == names, name
+            assert all(one.default is not one.empty for one in parameters[len(names) :]), name
+
+
+def test_one_signature_of_prepare_files():
+    datamodules.import_all()
+    pending = [pl.LightningDataModule]
+    found = {}
+    while pending:
+        one = pending.pop()
+        pending += one.__subclasses__()
+        if "prepare_files" in vars(one):
+            found[one.__name__] = [*inspect.signature(one.prepare_files).parameters]
+    assert {"MiniatureTranslationDataModule", TabSeparatedDataModule.__name__, "COCODataModule"} <= found.keys()
+    assert all(parameters == ["self", "splits"] for parameters in found.values()), found
+
+
+def test_the_splits_that_prepare_files_gets(corpus):
+    class Noting(WMT14DataModule):
+        def prepare_files(self, splits):
+            self.noted = list(splits)
+
+    data = Noting(corpus, vocabulary_size=300, preparation_processes=1)
+    data.prepare_data()
+    assert data.noted == ["train", "valid", "test"]
+
+
 # What a subclass has left out
 
 
@@ -232,12 +297,39 @@ class LateNetwork(DigitsTask):
             "Incomplete must define validation_step(self, batch, batch_idx), and return a dictionary with a value",
         ),
         ("test", "Incomplete must define test_step(self, batch, batch_idx), and return a dictionary with a value"),
-        ("predict", "Incomplete must define predict_step(self, batch, batch_idx), and return or write the results"),
+        ("predict", "Incomplete must define predict_step(self, batch, batch_idx), and write the results into self.out"),
     ],
 )
 def test_missing_steps_are_named(run, stage, message):
     options = ["--model", "test_examples.Incomplete", "--data", "examples.digits.DigitsDataModule"]
     assert message in run(stage, *options, status=2)
+
+
+class Predicting(DigitsTask):
+    def predict_step(self, batch, batch_idx):
+        (self.output_directory / "found.txt").write_text("found")
+
+
+class WithoutLoaders(pl.LightningDataModule):
+    """Defines none."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "method"),
+    [
+        ("fit", "train_dataloader"),
+        ("validate", "val_dataloader"),
+        ("test", "test_dataloader"),
+        ("predict", "predict_dataloader"),
+    ],
+)
+def test_missing_loaders_are_named(run, in_folder, stage, method):
+    own = DIGITS.read_text().replace("examples.digits.DigitsTask", "test_examples.Predicting")
+    Path("own.yaml").write_text(own.replace("examples.digits.DigitsDataModule", "test_examples.WithoutLoaders"))
+    printed = run(stage, "-c", "own.yaml", *SMALL, status=2)
+    assert f"error: WithoutLoaders must define {method}(self), and return a DataLoader of the " in printed
+    shuffle = stage == "fit"
+    assert f"sample_batches.sample_loader(self, samples, batch_size=8, shuffle={shuffle})." in printed
 
 
 class WrongMonitor(DigitsTask):

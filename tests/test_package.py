@@ -1,5 +1,6 @@
 """The wheel and the source archive: what is in them, and that users find it outside of this repository."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -105,6 +106,34 @@ def test_the_miniature_configurations_train_outside_of_the_repository(installed,
         "--trainer.limit_test_batches", 1, folder=tmp_path,
     )  # fmt: skip
     assert "Scores written" in printed
+
+
+def test_the_examples_run_where_they_are_copied_to(installed, tmp_path):
+    """All of them: a task, a mechanism and data, from the folder of the installed package."""
+    (source,) = installed.parent.glob("lib/python*/site-packages/lightning_attn/examples")
+    examples = tmp_path / "examples"
+    shutil.copytree(source, examples)
+    tested = {"digits.py", "digits.yaml", "mean_attention.py", "mean_attention.yaml", "tab_separated.py"}
+    assert {path.name for path in examples.iterdir() if path.is_file()} == tested | {"attention_maps.ipynb"}
+    command = installed / "lightning-attn"
+    called(command, "fit", "-c", "examples/digits.yaml", "--model.backbone.width", 8, *SHORT, folder=tmp_path)
+    called(
+        command, "test", "--ckpt_path", "checkpoints/classification/digits/last.ckpt", "--trust", "examples",
+        folder=tmp_path,
+    )  # fmt: skip
+    called(
+        command, "fit", "-c", "miniature/segmentation", "-c", "examples/mean_attention.yaml", *SHORT,
+        "--data.batch_size", 1, folder=tmp_path,
+    )  # fmt: skip
+    pairs = "".join(f"The dog has {number} bones.\tDer Hund hat {number} Knochen.\n" for number in range(200))
+    (tmp_path / "pairs.tsv").write_text(pairs)
+    data = {
+        "class_path": "examples.tab_separated.TabSeparatedDataModule",
+        "init_args": {"pairs": "pairs.tsv", "root": "mine", "max_tokens": 500, "vocabulary_size": 60},
+    }
+    small = yaml.safe_load((REPOSITORY / "configs/miniature/translation.yaml").read_text()) | {"data": data}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    called(command, "fit", "-c", "small.yaml", *SHORT, folder=tmp_path)
 
 
 def test_a_folder_called_datamodules_of_ones_own_has_classes_of_ones_own(installed, tmp_path):

@@ -118,7 +118,7 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         return []
 
     def splits_of(self, stage: str) -> list[str]:
-        """The splits that a stage reads, by `STAGE_SPLITS`; logs that a training has no validation.
+        """The splits that a stage reads, by `STAGE_SPLITS`; logs that a test is of the validation split.
 
         Raises:
             ValueError: If the stage needs a split that is not named.
@@ -127,11 +127,10 @@ class ImageDataModule(pl.LightningDataModule, abc.ABC):
         for split in splits:
             role = "test" if split == "predict" and not self.predict_folder else split
             if not self.split_names.get(role, "-"):
+                name = getattr(stage, "value", stage)  # Lightning's enumeration prints as its member's name
                 raise InputError(
-                    f"{role}_split: it is empty, and {stage} needs it. Name a split (--data.{role}_split NAME)."
+                    f"{role}_split: it is empty, and {name} needs it. Name a split (--data.{role}_split NAME)."
                 )
-        if stage == "fit" and "val" not in splits:
-            rank_zero_info("There is no validation split: best.ckpt is not written, and last.ckpt is the result.")
         if stage == "test" and not self.has_test_split:
             rank_zero_info(
                 "There is no test split: these are scores of the validation split, by which best.ckpt was chosen."

@@ -27,7 +27,6 @@ Scores on this set show that a model works, not how good it is on real pictures.
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ from PIL import Image, ImageDraw
 
 from lightning_attn.datamodules.miniature.backgrounds import background
 from lightning_attn.datamodules.miniature.drawing import Colour, Floats, Pixels, Points, arc, hsv, scaled, sun_or_moon
-from lightning_attn.datamodules.miniature.files import check_counts, write_generated
+from lightning_attn.datamodules.miniature.files import check_counts, coco_image, write_coco_part, write_generated
 
 __all__ = [
     "MINIATURE_CATEGORIES",
@@ -577,14 +576,10 @@ def _write_parts(folder: Path, counts: Mapping[str, int]) -> None:
 
 
 def _write_part(folder: Path, part: str, count: int) -> None:
-    pictures, images, annotations = folder / f"{part}2017", [], []
-    pictures.mkdir()
+    images, annotations = [], []
     for index in range(count):
         picture, image_id = draw_picture(part, index), _FIRST_ID[part] + index
-        name = f"{image_id:012d}.png"
-        Image.fromarray(picture.pixels).save(pictures / name, compress_level=1)
-        height, width = picture.pixels.shape[:2]
-        images.append({"id": image_id, "file_name": name, "height": height, "width": width, "license": 1})
+        images.append(coco_image(folder, part, image_id, picture.pixels) | {"license": 1})
         annotations += picture.annotations(image_id)
     content = {
         "info": {"description": f"Miniature detection set, {part}", "version": str(DRAWING_VERSION), "year": 2017},
@@ -596,6 +591,4 @@ def _write_part(folder: Path, part: str, count: int) -> None:
             for name, number in MINIATURE_CATEGORIES.items()
         ],
     }
-    (folder / "annotations").mkdir(exist_ok=True)
-    path = folder / "annotations" / f"instances_{part}2017.json"
-    path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8", newline="\n")
+    write_coco_part(folder, part, content)

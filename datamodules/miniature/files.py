@@ -1,6 +1,7 @@
 """Generated data sets on disk: written atomically, only once, and never over foreign files."""
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
 from lightning_attn.errors import ExistingFileError, InputError
 from lightning_attn.io import naming, read_manifest, write_json
 
-__all__ = ["check_counts", "write_generated"]
+__all__ = ["check_counts", "coco_image", "write_coco_part", "write_generated"]
 
 
 def check_counts(name: str, counts: Mapping[str, int], parts: Mapping[str, int]) -> None:
@@ -89,6 +94,32 @@ def write_generated(
         write_json(root / manifest_name, {"settings": settings, "sha256": hashes}, replace=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def coco_image(folder: Path, part: str, image_id: int, pixels: npt.NDArray[np.uint8]) -> dict[str, Any]:
+    """Writes a picture of a set in COCO's layout.
+
+    Args:
+        folder: Root of the set.
+        part: "train", "val" or "test".
+        image_id: Its number.
+        pixels: RGB, `[H, W, 3]`.
+
+    Returns:
+        Its entry in the annotations.
+    """
+    name = f"{image_id:012d}.png"
+    (folder / f"{part}2017").mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(folder / f"{part}2017" / name, compress_level=1)
+    height, width = pixels.shape[:2]
+    return {"id": image_id, "file_name": name, "height": height, "width": width}
+
+
+def write_coco_part(folder: Path, part: str, content: Mapping[str, Any]) -> None:
+    """Writes the annotations of a part of a set in COCO's layout."""
+    (folder / "annotations").mkdir(exist_ok=True)
+    path = folder / "annotations" / f"instances_{part}2017.json"
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8", newline="\n")
 
 
 def _is_complete(root: Path, manifest: Mapping[str, Any]) -> bool:

@@ -7,14 +7,11 @@ for a few pixels is annotated as a crowd, which neither is learnt nor counts.
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from lightning_attn.datamodules.miniature.files import check_counts, write_generated
+from lightning_attn.datamodules.miniature.files import check_counts, coco_image, write_coco_part, write_generated
 from lightning_attn.datamodules.miniature.segmentation import (
     COUNTABLE,
     DRAWING_VERSION,
@@ -55,17 +52,12 @@ def write_miniature_street_detection(root: Path, counts: Mapping[str, int] | Non
 
 
 def _write_parts(folder: Path, counts: Mapping[str, int]) -> None:
-    (folder / "annotations").mkdir()
     for part, count in counts.items():
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        (folder / f"{part}2017").mkdir()
         for index in range(count):
             picture, image_id = draw_picture(part, index), _FIRST_ID[part] + index
-            name = f"{image_id:012d}.png"
-            Image.fromarray(picture.pixels).save(folder / f"{part}2017" / name, compress_level=1)
-            height, width = picture.pixels.shape[:2]
-            images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+            images.append(coco_image(folder, part, image_id, picture.pixels))
             annotations += [_annotation(one, image_id, number) for number, one in enumerate(picture.objects, start=1)]
         content = {
             "info": {"description": f"Miniature streets with boxes, {part}", "version": str(BOXES_VERSION)},
@@ -73,8 +65,7 @@ def _write_parts(folder: Path, counts: Mapping[str, int]) -> None:
             "annotations": annotations,
             "categories": [{"id": label_id, "name": name} for label_id, name in COUNTABLE.items()],
         }
-        path = folder / "annotations" / f"instances_{part}2017.json"
-        path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8", newline="\n")
+        write_coco_part(folder, part, content)
 
 
 def _annotation(one: StreetObject, image_id: int, number: int) -> dict[str, Any]:

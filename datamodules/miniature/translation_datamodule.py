@@ -1,5 +1,7 @@
 """The miniature corpus as a DataModule."""
 
+from collections.abc import Sequence
+
 from typing_extensions import override
 
 from lightning_attn.datamodules.machine import user_cache_folder
@@ -49,5 +51,5 @@ class MiniatureTranslationDataModule(WMT14DataModule):
         )
 
     @override
-    def prepare_files(self) -> None:
+    def prepare_files(self, splits: Sequence[str]) -> None:
         write_miniature_corpus(self.root)

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -155,7 +156,6 @@ class WMT14DataModule(pl.LightningDataModule):
         self.given_vocabulary: Vocabulary | None = None
         self._vocabulary: Vocabulary | None = None
         self._cache: TokenCache | None = None
-        self._has_logged_no_validation = False
         self._splits: dict[str, TranslationDataset] = {}
 
     @property
@@ -194,8 +194,12 @@ class WMT14DataModule(pl.LightningDataModule):
         """The folder that new token caches are written to."""
         return Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder(self.root)
 
-    def prepare_files(self) -> None:
-        """Downloads or generates the corpus in ``root``, if asked to; runs in one process per node."""
+    def prepare_files(self, splits: Sequence[str]) -> None:
+        """Downloads or generates the corpus in ``root``, if asked to; runs in one process per node.
+
+        Args:
+            splits: Those that are needed, of "train", "valid" and "test"; "train" for the vocabulary.
+        """
         if self.download:
             from lightning_attn.datamodules.downloads.wmt14 import download_wmt14
 
@@ -210,9 +214,10 @@ class WMT14DataModule(pl.LightningDataModule):
             OSError: if the cache cannot be written.
             ValueError: on bad text; the message names file and line.
         """
-        self.prepare_files()
         trainer = self.trainer
         stage = trainer.state.fn.value if trainer is not None and trainer.state.fn is not None else None
+        evaluated = ("valid", "test") if stage is None else _SPLITS[stage]
+        self.prepare_files([split for split in ("train", *evaluated) if split != "predict"])
         preparation = self._preparation(stage)
         # Errors in the small files are raised before the long work starts.
         needed = self._splits_of(stage) if stage is not None else tuple(filter(self._exists, ("valid", "test")))
@@ -298,7 +303,7 @@ class WMT14DataModule(pl.LightningDataModule):
         return self.predict_file == "-"
 
     def _splits_of(self, stage: str) -> tuple[str, ...]:
-        """The splits that a stage reads; logs that a training has no validation.
+        """The splits that a stage reads.
 
         Raises:
             ValueError: If the stage needs a split that is not named.
@@ -306,13 +311,9 @@ class WMT14DataModule(pl.LightningDataModule):
         splits = _SPLITS[stage]
         for option, split in (("valid_files", "valid"), ("test_files", "test")):
             if split in splits and not getattr(self, option) and stage != "fit":
-                raise InputError(f"{option}: it is empty, and {stage} needs it (--data.{option} NAME).")
-        if stage == "fit" and not self.valid_files:
-            if not self._has_logged_no_validation:
-                rank_zero_info("There is no validation text: best.ckpt is not written, and last.ckpt is the result.")
-            self._has_logged_no_validation = True
-            return ()
-        return splits
+                name = getattr(stage, "value", stage)  # Lightning's enumeration prints as its member's name
+                raise InputError(f"{option}: it is empty, and {name} needs it (--data.{option} NAME).")
+        return () if stage == "fit" and not self.valid_files else splits
 
     def _evaluation_vocabulary(self) -> Vocabulary | None:
         """The vocabulary of stages that read no training text; None if there is none."""

@@ -12,16 +12,26 @@ from typing import Any
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
-from lightning_attn.cli.parser import OPTION_ERRORS, ConfigurationError, listed
+from lightning_attn.cli.member_options import MEMBERS
+from lightning_attn.cli.parser import OPTION_ERRORS, ConfigurationError, Parser, listed
 from lightning_attn.datamodules.machine import available_cores
 from lightning_attn.tasks import BaseTask
+from lightning_attn.tasks.multitask import joint_arguments
 from lightning_attn.training.scores import best_mode
 from lightning_attn.training.trust import argument_types
 
 # Open files of a run, and of each process that makes batches for it; both are generous.
 _FILES, _FILES_OF_WORKER = 64, 32
 
-__all__ = ["check_open_files", "check_trainer", "check_values", "checked_precision", "trainer_errors"]
+__all__ = [
+    "check_members",
+    "check_open_files",
+    "check_trainer",
+    "check_values",
+    "checked_precision",
+    "members_of",
+    "trainer_errors",
+]
 
 
 def check_values(configuration: Mapping[str, Any]) -> None:
@@ -43,6 +53,46 @@ def check_values(configuration: Mapping[str, Any]) -> None:
         owner = getattr(importlib.import_module(module), name)
         hints = argument_types(owner)  # the user's classes may have any annotations
         _refuse_nulls(section.get("init_args") or {}, hints, part)
+
+
+def check_members(model: Mapping[str, Any], parser: Parser) -> None:
+    """Refuses arguments of members that are given, and are not those that the joint training has for all members.
+
+    The class of the joint task refuses those that are no defaults; which of the others were given, the parser knows.
+
+    Args:
+        model: The section.
+        parser: What parsed it.
+
+    Raises:
+        ConfigurationError: Names the first, and what differs.
+    """
+    joint = model.get("init_args") or {}
+    for name, task, options in members_of(model):
+        for argument in parser.given("model", name).intersection(joint_arguments(task)):
+            own, shared = (_fields(values.get(argument), argument) for values in (options, joint))
+            differing = [key for key in shared if own.get(key) != shared[key]]
+            if differing:
+                described = ", ".join(f"{key} {own.get(key)!r}, there {shared[key]!r}" for key in differing)
+                raise ConfigurationError(
+                    f"model.tasks.{name}.{argument} is not that of the joint training, which has one for all tasks "
+                    f"({described}). Leave it out, and give it once (--model.{argument})."
+                )
+
+
+def members_of(model: Mapping[str, Any]) -> Iterator[tuple[str, type[BaseTask], Any]]:
+    """The members in a section of a joint training: name, class, and its arguments, to be changed in place."""
+    members = (model.get("init_args") or {}).get(MEMBERS["model"])
+    for name, one in members.items() if isinstance(members, dict) else ():
+        if hasattr(one, "items") and "class_path" in one:
+            module, _, class_name = one["class_path"].rpartition(".")
+            task = getattr(importlib.import_module(module), class_name)
+            if issubclass(task, BaseTask):
+                yield name, task, one["init_args"]
+
+
+def _fields(value: Any, name: str) -> dict[str, Any]:
+    return dict(value.items()) if hasattr(value, "items") else {name: value}
 
 
 def _refuse_nulls(values: Mapping[str, Any], hints: Mapping[str, Any], prefix: str) -> None:

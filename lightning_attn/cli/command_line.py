@@ -16,14 +16,23 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_attn.cli.checks import check_open_files, check_trainer, check_values, trainer_errors
+from lightning_attn.cli.checks import (
+    check_members,
+    check_open_files,
+    check_trainer,
+    check_values,
+    members_of,
+    trainer_errors,
+)
 from lightning_attn.cli.front import CHECKPOINT_WORDS, command_name
 from lightning_attn.cli.launching import observe_ranks, settle_collectives, watch_rendezvous
 from lightning_attn.cli.parser import ConfigurationError, Parser, listed
 from lightning_attn.cli.run_options import RunOptions
 from lightning_attn.cli.stored_configuration import TRUST_HELP, needed_trust, stored_configuration, value_of
+from lightning_attn.datamodules.loaders import LOADERS, require_loader
 from lightning_attn.errors import MissingFileError
 from lightning_attn.tasks import BaseTask
+from lightning_attn.tasks.multitask import joint_arguments
 from lightning_attn.training import run_directory
 from lightning_attn.training.callbacks import (
     BestCheckpoint,
@@ -101,7 +110,11 @@ class CommandLine(LightningCLI):
                     ) from error
         else:
             super().parse_arguments(parser, args)
-        check_values(self.config[self.config["subcommand"]])
+        subcommand = self.config["subcommand"]
+        check_values(self.config[subcommand])
+        subparser = self._subcommand_parsers[subcommand]
+        assert isinstance(subparser, Parser), "made by this command"
+        check_members(self.config[subcommand]["model"], subparser)
         checkpoint = self._option("ckpt_path")
         named_here = value_of("--ckpt_path", typed) if isinstance(typed, list) else None
         if checkpoint and checkpoint not in CHECKPOINT_WORDS and checkpoint != named_here:
@@ -111,6 +124,7 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         assert self.subcommand is not None
         self.model.require_steps(self.subcommand)
+        require_loader(self.datamodule, LOADERS[self.subcommand])
         options = self.config_init[self.subcommand]["trainer"]
         check_trainer(options, self.model, self.subcommand)
         workers = getattr(self.datamodule, "num_workers", 0)
@@ -126,7 +140,7 @@ class CommandLine(LightningCLI):
         if not checkpoint and self.subcommand != "fit":
             rank_zero_info(f"No --ckpt_path: {self.subcommand} takes the network as it is before any training.")
         self.config_init[self.subcommand]["ckpt_path"] = checkpoint and str(checkpoint)
-        if self.subcommand == "test" and self.model.prints_scores:
+        if self.subcommand in ("validate", "test") and self.model.prints_scores:
             self.config_init[self.subcommand]["verbose"] = False
         if checkpoint:
             self.model.checkpoint_path = str(checkpoint)
@@ -253,11 +267,15 @@ class CommandLine(LightningCLI):
     def _resolved_configuration(self) -> dict[str, Any]:
         """Every option with its value, as any subcommand reads it from YAML."""
         assert self.subcommand is not None
-        return {
+        resolved = {
             name: _plain(value)
             for name, value in namespace_to_dict(self.config[self.subcommand]).items()
             if name not in _CALL_ARGUMENTS
         }
+        for _, task, options in members_of(resolved["model"]):
+            for argument in joint_arguments(task):
+                options.pop(argument, None)  # it is that of the joint training
+        return resolved
 
 
 def files_first(arguments: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_attn.cli.member_options import MEMBERS
 from lightning_attn.errors import InputError, MissingFileError
 from lightning_attn.io import oldest_first, write_figure, write_table
 from lightning_attn.training.contents import require_plain
@@ -81,6 +82,40 @@ class RunRecord:
         return min(points) if best_mode(name) == "min" else max(points, key=lambda point: point[0])
 
     @property
+    def members(self) -> dict[str, str]:
+        """Of a joint training, the class of each task by its name."""
+        found = (re.fullmatch(r"model\.tasks\.(\w+)\.class_path", name) for name in self.configuration)
+        return {one[1]: self.configuration[one[0]] for one in found if one}
+
+    def as_member(self, name: str, joint: "RunRecord") -> "RunRecord":
+        """A training of one task, with the names that the joint training has for the same task.
+
+        Args:
+            name: The task's there.
+            joint: The joint training, which has some options for all tasks.
+        """
+        options = {}
+        for option, value in self.configuration.items():
+            section, _, rest = option.partition(".")
+            of_all = f"model.tasks.{name}.{rest}" not in joint.configuration and option in joint.configuration
+            if section == "data" or (section == "model" and (rest == "class_path" or not of_all)):
+                option = f"{section}.{MEMBERS[section]}.{name}.{rest}"
+            options[option] = value
+
+        def named(score: str) -> str:
+            stage, slash, rest = score.partition("/")
+            return f"{stage}/{name}/{rest}" if slash and stage in ("train", "val", "test") else score
+
+        curves = {named(score): points for score, points in self.curves.items()}
+        return RunRecord(self.path, options, curves, {named(score): value for score, value in self.scores.items()})
+
+    def lacks(self, option: str) -> bool:
+        """Whether an option is of a task that this training does not have."""
+        found = re.match(r"((?:model\.tasks|data\.members)\.\w+)(\.|$)", option)
+        prefix = "" if found is None else found[1]
+        return bool(prefix) and not any(one.startswith(f"{prefix}.") for one in self.configuration)
+
+    @property
     def steps(self) -> int | None:
         """Optimizer steps that were logged; None if nothing was."""
         return max((points[-1][0] + 1 for points in self.curves.values() if points), default=None)
@@ -99,10 +134,17 @@ class Comparison:
     runs: tuple[RunRecord, ...]
 
     def differences(self) -> list[tuple[str, ...]]:
-        """Options that are not the same in all runs: name, and the value in each."""
+        """Options that are not the same in all runs: name, and the value in each.
+
+        Of a task that only some of the runs have, the class, and what differs between these.
+        """
         options = sorted({name for run in self.runs for name in run.configuration} - set(_UNINTERESTING))
         rows = [(name, *(_text(run.configuration.get(name, "-")) for run in self.runs)) for name in options]
-        return [row for row in rows if len(set(row[1:])) > 1]
+        return [row for row in rows if self._differs(row)]
+
+    def _differs(self, row: tuple[str, ...]) -> bool:
+        having = {value for run, value in zip(self.runs, row[1:], strict=True) if not run.lacks(row[0])}
+        return len(having) > 1 or (len(set(row[1:])) > 1 and row[0].endswith(".class_path"))
 
     def scores(self) -> list[tuple[str, ...]]:
         """Steps, best validation scores with their steps, and test scores: name, and the value in each run."""
@@ -171,7 +213,7 @@ class Comparison:
 
 
 def compare_runs(paths: Sequence[str | Path]) -> Comparison:
-    """Reads run directories to be compared.
+    """Reads run directories to be compared; one of a single task beside a joint one as the same task of that.
 
     Args:
         paths: Run directories.
@@ -183,7 +225,17 @@ def compare_runs(paths: Sequence[str | Path]) -> Comparison:
     if len(paths) < 2:
         raise InputError(f"compare: {len(paths)} run has nothing to be compared with; give two or more.")
     runs = tuple(RunRecord.read(Path(path)) for path in paths)
-    return Comparison(_names([run.path for run in runs]), runs)
+    names = _names([run.path for run in runs])
+    joint = next((run for run in runs if run.members), None)
+    if joint is not None:
+        for place, run in enumerate(runs):
+            fitting = [
+                name for name, kind in joint.members.items() if kind == run.configuration.get("model.class_path")
+            ]
+            if len(fitting) == 1 and not run.members:
+                runs = (*runs[:place], run.as_member(fitting[0], joint), *runs[place + 1 :])
+                names = (*names[:place], f"{names[place]} (as {fitting[0]})", *names[place + 1 :])
+    return Comparison(names, runs)
 
 
 def _names(paths: Sequence[Path]) -> tuple[str, ...]:

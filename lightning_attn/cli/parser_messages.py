@@ -30,6 +30,7 @@ def clean_parser_message(message: str) -> str:
     """A message that can be shown; others than the parser's stay as they are."""
     lines = [line.rstrip() for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
     text = re.sub(r"^\s*-\s*", "", "\n".join(lines))
+    text = re.sub(r'^Parser key "config": (?=(model|data)\.)', "", text)  # of one given as text, whose key is said
     if 'Parser key "trainer.precision"' in text:
         return "trainer.precision: give 32-true, bf16-mixed, 16-mixed or, for translation, 64-true."
     replaced = _unknown_class(text) or _not_a_section(text)

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_attn.cli.checks import check_values, checked_precision
+from lightning_attn.cli.checks import check_members, check_values, checked_precision
 from lightning_attn.cli.command_line import files_first
 from lightning_attn.cli.front import SUBCOMMANDS, command_name
 from lightning_attn.cli.parser import Parser
@@ -44,7 +44,8 @@ def profile_command(arguments: list[str]) -> None:
     Raises:
         ValueError: If an option is wrong, or something is not known without the data.
     """
-    options = _parser().parse_args(files_first(["profile", *arguments])[1:])
+    parser = _parser()
+    options = parser.parse_args(files_first(["profile", *arguments])[1:])
     check_values(options.as_dict())
     device = _device(options.device)
     for name, least in (("repetitions", 1), ("depth", 0), ("batch_size", 1), ("num_classes", 1)):
@@ -59,6 +60,7 @@ def profile_command(arguments: list[str]) -> None:
     if options.model is None or options.data is None:
         missing = "model" if options.model is None else "data"
         raise InputError(f"{missing}: none is given. Give a configuration: -c configs/miniature/detection.yaml.")
+    check_members(options.model, parser)
     given = jsonargparse.Namespace()  # type: ignore[no-untyped-call]
     given.model, given.data = options.model, options.data
     built = _builder().instantiate_classes(given)

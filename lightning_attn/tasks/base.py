@@ -141,7 +141,7 @@ class BaseTask(pl.LightningModule):
 
     @property
     def prints_scores(self) -> bool:
-        """Whether a test prints all scores itself, so that Lightning's table would only repeat them.
+        """Whether validate and test print all scores themselves, so that Lightning's table would only repeat them.
 
         Not with a step of a user's own, which may log others.
         """
@@ -175,11 +175,10 @@ class BaseTask(pl.LightningModule):
             NotImplementedError: If it does not; the message names the method.
         """
         needed = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
-        alternatives = ("predict_step", "forward") if stage == "predict" else (needed[stage],)
-        if all(getattr(cls, name) is getattr(pl.LightningModule, name) for name in alternatives):
+        if getattr(cls, needed[stage]) is getattr(pl.LightningModule, needed[stage]):
             returned = {
                 "fit": "and return the loss",
-                "predict": "and return or write the results",
+                "predict": "and write the results into self.output_directory",
             }.get(stage, "and return a dictionary with a value for each sample")
             raise MissingMethodError(
                 f"{cls.__name__} must define {needed[stage]}(self, batch, batch_idx), {returned}, for {stage!r}."
@@ -426,7 +425,10 @@ class BaseTask(pl.LightningModule):
 
     def predict(self, inputs: Any) -> list[Any]:
         """The results for inputs as plain values, one for each input; for a task from `load`."""
-        raise MissingMethodError(f"{type(self).__name__} must define predict to be used without a Trainer.")
+        raise MissingMethodError(
+            f"{type(self).__name__} must define predict(self, inputs) to be used without a Trainer, and return a list "
+            "with the result of each input as plain values. (predict_step is what the command's predict calls.)"
+        )
 
     def workload(self, datamodule: pl.LightningDataModule, options: WorkloadOptions) -> Workload:
         """The network and a batch of made-up inputs for `profile`, which reads no data.
@@ -567,6 +569,10 @@ class BaseTask(pl.LightningModule):
                 file = f"{name}-{self.global_step}.png"
                 logger.experiment.log_image(logger.run_id, picture, file)  # type: ignore[attr-defined]
 
+    def option(self, name: str) -> str:
+        """An argument of the task as an option of the command: its own, or the member's in a joint training."""
+        return f"--model.{name}" if self.membership is None else self.membership.option(name)
+
     @property
     def output_directory(self) -> Path:
         """The run directory; in a joint training, the member's folder in it."""
@@ -664,9 +670,15 @@ def plain_value(name: str, value: Any) -> Any:
 
 
 def argument_default(task_class: type, name: str) -> Any:
-    """The default of an argument of a task's constructor; None if it has none."""
-    parameter = inspect.signature(task_class).parameters.get(name)
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+    """The default of an argument of a task's constructor, which may hand it on; None if it has none.
+
+    It is one object for all tasks of the class: an argument that is another object was given.
+    """
+    for one in task_class.__mro__:
+        parameter = inspect.signature(one.__init__).parameters.get(name)  # type: ignore[misc]
+        if parameter is not None:
+            return None if parameter.default is inspect.Parameter.empty else parameter.default
+    return None
 
 
 def _own_classes() -> dict[str, type]:
@@ -689,7 +701,9 @@ def _typed_arguments(task_class: type, arguments: dict[str, Any], trust: Trust) 
         hint = hints.get(name)
         is_dataclass = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         if is_dataclass and isinstance(value, dict) and callable(hint):
-            typed[name] = hint(**value)
+            made, default = hint(**value), argument_default(task_class, name)
+            # Sequences are lists there; the default itself, by which a joint task knows that it was not given.
+            typed[name] = default if plain_value(name, made) == plain_value(name, default) else made
         elif hint == dict[str, BaseTask | None] and isinstance(value, dict):
             typed[name] = {
                 member: _stored_member(one, trust, f"task.arguments.{name}.{member}") for member, one in value.items()

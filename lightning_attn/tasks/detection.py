@@ -221,7 +221,7 @@ class DetectionTask(ImageTask[Categories, Detector]):
         detected = (image(), found["boxes"], names, found["scores"])
         if target is None:
             return draw_detections(
-                *detected, categories=categories, min_score=self.picture_score, option=self.picture_score_option
+                *detected, categories=categories, min_score=self.picture_score, option=self.option("picture_score")
             )
         return draw_detections_beside_truth(
             *detected,
@@ -229,14 +229,8 @@ class DetectionTask(ImageTask[Categories, Detector]):
             true_names,
             categories=categories,
             min_score=self.picture_score,
-            option=self.picture_score_option,
+            option=self.option("picture_score"),
         )
-
-    @property
-    def picture_score_option(self) -> str:
-        """The option that sets `picture_score`, as a user writes it."""
-        where = "" if self.membership is None else f"tasks.{self.membership.name}.init_args."
-        return f"--model.{where}picture_score"
 
     # Prediction
 

@@ -113,7 +113,7 @@ class DetectionEvaluator(Evaluator):
                 list(detected),
                 [(*one, outcome) for one, outcome in zip(objects, errors.objects, strict=True)],
                 note=f"Nothing was detected with a score of at least {task.picture_score:g}. "
-                f"{task.picture_score_option} sets this threshold.",
+                f"{task.option('picture_score')} sets this threshold.",
             )
             save_picture(picture, folder / f"{rank:03d}_{unique_stems([image['file_name']])[0]}.png")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning import Callback
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -196,11 +197,12 @@ class Evaluation(Callback):
     def _finish(trainer: pl.Trainer, task: "BaseTask", split: str) -> None:
         found = []
         unprinted: dict[str, float] = {}
+        validates = trainer.state.fn == TrainerFn.VALIDATING  # of a validation evaluators print nothing
         for evaluator in task.evaluators:
             scores = evaluator.compute()
             found.append(scores)
             values = evaluator.logged(scores)
-            if not evaluator.prints_scores:
+            if validates or not evaluator.prints_scores:
                 unprinted |= values
             logged = {name: torch.tensor(value) for name, value in values.items()}
             for shown in (True, False):
@@ -213,8 +215,9 @@ class Evaluation(Callback):
                     task.log_dict(chosen, prog_bar=shown, batch_size=1)
         if trainer.is_global_zero and not trainer.sanity_checking:
             Evaluation._write(task, split, found)
-            if split == "test" and unprinted and task.prints_scores:
-                rank_zero_info(", ".join(f"{split}/{name} {value:.5g}" for name, value in unprinted.items()))
+            if (split == "test" or validates) and unprinted and task.prints_scores:
+                separator = "\n" if validates else ", "
+                rank_zero_info(separator.join(f"{split}/{name} {value:.5g}" for name, value in unprinted.items()))
         for evaluator in task.evaluators:
             evaluator.clear()
 

@@ -143,7 +143,7 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
     def use_backbone(self, attention: AttentionSpec, backbone: ResNetSpec) -> None:
         for name, given in (("attention", attention), ("backbone", backbone)):
             own = getattr(self, name)
-            if own not in (given, argument_default(type(self), name)):
+            if own != given and own is not argument_default(type(self), name):
                 raise InputError(
                     f"{name}: {own} is not that of the joint training, {given}, which has one backbone for all tasks. "
                     f"Leave it out, and describe it once (--model.{name})."
@@ -179,9 +179,10 @@ class ImageTask(BaseTask, Generic[ClassesType, NetworkType]):
             return
         for part in self._arguments:
             if getattr(getattr(self, part, None), "norm", None) == "sync":
+                option = "--model.backbone.norm" if part == "backbone" else self.option(f"{part}.norm")
                 raise InputError(
                     f"{part}.norm='sync' synchronises statistics of GPUs, but this run has none. "
-                    f"Use batch or group (--model.{part}.norm batch)."
+                    f"Use batch or group ({option} batch)."
                 )
 
     def _build(self, classes: ClassesType, backbone: ResNetSpec) -> None:

@@ -41,6 +41,10 @@ class Membership:
         stage, slash, rest = name.partition("/")
         return f"{stage}/{self.name}/{rest}" if slash else f"{self.name}/{name}"
 
+    def option(self, name: str) -> str:
+        """An option of the member on the command line: `--model.tasks.<member>.init_args.num_pictures`."""
+        return f"--model.tasks.{self.name}.init_args.{name}"
+
     def checkpoint(self, checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
         """The member's part of a checkpoint, as a training of it alone would have written it."""
         return member_checkpoint(checkpoint, self.name, path)

@@ -17,20 +17,28 @@ from typing_extensions import override
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.datamodules.sampling.joint_batches import JointBatch
 from lightning_attn.errors import InputError
+from lightning_attn.io import write_json
 from lightning_attn.networks.compilation import CompileBackend
 from lightning_attn.networks.images.backbone import ResNetSpec
 from lightning_attn.networks.sharing import copy_buffers, share_parameters, statistics_in
-from lightning_attn.tasks.base import BaseTask, argument_default, plain_value
+from lightning_attn.tasks.base import BaseTask, argument_default
 from lightning_attn.tasks.evaluation import Evaluator
 from lightning_attn.tasks.membership import Membership
 from lightning_attn.tasks.multitask_evaluation import JointScore, MemberEvaluator
 from lightning_attn.tasks.workload import Workload, WorkloadOptions
-from lightning_attn.training.balancing import BalancingSpec, build_balancing, gradient_statistics, gradients_of
+from lightning_attn.training.balancing import (
+    BalancingSpec,
+    GradientSummary,
+    build_balancing,
+    gradient_statistics,
+    gradients_of,
+)
 from lightning_attn.training.checkpoint_keys import BACKBONE_NAME_KEY, MEMBERS_KEY, TASK_KEY
 from lightning_attn.training.checkpoints import SHARED_BACKBONE, CheckpointError, member_prefix, read_checkpoint
 from lightning_attn.training.optimization import OptimizerSpec, ScheduleSpec, complete_momentum
+from lightning_attn.training.progress import print_gradients
 
-__all__ = ["MultitaskTask"]
+__all__ = ["MultitaskTask", "joint_arguments"]
 
 Statistics = Literal["shared", "per_task"]
 
@@ -41,7 +49,6 @@ _OF_THE_WHOLE = (
     *("on_after_backward", "on_before_backward", "on_before_optimizer_step", "on_before_zero_grad", "optimizer_step"),
     *("optimizer_zero_grad", "parameter_groups"),
 )
-_OF_THE_STEP = ("optimizer", "schedule", "compile")  # arguments of every task
 
 
 class MultitaskTask(BaseTask):
@@ -67,7 +74,8 @@ class MultitaskTask(BaseTask):
         baselines: A score for each task that `best.ckpt` compares with, such as those of the tasks trained alone; for
             all tasks or none. See `JointScore`.
         gradient_report: Whether the norm of each loss's gradient in the backbone, and the cosines between them, are
-            logged every `trainer.log_every_n_steps` steps, which takes a further backward pass of each loss then.
+            logged every `trainer.log_every_n_steps` steps, which takes a further backward pass of each loss then; and
+            their means printed and written to `gradients.json` at the end of the training.
         optimizer: The optimizer of all parameters.
         schedule: The learning rate schedule.
         compile: See `BaseTask`.
@@ -120,6 +128,7 @@ class MultitaskTask(BaseTask):
                 f"not with {reason}. Leave that out, or choose another balancing."
             )
         self._reports_gradients = gradient_report and not compile  # compiled graphs are gone after one backward pass
+        self._gradient_summary = GradientSummary()
         self._is_shared = False
         for name, task in self.tasks().items():
             task.membership = Membership(self, name)
@@ -403,6 +412,7 @@ class MultitaskTask(BaseTask):
             norms, cosines = gradient_statistics(names, gradients)
             logged |= {f"train/{name}/gradient_norm": value for name, value in norms.items()}
             logged |= {f"train/gradient_cosine/{pair}": value for pair, value in cosines.items()}
+            self._gradient_summary.add(weights, norms, cosines)
         self.log_dict(logged, batch_size=1)
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
@@ -415,6 +425,28 @@ class MultitaskTask(BaseTask):
         super().on_fit_start()
         for task in self.tasks().values():
             task.on_fit_start()
+
+    @override
+    def on_train_start(self) -> None:
+        """Says which tasks have no part in the choice of `best.ckpt`."""
+        self._gradient_summary = GradientSummary()
+        scored = self.evaluated_members() if sum(self.trainer.num_val_batches) else ()
+        unscored = [name for name in self.tasks() if name not in scored]
+        if scored and unscored:
+            rank_zero_info(
+                f"No validation data of {', '.join(unscored)}: best.ckpt is chosen by {', '.join(scored)} alone, and "
+                f"there is no {' or '.join(f'best_{name}.ckpt' for name in unscored)}."
+            )
+
+    @override
+    def on_train_end(self) -> None:
+        """Prints and writes the means of what was logged of the gradients, since the start or where it was resumed."""
+        means = self._gradient_summary.means()
+        if len(means) > 1 and self.trainer.is_global_zero:
+            steps = self._gradient_summary.steps
+            print_gradients(means, steps)
+            if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                write_json(self.output_directory / "gradients.json", {"steps": steps, "tasks": means})
 
     @override
     def on_fit_end(self) -> None:
@@ -569,13 +601,21 @@ def _check_member(name: str, task: BaseTask) -> None:
             f"tasks.{name}: {kind} defines {', '.join(own)}, which act on optimizer steps, and these are of all tasks. "
             "Leave them out."
         )
-    for argument in _OF_THE_STEP:
-        value, default = task.arguments.get(argument), argument_default(type(task), argument)
-        if value is not None and default is not None and value != plain_value(argument, default):
+    values = {"optimizer": task.optimizer, "schedule": task.schedule, "compile": task.arguments.get("compile", False)}
+    for argument, value in values.items():
+        default = argument_default(type(task), argument)
+        if default is not None and value is not default:
             raise InputError(
-                f"tasks.{name}.{argument}: {value} has no effect, as all tasks are trained by one optimizer. Leave it "
-                f"out, and give it once (--model.{argument})."
+                f"tasks.{name}.{argument}: {task.arguments.get(argument)} has no effect, as all tasks are trained by "
+                f"one optimizer. Leave it out, and give it once (--model.{argument})."
             )
+
+
+def joint_arguments(task_class: type[BaseTask]) -> tuple[str, ...]:
+    """Arguments of a task that a joint training has for all tasks, so that the task leaves them out."""
+    of_backbone = () if task_class.use_backbone is BaseTask.use_backbone else ("attention", "backbone")
+    names = (*of_backbone, "optimizer", "schedule", "compile")
+    return tuple(name for name in names if argument_default(task_class, name) is not None)
 
 
 def _workload(task: BaseTask, data: pl.LightningDataModule, options: WorkloadOptions) -> Workload:

@@ -20,6 +20,7 @@ __all__ = [
     "BalancingSpec",
     "DynamicAverage",
     "Fixed",
+    "GradientSummary",
     "JacobianDescent",
     "Uncertainty",
     "build_balancing",
@@ -271,3 +272,60 @@ def gradient_statistics(names: Sequence[str], gradients: Tensor) -> tuple[dict[s
         scale = norms[first] * norms[second]
         cosines[f"{first}_{second}"] = torch.where(scale > 0, torch.dot(one, other) / scale, 0.0)
     return norms, cosines
+
+
+class GradientSummary:
+    """What the losses' gradients in the shared parameters were like, over some steps of a training.
+
+    Sums stay on the gradients' device, so that a step does not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: dict[str, Tensor] = {}  # by loss: steps, weights, weighted norms, cosines, how many, negative ones
+
+    def add(
+        self,
+        weights: Mapping[str, Tensor | float],
+        norms: Mapping[str, Tensor],
+        cosines: Mapping[str, Tensor],
+    ) -> None:
+        """Adds a step.
+
+        Args:
+            weights: Of the losses.
+            norms: Of their gradients before weighting; see `gradient_statistics`.
+            cosines: Between each two of these, in the order of `itertools.combinations`.
+        """
+        self.steps += 1
+        for name, norm in norms.items():
+            weight = torch.as_tensor(weights[name], dtype=torch.float64, device=norm.device)
+            one = torch.ones_like(weight)
+            self._add(name, (one, weight, weight * norm.double(), 0 * one, 0 * one, 0 * one))
+        for pair, cosine in zip(itertools.combinations(norms, 2), cosines.values(), strict=True):
+            value = cosine.double()
+            for name in pair:
+                self._add(name, (0 * value, 0 * value, 0 * value, value, torch.ones_like(value), (value < 0).double()))
+
+    def _add(self, name: str, values: Sequence[Tensor]) -> None:
+        added = torch.stack(tuple(values)).detach()
+        self._sums[name] = added if name not in self._sums else self._sums[name] + added
+
+    def means(self) -> dict[str, dict[str, float | None]]:
+        """By loss: its share of the means of the weighted norms, its mean weight, the mean of its cosines with others.
+
+        With the share of these cosines that are negative. None where there was no other loss in the same step, and
+        where all gradients are 0.
+        """
+        sums = {name: value.tolist() for name, value in self._sums.items()}
+        norms = {name: one[2] / one[0] for name, one in sums.items()}
+        total = sum(norms.values())
+        return {
+            name: {
+                "gradient_share": norms[name] / total if total else None,
+                "weight": weights / steps,
+                "cosine": cosines / pairs if pairs else None,
+                "negative_cosines": negative / pairs if pairs else None,
+            }
+            for name, (steps, weights, _, cosines, pairs, negative) in sums.items()
+        }

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,8 @@ class ProgressLines(Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            # An evaluation of its own does not count steps.
-            step = f" at step {trainer.global_step}" if trainer.state.fn == TrainerFn.FITTING else ""
-            self._print(f"validated{step} {_metrics(trainer)}")
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:  # the command validate prints all
+            self._print(f"validated at step {trainer.global_step} {_metrics(trainer)}")
 
     @staticmethod
     @rank_zero_only
@@ -158,7 +156,7 @@ class NetworkSummary(ModelSummary):
 
 
 class TrainingSummary(Callback):
-    """Reports at the end of a training why it ended, the best score, and the next commands.
+    """Reports at the end of a training why it ended, the best score, and the next commands; before it, what will lack.
 
     Args:
         directory: The run directory.
@@ -168,6 +166,11 @@ class TrainingSummary(Callback):
 
     def __init__(self, directory: Path, command: str, trust: Sequence[str] = ()) -> None:
         self.directory, self.command, self.trust = directory, command, trust
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not sum(trainer.num_val_batches):
+            rank_zero_info(f"No best.ckpt will be written, as {_NO_VALIDATION}: last.ckpt is the result.")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -190,6 +193,31 @@ class TrainingSummary(Callback):
         rank_zero_info("\n".join(lines))
 
 
+def print_gradients(means: Mapping[str, Mapping[str, float | None]], steps: int) -> None:
+    """Prints how the gradients of several losses compare.
+
+    Args:
+        means: From `GradientSummary`.
+        steps: How many steps they are of.
+    """
+    table = Table(title=f"Gradients in the backbone, mean of {steps} logged steps", title_justify="left")
+    table.add_column("task")
+    for column in ("share of the norm", "weight", "cosine", "cosines below 0"):
+        table.add_column(column, justify="right")
+    for name, one in means.items():
+        share, weight, cosine, negative = (
+            one[key] for key in ("gradient_share", "weight", "cosine", "negative_cosines")
+        )
+        table.add_row(
+            name,
+            "-" if share is None else f"{share:.0%}",
+            f"{weight:.3g}",
+            "-" if cosine is None else f"{cosine:.2f}",
+            "-" if negative is None else f"{negative:.0%}",
+        )
+    Console().print(table)
+
+
 def _defines(module: pl.LightningModule, name: str) -> bool:
     return getattr(type(module), name) is not getattr(pl.LightningModule, name)
 
@@ -207,9 +235,12 @@ def _why_it_ended(trainer: pl.Trainer) -> str:
     return "a callback stopped it" if trainer.should_stop else "there was nothing left to do"
 
 
+_NO_VALIDATION = "there is no validation (data without a validation split, or limit_val_batches 0)"
+
+
 def _why_no_best(trainer: pl.Trainer) -> str:
     if not sum(trainer.num_val_batches):
-        return "there is no validation (data without a validation split, or limit_val_batches 0)"
+        return _NO_VALIDATION
     if not any(name.startswith("val/") for name in trainer.callback_metrics):
         every = trainer.val_check_interval
         return f"no validation took place in {trainer.global_step} steps (val_check_interval {every})"

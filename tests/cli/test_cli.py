@@ -52,7 +52,9 @@ def test_all_stages_fill_one_run_directory(run, tiny_config, corpus, in_folder):
     assert len(read_metrics(path, "val/bleu")) == 2
 
     stored = ["-c", path / "config_fit.yaml", "--ckpt_path", path / "best.ckpt"]
-    run("validate", *stored)
+    printed = run("validate", *stored)
+    assert printed.count("val/bleu ") == 1, "scores are printed once"
+    assert "Validate metric" not in printed
     printed = run("test", *stored)
     run("predict", *stored)
     metrics = json.loads((path / "test_metrics.json").read_text())

@@ -37,7 +37,7 @@ def test_a_training_says_how_it_ended_and_what_is_next(run, tiny_config):
     printed = run("fit", "-c", tiny_config, "--trainer.val_check_interval", 100, "--trainer.limit_train_batches", 50)
     assert "There is no best.ckpt: no validation took place in 4 steps (val_check_interval 100)" in printed
     printed = run("fit", "-c", tiny_config, "--data.valid_files", "")
-    assert "There is no validation text: best.ckpt is not written" in printed
+    assert "No best.ckpt will be written, as there is no validation" in printed
     assert "There is no best.ckpt: there is no validation" in printed
 
 
@@ -277,6 +277,48 @@ def test_help_says_what_the_words_for_checkpoints_mean(run):
     printed = " ".join(run("fit", "--help").split())
     assert "for fit also 'auto', which is 'last'" in printed
     assert "hpc" not in printed
+
+
+def test_a_joint_run_is_compared_with_one_of_a_task_alone(tmp_path, monkeypatch):
+    """Options and scores of the same task are in one row, and those of a task that the other lacks are left out."""
+    detection = {"class_path": "lightning_attn.tasks.DetectionTask", "init_args": {"detector": {"fc_dim": 16}}}
+    segmentation = {"class_path": "lightning_attn.tasks.SegmentationTask", "init_args": {"num_pictures": 2}}
+    shared = {"attention": {"terms": "1111"}, "optimizer": {"learning_rate": 0.1}}
+    boxes = {"class_path": "COCODataModule", "init_args": {"batch_size": 2}}
+    streets = {"class_path": "CityscapesDataModule", "init_args": {"batch_size": 3}}
+    joint = {
+        "model": {
+            "class_path": "lightning_attn.tasks.MultitaskTask",
+            "init_args": {"tasks": {"boxes": detection, "labels": segmentation}, **shared},
+        },
+        "data": {"class_path": "MultitaskDataModule", "init_args": {"members": {"boxes": boxes, "labels": streets}}},
+    }
+    of_one = {"detector": {"fc_dim": 32}, **shared, "optimizer": {"learning_rate": 0.2}}
+    alone = {"model": detection | {"init_args": of_one}, "data": boxes}
+    monkeypatch.chdir(tmp_path)
+    for name, configuration, scores, logged in (
+        ("joint", joint, {"test/boxes/ap": 0.5, "test/joint": 0.4}, "val/boxes/ap"),
+        ("alone", alone, {"test/ap": 0.25}, "val/ap"),
+    ):
+        Path(name).mkdir()
+        Path(name, "config_fit.yaml").write_text(yaml.safe_dump(configuration))
+        Path(name, "test_metrics.json").write_text(json.dumps(scores))
+        Path(name, "metrics.csv").write_text(f"epoch,step,{logged}\n0,1,{scores.get('test/ap', 0.5)}\n")
+    comparison = compare_runs(["joint", "alone"])
+    assert comparison.names == ("joint", "alone (as boxes)")
+    assert comparison.differences() == [
+        ("data.class_path", "MultitaskDataModule", "-"),
+        ("data.members.labels.class_path", "CityscapesDataModule", "-"),
+        ("model.class_path", "lightning_attn.tasks.MultitaskTask", "-"),
+        ("model.optimizer.learning_rate", "0.1", "0.2"),
+        ("model.tasks.boxes.detector.fc_dim", "16", "32"),
+        ("model.tasks.labels.class_path", "lightning_attn.tasks.SegmentationTask", "-"),
+    ]
+    assert comparison.scores()[1:] == [
+        ("val/boxes/ap, best", "0.5 at 2", "0.25 at 2"),
+        ("test/boxes/ap", "0.5", "0.25"),
+        ("test/joint", "0.4", "-"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ def test_validate_test_predict(run, coco, trained, tmp_path):
     written = json.loads((trained / "predictions" / "detections.json").read_text())
     coco = truth_from_detections(coco, "test2017", written, tmp_path / "truth")
     stored += ["--data.root", coco]
-    run("validate", *stored)
+    printed = run("validate", *stored)
+    assert printed.count("val/ap50 ") == printed.count("val/ar100 ") == 1, "scores are printed once"
+    assert "Validate metric" not in printed
     printed = run("test", *stored)
     assert "Test set, 5 images" in printed
     assert printed.count("ap50") == 1, "scores are printed once"

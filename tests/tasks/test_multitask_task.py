@@ -16,7 +16,7 @@ from joint_training import NoteGradients
 from datamodules import CityscapesDataModule, COCODataModule
 from lightning_attn.cli import main
 from lightning_attn.networks.images.backbone import ResNetSpec
-from lightning_attn.tasks import BaseTask, CheckpointError, DetectionTask, MultitaskTask, SegmentationTask
+from lightning_attn.tasks import BaseTask, CheckpointError, DetectionTask, MultitaskTask, ScheduleSpec, SegmentationTask
 
 TASKS = {"detection": DetectionTask, "segmentation": SegmentationTask}
 SAME_RANDOMNESS = ["--trainer.callbacks+", "joint_training.SameRandomness"]
@@ -197,6 +197,27 @@ def test_what_is_logged_and_which_checkpoints_are_kept(trained):
     assert kept == {"last.ckpt", "best.ckpt", "best_detection.ckpt", "best_segmentation.ckpt"}
 
 
+def test_the_gradients_are_summed_up_at_the_end(run, multitask_config):
+    """The same means as those of the logged values."""
+    printed = run("fit", "-c", multitask_config, "--model.weights", "{segmentation: 0.5}", *NO_VALIDATION)
+    directory = Path("checkpoints/multitask/tiny")
+    logged = [row for row in rows(directory) if "train/gradient_cosine/detection_segmentation" in row]
+    cosines = [float(row["train/gradient_cosine/detection_segmentation"]) for row in logged]
+    norms = {name: sum(float(row[f"train/{name}/gradient_norm"]) for row in logged) for name in TASKS}
+    norms["segmentation"] *= 0.5
+    written = json.loads((directory / "gradients.json").read_text())
+    assert written["steps"] == len(logged) == 4
+    for name, weight in (("detection", 1.0), ("segmentation", 0.5)):
+        found = written["tasks"][name]
+        assert found["weight"] == weight
+        assert found["cosine"] == pytest.approx(sum(cosines) / 4, rel=1e-4)
+        assert found["negative_cosines"] == sum(cosine < 0 for cosine in cosines) / 4
+        assert found["gradient_share"] == pytest.approx(norms[name] / sum(norms.values()), rel=1e-4)
+    assert "Gradients in the backbone, mean of 4 logged steps" in printed
+    off = ["--model.gradient_report", "false", "--run.name", "off"]
+    assert "Gradients in" not in run("fit", "-c", multitask_config, *off, *NO_VALIDATION)
+
+
 def test_the_best_network_is_that_of_the_largest_mean_change_to_the_baselines(run, multitask_config):
     baselines = yaml.safe_dump({"model": {"init_args": {"baselines": {"detection": 0.02, "segmentation": 0.5}}}})
     Path("baselines.yaml").write_text(baselines)
@@ -320,14 +341,23 @@ def test_weights_that_settle_conflicts(run, multitask_config):
 def test_a_task_without_validation_data_is_trained_all_the_same(run, multitask_config):
     """Frozen statistics too: those of the backbone are constants, stored once."""
     no_split = ["--data.members.segmentation.init_args.val_split", "", "--model.backbone.norm", "frozen"]
-    run("fit", "-c", multitask_config, *no_split)
+    printed = run("fit", "-c", multitask_config, *no_split)
+    said = "No validation data of segmentation: best.ckpt is chosen by detection alone, and there is no best_segment"
+    assert printed.count(said) == 1
+    assert "No best.ckpt" not in printed
+    assert "best.ckpt is not written" not in printed
     directory = Path("checkpoints/multitask/tiny")
+    assert (directory / "best.ckpt").is_file()
     scored = [row for row in rows(directory) if "val/joint" in row]
     assert len(scored) == 2
     for row in scored:
         assert float(row["val/joint"]) == float(row["val/detection/ap"])
         assert not any(name.startswith("val/segmentation/") for name in row)
     assert not (directory / "best_segmentation.ckpt").exists()
+    validated = run("validate", "--ckpt_path", directory / "best.ckpt")
+    assert "members.segmentation has no validation split, and is not scored." in validated
+    assert validated.count("val/detection/ap ") == 1
+    assert "val/segmentation" not in validated
     names = [name for name in stored(directory / "last.ckpt") if "running_mean" in name]
     assert names
     assert all(name.startswith("backbone.") for name in names)
@@ -454,7 +484,7 @@ def test_options_that_do_not_fit(multitask_config, run, coco):
     own = {"tasks": {"detection": {"class_path": "DetectionTask", "init_args": {"optimizer": {"learning_rate": 1.0}}}}}
     assert "give it once (--model.optimizer)" in refused(model={"init_args": own})
     other = {"detection": {"class_path": "DetectionTask", "init_args": {"attention": {"terms": "1000"}}}}
-    assert "describe it once (--model.attention)" in refused(model={"init_args": {"tasks": other}})
+    assert "give it once (--model.attention)" in refused(model={"init_args": {"tasks": other}})
     for name in ("backbone", "a.b", "keys"):
         assert f"{name!r} is no name" in refused(
             model={"init_args": {"tasks": {name: {"class_path": "DetectionTask"}}}}
@@ -479,12 +509,8 @@ data:
 """,
     )
 
-    def parsed(*arguments):
-        printed = run("fit", *arguments, "--print_config")
-        return yaml.safe_load(printed[printed.index("seed_everything") :])
-
-    before = parsed("-c", multitask_config)
-    after = parsed("-c", multitask_config, "-c", narrower)
+    before = parsed(run, "-c", multitask_config)
+    after = parsed(run, "-c", multitask_config, "-c", narrower)
     segmentation = after["model"]["init_args"]["tasks"]["segmentation"]["init_args"]
     assert segmentation["segmenter"].pop("head_channels") == 8
     detection = after["data"]["init_args"]["members"]["detection"]["init_args"]
@@ -514,7 +540,96 @@ def test_a_task_can_be_left_out(run, multitask_config, trained, in_folder):
         in_folder / "misspelt.yaml", "model: {class_path: MultitaskTask, init_args: {tasks: {segmentatoin: null}}}"
     )
     error = run("fit", "-c", multitask_config, "-c", misspelt, status=2)
-    assert "tasks.segmentatoin: null leaves out what an earlier file names, which is detection, segmentation" in error
+    assert "tasks.segmentatoin: 'segmentatoin' is none of the members, which are detection, segmentation" in error
+
+
+def parsed(run, *arguments):
+    printed = run("fit", *arguments, "--print_config")
+    return yaml.safe_load(printed[printed.index("seed_everything") :])
+
+
+def test_a_task_is_left_out_on_the_command_line_as_by_a_file(run, multitask_config, in_folder):
+    overlay = written(
+        in_folder / "overlay.yaml",
+        "{model: {init_args: {tasks: {segmentation: null}}}, data: {init_args: {members: {segmentation: null}}}}",
+    )
+    by_file = parsed(run, "-c", multitask_config, "-c", overlay)
+    assert by_file["model"]["init_args"]["tasks"]["segmentation"] is None
+    assert by_file["model"]["init_args"]["tasks"]["detection"]["class_path"] == "lightning_attn.tasks.DetectionTask"
+    options = ["--model.tasks.segmentation", "null", "--data.init_args.members.segmentation=null"]
+    assert parsed(run, *options, "-c", multitask_config) == by_file
+    assert parsed(run, "-c", multitask_config, "-c", overlay.read_text()) == by_file
+
+
+@pytest.mark.parametrize(
+    ("options", "member"),
+    [
+        (["--model.tasks.detecton", "null"], "model.tasks.detecton"),
+        (["--data.members.detecton=null"], "data.members.detecton"),
+        (["--model.tasks.detecton.init_args.num_pictures", 1], "model.tasks.detecton"),
+        (["--model.tasks.detecton.compile", "true"], "model.tasks.detecton"),
+        (["--data.init_args.members.detecton.batch_size=1"], "data.members.detecton"),
+        (["-c", "{model: {init_args: {tasks: {detecton: {init_args: {num_pictures: 1}}}}}}"], "model.tasks.detecton"),
+    ],
+)
+def test_a_misspelt_member_is_named(run, multitask_config, options, member):
+    error = run("fit", "-c", multitask_config, *options, status=2)
+    expected = f"error: {member}: 'detecton' is none of the members, which are detection, segmentation."
+    assert f"{expected} Did you mean 'detection'? A further one needs its class first (--{member} CLASS)." in error
+
+
+def test_a_member_of_the_command_line(run, multitask_config):
+    options = ["--model.tasks.other", "DetectionTask", "--model.tasks.other.num_pictures", 3]
+    tasks = parsed(run, "-c", multitask_config, *options)["model"]["init_args"]["tasks"]
+    assert list(tasks) == ["detection", "segmentation", "other"]
+    assert tasks["other"]["init_args"]["num_pictures"] == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "option", "value", "said"),
+    [
+        ("attention", "terms", "1111", "terms '1111', there '0010'"),
+        ("backbone", "name", "resnet50", "name 'resnet50', there 'bottleneck14'"),
+        ("optimizer", "learning_rate", 0.02, "learning_rate 0.02, there 0.05"),
+        ("schedule", "milestones", "[0.6666666666666666, 0.9166666666666666]", "there (0.75,)"),
+    ],
+)
+def test_a_members_default_is_refused_where_it_is_given(run, multitask_config, argument, option, value, said):
+    """As any other value is that contradicts the joint training's; by an option and by a file."""
+    by_file = (
+        f"{{model: {{init_args: {{tasks: {{detection: {{init_args: {{{argument}: {{{option}: '{value}'}}}}}}}}}}}}}}"
+    )
+    by_file = by_file if argument == "attention" else by_file.replace("'", "")
+    for given in ([f"--model.tasks.detection.{argument}.{option}", value], ["-c", by_file]):
+        error = run("fit", "-c", multitask_config, *given, status=2)
+        assert f"model.tasks.detection.{argument} is not that of the joint training" in error
+        assert said in error
+        assert f"Leave it out, and give it once (--model.{argument})." in error
+
+
+def test_a_members_default_is_refused_in_python_too():
+    small = ResNetSpec(name="bottleneck14", width=8, norm="group")
+    MultitaskTask({"detection": DetectionTask(), "segmentation": SegmentationTask()}, backbone=small)
+    with pytest.raises(ValueError, match=r"backbone: .*is not that of the joint training"):
+        MultitaskTask({"detection": DetectionTask(backbone=ResNetSpec())}, backbone=small)
+    given = {"detection": DetectionTask(schedule=ScheduleSpec(**vars(DetectionTask().schedule)))}
+    with pytest.raises(ValueError, match=r"tasks\.detection\.schedule: .*has no effect"):
+        MultitaskTask(given, backbone=small)
+
+
+def test_a_stored_configuration_is_taken_again(run, trained, in_folder):
+    """It has what the joint training has for all tasks once, so that it may be changed there."""
+    stored_tasks = yaml.safe_load((trained / "config_fit.yaml").read_text())["model"]["init_args"]["tasks"]
+    for name in TASKS:
+        assert (
+            stored_tasks[name]["init_args"]
+            .keys()
+            .isdisjoint(("attention", "backbone", "optimizer", "schedule", "compile"))
+        )
+    again = ["-c", trained / "config_fit.yaml", "--model.attention.terms", "1000", "--run.name", "again"]
+    run("fit", *again, "--trainer.max_steps", 1, *NO_VALIDATION)
+    task = MultitaskTask.load(in_folder / "checkpoints/multitask/again/last.ckpt")
+    assert [one.attention.terms for one in task.tasks().values()] == ["1000", "1000"]
 
 
 def test_a_run_is_resumed_with_what_it_trained(run, trained):
@@ -529,6 +644,11 @@ def test_mistakes_in_a_members_data_are_said_to_be_its(run, multitask_config):
     error = run("fit", "-c", multitask_config, "--data.members.detection.init_args.root", "/nope", status=2)
     assert "members.detection: root: the folder /nope does not exist" in error
     assert "--data.members.detection.init_args.root FOLDER" in error
+
+
+def test_mistakes_in_a_task_name_the_members_option(run, multitask_config):
+    error = run("fit", "-c", multitask_config, "--model.tasks.segmentation.segmenter.norm", "sync", status=2)
+    assert "Use batch or group (--model.tasks.segmentation.init_args.segmenter.norm batch)." in error
 
 
 def test_ranks_that_are_spawned_end_as_others_do(run_process, multitask_config):

@@ -209,3 +209,4 @@ def test_sizes_are_checked_before_the_data_is_read():
 def test_synchronised_statistics_need_gpus(run, segmentation_config, part):
     printed = run("fit", "-c", segmentation_config, f"--model.{part}.norm", "sync", status=2)
     assert f"{part}.norm='sync' synchronises statistics of GPUs, but this run has none" in printed
+    assert f"Use batch or group (--model.{part}.norm batch)." in printed

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from lightning_attn.errors import InputError
-from lightning_attn.training.balancing import BalancingSpec, build_balancing, gradient_statistics, gradients_of
+from lightning_attn.training.balancing import (
+    BalancingSpec,
+    GradientSummary,
+    build_balancing,
+    gradient_statistics,
+    gradients_of,
+)
 
 WEIGHTS = {"a": 2.0, "b": 0.5}
 
@@ -155,3 +161,24 @@ def test_torchjd_says_what_it_needs(monkeypatch):
 def test_options_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         BalancingSpec(**arguments)
+
+
+def test_the_summary_of_gradients():
+    """By hand: norms 3, 4 and 0, weights 2 and 0.5; cosines 0 and -1."""
+    summary = GradientSummary()
+    for rows in ([[3.0, 0.0], [0.0, 4.0]], [[3.0, 0.0], [-4.0, 0.0]]):
+        norms, cosines = gradient_statistics(("a", "b"), torch.tensor(rows))
+        summary.add({"a": 2.0, "b": torch.tensor(0.5)}, norms, cosines)
+    assert summary.steps == 2
+    expected = {"weight": 2.0, "gradient_share": 6 / (6 + 2), "cosine": -0.5, "negative_cosines": 0.5}
+    assert summary.means()["a"] == pytest.approx(expected)
+    assert summary.means()["b"] == pytest.approx(expected | {"weight": 0.5, "gradient_share": 2 / (6 + 2)})
+
+
+def test_the_summary_of_steps_with_one_loss_each():
+    summary = GradientSummary()
+    for name, row in (("a", [1.0, 0.0]), ("b", [0.0, 3.0]), ("a", [3.0, 0.0])):
+        summary.add(WEIGHTS, *gradient_statistics([name], torch.tensor([row])))
+    found = summary.means()
+    assert found["a"] == {"weight": 2.0, "gradient_share": 4 / (4 + 1.5), "cosine": None, "negative_cosines": None}
+    assert found["b"]["gradient_share"] == 1.5 / (4 + 1.5)

@@ -13,7 +13,12 @@ from torch import nn
 
 from lightning_attn.attention import AttentionSpec, DeformableConv
 from lightning_attn.networks.images.backbone import ResNetSpec, build_backbone
-from lightning_attn.networks.images.heads.segmentation import SegmenterSpec, cross_entropy, hard_cross_entropy
+from lightning_attn.networks.images.heads.segmentation import (
+    SegmenterSpec,
+    cross_entropy,
+    hard_cross_entropy,
+    upsampled,
+)
 from lightning_attn.networks.images.network import Segmenter
 
 NONE = AttentionSpec(mechanism="none")
@@ -399,6 +404,14 @@ def test_every_parameter_gets_a_gradient(mechanism, everything_ignored, head):
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+
+
+def test_maps_are_resized_in_float32_or_better():
+    maps = torch.randn(1, 2, 3, 4, dtype=torch.float64)
+    exact = upsampled(maps, (5, 7))
+    torch.testing.assert_close(exact, F.interpolate(maps, (5, 7), mode="bilinear", align_corners=True))
+    assert not torch.equal(exact, exact.float().double()), "more digits than float32 has"
+    assert upsampled(maps.bfloat16(), (5, 7)).dtype == torch.float32
 
 
 @heads

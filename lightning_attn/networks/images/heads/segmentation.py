@@ -195,7 +195,7 @@ class SegmentationHead(RecomputableLayer, nn.Module, abc.ABC):
         return losses
 
     def results(self, features: Features) -> list[Tensor]:
-        """For every image the logits of its pixels, float32 `[K, H, W]`."""
+        """For every image the logits of its pixels `[K, H, W]`, float32 or better."""
         logits = upsampled(self(features.maps), features.batch_size)
         return [one[:, :height, :width] for one, (height, width) in zip(logits, features.image_sizes, strict=True)]
 
@@ -319,5 +319,6 @@ def convolution(in_channels: int, spec: SegmenterSpec) -> nn.Sequential:
 
 
 def upsampled(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps resized to a height and width, in float32; their corners stay corners."""
-    return F.interpolate(maps.float(), tuple(size), mode="bilinear", align_corners=True)
+    """Maps resized to a height and width, in float32 or better; their corners stay corners."""
+    exact = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    return F.interpolate(exact, tuple(size), mode="bilinear", align_corners=True)

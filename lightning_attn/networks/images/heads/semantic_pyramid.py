@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_attn.networks.images.heads.segmentation import SegmentationHead, convolution
+from lightning_attn.networks.images.heads.segmentation import SegmentationHead, convolution, upsampled
 
 _LEVELS = ("c5", "c4", "c3", "c2")  # from coarse to fine
 
@@ -65,6 +64,5 @@ class PyramidHead(SegmentationHead):
 
 
 def _resized(level: Tensor, like: Tensor) -> Tensor:
-    """A map in the height and width of another, computed in float32 or better."""
-    exact = level.to(torch.promote_types(level.dtype, torch.float32))
-    return F.interpolate(exact, like.shape[-2:], mode="bilinear", align_corners=True).to(level.dtype)
+    """A map in the height and width of another."""
+    return upsampled(level, like.shape[-2:]).to(level.dtype)

@@ -1,0 +1,126 @@
+"""Options of the members of a joint training, which are objects by names of the user: model.tasks and data.members."""
+
+import contextlib
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+__all__ = ["MEMBERS", "MemberOption", "member_options", "members_of_text", "nulls_as_text", "unknown_member"]
+
+MEMBERS = {"model": "tasks", "data": "members"}
+"""By section: the argument that holds members."""
+
+_OPTION = re.compile(
+    r"--(?P<section>model|data)\.(?:init_args\.)?(?P<argument>tasks|members)\.(?P<name>[^.=]+)"
+    r"(?:\.(?:init_args\.)?(?P<key>[^.=]+)[^=]*)?(?P<value>=.*)?",
+    re.DOTALL,
+)
+_NULLS = ("null", "Null", "NULL", "~")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemberOption:
+    """An option of one member on the command line.
+
+    Attributes:
+        section: "model" or "data".
+        name: The member's.
+        key: Which of its arguments is given; empty where the member as a whole is, or its class.
+        value: What is given.
+    """
+
+    section: str
+    name: str
+    key: str
+    value: str
+
+    @property
+    def keys(self) -> set[str]:
+        """Every argument of the member that the option gives."""
+        if self.key:
+            return {self.key} - {"class_path"}
+        content = _loaded(self.value)
+        arguments = content.get("init_args", content) if isinstance(content, dict) else {}
+        return set(arguments) - {"class_path"} if isinstance(arguments, dict) else set()
+
+    @property
+    def names_class(self) -> bool:
+        """Whether the option says of which class the member is."""
+        content = _loaded(self.value)
+        return self.key == "class_path" or (not self.key and (isinstance(content, str) or "class_path" in content))
+
+
+def member_options(arguments: Sequence[str]) -> Iterator[MemberOption]:
+    """The options of members on a command line."""
+    for _, option in _placed(arguments):
+        yield option
+
+
+def _placed(arguments: Sequence[str]) -> Iterator[tuple[slice, MemberOption]]:
+    """Options of members, and where they are."""
+    for place, argument in enumerate(arguments):
+        found = _OPTION.fullmatch(argument)
+        if found is None or MEMBERS[found["section"]] != found["argument"]:
+            continue
+        equals = found["value"]
+        value = equals[1:] if equals else "".join(arguments[place + 1 : place + 2])
+        end = place + (1 if equals else 2)
+        yield slice(place, end), MemberOption(found["section"], found["name"], found["key"] or "", value)
+
+
+def nulls_as_text(arguments: Sequence[str]) -> list[str]:
+    """Options that leave a member out, such as `--model.tasks.depth null`, as configurations after those given by `-c`.
+
+    Args:
+        arguments: Of the command line, configurations first.
+    """
+    texts: list[str] = []
+    others: list[str | None] = list(arguments)
+    for place, option in _placed(arguments):
+        if not option.key and option.value in _NULLS:
+            left_out = {option.section: {"init_args": {MEMBERS[option.section]: {option.name: None}}}}
+            texts += ["-c", yaml.safe_dump(left_out, default_flow_style=True, width=10**6).strip()]
+            others[place] = [None] * (place.stop - place.start)
+    kept = [one for one in others if one is not None]
+    files = [place for place, one in enumerate(kept) if one in ("-c", "--config") or one.startswith("--config=")]
+    end = 0 if not files else files[-1] + (1 if kept[files[-1]].startswith("--config=") else 2)
+    return [*kept[:end], *texts, *kept[end:]]
+
+
+def members_of_text(content: str) -> dict[str, dict[str, Any]]:
+    """By section, the members in the text of a configuration, with what it says of each."""
+    sections = _loaded(content)
+    found = {}
+    for section, argument in MEMBERS.items():
+        given: Any = sections
+        for key in (section, "init_args", argument):
+            given = given.get(key) if isinstance(given, dict) else None
+        if isinstance(given, dict):
+            found[section] = given
+    return found
+
+
+def unknown_member(section: str, name: str, known: Iterable[str]) -> str:
+    """The message for options of a member that there is not."""
+    names = list(known)
+    option = f"{section}.{MEMBERS[section]}"
+    if not names:
+        return f"{option}.{name}: null leaves out a member, and no configuration before this names any."
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return (
+        f"{option}.{name}: {name!r} is none of the members, which are {', '.join(names)}. {hint}A further one needs "
+        f"its class first (--{option}.{name} CLASS)."
+    )
+
+
+def _loaded(text: str) -> Any:
+    """The value of a text in YAML; the text itself if it is none, of which the parser says more."""
+    with contextlib.suppress(yaml.YAMLError):
+        content = yaml.safe_load(text)
+        return content if isinstance(content, Mapping) else text
+    return text
