@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from small_sizes import SMALL_DIGITS as SMALL
 from torch import nn
 
 from datamodules.sampling.sample_batches import sample_loader
@@ -18,7 +19,6 @@ from lightning_attn.tasks import BaseTask, CheckpointError, OptimizerSpec, Sched
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = EXAMPLES / "digits.yaml"
-SMALL = ["--model.backbone.width", 8, "--model.attention.num_heads", 2]
 
 
 def test_the_task_is_short():
