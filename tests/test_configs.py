@@ -10,52 +10,21 @@ import torch
 import yaml
 from data_layouts import write_yolo
 from PIL import Image
+from small_sizes import (
+    ONE_PROCESS,
+    QUICK,
+    SMALL_DETECTION,
+    SMALL_MULTITASK,
+    SMALL_SEGMENTATION,
+    SMALL_TRANSLATION,
+    small_miniature_writers,
+)
 
-from datamodules.miniature.detection import write_miniature_detection
-from datamodules.miniature.segmentation import write_miniature_segmentation
-from datamodules.miniature.street_detection import write_miniature_street_detection
-from datamodules.miniature.translation import write_miniature_corpus
 from lightning_attn.attention import AttentionSpec
 from lightning_attn.attention.spec import TERM_SETS
 from lightning_attn.study.grid import Study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ONE_PROCESS = [
-    *("--trainer.accelerator", "cpu", "--trainer.devices", 1, "--trainer.num_nodes", 1, "--trainer.strategy", "auto")
-]
-QUICK = [
-    *("--trainer.max_steps", 2, "--trainer.limit_val_batches", 1, "--trainer.val_check_interval", 2),
-    *("--trainer.num_sanity_val_steps", 0, "--trainer.logger", "false"),
-]
-SMALL_TRANSLATION = [
-    *("--model.dim", 16, "--model.hidden_dim", 32, "--model.encoder_layers", 1, "--model.decoder_layers", 1),
-    *("--model.self_attention.num_heads", 2, "--model.cross_attention.num_heads", 2),
-    *("--data.vocabulary_size", 300, "--data.max_tokens", 400, "--data.preparation_processes", 1),
-]
-SMALL_DETECTION = [
-    *("--model.backbone.name", "bottleneck14", "--model.backbone.width", 8, "--model.backbone.weights", "none"),
-    *("--model.detector.fpn_channels", 8, "--model.detector.fc_dim", 16, "--data.num_workers", 0),
-    *("--data.batch_size", 2, "--data.min_size", 48, "--data.max_size", 64),
-]
-SMALL_SEGMENTATION = [
-    *("--model.backbone.name", "bottleneck14", "--model.backbone.width", 8, "--model.backbone.weights", "none"),
-    *("--model.backbone.norm", "group", "--model.segmenter.norm", "group", "--model.segmenter.head_channels", 16),
-    *("--data.num_workers", 0, "--data.batch_size", 2, "--data.crop_size", 33),
-]
-SMALL_MULTITASK = [
-    *("--model.backbone.name", "bottleneck14", "--model.backbone.width", 8, "--model.backbone.weights", "none"),
-    *("--model.tasks.detection.init_args.detector.fpn_channels", 8, "--data.num_workers", 0),
-    *("--model.tasks.detection.init_args.detector.fc_dim", 16, "--data.members.detection.init_args.batch_size", 2),
-    *(
-        "--model.tasks.segmentation.init_args.segmenter.head_channels",
-        16,
-        "--data.members.segmentation.init_args.batch_size",
-        2,
-    ),
-    *("--model.tasks.segmentation.init_args.segmenter.norm", "group"),
-    *("--data.members.segmentation.init_args.crop_size", 33, "--data.members.detection.init_args.min_size", 48),
-    *("--data.members.detection.init_args.max_size", 64),
-]
 
 
 def paths(folder: str) -> list[Path]:
@@ -148,25 +117,8 @@ def test_the_beginnings_for_own_images(run, coco, tmp_path):
 @pytest.fixture(autouse=True)
 def small_miniature(monkeypatch):
     """The miniature DataModules write small sets."""
-
-    def write(root):
-        write_miniature_corpus(root, {"train": 400, "valid": 20, "test": 31})
-
-    def draw(root):
-        write_miniature_detection(root, {"train": 6, "val": 2, "test": 2})
-
-    def draw_streets(root):
-        write_miniature_segmentation(root, {"train": 6, "val": 2, "test": 2})
-
-    def draw_boxes(root):
-        write_miniature_street_detection(root, {"train": 6, "val": 2, "test": 2})
-
-    monkeypatch.setattr(
-        "datamodules.miniature.street_detection_datamodule.write_miniature_street_detection", draw_boxes
-    )
-    monkeypatch.setattr("datamodules.miniature.translation.write_miniature_corpus", write)
-    monkeypatch.setattr("datamodules.miniature.detection.write_miniature_detection", draw)
-    monkeypatch.setattr("datamodules.miniature.segmentation.write_miniature_segmentation", draw_streets)
+    for place, write in small_miniature_writers().items():
+        monkeypatch.setattr(place, write)
 
 
 def promised(name: str) -> tuple[str, dict[str, object]]:

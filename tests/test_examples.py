@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from small_sizes import SMALL_DIGITS as SMALL
 from torch import nn
 
 import datamodules
@@ -26,7 +27,6 @@ from lightning_attn.tasks import BaseTask, CheckpointError, DetectionTask, Optim
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = EXAMPLES / "digits.yaml"
-SMALL = ["--model.backbone.width", 8, "--model.attention.num_heads", 2]
 
 
 def test_the_task_is_short():
