@@ -56,7 +56,7 @@ clean:  ## Remove the environment and caches, never runs or data
 	touch $@
 
 .venv/installed: .venv/created pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[miniature]"
 	touch $@
 
 .venv/installed-dev: .venv/created pyproject.toml constraints.txt

@@ -1,17 +1,20 @@
 """Generated data sets on disk: written atomically, only once, and never over foreign files."""
 
 import hashlib
+import importlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning_attn.errors import ExistingFileError, InputError
+from lightning_attn.errors import ExistingFileError, InputError, MissingPackageError
 from lightning_attn.io import naming, read_manifest, write_json
 
 __all__ = ["check_counts", "write_generated"]
+
+_MODULES = {"pillow": "PIL", "scikit-image": "skimage"}  # of packages that are called otherwise
 
 
 def check_counts(name: str, counts: Mapping[str, int], parts: Mapping[str, int]) -> None:
@@ -58,8 +61,12 @@ def write_generated(
 
     Raises:
         FileExistsError: `root` holds foreign files; they are not changed.
+        ImportError: One of the libraries is not installed.
     """
-    settings = {**settings, **{library: version(library) for library in libraries}}
+    try:
+        settings = {**settings, **{library: version(library) for library in libraries}}
+    except PackageNotFoundError as error:
+        raise _missing(what, error.name) from error
     # In this order: another process that generates the set writes its manifest before the first of its files.
     present = [name for name in owned if (root / name).exists()]
     manifest = read_manifest(root / manifest_name)
@@ -70,6 +77,11 @@ def write_generated(
             f"{root} already holds {', '.join(present)}, and no {manifest_name} that marks them as the {what}. They "
             f"are not changed: give the {what} a folder of its own, or remove them."
         )
+    for library in libraries:
+        try:
+            importlib.import_module(_MODULES.get(library, library))
+        except ImportError as error:
+            raise _missing(what, library) from error
     root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".miniature-", dir=root))
     try:
@@ -89,6 +101,13 @@ def write_generated(
         write_json(root / manifest_name, {"settings": settings, "sha256": hashes}, replace=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _missing(what: str, library: str) -> MissingPackageError:
+    return MissingPackageError(
+        f"The {what} is generated with {library}, which is not installed: pip install "
+        '"generalized-attention[miniature]"'
+    )
 
 
 def _is_complete(root: Path, manifest: Mapping[str, Any]) -> bool:
