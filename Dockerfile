@@ -3,8 +3,7 @@
 # without CUDA, which are a tenth as large.
 FROM python:3.11-slim
 
-# make, and git for the version of the code that each run notes.
-RUN apt-get update && apt-get install -y --no-install-recommends git make && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home user
 USER user
 WORKDIR /home/user/project
