@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 SITE = PYTHONPATH=docs OMP_NUM_THREADS=1 $(BIN)/zensical
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart study test test-all test-long lint docs docs-serve format clean
+.PHONY: help quickstart study test test-all test-long test-oldest lint docs docs-serve format clean dist
 
 help:  ## Show what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,10 +38,20 @@ test-all: lint  ## The same with the slow tests
 test-long: .venv/installed-dev  ## Kills, damaged inputs: an hour or so, with results to read; not a part of CI
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -s tests/long tests/study
 
+# Without the tests of the kernels in Triton's interpreter, of reports in a browser, and of what needs minutes.
+OLDEST = tests/attention tests/networks tests/metrics tests/tasks tests/datamodules tests/cli tests/test_package.py
+
+test-oldest: .venv-oldest/installed  ## Run most tests with the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal --ignore tests/attention/kernels $(OLDEST)
+
+dist: .venv/installed-dev  ## Build the wheel and the source archive into dist/
+	$(BIN)/python -m hatchling build -d dist
+
 lint: .venv/installed-dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --no-warn-unreachable lightning_attn
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/deptry .
 
@@ -56,7 +66,7 @@ format: .venv/installed-dev  ## Format the code
 	$(BIN)/ruff check --fix .
 
 clean:  ## Remove the environment and caches, never runs or data
-	rm -rf .venv build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/created:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -64,9 +74,14 @@ clean:  ## Remove the environment and caches, never runs or data
 	touch $@
 
 .venv/installed: .venv/created pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[miniature]"
 	touch $@
 
 .venv/installed-dev: .venv/created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@ .venv/installed
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	python3.11 -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[dev]"
+	touch $@

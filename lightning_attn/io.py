@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -99,7 +100,9 @@ def _rename_unused(temporary: Path, path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's contents, or a folder's entries, are on the disk (fsync)."""
+    """Waits until a file's contents, or a folder's entries, are on the disk (fsync); not on Windows."""
+    if sys.platform == "win32":  # which opens no folder, and syncs no file that is open for reading only
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

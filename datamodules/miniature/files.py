@@ -1,11 +1,12 @@
 """Generated data sets on disk: written atomically, only once, and never over foreign files."""
 
 import hashlib
+import importlib
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lightning_attn.errors import ExistingFileError, InputError
+from lightning_attn.errors import ExistingFileError, InputError, MissingPackageError
 from lightning_attn.io import naming, read_manifest, write_json
 
 __all__ = ["check_counts", "coco_image", "write_coco_part", "write_generated"]
+
+_MODULES = {"pillow": "PIL", "scikit-image": "skimage"}  # of packages that are called otherwise
 
 
 def check_counts(name: str, counts: Mapping[str, int], parts: Mapping[str, int]) -> None:
@@ -63,8 +66,12 @@ def write_generated(
 
     Raises:
         FileExistsError: `root` holds foreign files; they are not changed.
+        ImportError: One of the libraries is not installed.
     """
-    settings = {**settings, **{library: version(library) for library in libraries}}
+    try:
+        settings = {**settings, **{library: version(library) for library in libraries}}
+    except PackageNotFoundError as error:
+        raise _missing(what, error.name) from error
     # In this order: another process that generates the set writes its manifest before the first of its files.
     present = [name for name in owned if (root / name).exists()]
     manifest = read_manifest(root / manifest_name)
@@ -75,6 +82,11 @@ def write_generated(
             f"{root} already holds {', '.join(present)}, and no {manifest_name} that marks them as the {what}. They "
             f"are not changed: give the {what} a folder of its own, or remove them."
         )
+    for library in libraries:
+        try:
+            importlib.import_module(_MODULES.get(library, library))
+        except ImportError as error:
+            raise _missing(what, library) from error
     root.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".miniature-", dir=root))
     try:
@@ -120,6 +132,13 @@ def write_coco_part(folder: Path, part: str, content: Mapping[str, Any]) -> None
     (folder / "annotations").mkdir(exist_ok=True)
     path = folder / "annotations" / f"instances_{part}2017.json"
     path.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8", newline="\n")
+
+
+def _missing(what: str, library: str) -> MissingPackageError:
+    return MissingPackageError(
+        f"The {what} is generated with {library}, which is not installed: pip install "
+        '"generalized-attention[miniature]"'
+    )
 
 
 def _is_complete(root: Path, manifest: Mapping[str, Any]) -> bool:

@@ -21,11 +21,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
-from babel.dates import format_date, format_time
-from babel.numbers import format_currency
-from babel.units import format_unit
-from num2words import num2words
-
 from lightning_attn.datamodules.miniature.files import check_counts, write_generated
 from lightning_attn.errors import InputError
 
@@ -331,18 +326,24 @@ def _plain(text: str) -> str:
 
 @functools.cache
 def _number(value: int) -> _Phrase:
+    from num2words import num2words
+
     return _Phrase(num2words(value, lang="en"), num2words(value, lang="de"))
 
 
 @functools.cache
 def _ordinal(value: int) -> _Phrase:
     """An ordinal as an adjective: `num2words` gives "dritte", whose stem is "dritt"."""
+    from num2words import num2words
+
     english, german = (num2words(value, lang=language, to="ordinal") for language in ("en", "de"))
     return _Phrase(english, german.removesuffix("e"))
 
 
 @functools.cache
 def _clock(hour: int, minute: int) -> _Phrase:
+    from babel.dates import format_time
+
     time = datetime.time(hour, minute)
     english, german = (_plain(format_time(time, "short", locale=locale)) for locale in ("en", "de"))
     return _Phrase(f"at {english}", f"um {german} Uhr")
@@ -350,18 +351,24 @@ def _clock(hour: int, minute: int) -> _Phrase:
 
 @functools.cache
 def _weekday(day: int) -> _Phrase:
+    from babel.dates import format_date
+
     date = datetime.date(2024, 1, 1) + datetime.timedelta(days=day)  # a Monday
     return _Phrase(format_date(date, "EEEE", locale="en"), format_date(date, "EEEE", locale="de"))
 
 
 @functools.cache
 def _date(date: datetime.date) -> _Phrase:
+    from babel.dates import format_date
+
     english, german = (_plain(format_date(date, "long", locale=locale)) for locale in ("en", "de"))
     return _Phrase(f"on {english}", f"am {german}")
 
 
 @functools.cache
 def _day_of_month(month: int, day: int) -> _Phrase:
+    from babel.dates import format_date
+
     date = datetime.date(2024, month, day)
     english, german = format_date(date, "MMMM d", locale="en"), format_date(date, "d. MMMM", locale="de")
     return _Phrase(f"on {english}", f"am {german}")
@@ -369,12 +376,16 @@ def _day_of_month(month: int, day: int) -> _Phrase:
 
 @functools.cache
 def _money(cents: int, currency: str) -> _Phrase:
+    from babel.numbers import format_currency
+
     english, german = (format_currency(cents / 100, currency, locale=lang, format_type="name") for lang in ("en", "de"))
     return _Phrase(_plain(english), _plain(german))
 
 
 @functools.cache
 def _measure(tenths: int, unit: str) -> _Phrase:
+    from babel.units import format_unit
+
     value = tenths / 10 if tenths % 10 else tenths // 10
     english, german = (format_unit(value, unit, length="long", locale=locale) for locale in ("en", "de"))
     return _Phrase(_plain(english), _plain(german))

@@ -266,7 +266,8 @@ def _end_workers_at_exit() -> None:
 
 
 def _end_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report workers that end here
+    if hasattr(signal, "SIGCHLD"):  # torch's handler would report workers that end here; Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     children = [child for child in multiprocessing.active_children() if child.daemon]
     for child in children:
         child.terminate()  # as Python does; a process of the user's own may heed it

@@ -23,6 +23,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -128,7 +129,7 @@ class TokenArray:
 
         They stay in the system's page cache.
         """
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if sys.platform != "win32" and hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
 

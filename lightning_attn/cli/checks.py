@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
-import resource
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -182,6 +182,10 @@ def check_open_files(workers: int) -> None:
     Raises:
         ConfigurationError: Says how many are needed.
     """
+    if sys.platform == "win32":  # which has no such limit
+        return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     needed, wanted = _FILES + _FILES_OF_WORKER * workers, 4096

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_attn.processes import is_running
+from lightning_attn.processes import STOP_SIGNALS, is_running
 
 __all__ = [
     "bind_to_launcher",
@@ -28,7 +28,7 @@ __all__ = [
 _LAUNCHER = "LIGHTNING_ATTN_LAUNCHER"  # process that started the ranks of a training
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _GRACE = 10.0  # seconds in which the others may end on their own
-_OWN_ENDS = (2, 128 + signal.SIGHUP, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # with a message, or because asked to
+_OWN_ENDS = (2, *(128 + number for number in STOP_SIGNALS))  # with a message, or because asked to
 RENDEZVOUS_SECONDS = 600.0
 
 _observed: list["_Observer"] = []

@@ -23,6 +23,7 @@ from lightning_attn.cli.parser import Parser
 from lightning_attn.cli.profile_command import profile_command
 from lightning_attn.cli.stored_configuration import TRUST_HELP
 from lightning_attn.export.checkpoint import export_checkpoint
+from lightning_attn.processes import STOP_SIGNALS
 from lightning_attn.tasks import BaseTask
 from lightning_attn.training import run_directory
 from lightning_attn.training.checkpoint_averaging import average_checkpoints
@@ -168,7 +169,7 @@ def _ending_on_signals() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+    numbers = [one for one in STOP_SIGNALS if signal.getsignal(one) == signal.SIG_DFL]  # Ctrl-C is Python's own
     try:
         for number in numbers:
             signal.signal(number, end)

@@ -5,13 +5,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from lightning_attn.datamodules.machine import available_cores
+from lightning_attn.processes import stop_signals
 
-__all__ = ["StopRequests", "start_child", "visible_gpus"]
+__all__ = ["StopRequests", "kill_child", "start_child", "visible_gpus"]
 
 
 class StopRequests:
@@ -34,10 +36,7 @@ class StopRequests:
             self.first = self.first or number
             self.count += 1
 
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            numbers.append(signal.SIGHUP)
-        earlier = {number: signal.signal(number, receive) for number in numbers}
+        earlier = {number: signal.signal(number, receive) for number in stop_signals()}
         try:
             yield
         finally:
@@ -58,15 +57,29 @@ def start_child(
         jobs: How many there may be.
         gpus: Those to be shared, as `visible_gpus` names them.
     """
+    # Ctrl-C comes through this process, once.
+    apart: dict[str, Any]
+    if sys.platform == "win32":  # which passes no lock on: the lock of the run directory alone outlives the runner
+        apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    else:
+        apart = {"start_new_session": True, "pass_fds": (lock,)}
     return subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
         env=_environment_of(slot, jobs, gpus),
-        pass_fds=(lock,),
-        start_new_session=True,  # Ctrl-C comes through this process, once
+        **apart,
     )
+
+
+def kill_child(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process that `start_child` returned, and, where the system has groups of processes, what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _environment_of(slot: int, jobs: int, gpus: Sequence[str]) -> dict[str, str]:

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import math
 import os
 import shlex
-import signal
 import stat
 import subprocess
 import time
@@ -20,9 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from lightning_attn import locks
 from lightning_attn.errors import InputError
 from lightning_attn.io import write_file
-from lightning_attn.study.children import StopRequests, start_child, visible_gpus
+from lightning_attn.study.children import StopRequests, kill_child, start_child, visible_gpus
 from lightning_attn.study.grid import Cell, Group, Study
 
 __all__ = ["PROFILE_FILE", "Profiler", "copy_profile", "is_profile", "require_configuration", "step_seconds"]
@@ -85,7 +84,8 @@ class Profiler:
         if not self._without(cells_of):
             return
         with self._requests.received(), self._lock() as lock:
-            pending = self._without(cells_of)  # another runner may have profiled them meanwhile
+            # Another runner may have profiled them meanwhile.
+            pending = [] if lock is None else self._without(cells_of)
             number = len(pending)
             with self._progress(number) as report:
                 while pending or self._running:
@@ -99,6 +99,7 @@ class Profiler:
                         pending.clear()
                     free = [slot for slot in range(self.jobs) if slot not in self._running]
                     for slot, group in zip(free, list(pending), strict=False):
+                        assert lock is not None, "nothing is pending without it"
                         pending.remove(group)
                         self._launch(slot, group, cells_of[group][0], lock)
                     time.sleep(_POLL)
@@ -125,23 +126,22 @@ class Profiler:
                 copy_profile(source, folder)
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[int]:
-        """Held by one runner at a time, and by what it has started: profiles beside profiles would measure less."""
+    def _lock(self) -> Iterator[int | None]:
+        """Held by one runner at a time, and by what it has started: profiles beside profiles would measure less.
+
+        None if a signal has asked to stop before it was free.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.root / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        descriptor = locks.take(self.root / _LOCK_FILE, seconds=0)
+        if descriptor is None:
+            self.console.print("Waiting for another process, which profiles this study")
+        while descriptor is None and self.received is None:
+            descriptor = locks.take(self.root / _LOCK_FILE, seconds=_POLL)
         try:
-            is_told = False
-            while self.received is None:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                if not is_told:
-                    self.console.print("Waiting for another process, which profiles this study")
-                    is_told = True
-                time.sleep(_POLL)
             yield descriptor
         finally:
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _launch(self, slot: int, group: Group, cell: Cell, lock: int) -> None:
         folder = self.root / cell.name
@@ -167,8 +167,7 @@ class Profiler:
     def _kill(self) -> None:
         """Ends what runs: there is nothing that it could save."""
         for job in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(job.process.pid, signal.SIGKILL)
+            kill_child(job.process)
 
     @contextlib.contextmanager
     def _progress(self, number: int) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from lightning_attn.errors import InputError
 from lightning_attn.io import naming
-from lightning_attn.study.children import StopRequests, start_child, visible_gpus
+from lightning_attn.study.children import StopRequests, kill_child, start_child, visible_gpus
 from lightning_attn.study.estimate import estimated_seconds
 from lightning_attn.study.grid import Cell, Study, format_duration
 from lightning_attn.study.profiling import copy_profile
@@ -211,10 +211,10 @@ class Runner:
         self._is_stopping = True
         for job in self._running.values():
             job.attempts[-1].asked_to_stop = True
-            with contextlib.suppress(ProcessLookupError):
-                if kill:
-                    os.killpg(job.process.pid, signal.SIGKILL)
-                else:
+            if kill:
+                kill_child(job.process)
+            else:
+                with contextlib.suppress(ProcessLookupError):
                     job.process.send_signal(number)
 
     def _say_changed(self, cell: Cell) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import dataclasses
 import errno
-import fcntl
 import json
 import math
 import os
@@ -17,14 +16,12 @@ import re
 import shutil
 import socket
 import stat
-import struct
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
+from lightning_attn import locks
 from lightning_attn.errors import InputError, UnusableFileError
 from lightning_attn.io import oldest_first, write_json
 from lightning_attn.processes import is_running, start_of
@@ -55,7 +52,6 @@ _MOST_BYTES = 16 * 2**20  # of a JSON file that is read
 _LARGEST_SCORE = 1e100  # its square is finite
 _LARGEST_TIME, _LARGEST_INTEGER = 1e15, 2**31
 _LONGEST_REASON = 400
-_LOCK_TRIES, _LOCK_PAUSE = 40, 0.025  # `status` looks at a lock by taking it for a moment
 _STOPPED = {-number for number in range(1, 65)} | {128 + number for number in (1, 2, 9, 10, 15)}  # by signals
 _PROGRESS = re.compile(r"step (\d+)/(\d+) ETA (\S+ min|unknown)")
 JOB_FILE, EXIT_CODE_FILE = "slurm_job", "exit_code"  # of a cell that was submitted to SLURM
@@ -155,26 +151,11 @@ class CellFolder:
             A file descriptor; None if the cell is taken.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        for _ in range(_LOCK_TRIES):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            time.sleep(_LOCK_PAUSE)
-        os.close(descriptor)
-        return None
+        return locks.take(self.path / ".lock")
 
     def is_taken(self) -> bool:
         """Whether a process works on the cell, started by a runner or by hand."""
-        with contextlib.suppress(OSError):
-            descriptor = os.open(self.path / ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            finally:
-                os.close(descriptor)
-        return any(_has_record_lock(path) for path in self.path.glob(f"*/{RUN_NAME}*/.lock"))
+        return any(locks.is_held(path) for path in (self.path / ".lock", *self.path.glob(f"*/{RUN_NAME}*/.lock")))
 
     def set_aside(self) -> Path:
         """Renames the folder, to begin anew; nothing is deleted."""
@@ -459,14 +440,3 @@ def _tail(path: Path) -> str:
 
 def _last_change(run: Path) -> int:
     return max((one.stat().st_mtime_ns for one in run.iterdir() if one.is_file()), default=0)
-
-
-def _has_record_lock(path: Path) -> bool:
-    """Whether a training holds the lock of its run directory, without taking it (fcntl's F_GETLK)."""
-    if sys.platform != "linux" or not path.is_file():
-        return False
-    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        answer: Any = fcntl.fcntl(file.fileno(), fcntl.F_GETLK, question)
-        return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
-    return False

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from lightning_attn.processes import STOP_SIGNALS, stop_signals
 from lightning_attn.training.callback_states import require_callback_states
 from lightning_attn.training.checkpoint_keys import (
     CALLBACKS_KEY,
@@ -81,11 +83,9 @@ class StopRequests:
         """Begins to watch; in the main thread only, elsewhere Python has no signals."""
         if threading.current_thread() is not threading.main_thread():
             return
-        numbers: list[int] = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-            numbers.append(signal.SIGHUP)
+        numbers: list[int] = stop_signals()
         environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        if sys.platform != "win32" and isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             numbers.append(environment.requeue_signal or signal.SIGUSR1)
         self._earlier = {number: signal.getsignal(number) for number in numbers}
         for number in numbers:
@@ -123,7 +123,7 @@ class StopRequests:
     def requeue(self) -> None:
         """Runs SLURM's handler, if its signal was received."""
         handler = self._earlier.get(self.received or 0)
-        if self.received not in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, None) and callable(handler):
+        if self.received is not None and self.received not in STOP_SIGNALS and callable(handler):
             handler(self.received, None)
 
 

@@ -1,6 +1,6 @@
 """The folder that holds everything a run writes."""
 
-import fcntl
+import errno
 import functools
 import glob
 import json
@@ -12,11 +12,12 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_only
 
 import lightning_attn
+from lightning_attn import locks
 from lightning_attn.errors import ExistingFileError, NotAFolderError, UnusableFileError, UserError
 from lightning_attn.io import remove_parts, write_json
 from lightning_attn.training.code_version import code_version
@@ -24,8 +25,9 @@ from lightning_attn.training.code_version import code_version
 MARKER = "run.json"
 _VARIABLE = "LIGHTNING_ATTN_RUN_DIRECTORY"
 _LOCK = ".lock"
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 _claimed: list[Path] = []
-_locks: list[TextIO] = []
+_locks: dict[Path, int] = {}  # descriptors of those that this process holds
 
 
 class RunInUseError(UserError, BlockingIOError):
@@ -159,19 +161,36 @@ def require_writable(path: Path) -> Path:
 
 def _lock(path: Path) -> None:
     """Keeps other processes out of a run directory until this one ends, however it ends."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # no link and no pipe of others
-    file = os.fdopen(os.open(path / _LOCK, flags, 0o644), "r+")
+    if path.resolve() in _locks:
+        return
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
+        descriptor = locks.take(path / _LOCK)
+    except OSError as error:
+        if error.errno in _WITHOUT_LOCKS:
+            return
+        raise
+    if descriptor is None:
         raise RunInUseError(
             f"Another process is training in {path}. Wait for it or end it, or begin a new run, without --ckpt_path."
-        ) from error
-    except OSError:  # a file system without locks
-        file.close()
-        return
-    _locks.append(file)
+        )
+    _locks[path.resolve()] = descriptor
+
+
+def _unlock(path: Path) -> None:
+    """Lets go of a run directory, if this process holds it."""
+    descriptor = _locks.pop(path.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _forget_locks() -> None:
+    """Leaves the locks to the process that took them: those that it forks, such as workers, may outlive it."""
+    while _locks:
+        os.close(_locks.popitem()[1])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def is_rank_zero() -> bool:
@@ -185,6 +204,7 @@ def discard_if_unused() -> None:
         path = _claimed.pop()
         files = {file.name for file in path.iterdir()} if path.is_dir() else set()
         if files and all(name.startswith((MARKER, _LOCK, "config_", "events.", "hparams.")) for name in files):
+            _unlock(path)  # Windows removes no file that is open
             shutil.rmtree(path)
     os.environ.pop(_VARIABLE, None)
 

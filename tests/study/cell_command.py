@@ -7,7 +7,7 @@ __all__ = ["TRAIN"]
 REPOSITORY = Path(__file__).parents[2]
 
 TRAIN = f"""
-import fcntl, json, os, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 
 sys.path.insert(0, {str(REPOSITORY)!r})
@@ -16,6 +16,7 @@ if sys.argv[1] == "study":
 
     main()
     raise SystemExit
+from lightning_attn import locks
 from lightning_attn.training.code_version import code_version
 
 stage, *words = sys.argv[1:]
@@ -50,8 +51,7 @@ if stage == "test":
     scores = {{"test/bleu": 0.1 * int(options["--seed_everything"]) + float(options["--model.quality"])}}
     (run / "test_metrics.json").write_text(json.dumps(scores))
     raise SystemExit
-lock = open(run / ".lock", "w")
-fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+assert locks.take(run / ".lock") is not None
 if not (run / "run.json").exists():
     (run / "run.json").write_text(json.dumps({{"code": code_version()}}))
 received = []
