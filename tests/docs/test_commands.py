@@ -27,7 +27,7 @@ NOT_RUN = {
     'python -c "import lightning_attn, pathlib, shutil': "for an installed wheel; a checkout has the folder",
     "python -m benchmarks.": "measures for minutes; tests/benchmarks runs cases at small sizes",
     "python -m benchmarks translation": "measures for minutes; tests/benchmarks runs cases at small sizes",
-    "python train.py fit -c configs/detection/faster_rcnn_r50_fpn_coco.yaml --run.initial_weights COCO_V1": (
+    "lightning-attn fit -c configs/detection/faster_rcnn_r50_fpn_coco.yaml --run.initial_weights COCO_V1": (
         "downloads weights"
     ),
 }
