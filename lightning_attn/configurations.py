@@ -11,6 +11,7 @@ __all__ = [
     "complete_configurations",
     "described",
     "located",
+    "packaged",
     "with_located_files",
 ]
 
@@ -26,15 +27,20 @@ def bundled_configurations() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
+def packaged(given: str) -> Path | None:
+    """The package's configuration of a name, whose `configs/` and `.yaml` may be left out; None if there is none."""
+    return bundled_configurations().get(_name(given))
+
+
 def located(given: str) -> str:
     """A file, or if there is none of that name a configuration of the package: `configs/` and `.yaml` may be left out.
 
     Args:
         given: What the user calls it. It is returned if it is a file, or no name of a configuration either.
     """
-    if not given or "\n" in given or len(given) > 200 or Path(given).expanduser().exists():
+    if not given or "\n" in given or len(given) > 200 or Path(given).expanduser().is_file():
         return given
-    path = bundled_configurations().get(_name(given))
+    path = packaged(given)
     return given if path is None else str(path)
 
 

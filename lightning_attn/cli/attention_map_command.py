@@ -140,6 +140,8 @@ def _folder(checkpoint: Path, options: Any) -> Path:
     Raises:
         FileExistsError: If the folder that was asked for has such a page.
     """
+    if options.output == "":
+        raise InputError("--output: '' names no folder. Leave it out for one in the run directory.")
     if options.output is not None:
         folder = Path(options.output)
         if folder.exists() and not folder.is_dir():
@@ -257,12 +259,12 @@ def _thinning_notes(recorded: RecordedImage, layers: Sequence[LayerLevels]) -> l
         step, heads = one.facts["query_step"], recorded.inputs[one.name][0].num_heads
         kept = []
         if step > 1:
-            kept.append(f"queries in steps of {step} positions (figures, by --query, are of any)")
+            kept.append(f"the queries at every {step} positions (the figures are of exactly that of --query)")
         if heads > 1 and len(one.heads) < heads + 1:
             shown = " and ".join("the mean" if head == "mean" else f"head {head}" for head in one.heads)
             kept.append(f"of {heads} heads {shown} (--head N is another)")
         if kept:
-            notes.append(f"To keep the page small, it has of {one.name} {', and '.join(kept)}.")
+            notes.append(f"To keep the page small, it holds of {one.name} {', and '.join(kept)}.")
     return notes
 
 

@@ -177,19 +177,24 @@ class Comparison:
             The file, which has another name if that was taken.
 
         Raises:
-            ValueError: If the ending is no format.
+            ValueError: If the ending is no format, or there is nothing to draw.
         """
         if path.suffix == ".csv":
             rows = [*self.differences(), *self.scores()]
             return write_table(path, ("", *self.names), rows)
+        if not self._curve_names():
+            raise InputError(f"--output: {path} would be empty: no run has logged a loss or a score. Write a .csv.")
         return write_figure(path, self.figure())
+
+    def _curve_names(self) -> list[str]:
+        lengths = {name: len(points) for run in self.runs for name, points in run.curves.items() if points}
+        logged = {name for name, length in lengths.items() if length > 1} or lengths
+        names = [name for name in ("train/loss",) if name in logged]
+        return [*names, *sorted(name for name in logged if name.startswith("val/"))][:_MOST_CURVES]
 
     def figure(self) -> Figure:
         """The curves of training loss and validation scores of all runs."""
-        logged = {name for run in self.runs for name, points in run.curves.items() if len(points) > 1}
-        names = [name for name in ("train/loss",) if name in logged]
-        names += sorted(name for name in logged if name.startswith("val/"))
-        names = names[:_MOST_CURVES]
+        names = self._curve_names()
         columns = max(1, min(3, len(names)))
         rows = max(1, -(-len(names) // columns))
         figure = Figure(figsize=(4.4 * columns, 3.2 * rows + 0.5), dpi=120, layout="constrained")

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import yaml
 
-from lightning_attn.configurations import bundled_configurations, close_names, described, located
+from lightning_attn.configurations import bundled_configurations, close_names, described, packaged
 from lightning_attn.io import missing_checkpoint, neighbours
 
 SUBCOMMANDS = {
@@ -81,10 +81,10 @@ def _configs(arguments: Sequence[str]) -> None:
         return
     if len(arguments) > 1:
         _fail(f"configs: {arguments[1]} is one name too many; give one, or none for a list.")
-    path = Path(located(arguments[0]))
-    if path not in known.values():
+    found = packaged(arguments[0])
+    if found is None:
         _fail(f"configs: {arguments[0]!r} is no configuration of the package. {_meant(arguments[0])}")
-    print(path.read_text(encoding="utf-8"), end="")
+    print(found.read_text(encoding="utf-8"), end="")
 
 
 def _meant(given: str) -> str:
@@ -133,6 +133,8 @@ def _check_files(arguments: Sequence[str]) -> None:
 def command_name() -> str:
     """How the command was called, to be shown."""
     name = Path(sys.argv[0]).name
+    if name in ("", "-c"):  # of Python: the command's function was called by other code
+        return "lightning-attn"
     if name == "__main__.py":
         return "python -m lightning_attn"
     return f"python {name}" if name.endswith(".py") else name

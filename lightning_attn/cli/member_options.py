@@ -80,8 +80,12 @@ def nulls_as_text(arguments: Sequence[str]) -> list[str]:
     """
     texts: list[str] = []
     others: list[str | None] = list(arguments)
-    for place, option in _placed(arguments):
+    placed = list(_placed(arguments))
+    for number, (place, option) in enumerate(placed):
         if not option.key and option.value in _NULLS:
+            for earlier, other in placed[:number]:  # the last one wins
+                if (other.section, other.name) == (option.section, option.name):
+                    others[earlier] = [None] * (earlier.stop - earlier.start)
             left_out = {option.section: {"init_args": {MEMBERS[option.section]: {option.name: None}}}}
             texts += ["-c", yaml.safe_dump(left_out, default_flow_style=True, width=10**6).strip()]
             others[place] = [None] * (place.stop - place.start)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import yaml
 
-from lightning_attn.configurations import located
+from lightning_attn.configurations import located, packaged
 from lightning_attn.errors import InputError, MissingFileError
 from lightning_attn.io import neighbours
 from lightning_attn.training.scores import best_mode
@@ -325,9 +325,14 @@ class _Reader:
             if not isinstance(name, str):
                 raise self.fail(key, f"{name!r} is no file name.")
             file = self.path.parent / name
+            if not file.is_file() and (bundled := packaged(name)) is not None:
+                file = bundled
             if not file.is_file():
                 hint = neighbours(file, "*.yaml")
-                raise self.fail(key, f"{name} is not there (relative to the study's folder). {hint}")
+                raise self.fail(
+                    key,
+                    f"{name} is not there (relative to the study's folder), nor in the package. {hint}",
+                )
             if not isinstance(_load(file), dict):
                 raise self.fail(key, f"{name} holds no options.")
             files.append(file)

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_attn.cli import main
 from lightning_attn.cli.front import SUBCOMMANDS, answer, explain_torchvision
+from lightning_attn.configurations import located
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +97,15 @@ def test_a_list_can_be_cut_by_another_program():
         listing.stdout.close()  # long before Python has started
         errors = listing.stderr.read()
         assert (listing.wait(), errors) == (141, b"")
+
+
+def test_what_the_user_has_does_not_hide_what_the_package_has(tmp_path, capsys):
+    (tmp_path / "miniature" / "segmentation").mkdir(parents=True)
+    (tmp_path / "miniature" / "detection").write_text("mine: 1\n")
+    main(["configs", "miniature/detection"])
+    main(["configs", "miniature/segmentation"])
+    printed = capsys.readouterr().out
+    assert "DetectionTask" in printed
+    assert "SegmentationTask" in printed
+    assert located("miniature/segmentation").endswith("segmentation.yaml"), "a folder is no configuration"
+    assert located("miniature/detection") == "miniature/detection", "a file is"

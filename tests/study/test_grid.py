@@ -200,3 +200,12 @@ def test_the_example_of_the_documentation(tmp_path):
     assert (len(study.groups), len(study.cells), len(study.findings)) == (3, 9, 2)
     assert f"my_study: {len(study.cells)} waiting; {len(study.cells)} to run, about 27 min" in text
     assert all(cell.readable_name in text for cell in study.cells[:2])
+
+
+def test_names_of_the_package_s_configurations(tmp_path):
+    """As `-c` takes them, so that a study works without a checkout."""
+    path = tmp_path / "own.yaml"
+    axes = {"attention": {"0010": "attention/self_0010", "none": "configs/attention/self_none.yaml"}}
+    path.write_text(yaml.safe_dump({"base": "miniature/translation", "axes": axes, "metric": "test/bleu"}))
+    study = Study.read(path)
+    assert [file.stem for file in study.cells[0].files] == ["translation", "self_0010"]

@@ -558,6 +558,8 @@ def test_a_task_is_left_out_on_the_command_line_as_by_a_file(run, multitask_conf
     assert by_file["model"]["init_args"]["tasks"]["detection"]["class_path"] == "lightning_attn.tasks.DetectionTask"
     options = ["--model.tasks.segmentation", "null", "--data.init_args.members.segmentation=null"]
     assert parsed(run, *options, "-c", multitask_config) == by_file
+    earlier = ["--model.tasks.segmentation.segmenter.dropout", 0.3]  # the last option of a member wins
+    assert parsed(run, *earlier, *options, "-c", multitask_config) == by_file
     assert parsed(run, "-c", multitask_config, "-c", overlay.read_text()) == by_file
 
 
