@@ -68,6 +68,9 @@ def _row(name: str, action: Any) -> str:
     # What is code in the docstring stays code; elsewhere a `<` is no tag.
     parts = help_text.split("`")
     text = "`".join(part if index % 2 else html.escape(part, quote=False) for index, part in enumerate(parts))
+    text = re.sub(
+        r"\bdocs/(\w+\.md)", r"[\1](../../\1)", text
+    )  # as docstrings name pages; seen from reference/options/
     cells = [f"`{name}`", _type_name(annotation), default, text]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
