@@ -9,7 +9,15 @@ from typing import Any
 
 import yaml
 
-__all__ = ["MEMBERS", "MemberOption", "member_options", "members_of_text", "nulls_as_text", "unknown_member"]
+__all__ = [
+    "MEMBERS",
+    "MemberOption",
+    "member_options",
+    "members_of_text",
+    "nulls_as_text",
+    "unknown_member",
+    "with_member",
+]
 
 MEMBERS = {"model": "tasks", "data": "members"}
 """By section: the argument that holds members."""
@@ -37,6 +45,24 @@ class MemberOption:
     name: str
     key: str
     value: str
+
+    @property
+    def path(self) -> str:
+        """Of the member, such as "model.tasks.detection"."""
+        return f"{self.section}.{MEMBERS[self.section]}.{self.name}"
+
+    def named_in(self, message: str) -> str | None:
+        """A parser's message about this option, which knows its class only, with the member; None of another message."""
+        without_name = f"{self.section}.{MEMBERS[self.section]}.{self.key}"
+        if self.key and message.startswith(without_name):
+            return message.replace(without_name, f"{self.path}.{self.key}", 1)
+        value = "None" if self.value in _NULLS else self.value
+        if repr(value) not in message:
+            return None
+        if self.path in message:
+            return message
+        told = message.replace(f"{self.section}.{self.key}", f"{self.path}.{self.key}") if self.key else message
+        return told if self.path in told else f"{self.path}: {told.removeprefix(f'{self.section}: ')}"
 
     @property
     def keys(self) -> set[str]:
@@ -106,6 +132,17 @@ def members_of_text(content: str) -> dict[str, dict[str, Any]]:
         if isinstance(given, dict):
             found[section] = given
     return found
+
+
+def with_member(message: str, arguments: Sequence[str]) -> str:
+    """The parser's message about an option of a member, of which it knows the class only, with the member.
+
+    Args:
+        message: Cleaned. Returned as it is if it is about anything else.
+        arguments: Of the command line.
+    """
+    told = {one.named_in(message) for one in member_options(arguments)} - {None}
+    return str(told.pop()) if len(told) == 1 else message
 
 
 def unknown_member(section: str, name: str, known: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_attn.cli.launching import dead_rank
+from lightning_attn.cli.member_options import with_member
 from lightning_attn.cli.parser_messages import clean_parser_message
 from lightning_attn.errors import UserError
 from lightning_attn.training import run_directory
@@ -73,7 +74,7 @@ def message_of(error: Exception, arguments: Sequence[str] = ()) -> str | None:
     if isinstance(error, OSError) and str(error).startswith("Caught ") and text.startswith("[Errno"):
         return f"{text}."  # of a DataLoader's worker, where torch keeps neither number nor file name
     if isinstance(error, UserError):
-        return clean_parser_message(text)
+        return with_member(clean_parser_message(text), arguments)
     if isinstance(error, MisconfigurationException) or _quotes_option(error):
         return text
     if _is_of_restoring(error):

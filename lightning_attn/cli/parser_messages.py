@@ -55,13 +55,22 @@ def clean_parser_message(message: str) -> str:
     elif missing and (key := re.search(r'Parser key "([\w.]+)"', text)):
         names = [name for name in re.split(r"[,\s]+", missing.group(1)) if name]
         text += f"\nGive {' and '.join(f'--{key.group(1)}.{name} VALUE' for name in names)} after it."
-    return text + _suggestion(text)
+    return _with_path(text + _suggestion(text))
+
+
+def _with_path(text: str) -> str:
+    """A message whose beginning is the whole path of an option, instead of a line for each of its parts."""
+    path = ""
+    while found := re.match(r'\s*(?:-\s*)?Parser key "([\w.]+)":\s*', text):
+        path = found[1] if not path or found[1].startswith(f"{path}.") else f"{path}.{found[1]}"
+        text = text[found.end() :]
+    return f"{path}: {text.removeprefix('- ')}" if path else text
 
 
 def _unknown_class(text: str) -> str | None:
     """The message for a class that cannot be imported, instead of the attempts to read it as something else."""
     key = re.search(r'^Parser key "([\w.]+)"', text)
-    name = re.search(r"Expected a dot import path string: (\S+)", text)
+    name = re.search(r"Expected a dot import path string: ?(\S*)", text)
     failed = re.search(r"Problem with given class_path '(.*?)':\s*(.*)", text)
     found = name or failed
     if key is None or found is None or key.group(1) not in _CLASSES:

@@ -548,6 +548,21 @@ def parsed(run, *arguments):
     return yaml.safe_load(printed[printed.index("seed_everything") :])
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("segmenter", "null", "model.tasks.segmentation.segmenter: 'None' is neither a section"),
+        ("segmenter.norm", "bath", "model.tasks.segmentation.segmenter.norm: Expected"),
+        ("num_pictures", "x", "model.tasks.segmentation.num_pictures: Expected"),
+        ("", "NoTask", "model.tasks.segmentation: there is no class 'NoTask'"),
+        ("", "", "model.tasks.segmentation: there is no class ''"),
+    ],
+)
+def test_messages_name_the_member(run, multitask_config, option, value, told):
+    name = f"--model.tasks.segmentation{'.' if option else ''}{option}"
+    assert told in run("fit", "-c", multitask_config, name, value, status=2)
+
+
 def test_a_task_is_left_out_on_the_command_line_as_by_a_file(run, multitask_config, in_folder):
     overlay = written(
         in_folder / "overlay.yaml",
