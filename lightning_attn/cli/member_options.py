@@ -52,7 +52,7 @@ class MemberOption:
         return f"{self.section}.{MEMBERS[self.section]}.{self.name}"
 
     def named_in(self, message: str) -> str | None:
-        """A parser's message about this option, which knows its class only, with the member; None of another message."""
+        """A parser's message about this option, which knows its class alone, with the member; None of any other."""
         without_name = f"{self.section}.{MEMBERS[self.section]}.{self.key}"
         if self.key and message.startswith(without_name):
             return message.replace(without_name, f"{self.path}.{self.key}", 1)

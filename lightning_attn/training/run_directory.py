@@ -161,7 +161,7 @@ def require_writable(path: Path) -> Path:
 
 def _lock(path: Path) -> None:
     """Keeps other processes out of a run directory until this one ends, however it ends."""
-    if path.resolve() in _locks:
+    if _holds(path / _LOCK):
         return
     try:
         descriptor = locks.take(path / _LOCK)
@@ -174,6 +174,11 @@ def _lock(path: Path) -> None:
             f"Another process is training in {path}. Wait for it or end it, or begin a new run, without --ckpt_path."
         )
     _locks[path.resolve()] = descriptor
+
+
+def _holds(file: Path) -> bool:
+    """Whether this process has this lock, also of a directory that was moved since."""
+    return file.is_file() and any(os.path.samestat(os.fstat(held), file.stat()) for held in _locks.values())
 
 
 def _unlock(path: Path) -> None:
