@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_a_script_ends_that_has_not_used_up_its_batches(coco):
 def test_a_worker_that_dies(run_process, detection_config, in_folder):
     common = ["fit", "-c", detection_config, *EVERY_STEP, "--data.num_workers", 2, "--trainer.max_steps", 12]
     done = run_process(*common, *callbacks(("KillWorker", "{}")), status=2)
-    assert "is killed by signal: Killed" in done.stderr
+    # Torch says either, by whether the signal or the end of the queue is noticed first.
+    assert re.search(r"is killed by signal: Killed|worker \(pid\(s\) \d+\) exited unexpectedly", done.stderr)
     assert "A process that makes batches has died" in done.stderr
     assert "Traceback" not in done.stderr
     last = in_folder / "checkpoints" / "detection" / "tiny" / "last.ckpt"
