@@ -1,8 +1,8 @@
 """What goes wrong in the middle of a training ends it with a message, and what was saved is whole."""
 
 import os
-import shutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
