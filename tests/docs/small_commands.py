@@ -35,7 +35,7 @@ SIZES = {
 """Options of `model` and `data` by the task's class; a task that is not here is trained as it is."""
 
 RESUMED_STEPS = 4
-"""Where a training that goes on from a checkpoint of `TWO_STEPS` ends."""
+"""Where a training that is resumed from a checkpoint of `TWO_STEPS` ends."""
 
 _STAGES = ("fit", "validate", "test", "predict")
 
