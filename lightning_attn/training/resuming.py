@@ -276,7 +276,6 @@ def _before_batch(loops: dict[str, Any], trainer: pl.Trainer) -> None:
     for count in (progress["current"], progress["total"]):
         count["ready"] -= 1
     progress["is_last_batch"] = False
-    _pass_over_validation(loops, trainer)
 
 
 def _before_validation(loops: dict[str, Any], trainer: pl.Trainer) -> None:
@@ -299,28 +298,31 @@ def _between_epochs(loops: dict[str, Any], trainer: pl.Trainer) -> None:
     of_epoch.append(loops["epoch_loop.val_loop.batch_progress"]["total"])
     for count in of_epoch:
         count.update(dict.fromkeys(count, 0))
-    _pass_over_validation(loops, trainer)
 
 
 def _cut_short(loops: dict[str, Any], trainer: pl.Trainer) -> None:
     """The epoch is noted as done."""
     for count in (loops["epoch_progress"]["current"], loops["epoch_progress"]["total"]):
         count["processed"] -= 1
-    _pass_over_validation(loops, trainer)
 
 
-def _pass_over_validation(loops: dict[str, Any], trainer: pl.Trainer) -> None:
-    """Lightning skips a validation that would be due after these batches, and then counts their step again."""
-    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]["current"]
-    every_n_epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
-    if not trainer.enable_validation or every is None or every == float("inf"):
-        return
-    if every_n_epochs is None:
-        due = batches["total"]["ready"] % every == 0
-    else:
-        due = (epochs["completed"] + 1) % every_n_epochs == 0 and batches["current"]["ready"] % every == 0
-    if due:
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+class _StepNumber(Callback):
+    """Numbers what is logged from the first batch of a resumed training on by its optimizer steps.
+
+    Lightning's own count is one too high or too low if a validation is due at one of the two moments, of saving and of
+    resuming, and not at the other, or if the checkpoint was written between a step's end and its being counted.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._done:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._done = True
 
 
 class ExactResume(Callback):
@@ -395,6 +397,9 @@ class ExactResume(Callback):
         if self._resumed:
             for optimizer in trainer.optimizers:
                 _match_memory_format(optimizer)
+            if pl_module.automatic_optimization:  # its steps are those that Lightning counts
+                # Before the others: the monitor of learning rates logs at the start of a batch.
+                trainer.callbacks = [_StepNumber(), *trainer.callbacks]  # type: ignore[attr-defined]
         fresh = getattr(pl_module, "fresh_optimizer_groups", None)
         if not self._resumed or not fresh:
             return

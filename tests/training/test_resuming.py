@@ -328,6 +328,20 @@ def test_last_and_auto(run, tiny_config, in_folder):
     assert (runs / "tiny" / "test_metrics.json").is_file()
 
 
+@pytest.mark.parametrize(("before", "after", "accumulated"), [(2, 100, 1), (100, 2, 1), (3, 1, 1), (2, 3, 2)])
+def test_steps_go_on_with_another_interval_of_validations(run, tiny_config, in_folder, before, after, accumulated):
+    options = ["--trainer.accumulate_grad_batches", accumulated, "--trainer.max_epochs", 100]
+    for steps, interval in ((4, before), (8, after)):
+        every = ["--trainer.val_check_interval", interval * accumulated, "--trainer.max_steps", steps]
+        run("fit", "-c", tiny_config, *options, *every, "--ckpt_path", "auto")
+    logged = lines(in_folder / "checkpoints" / "translation" / "tiny")
+    by_batch = [step for step in range(8) for _ in range(accumulated)]  # the monitor of learning rates logs for each
+    assert [int(row["step"]) for row in logged if "train/loss" in row] == list(range(8))
+    assert [int(row["step"]) for row in logged if "lr-Adam" in row] == by_batch
+    due = [step - 1 for step in range(1, 9) if step % (before if step <= 4 else after) == 0]
+    assert [int(row["step"]) for row in logged if "val/loss" in row] == due
+
+
 def test_another_process_in_the_run_is_noticed(run, run_process, tiny_config, in_folder):
     run("fit", "-c", tiny_config)  # this process keeps the lock
     refused = run_process("fit", "-c", tiny_config, "--ckpt_path", "last", status=2)
