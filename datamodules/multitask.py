@@ -219,3 +219,12 @@ class TaggedLoader:
     def __iter__(self) -> Iterator[JointBatch]:
         for batch in self.loader:
             yield JointBatch({self.name: batch})
+
+    @property
+    def _iterator(self) -> Any:
+        """The iterator that a DataLoader keeps, of which Lightning ends the workers when it is done with the loader."""
+        return getattr(self.loader, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self.loader._iterator = iterator

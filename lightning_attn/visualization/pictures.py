@@ -100,4 +100,4 @@ def font_size(picture: Image.Image) -> int:
 def font(size: int) -> ImageFont.FreeTypeFont:
     """Matplotlib's bundled font, which has Latin, Greek and Cyrillic letters and is available on every system."""
     font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
-    return ImageFont.truetype(str(font), size)  # Pillow 10.1 takes no Path
+    return ImageFont.truetype(font, size)

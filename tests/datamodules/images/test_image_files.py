@@ -59,7 +59,7 @@ def test_grey_images_get_three_equal_channels(tmp_path, picture, mode, name):
 
 
 def test_a_palette_with_transparency(tmp_path):
-    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "P")
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     image.save(tmp_path / "a.png", transparency=b"\x00\x80\xff")
     assert read_image(tmp_path / "a.png").tolist() == [[[255, 0, 0], [0, 255, 0], [0, 0, 255]]]
