@@ -38,8 +38,12 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
             return
     except BrokenPipeError:  # whoever reads the list has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
+        _discard_output()
         sys.exit(141)  # as a shell calls it
+    except OSError as error:
+        _discard_output()
+        sys.stderr.write(f"Writing to the standard output: {error.strerror}.\n")
+        sys.exit(1)
     try:
         # Only now, as this imports torch and Lightning, which takes seconds.
         from lightning_attn.cli.subcommands import run
@@ -48,3 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
         raise
 
     run(arguments)
+
+
+def _discard_output() -> None:
+    """Leads what is left in the standard output's buffer nowhere, or Python fails once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -155,7 +155,7 @@ class BadImages(Evaluator):
 def print_scores(
     scores: dict[str, Any], header: tuple[str, str], per_class: dict[str, float], totals: tuple[str, ...]
 ) -> None:
-    """Prints the scores of a test as a table.
+    """Prints the scores of a test, whatever split it is made on, as a table.
 
     Args:
         scores: All scores, including `num_images`.
@@ -163,7 +163,7 @@ def print_scores(
         per_class: A score for each class.
         totals: Names of the scores in the last rows.
     """
-    table = Table(*header, title=f"Test set, {scores['num_images']} images")
+    table = Table(*header, title=f"Scores of {scores['num_images']:,} images")
     for name, value in per_class.items():
         table.add_row(escape(name), _formatted(value))
     table.add_section()

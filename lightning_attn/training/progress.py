@@ -166,15 +166,26 @@ class TrainingSummary(Callback):
 
     def __init__(self, directory: Path, command: str, trust: Sequence[str] = ()) -> None:
         self.directory, self.command, self.trust = directory, command, trust
+        self._started = False
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = False
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = True
         if not sum(trainer.num_val_batches):
             rank_zero_info(f"No best.ckpt will be written, as {_NO_VALIDATION}: last.ckpt is the result.")
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         lines = [f"Training ended at step {trainer.global_step}: {_why_it_ended(trainer)}."]
+        if not self._started:  # the checkpoint is that of a finished training
+            limits = "--trainer.max_steps or --trainer.max_epochs"
+            lines = [
+                f"Nothing was trained: at step {trainer.global_step}, {_why_it_ended(trainer)}. Raise {limits} to go on."
+            ]
         file = "last.ckpt"
         for best in (one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)):
             name = f"{best.filename}.ckpt"

@@ -15,7 +15,7 @@ def draw_confusion(analysis: DetectionAnalysis) -> Figure:
     """Draws the confusion matrix of categories: fractions of each row in colour, and counts."""
     size = len(analysis.names) + 1
     side = min(20.0, 2.5 + 0.5 * size)
-    figure = Figure(figsize=(side + 1.5, side), dpi=110, layout="constrained")
+    figure = Figure(figsize=(side + 1.5, side), dpi=110, layout="compressed")
     axes = figure.subplots()
     counts = analysis.confusion
     fractions = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
@@ -54,7 +54,7 @@ def draw_precision(analysis: DetectionAnalysis) -> Figure:
     right.set(xlabel="score threshold", xlim=(0, 1.01), ylim=(0, 1.01))
     right.set_title(f"precision (solid) and recall (dashed), IoU at least {analysis.min_iou:g}", fontsize=9, loc="left")
     if drawn:
-        left.legend(fontsize=8, loc="lower left")
+        figure.legend(fontsize=8, loc="outside right upper", title="objects", title_fontsize=8, frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -24,7 +24,11 @@ Colour = tuple[int, int, int]
 
 OPACITY = 0.6  # of a class's colour over the image
 BORDER = 0.45  # brightness of the pixels at borders between classes
-WRONG_COLOUR: Colour = (230, 60, 0)
+WRONG_COLOURS: tuple[Colour, ...] = (
+    (230, 60, 0),
+    (200, 0, 200),
+    (0, 80, 230),
+)  # whichever differs most from the classes
 WRONG_OPACITY = 0.85
 
 
@@ -107,8 +111,8 @@ def draw_segmentation_beside_truth(
 ) -> Picture:
     """Draws four pictures with headings: the image and the wrong pixels, above the prediction and the ground truth.
 
-    A legend below has the classes that occur in either. Ignored pixels of the ground truth are grey and hatched, also
-    among the errors.
+    A legend below has the classes that occur in either, and the colour of the wrong pixels, which no class is close to.
+    Ignored pixels of the ground truth are grey and hatched, also among the errors.
 
     Args:
         image: As in `draw_segmentation`.
@@ -135,15 +139,23 @@ def draw_segmentation_beside_truth(
     small_found, small_true = _resized(found, background), _resized(true, background)
     labelled = true != ignored
     wrong = int(((found != true) & labelled).sum()) / max(1, int(labelled.sum()))
+    wrong_colour = _wrong_colour(
+        [palette[label] for label in _present(np.concatenate((found, true))) if label != ignored]
+    )
     sheet = beside_each_other(
         [
             ("image", background),
-            (f"wrong: {100 * wrong:.1f}% of the pixels", _errors(background, small_found, small_true, ignored)),
+            (
+                f"wrong: {100 * wrong:.1f}% of the pixels",
+                _errors(background, small_found, small_true, ignored, wrong_colour),
+            ),
             ("predicted", _overlay(background, small_found, palette, opacity, ignored)),
             ("truth", _overlay(background, small_true, palette, opacity, ignored)),
         ]
     )
     entries = _legend_entries(np.concatenate((found, true)), names, palette, ignored)
+    if wrong:
+        entries.append(("wrong, above right", wrong_colour))
     figure = np.array(_with_legend(sheet, entries, font_size(background)))
     if path is not None:
         save_picture(figure, path)
@@ -211,12 +223,21 @@ def _overlay(background: Image.Image, labels: Labels, palette: Picture, opacity:
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def _errors(background: Image.Image, predicted: Labels, truth: Labels, ignored: int) -> Image.Image:
-    """An image in light grey, with the wrong pixels in a separate colour."""
+def _wrong_colour(colours: Sequence[Picture]) -> Colour:
+    """The colour of wrong pixels that is the farthest from those of the classes."""
+
+    def distance(candidate: Colour) -> float:
+        return min((float(np.linalg.norm(colour - np.array(candidate, float))) for colour in colours), default=0.0)
+
+    return max(WRONG_COLOURS, key=distance)
+
+
+def _errors(background: Image.Image, predicted: Labels, truth: Labels, ignored: int, colour: Colour) -> Image.Image:
+    """An image in light grey, with the wrong pixels in a colour of their own."""
     pixels = np.asarray(background)
     mixed = np.repeat(100 + 0.6 * pixels.mean(axis=2, keepdims=True, dtype=np.float32), 3, axis=2)
     wrong, hidden = predicted != truth, truth == ignored
-    mixed[wrong] = (1 - WRONG_OPACITY) * mixed[wrong] + WRONG_OPACITY * np.array(WRONG_COLOUR)
+    mixed[wrong] = (1 - WRONG_OPACITY) * mixed[wrong] + WRONG_OPACITY * np.array(colour)
     mixed[hidden] = _hatched(pixels)[hidden]
     return Image.fromarray(mixed.round().astype(np.uint8))
 

@@ -109,3 +109,12 @@ def test_what_the_user_has_does_not_hide_what_the_package_has(tmp_path, capsys):
     assert "SegmentationTask" in printed
     assert located("miniature/segmentation").endswith("segmentation.yaml"), "a folder is no configuration"
     assert located("miniature/detection") == "miniature/detection", "a file is"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [["configs"], ["configs", "miniature/detection"], ["--help"]])
+def test_output_that_cannot_be_written(arguments):
+    with Path("/dev/full").open("w") as full:
+        called = [sys.executable, "-m", "lightning_attn", *arguments]
+        done = subprocess.run(called, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "Writing to the standard output: No space left on device.\n")

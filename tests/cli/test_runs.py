@@ -60,6 +60,15 @@ def test_the_best_few_are_kept_beside_others(run, tiny_config):
     assert len(list(Path("own").glob("*.ckpt"))) == 2
 
 
+def test_a_finished_training_says_that_there_is_nothing_to_do(run, tiny_config):
+    run("fit", "-c", tiny_config)
+    printed = run("fit", "-c", tiny_config, "--ckpt_path", "last")
+    assert "Nothing was trained: at step 4, max_steps 4 is reached. Raise --trainer.max_steps" in printed
+    assert "Training ended" not in printed
+    printed = run("fit", "-c", tiny_config, "--ckpt_path", "last", "--trainer.max_steps", 6)
+    assert "Training ended at step 6: max_steps 6 is reached." in printed
+
+
 def test_another_logger_stands_beside_metrics_csv(run, tiny_config):
     run("fit", "-c", tiny_config, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs")
     assert (RUN / "metrics.csv").is_file()

@@ -92,7 +92,7 @@ def test_validate_test_predict(run, coco, trained, tmp_path):
     assert printed.count("val/ap50 ") == printed.count("val/ar100 ") == 1, "scores are printed once"
     assert "Validate metric" not in printed
     printed = run("test", *stored)
-    assert "Test set, 5 images" in printed
+    assert "Scores of 5 images" in printed
     assert printed.count("ap50") == 1, "scores are printed once"
     assert "Test metric" not in printed
     results = json.loads((trained / "test_metrics.json").read_text())

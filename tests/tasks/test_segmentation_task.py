@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_written_files(run, cityscapes, trained, tmp_pat
     shown = np.nansum(whole) / whole.size
     assert shown + weights["padding"] == pytest.approx(1.0, abs=1e-3), "relative to uniform weights"
     assert len(list((trained / "predictions" / "predict_pictures").glob("*.png"))) == 2
-    assert "Test set, 5 images" in printed
+    assert "Scores of 5 images" in printed
     assert printed.count("pixel_accuracy") == 1, "scores are printed once"
 
     run("predict", *stored(trained), "--data.test_split", "val")

@@ -5,7 +5,7 @@ from PIL import Image
 
 from lightning_attn.visualization import colour_labels, draw_segmentation, draw_segmentation_beside_truth
 from lightning_attn.visualization.pictures import GAP
-from lightning_attn.visualization.segmentation import OPACITY, WRONG_COLOUR
+from lightning_attn.visualization.segmentation import OPACITY
 
 COLOURS = ((128, 64, 128), (70, 130, 180), (0, 0, 142), (220, 20, 60))
 NAMES = ("road", "sky", "car", "person")
@@ -138,12 +138,25 @@ def test_prediction_beside_truth():
     drawn = draw_segmentation(GREY, predicted, COLOURS, NAMES, longest_side=400)[:300]
     np.testing.assert_array_equal(left, drawn)
     np.testing.assert_array_equal(right, draw_segmentation(GREY, truth, COLOURS, NAMES, longest_side=400)[:300])
-    reddish = errors[..., 0].astype(int) - errors[..., 2] > 100
+    coloured = np.ptp(errors.astype(int), axis=2) > 100
     expected = np.zeros((300, 400), dtype=bool)
     expected[200:260, 100:200] = True
-    np.testing.assert_array_equal(reddish, expected)
-    assert np.abs(errors[230, 150].astype(int) - WRONG_COLOUR).max() < 40
+    np.testing.assert_array_equal(coloured, expected)
+    wrong = errors[230, 150].astype(int)
+    assert min(np.abs(wrong - colour).max() for colour in COLOURS) > 60, "not to be taken for a class"
+    legend = figure[rows[1].stop :].reshape(-1, 3).astype(int)
+    assert (np.abs(legend - wrong).max(axis=1) < 40).any()
     assert has_colour(figure[rows[1].stop :], COLOURS[2]) > 100, "only the truth has a car, and it is named"
+
+
+@pytest.mark.parametrize("colour", [(230, 60, 0), (200, 0, 200), (0, 80, 230)])
+def test_wrong_pixels_have_the_colour_of_no_class(colour):
+    labels = np.zeros((300, 400), dtype=np.uint8)
+    figure = draw_segmentation_beside_truth(
+        GREY, labels, 1 - labels, [colour, (90, 90, 90)], NAMES[:2], longest_side=400
+    )
+    wrong = figure[150, 600 + GAP].astype(int)
+    assert np.abs(wrong - colour).max() > 100
 
 
 def test_large_panels_are_reduced_to_what_a_screen_shows():
