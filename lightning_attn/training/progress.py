@@ -182,9 +182,9 @@ class TrainingSummary(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         lines = [f"Training ended at step {trainer.global_step}: {_why_it_ended(trainer)}."]
         if not self._started:  # the checkpoint is that of a finished training
-            limits = "--trainer.max_steps or --trainer.max_epochs"
             lines = [
-                f"Nothing was trained: at step {trainer.global_step}, {_why_it_ended(trainer)}. Raise {limits} to go on."
+                f"Nothing was trained: at step {trainer.global_step}, {_why_it_ended(trainer)}. "
+                "Raise --trainer.max_steps or --trainer.max_epochs to go on."
             ]
         file = "last.ckpt"
         for best in (one for one in trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint)):
