@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -124,7 +125,14 @@ def chromium(program, folder):
     options += ["--disable-component-update", "--disable-extensions"]
     if os.geteuid() == 0:
         options.append("--no-sandbox")  # which root cannot have
-    process = subprocess.Popen([program, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # It leaves a socket in a temporary folder, whose path must be short.
+    temporary = tempfile.mkdtemp(prefix="tab")
+    process = subprocess.Popen(
+        [program, *options, "about:blank"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": temporary},
+    )
     try:
         port_file = Path(folder) / "DevToolsActivePort"
         end = time.monotonic() + 60
@@ -148,3 +156,4 @@ def chromium(program, folder):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        shutil.rmtree(temporary, ignore_errors=True)
