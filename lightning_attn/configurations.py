@@ -12,6 +12,7 @@ __all__ = [
     "described",
     "located",
     "packaged",
+    "shown",
     "with_located_files",
 ]
 
@@ -42,6 +43,13 @@ def located(given: str) -> str:
         return given
     path = packaged(given)
     return given if path is None else str(path)
+
+
+def shown(path: Path) -> str:
+    """How to call a file in a command: by its name if it came with an installed package, whose folder is no one's."""
+    installed = _PACKAGE / _FOLDER
+    file = path.absolute()
+    return file.relative_to(installed).with_suffix("").as_posix() if file.is_relative_to(installed) else str(path)
 
 
 def complete_configurations() -> list[str]:

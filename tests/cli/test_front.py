@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lightning_attn import configurations
 from lightning_attn.cli import main
 from lightning_attn.cli.front import SUBCOMMANDS, answer, explain_torchvision
-from lightning_attn.configurations import located
+from lightning_attn.configurations import bundled_configurations, located, shown
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +120,13 @@ def test_output_that_cannot_be_written(arguments):
         called = [sys.executable, "-m", "lightning_attn", *arguments]
         done = subprocess.run(called, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "Writing to the standard output: No space left on device.\n")
+
+
+def test_a_file_of_an_installed_package_is_shown_by_its_name(tmp_path, monkeypatch):
+    assert shown(tmp_path / "mine.yaml") == str(tmp_path / "mine.yaml")
+    monkeypatch.setattr(configurations, "_PACKAGE", tmp_path)  # as installed: a checkout has the folder beside it
+    (tmp_path / "configs" / "studies").mkdir()
+    file = tmp_path / "configs" / "studies" / "one.yaml"
+    file.write_text("")
+    assert shown(file) == "studies/one"
+    assert bundled_configurations()["studies/one"] == file

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lightning_attn.configurations import shown
 from lightning_attn.study.grid import Finding
 from lightning_attn.study.report import formatting
 from lightning_attn.study.report.charts import (
@@ -130,7 +131,7 @@ class _Viewer:
             "examples": self._examples(),
             "curves": self._curves(),
             "cells": [self._cell(one, place) for place, one in enumerate(record.cells)],
-            "again": f"{' '.join(self.command)} study run {self.study.path}",
+            "again": f"{' '.join(self.command)} study run {shown(self.study.path)}",
         }
         return View(record, values, self.plots)
 
@@ -245,7 +246,7 @@ class _Viewer:
         )
         if other:
             notes.append(f"{other} waiting have an older configuration's folder, which is kept and not used here.")
-        run = " ".join([*self.command, "study run", str(self.study.path)])
+        run = " ".join([*self.command, "study run", shown(self.study.path)])
         tested = [one for one in self.record.groups if one.summary.n]
         missing = sum(one.cost is None for one in tested)
         if missing:
