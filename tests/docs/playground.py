@@ -173,7 +173,9 @@ PROGRAMS = {
     "sbatch": "echo 17",
     "torchrun": 'exec "{python}" -c "import os, sys, torch.distributed.run as run; '
     "given = run.parse_args(sys.argv[1:]); "
-    'os.execv(sys.executable, [sys.executable, given.training_script, *given.training_script_args])" "$@"',
+    "script = ['-m'] * given.module + [given.training_script]; "
+    "script = ['{folder}/train.py'] if script == ['-m', 'lightning_attn'] else script; "
+    'os.execv(sys.executable, [sys.executable, *script, *given.training_script_args])" "$@"',
 }
 """Programs that a test's machine lacks, or that must be small: each starts one process."""
 
@@ -360,7 +362,8 @@ class Playground:
         elif program == "torchrun":
             run = importlib.import_module("torch.distributed.run")
             given = self._quietly(lambda: run.parse_args(arguments))
-            self._parse_call(["python", given.training_script, *given.training_script_args])
+            module = ["-m"] if given.module else []
+            self._parse_call(["python", *module, given.training_script, *given.training_script_args])
         elif program == "make":
             done = subprocess.run(
                 ["make", "-n", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
