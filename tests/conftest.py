@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from cityscapes_data import write_cityscapes
 from coco_data import COUNTS, write_coco
@@ -243,10 +244,26 @@ def run_process(in_folder) -> Callable[..., subprocess.CompletedProcess]:
 
 
 @pytest.fixture
-def free_port() -> int:
+def run_ranks(in_folder, tmp_path_factory) -> Callable[..., str]:
+    """Calls the command in two ranks and returns what they printed."""
+
+    def call(*arguments: object) -> str:
+        output = tmp_path_factory.mktemp("ranks") / "printed.txt"
+        two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        return ranks.run_ranks(main, [*map(str, arguments), *two], 2, unused_port(), output)
+
+    return call
+
+
+def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    return unused_port()
 
 
 @pytest.fixture

@@ -1,0 +1,78 @@
+"""Ranks of one training as torchrun starts them, forked from a process that has imported everything.
+
+Imports take seconds a rank, which is most of the time of a small training.
+"""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["lightning_attn.cli.subcommands", "lightning_attn.datamodules", "lightning_attn.tasks"]
+)
+_GRACE = 60.0  # seconds in which the others end by themselves when a rank has failed
+_LONGEST = 1500.0
+
+
+def run_ranks(command: Callable[..., None], arguments: Sequence[str], ranks: int, port: int, output: Path) -> str:
+    """Calls the command in several processes, which find one another.
+
+    Args:
+        command: What is called, with the arguments.
+        arguments: Of the command, in every rank.
+        ranks: How many.
+        port: Where they meet.
+        output: A file for what they print.
+
+    Returns:
+        What they printed.
+    """
+    variables = dict(os.environ) | {
+        **{"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"},
+        **{"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests"},
+    }
+    output.write_text("")
+    processes = [
+        _CONTEXT.Process(target=_rank, args=(command, list(arguments), rank, variables, Path.cwd(), output))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + _LONGEST
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + _GRACE)
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+        process.join()
+    printed = output.read_text()
+    assert [process.exitcode for process in processes] == [0] * ranks, printed
+    return printed
+
+
+def _rank(
+    command: Callable[..., None],
+    arguments: list[str],
+    rank: int,
+    variables: dict[str, str],
+    folder: Path,
+    output: Path,
+) -> None:
+    os.environ.clear()
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.chdir(folder)
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    sys.argv = ["train.py", *arguments]
+    torch.set_num_threads(1)
+    rank_zero_only.rank = rank  # which Lightning reads from the environment when it is imported
+    command(arguments)
