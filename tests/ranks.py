@@ -1,16 +1,20 @@
-"""Ranks of one training as torchrun starts them, forked from a process that has imported everything.
+"""Processes that talk to each other, forked from one that has imported everything.
 
-Imports take seconds a rank, which is most of the time of a small training.
+Imports take seconds a process, which is most of the time of a small training.
 """
 
+import json
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from pytorch_lightning.utilities import rank_zero_only
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -21,8 +25,22 @@ _GRACE = 60.0  # seconds in which the others end by themselves when a rank has f
 _LONGEST = 1500.0
 
 
+def run_on_ranks(function: Callable[[int], Any], folder: Path, world_size: int) -> list[Any]:
+    """What the function returns on each rank, as JSON gives it back; it has to be one that a module defines."""
+    torch.multiprocessing.start_processes(
+        _call, args=(function, folder, world_size), nprocs=world_size, start_method="forkserver"
+    )
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def _call(rank: int, function: Callable[[int], Any], folder: Path, world_size: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    (folder / f"{rank}.json").write_text(json.dumps(function(rank)))
+    dist.destroy_process_group()
+
+
 def run_ranks(command: Callable[..., None], arguments: Sequence[str], ranks: int, port: int, output: Path) -> str:
-    """Calls the command in several processes, which find one another.
+    """Calls the command in several processes, as torchrun does.
 
     Args:
         command: What is called, with the arguments.
