@@ -41,6 +41,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _discard_output()
         sys.exit(141)  # as a shell calls it
     except OSError as error:
+        if error.filename is not None:  # of a file, and not of what is printed
+            raise
         _discard_output()
         sys.stderr.write(f"Writing to the standard output: {error.strerror}.\n")
         sys.exit(1)

@@ -24,11 +24,8 @@ Colour = tuple[int, int, int]
 
 OPACITY = 0.6  # of a class's colour over the image
 BORDER = 0.45  # brightness of the pixels at borders between classes
-WRONG_COLOURS: tuple[Colour, ...] = (
-    (230, 60, 0),
-    (200, 0, 200),
-    (0, 80, 230),
-)  # whichever differs most from the classes
+# Of wrong pixels: the one that differs most from the classes.
+WRONG_COLOURS: tuple[Colour, ...] = ((230, 60, 0), (200, 0, 200), (0, 80, 230))
 WRONG_OPACITY = 0.85
 
 
