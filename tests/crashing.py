@@ -25,6 +25,10 @@ class CrashAt(pl.Callback):
     calls: ClassVar[list[str]] = []
     at: ClassVar[int | None] = None
 
+    def on_exception(self, trainer: pl.Trainer, *arguments: object) -> None:
+        """Ends the workers: in a validation, Lightning ends its own only, and others wait for the garbage collector."""
+        trainer.fit_loop.teardown()
+
 
 class SignalAt(pl.Callback):
     """Sends its own process a signal in the middle of a step.
