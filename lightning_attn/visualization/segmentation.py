@@ -1,5 +1,6 @@
 """Pictures of segmented images: classes as coloured overlays, and predictions beside the ground truth."""
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -136,9 +137,8 @@ def draw_segmentation_beside_truth(
     small_found, small_true = _resized(found, background), _resized(true, background)
     labelled = true != ignored
     wrong = int(((found != true) & labelled).sum()) / max(1, int(labelled.sum()))
-    wrong_colour = _wrong_colour(
-        [palette[label] for label in _present(np.concatenate((found, true))) if label != ignored]
-    )
+    entries = _legend_entries(np.concatenate((found, true)), names, palette, ignored)
+    wrong_colour = _wrong_colour([colour for _, colour in entries if colour is not None])
     sheet = beside_each_other(
         [
             ("image", background),
@@ -150,7 +150,6 @@ def draw_segmentation_beside_truth(
             ("truth", _overlay(background, small_true, palette, opacity, ignored)),
         ]
     )
-    entries = _legend_entries(np.concatenate((found, true)), names, palette, ignored)
     if wrong:
         entries.append(("wrong, above right", wrong_colour))
     figure = np.array(_with_legend(sheet, entries, font_size(background)))
@@ -220,11 +219,11 @@ def _overlay(background: Image.Image, labels: Labels, palette: Picture, opacity:
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def _wrong_colour(colours: Sequence[Picture]) -> Colour:
+def _wrong_colour(colours: Sequence[Colour]) -> Colour:
     """The colour of wrong pixels that is the farthest from those of the classes."""
 
     def distance(candidate: Colour) -> float:
-        return min((float(np.linalg.norm(colour - np.array(candidate, float))) for colour in colours), default=0.0)
+        return min((math.dist(colour, candidate) for colour in colours), default=0.0)
 
     return max(WRONG_COLOURS, key=distance)
 
